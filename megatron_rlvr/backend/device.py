@@ -1,0 +1,69 @@
+"""The one place that knows whether this process computes on a GPU or on the CPU.
+
+megatron-core names CUDA in a few hundred places. Where there is no GPU, `install()` reads those names as the CPU: a torch
+function mode maps ``device="cuda"`` to ``cpu``, and the two `torch.cuda` calls that megatron-core makes while building
+a model answer for the CPU. Everything else of megatron-core runs unchanged, with gloo for the collectives.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed: TorchFunctionMode | None = None
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Reads ``device="cuda"`` as ``cpu`` and makes `Tensor.cuda()` the identity."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and str(device).startswith("cuda"):
+                kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # megatron-core's optimizers compare this string with "torch.cuda.FloatTensor" and its bf16 sibling.
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **(kwargs or {}))
+
+
+def install() -> None:
+    """Prepare this process for megatron-core: bind the GPU of the local rank, or read CUDA as the CPU.
+
+    Raises:
+        RuntimeError: when megatron.core was imported first (its module-level defaults would name a GPU that is not there).
+    """
+    global _installed
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return
+    if _installed is not None:
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("megatron.core was imported before megatron_rlvr.backend.device.install(): call install() first")
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None  # type: ignore[assignment]
+    _installed = _CudaIsCpu()
+    _installed.__enter__()
+
+
+def on_gpu() -> bool:
+    """Whether tensors of this process live on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process's model and batches."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else _CPU
+
+
+def collective_backend() -> str:
+    """The name of the torch.distributed backend: ``nccl`` on a GPU, ``gloo`` on the CPU."""
+    return "nccl" if on_gpu() else "gloo"

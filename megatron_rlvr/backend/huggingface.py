@@ -1,0 +1,223 @@
+"""Hugging Face folders in and out of megatron-core, through mbridge's weight maps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+with warnings.catch_warnings():  # mbridge imports every family it knows, some of which complain about missing extras
+    warnings.simplefilter("ignore")
+    from mbridge.core.bridge import _MODEL_REGISTRY as BRIDGES
+    from mbridge.core.bridge import Bridge
+
+from megatron_rlvr.backend import device, layer_spec
+from megatron_rlvr.backend.model import PolicyModel
+from megatron_rlvr.config import ModelConfig, ParallelConfig
+from megatron_rlvr.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "added_tokens.json")
+
+
+class PolicyBridge:
+    """Carries weights between one Hugging Face folder and megatron-core models of the current parallel layout.
+
+    Args:
+        path: folder with config.json and safetensors.
+        model, parallel: the configuration; `model.dtype` must be resolved by `resolve_dtype`.
+
+    Raises:
+        UserError: for a missing folder, an unknown family, or a layout that does not divide the model.
+    """
+
+    def __init__(self, path: str | Path, model: ModelConfig, parallel: ParallelConfig):
+        self.path = Path(path)
+        self.hf_config = read_config(self.path)
+        check_layout(self.hf_config, parallel)
+        self.dtype = resolve_dtype(model.dtype)
+        self.spec_name = layer_spec.resolve(model.layer_spec)
+        self._bridge = _open(self.hf_config, self.dtype, self.spec_name, parallel)
+
+    @property
+    def config(self) -> TransformerConfig:
+        """megatron-core's configuration of the model."""
+        return self._bridge.config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hf_config.vocab_size
+
+    def build(self) -> PolicyModel:
+        """This pipeline stage's model on this process's device, weights not yet loaded."""
+        parameters = getattr(self.hf_config, "rope_parameters", None) or {}
+        scaling = parameters if parameters.get("rope_type", "default") != "default" else None
+        if scaling and scaling["rope_type"] != "llama3":
+            raise UserError(f"{self.path}/config.json: rope_type {scaling['rope_type']!r} is not supported: default or llama3")
+        model = PolicyModel(
+            config=self.config,
+            transformer_layer_spec=layer_spec.layer_spec(self.config, self.spec_name),
+            vocab_size=self.vocab_size,
+            max_sequence_length=self.hf_config.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=bool(getattr(self.hf_config, "tie_word_embeddings", False)),
+            position_embedding_type="rope",
+            rotary_base=parameters.get("rope_theta", getattr(self.hf_config, "rope_theta", 10000.0)),
+            rope_scaling=scaling is not None,
+            rope_scaling_factor=scaling["factor"] if scaling else 8.0,
+        )
+        for parameter in model.parameters():
+            # Gradient norms and exports ask every parameter whether it is split over tensor-parallel ranks.
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        return model.to(device.device())
+
+    def load(self, model: PolicyModel, path: str | Path | None = None) -> None:
+        """Fill `model` with the weights of the folder (of `path`, if given). Collective over the job.
+
+        Raises:
+            UserError: when a tensor is missing or a file cannot be read.
+        """
+        folder = Path(path or self.path)
+        if not list(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} holds no *.safetensors: save the model with save_pretrained(..., safe_serialization=True)")
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self._bridge.load_weights([model], str(folder))
+            except (KeyError, ValueError, OSError) as error:
+                raise UserError(f"weights of {folder} cannot be read as {self.hf_config.model_type}: {error}") from error
+
+    def export(self, model: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every Hugging Face tensor, whole, on every process, one at a time. Collective over the model's parts."""
+        seen = set()
+        with torch.no_grad():
+            for name, tensor in self._bridge.export_weights([model]):
+                if name not in seen:  # a tied embedding comes from the first and from the last stage
+                    seen.add(name)
+                    yield name, tensor
+
+    def save(self, model: PolicyModel, folder: str | Path, write: bool) -> None:
+        """Write a complete Hugging Face folder; only the process with `write` touches the disk. Collective."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.export(model) if write}
+        if not write:
+            return
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        for pattern in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
+            for file in self.path.glob(pattern):
+                shutil.copy2(file, partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def read_config(path: Path) -> Any:
+    """The `transformers` configuration of a folder.
+
+    Raises:
+        UserError: when the folder or its config.json is missing or unreadable.
+    """
+    from transformers import AutoConfig
+
+    if not path.is_dir():
+        raise UserError(f"model.path={path} is not a folder: give a Hugging Face model folder with config.json and safetensors")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json: give a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}/config.json cannot be read: {str(error).splitlines()[0]}") from error
+    if config.model_type not in BRIDGES:
+        raise UserError(f"{path}: model_type {config.model_type!r} is not supported: one of {', '.join(sorted(BRIDGES))}")
+    return config
+
+
+def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
+    """Refuse tensor and pipeline sizes that do not divide the model.
+
+    Raises:
+        UserError: naming the number that is not divisible.
+    """
+    divisible = {
+        "attention heads": hf_config.num_attention_heads,
+        "key/value heads": hf_config.num_key_value_heads,
+        "feed-forward size": hf_config.intermediate_size,
+        "vocabulary": hf_config.vocab_size,
+    }
+    for what, count in divisible.items():
+        if count % parallel.tensor:
+            raise UserError(f"parallel.tensor={parallel.tensor} does not divide the model's {count} {what}: choose a divisor")
+    if hf_config.num_hidden_layers % parallel.pipeline:
+        raise UserError(
+            f"parallel.pipeline={parallel.pipeline} does not divide the model's {hf_config.num_hidden_layers} layers: "
+            "choose a divisor"
+        )
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU and float32 on the CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.on_gpu() else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _open(hf_config: Any, dtype: torch.dtype, spec_name: str, parallel: ParallelConfig) -> Bridge:
+    overrides: dict[str, Any] = dict(
+        sequence_parallel=parallel.sequence,
+        # Microbatches of one pipeline step have different lengths, so stages send shapes along; only then, it costs.
+        variable_seq_lengths=parallel.pipeline > 1,
+        deallocate_pipeline_outputs=False,
+        batch_p2p_comm=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    )
+    if spec_name == "local":
+        overrides |= dict(
+            use_cpu_initialization=not device.on_gpu(),
+            masked_softmax_fusion=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            apply_rope_fusion=False,
+            persist_layer_norm=False,
+            gradient_accumulation_fusion=False,
+        )
+    family = BRIDGES[hf_config.model_type]
+    names = (_LocalNames,) if spec_name == "local" else ()
+    bases = (_Overrides, *names, family)
+    return type(f"Policy{family.__name__}", bases, {"_overrides": overrides})(hf_config, dtype=dtype)
+
+
+class _Overrides:
+    """Lets our configuration win over mbridge's defaults, whatever the family sets."""
+
+    _overrides: dict[str, Any]
+
+    def _build_base_config(self, *args: Any, **kwargs: Any) -> TransformerConfig:
+        return super()._build_base_config(*args, **{**kwargs, **self._overrides})  # type: ignore[misc]
+
+    def _adjust_mapping_for_shared_weights(self) -> None:
+        # mbridge writes into the class's own map here: a tied model would change every later untied one.
+        self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)
+        super()._adjust_mapping_for_shared_weights()  # type: ignore[misc]
+
+
+class _LocalNames:
+    """Weight names under the local spec, where norms are modules of their own instead of parts of a fused linear."""
+
+    def _weight_name_mapping_mcore_to_hf(self, name: str) -> list[str]:
+        if name.startswith("decoder.layers."):
+            name = name.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
+            name = name.replace(".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+        return super()._weight_name_mapping_mcore_to_hf(name)  # type: ignore[misc]

@@ -1,0 +1,79 @@
+"""The policy network: megatron-core's GPTModel with a head that answers only where it is asked."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from torch import Tensor
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel whose last stage returns logits for chosen positions only.
+
+    Prompt and padding positions never reach the vocabulary projection, and the logits come as the operators read
+    them: one row a token, split over the tensor-parallel group, in the model's dtype.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        rows: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        hidden_only: bool = False,
+    ) -> Tensor:
+        """Run this pipeline stage.
+
+        Args:
+            tokens: int64 [b, s].
+            rows: int64 [T], indices into the flattened [s * b] positions (``position * b + sequence``) that get logits;
+                None takes all. Read by the last stage.
+            positions: int64 [b, s] rotary positions; None means 0 .. s-1 for every sequence.
+            attention_mask: bool [b, 1, s, keys], True hides a key; None is causal.
+            hidden_only: the last stage returns the final hidden states [T, h] for the fused head instead of logits.
+
+        Returns:
+            hidden states [s, b, h] before the last stage; on it logits [T, V / tp] or hidden states [T, h].
+        """
+        decoder_input, rotary, *_ = self._preprocess(tokens, positions)
+        if positions is not None:
+            longest = int(positions.max()) + 1
+            rotary = self.rotary_pos_emb(longest)[:, 0, 0][positions].transpose(0, 1).unsqueeze(2)  # [s, b, 1, d]
+        hidden = self.decoder(hidden_states=decoder_input, attention_mask=attention_mask, rotary_pos_emb=rotary)
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=not hidden_only, group=self.pg_collection.tp
+            )
+        hidden = hidden.flatten(0, 1)
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
+        return hidden if hidden_only else self.project(hidden)
+
+    def output_weight(self) -> Tensor:
+        """The vocabulary projection of this tensor-parallel rank, [V / tp, h]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V / tp] of hidden states [T, h]."""
+        return linear_with_grad_accumulation_and_async_allreduce(
+            input=hidden,
+            weight=self.output_weight(),
+            bias=None,
+            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
+            # Under sequence parallelism the gather's backward already adds the partial gradients.
+            allreduce_dgrad=self.config.tensor_model_parallel_size > 1 and not self.config.sequence_parallel,
+            sequence_parallel=False,
+            tp_group=self.pg_collection.tp,
+        )
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Parameters that this process holds."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,139 @@
+"""Process groups: start-up, ranks and the few collectives that the training loop itself needs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlvr.backend import device
+from megatron_rlvr.config import ParallelConfig
+from megatron_rlvr.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this process stands among the parallel groups.
+
+    Attributes:
+        rank, world_size: of the whole job.
+        data_rank, data_size: data-parallel rank and size; each data-parallel rank owns its own prompts.
+        is_leader: the process of its data-parallel rank that draws prompts and verifies (tensor and pipeline rank 0).
+        is_first_stage, is_last_stage: of the pipeline.
+    """
+
+    rank: int
+    world_size: int
+    data_rank: int
+    data_size: int
+    is_leader: bool
+    is_first_stage: bool
+    is_last_stage: bool
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+
+@contextmanager
+def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
+    """Initialise torch.distributed and megatron-core's groups, yield this process's layout, take them down at the end.
+
+    Raises:
+        UserError: when the world size is no multiple of tensor x pipeline x context.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_size = config.tensor * config.pipeline * config.context
+    if world_size % model_size:
+        raise UserError(
+            f"parallel.tensor x parallel.pipeline x parallel.context = {model_size} does not divide the {world_size} "
+            f"processes: start a multiple of {model_size} (torchrun --nproc-per-node) or lower one of the three"
+        )
+    device.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if "RANK" not in os.environ:  # started without torchrun: a job of one process that rendezvous with itself
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = "0"
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        dist.init_process_group(device.collective_backend(), store=store, rank=0, world_size=1)
+    else:
+        timeout = datetime.timedelta(minutes=config.timeout_minutes)
+        dist.init_process_group(device.collective_backend(), timeout=timeout)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            context_parallel_size=config.context,
+            create_gloo_process_groups=False,
+        )
+        # The inference tracker's fork() and add() do nothing, so no CUDA generator is touched; dropout is off in RLVR.
+        model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)
+        torch.manual_seed(seed)
+        yield Layout(
+            rank=dist.get_rank(),
+            world_size=world_size,
+            data_rank=parallel_state.get_data_parallel_rank(),
+            data_size=parallel_state.get_data_parallel_world_size(),
+            is_leader=parallel_state.get_model_parallel_group().rank() == 0,
+            is_first_stage=parallel_state.is_pipeline_first_stage(),
+            is_last_stage=parallel_state.is_pipeline_last_stage(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def tensor_group() -> dist.ProcessGroup | None:
+    """The tensor-parallel group, or None where it has one member (operators then skip the exchange)."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    return group if group.size() > 1 else None
+
+
+def share_with_model_peers(value: T | None) -> T:
+    """Send the leader's `value` (any picklable object) to the processes that hold other parts of the same model."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_model_parallel_group()
+    if group.size() > 1:
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group, device=device.device())
+        value = box[0]
+    return value  # type: ignore[return-value]
+
+
+def sum_over_job(sums: Mapping[str, float], contributes: bool) -> dict[str, float]:
+    """Add `sums` of every contributing process; all processes get the result. One all-reduce of len(sums) float64.
+
+    A data-parallel rank must contribute once: pass ``contributes=layout.is_leader`` for what the leader knows and
+    ``contributes=`` "last stage, tensor rank 0" for what the last pipeline stage knows.
+    """
+    names = sorted(sums)
+    values = torch.tensor([sums[n] if contributes else 0.0 for n in names], dtype=torch.float64, device=device.device())
+    dist.all_reduce(values)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def max_over_job(maxima: Mapping[str, float]) -> dict[str, float]:
+    """The largest of every process's value, for each name. One all-reduce of len(maxima) float64."""
+    names = sorted(maxima)
+    values = torch.tensor([maxima[n] for n in names], dtype=torch.float64, device=device.device())
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any process; every process gets the same answer."""
+    return max_over_job({"flag": float(flag)})["flag"] > 0

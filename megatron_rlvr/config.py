@@ -1,0 +1,307 @@
+"""The configuration: one tree of dataclasses, read from YAML and ``key=value`` overrides.
+
+Unknown keys, wrong types and impossible values are refused with one line that says what to write instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from megatron_rlvr.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    path: str = "???"
+    """Folder of the Hugging Face model that training starts from (config.json, safetensors, tokenizer)."""
+    dtype: str = "auto"
+    """``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
+    layer_spec: str = "auto"
+    """``transformer_engine``, ``local``, or ``auto``: Transformer Engine on a GPU, local layers on the CPU."""
+
+
+@dataclass
+class DataConfig:
+    train: str = "???"
+    """JSONL or parquet file of training problems."""
+    heldout: str | None = None
+    """File of held-out problems for evaluation; without it there is no evaluation."""
+    prompt_key: str | None = None
+    """Field of the prompt; by default recognised (prompt)."""
+    answer_key: str | None = None
+    """Field of the answer; by default recognised (answer, label, reward_model.ground_truth)."""
+    max_prompt_tokens: int = 1024
+    """A longer prompt is refused before training starts."""
+
+
+@dataclass
+class VerifierConfig:
+    name: str = "math"
+    """``math``, ``exact``, ``countdown`` or ``module:function``."""
+    workers: int = 0
+    """Worker processes; 0 verifies in the training process, for verifiers that cannot hang."""
+    timeout_seconds: float = 10.0
+    """Time for one completion in a worker; a longer one is worth 0 and is counted."""
+    memory_mb: int = 2048
+    """Memory of one worker."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the verifier by name."""
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = "local"
+    """``local`` generates with the training weights; ``recorded`` replays `recording`."""
+    prompts_per_step: int = 64
+    samples_per_prompt: int = 16
+    max_tokens: int = 1024
+    """Longest response, in tokens, end-of-sequence included."""
+    temperature: float = 1.0
+    """Divides the logits in sampling and in training alike."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    ignore_eos: bool = False
+    """Generate `max_tokens` tokens whatever they are (for benchmarks)."""
+    local_batch: int = 1024
+    """Sequences that the local engine decodes together."""
+    record: bool = False
+    """Keep every step's completions in ``rollouts/`` of the run directory."""
+    recording: str | None = None
+    """Folder of recorded rollouts that the ``recorded`` engine replays."""
+
+
+@dataclass
+class AlgorithmConfig:
+    advantage: str = "grpo"
+    """``grpo``, ``grpo-no-std`` (Dr. GRPO) or ``rloo``."""
+    aggregation: str = "token-mean"
+    """``token-mean`` (DAPO), ``sequence-mean`` (GRPO) or ``constant`` (Dr. GRPO)."""
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "clip"})
+    """The token objective, by name, with its parameters."""
+    schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
+    """The schedule of clip thresholds, by name, with its parameters."""
+    minibatches: int = 8
+    """Optimizer steps that one pass over a rollout is split into."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    fused_linear: bool = False
+    """Form logits a chunk at a time inside the loss instead of whole (the operators' fused head)."""
+    drop_zero_advantage: bool = True
+    """Leave sequences out of the update when their whole group earned the same reward: their gradient is zero."""
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 1.0e-6
+    warmup_steps: int = 0
+    """Rollout steps over which the learning rate rises linearly."""
+    min_learning_rate: float | None = None
+    """Cosine decay to this value at the last step; None keeps the rate constant."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1.0e-8
+    clip_grad: float = 1.0
+    """Largest gradient norm."""
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence: bool = False
+    """Sequence parallelism; needs tensor > 1."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer state over data-parallel ranks."""
+    microbatch_sequences: int = 0
+    """Sequences in one forward pass of training; 0 takes the minibatch in one."""
+    timeout_minutes: float = 30.0
+    """Longest wait in a collective before the job fails with an error that names it."""
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = 0
+    """Steps between evaluations; 0 evaluates before the first step and after the last one only."""
+    prompts: int = 200
+    samples: int = 16
+    """Completions a held-out prompt; pass@k is estimated for k = 1, 2, 4 ... up to this."""
+    temperature: float = 1.0
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 50
+    """Steps between checkpoints; the last step is always saved. 0 saves at the end only."""
+    keep: int = 2
+    """Newest checkpoints that stay on disk."""
+    export_huggingface: bool = True
+    """Write the final policy as a Hugging Face folder ``huggingface/``."""
+
+
+@dataclass
+class TelemetryConfig:
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project."""
+    plots: bool = True
+    """Draw ``plots/`` at the end of the run."""
+
+
+@dataclass
+class Config:
+    name: str = "run"
+    seed: int = 0
+    steps: int = 100
+    run_directory: str = "???"
+    threads: int = 0
+    """CPU threads a process; 0 leaves torch's choice."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides, check every value.
+
+    Raises:
+        UserError: one line that names the file or override, what was found, and what to write instead.
+    """
+    try:
+        tree = OmegaConf.load(Path(path))
+    except FileNotFoundError:
+        raise UserError(f"no configuration file {path}: give the path of a YAML file as the first argument") from None
+    except Exception as error:
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    for text in overrides:
+        if "=" not in text:
+            raise UserError(f"override {text!r} is not key=value: write for example optimizer.learning_rate=1e-6")
+    for chosen in ("algorithm.schedule", "algorithm.objective"):
+        if any(text.startswith(f"{chosen}.name=") for text in overrides):
+            # Another schedule has other parameters: those in the file belong to the one that is replaced.
+            OmegaConf.update(tree, chosen, {}, merge=False)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), tree, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise UserError(_unknown_key(error)) from None
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise UserError(f"configuration key {key}: {_one_line(error)}" if key else f"{path}: {_one_line(error)}") from None
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def check(config: Config) -> None:
+    """Refuse values and combinations that cannot work.
+
+    Raises:
+        UserError: for the first that is wrong.
+    """
+    for key in ("model.path", "data.train", "run_directory"):
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value in (None, "", "???"):
+            raise UserError(f"{key} is not set: write it in the configuration file or give {key}=... on the command line")
+    rollout, algorithm, parallel = config.rollout, config.algorithm, config.parallel
+    _one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
+    _one_of("model.layer_spec", config.model.layer_spec, ("auto", "local", "transformer_engine"))
+    _one_of("rollout.engine", rollout.engine, ("local", "recorded"))
+    _one_of("algorithm.advantage", algorithm.advantage, ("grpo", "grpo-no-std", "rloo"))
+    _one_of("algorithm.aggregation", algorithm.aggregation, ("token-mean", "sequence-mean", "constant"))
+    positive = {
+        "steps": config.steps,
+        "rollout.prompts_per_step": rollout.prompts_per_step,
+        "rollout.max_tokens": rollout.max_tokens,
+        "rollout.temperature": rollout.temperature,
+        "rollout.local_batch": rollout.local_batch,
+        "algorithm.minibatches": algorithm.minibatches,
+        "algorithm.epochs": algorithm.epochs,
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+        "optimizer.clip_grad": config.optimizer.clip_grad,
+        "parallel.tensor": parallel.tensor,
+        "parallel.pipeline": parallel.pipeline,
+        "parallel.context": parallel.context,
+        "evaluation.prompts": config.evaluation.prompts,
+        "evaluation.samples": config.evaluation.samples,
+        "evaluation.temperature": config.evaluation.temperature,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    for key, number in positive.items():
+        if not number > 0:
+            raise UserError(f"{key} must be greater than 0, not {number}")
+    if rollout.samples_per_prompt < 2:
+        raise UserError(
+            f"rollout.samples_per_prompt must be at least 2, not {rollout.samples_per_prompt}: "
+            "advantages compare the samples of one prompt"
+        )
+    if not 0 < rollout.top_p <= 1:
+        raise UserError(f"rollout.top_p must lie in (0, 1], not {rollout.top_p}")
+    if rollout.prompts_per_step % algorithm.minibatches:
+        raise UserError(
+            f"algorithm.minibatches={algorithm.minibatches} does not divide rollout.prompts_per_step="
+            f"{rollout.prompts_per_step}: choose a divisor"
+        )
+    if rollout.engine == "recorded" and not rollout.recording:
+        raise UserError("rollout.engine=recorded needs rollout.recording: the rollouts/ folder of a run with rollout.record=true")
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError("parallel.sequence=true needs parallel.tensor > 1: set it false or raise parallel.tensor")
+    if parallel.context > 1:
+        raise UserError("parallel.context > 1 is not supported yet: set it to 1")
+
+
+def warnings_of(config: Config) -> list[str]:
+    """What is allowed but probably not meant, one line each."""
+    found = []
+    if config.algorithm.minibatches * config.algorithm.epochs == 1:
+        found.append(
+            "algorithm.minibatches x algorithm.epochs = 1: with one update per rollout the importance ratio is 1 and every "
+            "clip threshold is inert; raise one of the two to let a schedule act"
+        )
+    return found
+
+
+def _one_of(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())
+
+
+def _unknown_key(error: ConfigKeyError) -> str:
+    import dataclasses
+    import difflib
+
+    full = str(error.full_key or error.key)
+    *path, last = full.split(".")
+    node: Any = Config()
+    for part in path:
+        node = getattr(node, part)
+    known = [f.name for f in dataclasses.fields(node)]
+    close = difflib.get_close_matches(last, known, n=1)
+    hint = f"did you mean {'.'.join([*path, close[0]])}?" if close else f"known keys: {', '.join(known)}"
+    return f"unknown configuration key {full}: {hint}"
