@@ -1,0 +1,125 @@
+"""Rollouts as tensors: a step's share of one data-parallel rank, and the microbatches that training cuts from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_rlvr.rollout.engine import Completion
+
+
+@dataclass
+class Microbatch:
+    """Sequences of one forward pass, padded on the right.
+
+    Attributes:
+        tokens: int64 [b, s].
+        rows: int64 [T], ``position * b + sequence`` of the positions that predict a response token, sequence by sequence.
+        targets: int64 [T], the response tokens themselves.
+        flat: int64 [T], where each of them stands in the rank's flat token arrays (`RolloutBatch.rollout_logprob` ...).
+        sequence_index: int64 [T], which of the b sequences a token is of.
+        sequences: int64 [b], which of the rank's sequences these are.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    targets: Tensor
+    flat: Tensor
+    sequence_index: Tensor
+    sequences: Tensor
+
+
+@dataclass
+class RolloutBatch:
+    """What one data-parallel rank rolled out in one step: N sequences, T response tokens in all.
+
+    Groups are consecutive: sequences ``g * G .. g * G + G - 1`` answer the rank's prompt g. Flat arrays hold response
+    tokens in sequence order; those of sequence i begin at ``offsets[i]``.
+
+    Attributes:
+        tokens: int64 [N, S], prompt then response, padded on the right.
+        prompt_lengths, response_lengths: int64 [N].
+        rollout_logprob: float32 [T], as the engine sampled them.
+        rewards: float32 [N].
+        truncated: bool [N], stopped by the token limit.
+        group_size: G.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    response_lengths: Tensor
+    rollout_logprob: Tensor
+    rewards: Tensor
+    truncated: Tensor
+    group_size: int
+
+    @classmethod
+    def from_completions(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Completion],
+        rewards: Sequence[float],
+        padding: int,
+    ) -> RolloutBatch:
+        """Build from G completions for each of the prompts, prompt by prompt; `padding` is the pad token id."""
+        group_size = len(completions) // len(prompts)
+        lengths = np.array([len(c.token_ids) for c in completions])
+        heads = [prompts[i // group_size] for i in range(len(completions))]
+        prompt_lengths = np.array([len(h) for h in heads])
+        tokens = np.full((len(completions), int((prompt_lengths + lengths).max())), padding, dtype=np.int64)
+        for row, head, completion in zip(tokens, heads, completions, strict=True):
+            row[: len(head)] = head
+            row[len(head) : len(head) + len(completion.token_ids)] = completion.token_ids
+        return cls(
+            tokens=torch.from_numpy(tokens),
+            prompt_lengths=torch.from_numpy(prompt_lengths),
+            response_lengths=torch.from_numpy(lengths),
+            rollout_logprob=torch.from_numpy(np.concatenate([np.asarray(c.logprobs, np.float32) for c in completions])),
+            rewards=torch.tensor(rewards, dtype=torch.float32),
+            truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
+            group_size=group_size,
+        )
+
+    @property
+    def offsets(self) -> Tensor:
+        """int64 [N], where each sequence's response tokens begin in the flat arrays."""
+        return self.response_lengths.cumsum(0) - self.response_lengths
+
+    @property
+    def token_count(self) -> int:
+        """T, response tokens of this rank."""
+        return int(self.response_lengths.sum())
+
+    def sequence_of_token(self) -> Tensor:
+        """int64 [T], the sequence each flat response token is of."""
+        return torch.repeat_interleave(torch.arange(len(self.response_lengths)), self.response_lengths)
+
+    def minibatches(self, count: int) -> list[Tensor]:
+        """Split the sequences into `count` minibatches of whole groups, in order: int64 [N / count] each."""
+        return list(torch.arange(len(self.tokens)).chunk(count))
+
+    def microbatches(self, sequences: Tensor, size: int, multiple_of: int = 1) -> Iterator[Microbatch]:
+        """Cut `sequences` (int64 [n]) into microbatches of at most `size` (0: all), padded to a multiple of `multiple_of`."""
+        offsets = self.offsets
+        for part in sequences.split(size or len(sequences)):
+            prompt, response = self.prompt_lengths[part], self.response_lengths[part]
+            width = int((prompt + response).max())
+            tokens = self.tokens[part, :width]
+            padded = -(-width // multiple_of) * multiple_of
+            if padded > width:
+                tokens = torch.nn.functional.pad(tokens, (0, padded - width))
+            position = torch.arange(width)
+            first = prompt[:, None] - 1  # the last prompt token predicts the first response token
+            sequence, at = ((position >= first) & (position < first + response[:, None])).nonzero(as_tuple=True)
+            yield Microbatch(
+                tokens=tokens,
+                rows=at * len(part) + sequence,
+                targets=tokens[sequence, at + 1],
+                flat=offsets[part][sequence] + at - first[sequence, 0],
+                sequence_index=sequence,
+                sequences=part,
+            )

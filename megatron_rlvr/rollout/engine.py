@@ -1,0 +1,79 @@
+"""What every rollout engine offers: tokens in, tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from megatron_rlvr.config import RolloutConfig
+
+
+@dataclass(frozen=True)
+class SamplingPolicy:
+    """How completions are drawn.
+
+    Attributes:
+        samples: completions a prompt.
+        max_tokens: longest completion, the stop token included.
+        temperature: divides the logits; log-probs are those of the divided logits.
+        top_p, top_k: what is left to draw from (1 and 0 leave all); log-probs stay those of the whole vocabulary.
+        stop_token_ids: a completion ends with the first of these; empty means that only `max_tokens` ends it.
+    """
+
+    samples: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def for_training(cls, config: RolloutConfig, stop_token_ids: Sequence[int]) -> SamplingPolicy:
+        return cls(
+            samples=config.samples_per_prompt,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            stop_token_ids=() if config.ignore_eos else tuple(stop_token_ids),
+        )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response.
+
+    Attributes:
+        token_ids: response tokens, the stop token included.
+        logprobs: their log-probabilities (natural logarithm) under the sampling temperature.
+        finish_reason: ``stop`` or ``length``.
+        weight_version: optimizer state that generated it: the step whose weights the engine held.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    weight_version: int
+
+
+class RolloutEngine(Protocol):
+    """Generates completions under weights it was last given."""
+
+    collective: bool
+    """True: every process of a model replica calls `generate` together; False: only its leader does."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: Sequence[int]) -> list[Completion]:
+        """Draw ``sampling.samples`` completions for each prompt, prompt by prompt.
+
+        Args:
+            prompts: token ids.
+            sampling: how to draw.
+            seeds: one for each completion, ``len(prompts) * sampling.samples``; the same seed under the same weights
+                draws the same completion, whatever else is in the batch.
+        """
+        ...
+
+    def update_weights(self, version: int) -> None:
+        """Serve the policy's present weights from now on, under this version. Collective over the job."""
+        ...
