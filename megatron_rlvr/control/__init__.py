@@ -1,0 +1,27 @@
+"""What entropy control is: clip thresholds, their schedules, and the regions of tokens that raise or lower entropy.
+
+Imports nothing of the rest of the project and nothing distributed, so that another trainer can use it as it is. Every
+rank must hold the same schedule and observe the same entropy, averaged over data and context parallel ranks.
+"""
+
+from megatron_rlvr.control.build import build_schedule, schedule_parameters
+from megatron_rlvr.control.schedules import (
+    ClipSchedule,
+    Constant,
+    DecreaseIncreaseDecrease,
+    IncreaseThenDecrease,
+    OscillatoryDecay,
+)
+from megatron_rlvr.control.thresholds import AffineThreshold, ClipThresholds
+
+__all__ = [
+    "AffineThreshold",
+    "ClipSchedule",
+    "ClipThresholds",
+    "Constant",
+    "DecreaseIncreaseDecrease",
+    "IncreaseThenDecrease",
+    "OscillatoryDecay",
+    "build_schedule",
+    "schedule_parameters",
+]

@@ -1,0 +1,25 @@
+"""Token objectives, advantages and aggregation: everything between token statistics and the loss.
+
+An objective is a callable ``TokenInputs -> TokenOutputs`` over flat token tensors; the loss of a minibatch is
+``-(weights * outputs.objective).sum()`` with the weights of :func:`aggregation_weights`.
+"""
+
+from megatron_rlvr.objectives.advantages import ADVANTAGES, group_advantages, informative_groups, overlong_penalty
+from megatron_rlvr.objectives.aggregation import AGGREGATIONS, aggregation_weights
+from megatron_rlvr.objectives.registry import OBJECTIVES, build_objective, objective_parameters
+from megatron_rlvr.objectives.tokens import TokenInputs, TokenObjective, TokenOutputs
+
+__all__ = [
+    "ADVANTAGES",
+    "AGGREGATIONS",
+    "OBJECTIVES",
+    "TokenInputs",
+    "TokenObjective",
+    "TokenOutputs",
+    "aggregation_weights",
+    "build_objective",
+    "group_advantages",
+    "informative_groups",
+    "objective_parameters",
+    "overlong_penalty",
+]

@@ -1,0 +1,110 @@
+"""Clip thresholds that are affine in a token's probability, and the ratio bounds that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AffineThreshold:
+    """A clip threshold eps(p) = intercept + slope * p of the token's probability p (arXiv 2602.09782).
+
+    Callable on floats and tensors. Raises ValueError when a parameter is not a finite number. Which values make sense
+    depends on the side the threshold bounds, so :class:`ClipThresholds` checks that.
+    """
+
+    intercept: float = 0.2
+    slope: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("intercept", "slope"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"clip threshold: {name} must be a finite number, found {value!r}")
+
+    def __call__(self, prob: Any) -> Any:
+        return self.intercept + self.slope * prob
+
+    def combine(self, weight: float, other: AffineThreshold, other_weight: float) -> AffineThreshold:
+        """``weight * self + other_weight * other``: affine again, so slope and intercept are combined first."""
+        return AffineThreshold(
+            intercept=weight * self.intercept + other_weight * other.intercept,
+            slope=weight * self.slope + other_weight * other.slope,
+        )
+
+
+@dataclass(frozen=True)
+class ClipThresholds:
+    """The control of one optimisation step: two affine thresholds and the region-steering scalar u.
+
+    These five scalars must be the same on every rank. ``steering`` is u in (-1, 1); 0 is plain clipping.
+
+    Raises ValueError where a threshold is impossible for some probability in [0, 1]:
+
+    - ``lower`` must stay inside (0, 1): at 0 or below, a token at ratio 1 would already be clipped; at 1 or above the
+      bound on the ratio is not positive and never acts.
+    - ``upper`` must stay above 0 for the same reason, and its slope below 1, where the closed form has its pole. It may
+      exceed 1: a ratio bound of, say, 4 for unlikely tokens (slope -2.8, intercept 3.0) is a usable setting.
+    """
+
+    lower: AffineThreshold = field(default_factory=AffineThreshold)
+    upper: AffineThreshold = field(default_factory=AffineThreshold)
+    steering: float = 0.0
+
+    def __post_init__(self) -> None:
+        for prob in (0.0, 1.0):  # affine: if both ends are inside, everything between is
+            if not 0.0 < self.lower(prob) < 1.0:
+                raise ValueError(
+                    f"lower clip threshold: must stay inside (0, 1), found {self.lower(prob):g} at p = {prob:g} "
+                    f"(intercept {self.lower.intercept:g}, slope {self.lower.slope:g}); "
+                    "choose 0 < intercept < 1 and 0 < intercept + slope < 1"
+                )
+            if not self.upper(prob) > 0.0:
+                raise ValueError(
+                    f"upper clip threshold: must stay above 0, found {self.upper(prob):g} at p = {prob:g} "
+                    f"(intercept {self.upper.intercept:g}, slope {self.upper.slope:g}); "
+                    "choose intercept > 0 and intercept + slope > 0"
+                )
+        if not self.upper.slope < 1.0:
+            raise ValueError(
+                f"upper clip threshold: slope must be below 1 (beyond it the ratio is unbounded), "
+                f"found {self.upper.slope:g}"
+            )
+        if not -1.0 < self.steering < 1.0:
+            raise ValueError(f"steering: must be inside (-1, 1), found {self.steering!r}")
+
+    def ratio_bounds(self, old_prob: Any) -> tuple[Any, Any]:
+        """The interval of unclipped importance ratios of tokens whose old probability is ``old_prob``.
+
+        The thresholds are read at the *current* probability p = r * old_prob. Solving r <= 1 + upper(r * old_prob) and
+        r >= 1 - lower(r * old_prob) for r gives bounds that do not depend on the current policy, so no gradient runs
+        through a threshold:
+
+            low = (1 - b_l) / (1 + a_l * old_prob),   high = (1 + b_u) / (1 - a_u * old_prob)
+
+        with intercepts b and slopes a. ``old_prob`` is a float or a tensor of any shape; so are ``low`` and ``high``.
+        Source: arXiv 2602.09782, closed form derived here.
+        """
+        low = (1.0 - self.lower.intercept) / (1.0 + self.lower.slope * old_prob)
+        high = (1.0 + self.upper.intercept) / (1.0 - self.upper.slope * old_prob)
+        return low, high
+
+    def scalars(self) -> tuple[float, float, float, float, float]:
+        """(upper slope, upper intercept, lower slope, lower intercept, steering): what ranks must share, in order."""
+        return (self.upper.slope, self.upper.intercept, self.lower.slope, self.lower.intercept, self.steering)
+
+    @classmethod
+    def from_scalars(cls, scalars: Sequence[float]) -> ClipThresholds:
+        """The inverse of :meth:`scalars`."""
+        upper_slope, upper_intercept, lower_slope, lower_intercept, steering = (float(x) for x in scalars)
+        return cls(
+            AffineThreshold(lower_intercept, lower_slope), AffineThreshold(upper_intercept, upper_slope), steering
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """The step metrics ``clip/upper_slope`` .. ``clip/lower_intercept``."""
+        names = ("clip/upper_slope", "clip/upper_intercept", "clip/lower_slope", "clip/lower_intercept")
+        return dict(zip(names, self.scalars(), strict=False))

@@ -1,0 +1,50 @@
+"""Advantages of a group of completions of one prompt, and the reward shaping that goes with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ADVANTAGES = ("grpo", "grpo-no-std", "rloo")
+
+
+def group_advantages(rewards: Tensor, method: str = "grpo") -> Tensor:
+    """Advantages [P, G] of the ``rewards`` [P, G] (float) of G completions of each of P prompts.
+
+    - ``grpo``: (reward - mean) / (std + 1e-6), with the sample standard deviation. arXiv 2402.03300, section 4.1.
+    - ``grpo-no-std``: reward - mean. Dr.GRPO, arXiv 2503.20783.
+    - ``rloo``: reward - mean of the other completions of the group. arXiv 2402.14740, section 2.
+
+    A group whose rewards are all equal gets exactly 0: rounding in the mean must not be blown up by a tiny deviation.
+    Raises ValueError for an unknown method, another shape, and groups of fewer than two.
+    """
+    if method not in ADVANTAGES:
+        raise ValueError(f"advantages: unknown method {method!r}; valid: {', '.join(ADVANTAGES)}")
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(
+            f"advantages: rewards must be [prompts, completions] with at least 2 completions a prompt, "
+            f"found shape {list(rewards.shape)}"
+        )
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if method == "grpo":
+        centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
+    elif method == "rloo":
+        centred = centred * (rewards.shape[1] / (rewards.shape[1] - 1))
+    return torch.where(informative_groups(rewards)[:, None], centred, torch.zeros_like(centred))
+
+
+def informative_groups(rewards: Tensor) -> Tensor:
+    """Which groups of ``rewards`` [P, G] differ within themselves, bool [P]: the others carry no gradient (DAPO)."""
+    return rewards.amax(dim=1) > rewards.amin(dim=1)
+
+
+def overlong_penalty(lengths: Tensor, max_tokens: int, buffer_tokens: int) -> Tensor:
+    """The length penalty of DAPO, to be added to the reward: [...] for ``lengths`` [...] in response tokens.
+
+    0 up to max_tokens - buffer_tokens, then falling linearly to -1 at max_tokens, -1 beyond. arXiv 2503.14476,
+    equation 13. Raises ValueError unless 0 < buffer_tokens < max_tokens.
+    """
+    if not 0 < buffer_tokens < max_tokens:
+        raise ValueError(f"overlong penalty: needs 0 < buffer_tokens < max_tokens, found {buffer_tokens}, {max_tokens}")
+    over = lengths.to(torch.float32) - (max_tokens - buffer_tokens)
+    return -(over / buffer_tokens).clamp(0.0, 1.0)
