@@ -3,9 +3,11 @@
 // Notation: z is a raw logit, T the temperature, k = 1/T, p = softmax(z k), H = -sum p ln p, a the sampled token,
 // r = pi(a) / pi_old(a) the importance ratio, A the advantage. Everything is fp32, and raw C++17 without torch.
 //
-// A row is summed up by its raw maximum m and sums over x = (z - m) k <= 0. Three reasons for that shape:
+// A row is summed up by its raw maximum m and sums over x = (z - m) k <= 0. Why in this shape:
 // - the maximum is subtracted before the temperature is applied, so that logits of scale 100 lose nothing to rounding;
-// - the entropy, ln(sum e^x) - (sum x e^x)/(sum e^x), adds two terms that are never negative: nothing cancels;
+// - sum e^x is kept as *excess* = sum e^x - 1, summed without the maximum's own e^0, so that ln sum e^x = log1p(excess)
+//   and 1 - p of an almost sure token (most tokens, late in training) keep their relative accuracy;
+// - the entropy, log1p(excess) - (sum x e^x) / (1 + excess), adds two terms that are never negative: nothing cancels;
 // - two of them merge exactly, whether they come from lanes, slices of a row or tensor-parallel shards.
 #pragma once
 #include <cmath>
@@ -28,12 +30,13 @@ constexpr int64_t kIgnoredTarget = -100;
 
 // ---------------------------------------------------------------------------------------------- statistics of a row
 
+// Of no logits at all, or of none but -inf: the maximum is -inf, and the excess means nothing.
 struct RowSums {
-  float maximum = -INFINITY;         // m, in raw logits; -inf where nothing finite was seen yet
-  float exponential = 0.0f;          // sum e^x
-  float exponential_x = 0.0f;        // sum e^x x
-  float squared = 0.0f;              // sum e^2x         second moments, used only where asked for
-  float squared_x = 0.0f;            // sum e^2x x
+  float maximum = -INFINITY;     // m, in raw logits
+  float excess = 0.0f;           // sum e^x - 1
+  float exponential_x = 0.0f;    // sum e^x x
+  float squared_excess = 0.0f;   // sum e^2x - 1     second moments, used only where asked for
+  float squared_x = 0.0f;        // sum e^2x x
 };
 
 // What is subtracted from logits: an all -inf stretch has no maximum to subtract (-inf - -inf is NaN), and any number
@@ -43,76 +46,79 @@ MEGATRON_RLVR_FORMULA float shift_of(float maximum) { return maximum == -INFINIT
 // x, safe to multiply by a power of e^x that may be 0.
 MEGATRON_RLVR_FORMULA float clamped_exponent(float x) { return x > kLowestExponent ? x : kLowestExponent; }
 
-// The sums re-expressed relative to another shift, at least as large as the own maximum.
+// Makes `maximum`, which is at least the own one, the shift of the sums; the maximum itself is not in them yet. So what
+// was the old maximum's own e^0 enters the excess: (1 + excess) e^difference.
 template <bool kSecondMoments>
-MEGATRON_RLVR_FORMULA RowSums rescaled(const RowSums& sums, float maximum, float inverse_temperature) {
+MEGATRON_RLVR_FORMULA void raise_maximum(RowSums& sums, float maximum, float inverse_temperature) {
   const float difference = (sums.maximum - shift_of(maximum)) * inverse_temperature;
   const float scale = expf(difference);
   const float offset = clamped_exponent(difference);
-  RowSums out;
-  out.maximum = maximum;
-  out.exponential = sums.exponential * scale;
-  out.exponential_x = (sums.exponential_x + sums.exponential * offset) * scale;
+  const float exponential = 1.0f + sums.excess;
+  sums.maximum = maximum;
+  sums.excess = exponential * scale;
+  sums.exponential_x = (sums.exponential_x + exponential * offset) * scale;
   if (kSecondMoments) {
+    const float squared = 1.0f + sums.squared_excess;
     const float scale_squared = scale * scale;
-    out.squared = sums.squared * scale_squared;
-    out.squared_x = (sums.squared_x + sums.squared * offset) * scale_squared;
+    sums.squared_excess = squared * scale_squared;
+    sums.squared_x = (sums.squared_x + squared * offset) * scale_squared;
   }
-  return out;
 }
 
-// Statistics of the union of two disjoint sets of logits; exact up to rounding, commutative, NaN if either has one.
+// Statistics of the union of two disjoint sets of logits: exact up to rounding, NaN if either has one.
 template <bool kSecondMoments>
 MEGATRON_RLVR_FORMULA RowSums merged(const RowSums& a, const RowSums& b, float inverse_temperature) {
-  const float maximum = a.maximum > b.maximum ? a.maximum : b.maximum;
-  const RowSums left = rescaled<kSecondMoments>(a, maximum, inverse_temperature);
-  const RowSums right = rescaled<kSecondMoments>(b, maximum, inverse_temperature);
-  RowSums out;
-  out.maximum = maximum;
-  out.exponential = left.exponential + right.exponential;
-  out.exponential_x = left.exponential_x + right.exponential_x;
+  const bool a_leads = a.maximum >= b.maximum;
+  RowSums out = a_leads ? a : b;
+  RowSums other = a_leads ? b : a;
+  raise_maximum<kSecondMoments>(other, out.maximum, inverse_temperature);
+  out.excess += other.excess;
+  out.exponential_x += other.exponential_x;
   if (kSecondMoments) {
-    out.squared = left.squared + right.squared;
-    out.squared_x = left.squared_x + right.squared_x;
+    out.squared_excess += other.squared_excess;
+    out.squared_x += other.squared_x;
   }
   return out;
 }
 
 // A row can be normalised iff this holds: NaN, +inf and rows of nothing but -inf fail it.
 MEGATRON_RLVR_FORMULA bool is_normalisable(const RowSums& sums) {
-  return sums.exponential >= 0.5f && sums.exponential < INFINITY;  // the maximum itself contributes e^0 = 1
+  return sums.maximum > -INFINITY && sums.maximum < INFINITY && sums.excess < INFINITY;
 }
 
 // ln sum e^x: ln p = x - log_normaliser.
-MEGATRON_RLVR_FORMULA float log_normaliser(const RowSums& sums) { return logf(sums.exponential); }
+MEGATRON_RLVR_FORMULA float log_normaliser(const RowSums& sums) { return log1pf(sums.excess); }
 
+// ln p of one logit, of the target above all.
 MEGATRON_RLVR_FORMULA float log_probability(float logit, float maximum, float log_normaliser, float inverse_temperature) {
   return (logit - maximum) * inverse_temperature - log_normaliser;
 }
 
 // H = -sum p ln p
 MEGATRON_RLVR_FORMULA float entropy(const RowSums& sums) {
-  return logf(sums.exponential) - sums.exponential_x / sums.exponential;
+  return log1pf(sums.excess) - sums.exponential_x / (1.0f + sums.excess);
 }
 
 // sum p^2
 MEGATRON_RLVR_FORMULA float sum_squared_probability(const RowSums& sums) {
-  return sums.squared / (sums.exponential * sums.exponential);
+  const float exponential = 1.0f + sums.excess;
+  return (1.0f + sums.squared_excess) / (exponential * exponential);
 }
 
 // sum p^2 ln p
 MEGATRON_RLVR_FORMULA float sum_squared_probability_logprob(const RowSums& sums) {
-  return (sums.squared_x - sums.squared * logf(sums.exponential)) / (sums.exponential * sums.exponential);
+  const float exponential = 1.0f + sums.excess;
+  return sums.squared_x / (exponential * exponential) - log1pf(sums.excess) * sum_squared_probability(sums);
 }
 
 // ------------------------------------------------------------------------------- gradient of (log-prob, entropy)
 
 // With g, h the gradients of the loss to the row's log-prob and entropy, for every logit z_i with x_i = (z_i - m) k:
-//   d/dz_i = k [ g (1[i = a] - p_i) - h p_i (ln p_i + H) ] = p_i (constant + linear x_i) + 1[i = a] k g
+//   d/dz_i = k [ g (1[i = a] - p_i) - h p_i (ln p_i + H) ]
+// which is p_i (constant + linear x_i) for all but the target.
 struct LogitGradient {
   float constant;
   float linear;
-  float target;  // k g
 };
 
 MEGATRON_RLVR_FORMULA LogitGradient logit_gradient(float gradient_logprob, float gradient_entropy, float log_normaliser,
@@ -120,13 +126,20 @@ MEGATRON_RLVR_FORMULA LogitGradient logit_gradient(float gradient_logprob, float
   LogitGradient out;
   out.constant = inverse_temperature * (gradient_entropy * (log_normaliser - entropy) - gradient_logprob);
   out.linear = -inverse_temperature * gradient_entropy;
-  out.target = inverse_temperature * gradient_logprob;
   return out;
 }
 
 // Gradient to one logit that is not the target's; probability must be e^(x - log_normaliser) of the unclamped x.
 MEGATRON_RLVR_FORMULA float gradient_at(const LogitGradient& gradient, float probability, float x) {
   return probability * (gradient.constant + gradient.linear * clamped_exponent(x));
+}
+
+// Gradient to the target's logit. 1 - p is -expm1(ln p): the difference itself would be noise for a sure token.
+MEGATRON_RLVR_FORMULA float gradient_at_target(float gradient_logprob, float gradient_entropy, float logprob,
+                                               float entropy, float inverse_temperature) {
+  const float probability = expf(logprob);
+  const float from_entropy = probability * (clamped_exponent(logprob) + entropy);
+  return inverse_temperature * (-gradient_logprob * expm1f(logprob) - gradient_entropy * from_entropy);
 }
 
 // ---------------------------------------------------------------------------------------- clipped objective

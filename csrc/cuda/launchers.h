@@ -14,18 +14,21 @@ namespace megatron_rlvr {
 
 enum LogitsType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Columns of a row of partial statistics: RowSums and the target's raw logit, in this order. The target's logit is
-// 0 where the target is not in the shard, so that it adds up over shards; the rest merges as RowSums do.
+// Columns of a row of partial statistics: RowSums and the target's raw logit, which is -inf where the target is not in
+// the shard or is ignored; shards merge as RowSums do, and by the maximum of the target's logit.
 enum PartialColumn : int {
   kMaximum = 0,
-  kExponential = 1,
+  kExcess = 1,
   kExponentialX = 2,
   kTargetLogit = 3,
-  kSquared = 4,
+  kSquaredExcess = 4,
   kSquaredX = 5,
 };
 constexpr int64_t kPartialWidth = 4;             // without second moments
 constexpr int64_t kPartialWidthWithMoments = 6;
+
+// Columns of the row state, all that the gradient needs besides the logits: raw maximum, ln sum e^x, entropy, log-prob.
+constexpr int64_t kStateWidth = 4;
 
 // Report of rows that cannot be normalised or whose target does not exist: int32[2] in device memory, which the caller
 // fills with kNoBadRow; after combine_statistics, [0] is the first row with NaN, +inf or only -inf logits, [1] the first
@@ -55,12 +58,11 @@ struct CombineStatisticsArguments {
   const int64_t* targets;      // [rows] global ids
   int64_t vocabulary;          // of all shards together
   float inverse_temperature;
-  float* logprob;              // [rows]; 0 for ignored targets
-  float* entropy;              // [rows]
-  float* normaliser;           // [rows, 2]: raw maximum m and ln sum e^x, what the gradient needs; lse = m k + ln sum e^x
-  float* sum_squared_prob;           // [rows], null without second moments
-  float* sum_squared_prob_logprob;   // [rows], null without second moments
-  int32_t* bad_rows;           // [2], see kNoBadRow
+  float* logprob;              // [rows]; 0 for ignored targets, NaN for rows that cannot be normalised
+  float* entropy;              // [rows]; NaN likewise
+  float* state;                // [rows, kStateWidth], 16-byte aligned
+  float* moments;              // [2, rows] sum p^2 and sum p^2 ln p; null without second moments
+  int32_t* bad_rows;           // [2], see kNoBadRow, or null for no report
   void* stream;
 };
 
@@ -75,8 +77,7 @@ struct LogitsGradientArguments {
   const int64_t* targets;
   int64_t vocabulary_start;
   float inverse_temperature;
-  const float* normaliser;     // [rows, 2] of combine_statistics
-  const float* entropy;        // [rows] of combine_statistics
+  const float* state;          // [rows, kStateWidth] of combine_statistics, 16-byte aligned
   const float* gradient_logprob;   // [rows] or null for 0
   const float* gradient_entropy;   // [rows] or null for 0; a row with both 0 gets zeros and its logits are not read
   void* stream;
