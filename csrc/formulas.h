@@ -1,0 +1,212 @@
+// Every scalar formula of the operators, once: the CPU path, the CUDA kernels and their emulation on the CPU include it.
+//
+// Notation: z is a raw logit, T the temperature, k = 1/T, p = softmax(z k), H = -sum p ln p, a the sampled token,
+// r = pi(a) / pi_old(a) the importance ratio, A the advantage. Everything is fp32, and raw C++17 without torch.
+//
+// A row is summed up by its raw maximum m and sums over x = (z - m) k <= 0. Why in this shape:
+// - the maximum is subtracted before the temperature is applied, so that logits of scale 100 lose nothing to rounding;
+// - sum e^x is kept as *excess* = sum e^x - 1, summed without the maximum's own e^0, so that ln sum e^x = log1p(excess)
+//   and 1 - p of an almost sure token (most tokens, late in training) keep their relative accuracy;
+// - the entropy, log1p(excess) - (sum x e^x) / (1 + excess), adds two terms that are never negative: nothing cancels;
+// - two of them merge exactly, whether they come from lanes, slices of a row or tensor-parallel shards.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MEGATRON_RLVR_FORMULA __host__ __device__ __forceinline__
+#else
+#define MEGATRON_RLVR_FORMULA inline
+#endif
+
+namespace megatron_rlvr {
+
+// e^x is 0 in fp32 long before this, so a product x e^x with x clamped here is 0 where x = -inf would make it NaN.
+// The clamp loses no NaN: e^x is taken of the unclamped x.
+constexpr float kLowestExponent = -1.0e4f;
+
+// A target that is ignored (padding, prompt): its log-prob is 0 and has no gradient; the row's entropy is still exact.
+constexpr int64_t kIgnoredTarget = -100;
+
+// ---------------------------------------------------------------------------------------------- statistics of a row
+
+// Of no logits at all, or of none but -inf: the maximum is -inf, and the excess means nothing.
+struct RowSums {
+  float maximum = -INFINITY;     // m, in raw logits
+  float excess = 0.0f;           // sum e^x - 1
+  float exponential_x = 0.0f;    // sum e^x x
+  float squared_excess = 0.0f;   // sum e^2x - 1     second moments, used only where asked for
+  float squared_x = 0.0f;        // sum e^2x x
+};
+
+// What is subtracted from logits: an all -inf stretch has no maximum to subtract (-inf - -inf is NaN), and any number
+// will do since e^-inf is 0 all the same.
+MEGATRON_RLVR_FORMULA float shift_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+// x, safe to multiply by a power of e^x that may be 0.
+MEGATRON_RLVR_FORMULA float clamped_exponent(float x) { return x > kLowestExponent ? x : kLowestExponent; }
+
+// Makes `maximum`, which is at least the own one, the shift of the sums; the maximum itself is not in them yet. So what
+// was the old maximum's own e^0 enters the excess: (1 + excess) e^difference.
+template <bool kSecondMoments>
+MEGATRON_RLVR_FORMULA void raise_maximum(RowSums& sums, float maximum, float inverse_temperature) {
+  const float difference = (sums.maximum - shift_of(maximum)) * inverse_temperature;
+  const float scale = expf(difference);
+  const float offset = clamped_exponent(difference);
+  const float exponential = 1.0f + sums.excess;
+  sums.maximum = maximum;
+  sums.excess = exponential * scale;
+  sums.exponential_x = (sums.exponential_x + exponential * offset) * scale;
+  if (kSecondMoments) {
+    const float squared = 1.0f + sums.squared_excess;
+    const float scale_squared = scale * scale;
+    sums.squared_excess = squared * scale_squared;
+    sums.squared_x = (sums.squared_x + squared * offset) * scale_squared;
+  }
+}
+
+// Statistics of the union of two disjoint sets of logits: exact up to rounding, NaN if either has one.
+template <bool kSecondMoments>
+MEGATRON_RLVR_FORMULA RowSums merged(const RowSums& a, const RowSums& b, float inverse_temperature) {
+  const bool a_leads = a.maximum >= b.maximum;
+  RowSums out = a_leads ? a : b;
+  RowSums other = a_leads ? b : a;
+  raise_maximum<kSecondMoments>(other, out.maximum, inverse_temperature);
+  out.excess += other.excess;
+  out.exponential_x += other.exponential_x;
+  if (kSecondMoments) {
+    out.squared_excess += other.squared_excess;
+    out.squared_x += other.squared_x;
+  }
+  return out;
+}
+
+// A row can be normalised iff this holds: NaN, +inf and rows of nothing but -inf fail it.
+MEGATRON_RLVR_FORMULA bool is_normalisable(const RowSums& sums) {
+  return sums.maximum > -INFINITY && sums.maximum < INFINITY && sums.excess < INFINITY;
+}
+
+// ln sum e^x: ln p = x - log_normaliser.
+MEGATRON_RLVR_FORMULA float log_normaliser(const RowSums& sums) { return log1pf(sums.excess); }
+
+// ln p of one logit, of the target above all.
+MEGATRON_RLVR_FORMULA float log_probability(float logit, float maximum, float log_normaliser, float inverse_temperature) {
+  return (logit - maximum) * inverse_temperature - log_normaliser;
+}
+
+// H = -sum p ln p
+MEGATRON_RLVR_FORMULA float entropy(const RowSums& sums) {
+  return log1pf(sums.excess) - sums.exponential_x / (1.0f + sums.excess);
+}
+
+// sum p^2
+MEGATRON_RLVR_FORMULA float sum_squared_probability(const RowSums& sums) {
+  const float exponential = 1.0f + sums.excess;
+  return (1.0f + sums.squared_excess) / (exponential * exponential);
+}
+
+// sum p^2 ln p
+MEGATRON_RLVR_FORMULA float sum_squared_probability_logprob(const RowSums& sums) {
+  const float exponential = 1.0f + sums.excess;
+  return sums.squared_x / (exponential * exponential) - log1pf(sums.excess) * sum_squared_probability(sums);
+}
+
+// ------------------------------------------------------------------------------- gradient of (log-prob, entropy)
+
+// With g, h the gradients of the loss to the row's log-prob and entropy, for every logit z_i with x_i = (z_i - m) k:
+//   d/dz_i = k [ g (1[i = a] - p_i) - h p_i (ln p_i + H) ]
+// which is p_i (constant + linear x_i) for all but the target.
+struct LogitGradient {
+  float constant;
+  float linear;
+};
+
+MEGATRON_RLVR_FORMULA LogitGradient logit_gradient(float gradient_logprob, float gradient_entropy, float log_normaliser,
+                                                   float entropy, float inverse_temperature) {
+  LogitGradient out;
+  out.constant = inverse_temperature * (gradient_entropy * (log_normaliser - entropy) - gradient_logprob);
+  out.linear = -inverse_temperature * gradient_entropy;
+  return out;
+}
+
+// Gradient to one logit that is not the target's; probability must be e^(x - log_normaliser) of the unclamped x.
+MEGATRON_RLVR_FORMULA float gradient_at(const LogitGradient& gradient, float probability, float x) {
+  return probability * (gradient.constant + gradient.linear * clamped_exponent(x));
+}
+
+// Gradient to the target's logit. 1 - p is -expm1(ln p): the difference itself would be noise for a sure token.
+MEGATRON_RLVR_FORMULA float gradient_at_target(float gradient_logprob, float gradient_entropy, float logprob,
+                                               float entropy, float inverse_temperature) {
+  const float probability = expf(logprob);
+  const float from_entropy = probability * (clamped_exponent(logprob) + entropy);
+  return inverse_temperature * (-gradient_logprob * expm1f(logprob) - gradient_entropy * from_entropy);
+}
+
+// ---------------------------------------------------------------------------------------- clipped objective
+
+// The four scalars of a step (design.md section 2): eps(p) = intercept + slope p for the lower and the upper threshold.
+// The caller has checked that both closed forms exist for p in [0, 1]: slopes in (-1, ...) below, (..., 1) above.
+struct ClipScalars {
+  float lower_intercept;
+  float lower_slope;
+  float upper_intercept;
+  float upper_slope;
+};
+
+struct RatioBounds {
+  float low;
+  float high;
+};
+
+// r >= 1 - eps_lower(r p_old) and r <= 1 + eps_upper(r p_old), solved for r: constant in theta, so no gradient here.
+MEGATRON_RLVR_FORMULA RatioBounds ratio_bounds(const ClipScalars& clip, float old_probability) {
+  RatioBounds bounds;
+  bounds.low = (1.0f - clip.lower_intercept) / (1.0f + clip.lower_slope * old_probability);
+  bounds.high = (1.0f + clip.upper_intercept) / (1.0f - clip.upper_slope * old_probability);
+  return bounds;
+}
+
+enum class Gate : int { kOpen = 0, kClippedHigh = 1, kClippedLow = 2 };
+
+// Where the objective is flat in theta: above the upper bound for A > 0, under the lower one for A < 0.
+MEGATRON_RLVR_FORMULA Gate gate(float ratio, float advantage, const RatioBounds& bounds) {
+  if (advantage > 0.0f && ratio > bounds.high) return Gate::kClippedHigh;
+  if (advantage < 0.0f && ratio < bounds.low) return Gate::kClippedLow;
+  return Gate::kOpen;
+}
+
+// min(r A, clip(r, low, high) A); A = 0 gives 0 even where the ratio overflowed.
+MEGATRON_RLVR_FORMULA float clipped_objective(float ratio, float advantage, const RatioBounds& bounds) {
+  if (advantage == 0.0f) return 0.0f;
+  const Gate state = gate(ratio, advantage, bounds);
+  if (state == Gate::kClippedHigh) return bounds.high * advantage;
+  if (state == Gate::kClippedLow) return bounds.low * advantage;
+  return ratio * advantage;
+}
+
+// d objective / d ln pi(a): r A where the gate is open (d r = r d ln pi), else 0.
+MEGATRON_RLVR_FORMULA float objective_gradient(float ratio, float advantage, const RatioBounds& bounds) {
+  if (advantage == 0.0f) return 0.0f;
+  return gate(ratio, advantage, bounds) == Gate::kOpen ? ratio * advantage : 0.0f;
+}
+
+// ---------------------------------------------------------------------------------------- entropy regions
+
+// 1 to 4 for E1 to E4 (E1 and E4 lower entropy, E2 and E3 raise it), 0 for a token in none: A = 0, or -ln p = H.
+MEGATRON_RLVR_FORMULA int entropy_region(float logprob, float entropy, float advantage) {
+  const float surprise = -logprob;
+  if (!(surprise < entropy || surprise > entropy)) return 0;
+  if (advantage > 0.0f) return surprise < entropy ? 1 : 2;
+  if (advantage < 0.0f) return surprise < entropy ? 3 : 4;
+  return 0;
+}
+
+// First-order change of the entropy for a step that raises ln pi(a) by a unit gradient, up to the learning rate:
+// -[ p_a (ln p_a + H) - sum p^2 (ln p + H) ]; the change of one token's objective is this times r A.
+MEGATRON_RLVR_FORMULA float entropy_change_coefficient(float logprob, float entropy, float sum_squared_probability,
+                                                       float sum_squared_probability_logprob) {
+  const float own = expf(logprob) * (logprob + entropy);
+  return sum_squared_probability_logprob + entropy * sum_squared_probability - own;
+}
+
+}  // namespace megatron_rlvr

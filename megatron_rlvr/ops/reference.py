@@ -1,0 +1,202 @@
+"""The eager reference of every operator: the formulas in plain torch, on any device.
+
+It is what runs where nothing is compiled, and what the compiled kernels are tested against (next to float64).
+Notation, per row (one token): x are the logits as they lie, beta = 1 / temperature, M = max x over the whole
+vocabulary, d_j = beta (x_j - M) <= 0, S = sum_j e^(d_j), p_j = e^(d_j) / S.
+
+Two choices make the results exact where training spends most of its tokens, on rows that are almost sure:
+sums run over shifted d, so that nothing of size M cancels, and S is kept as *excess* = S - 1, summed without the
+maximum's own 1, so that ln S = log1p(excess) and 1 - p of a sure token keep their relative accuracy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Columns of the partials of a row, the only numbers that tensor-parallel ranks exchange.
+MAXIMUM, EXCESS, SHIFTED, TARGET, SQUARED_EXCESS, SQUARED_SHIFTED = range(6)
+# Columns of the row state, all that is saved for the gradient.
+STATE_MAXIMUM, STATE_LOG_SUM, STATE_ENTROPY, STATE_LOGPROB = range(4)
+NOT_A_TARGET = -100  # the target of a row that has none, as in torch.nn.functional.cross_entropy
+
+
+def row_statistics(
+    logits: Tensor, targets: Tensor, vocab_start: int, vocab_size: int, inverse_temperature: float, second_moments: bool
+) -> Tensor:
+    """Reduce each row of one vocabulary shard to the few numbers from which the statistics of the whole row follow.
+
+    ``logits`` [T, V/tp] of any floating type, ``targets`` int64 [T] ids in [0, vocab_size) or -100, ``vocab_start``
+    the id of column 0. Returns float32 [T, 4], or [T, 6] with ``second_moments``: the maximum logit m; excess =
+    sum_j e^(beta (x_j - m)) - 1; shifted = sum_j d_j e^(d_j) with d_j = beta (x_j - m); the target's logit, -inf where
+    it is not in this shard; and the same excess and shifted sum of squares, sum_j e^(2 d_j) - 1 and
+    sum_j d_j e^(2 d_j).
+    """
+    if targets.device.type == "cpu":
+        check_targets(targets, vocab_size)
+    width = logits.shape[1]
+    x = logits.float()
+    maximum, position = x.max(dim=-1, keepdim=True)
+    shifted = (x - maximum).mul_(inverse_temperature)
+    shifted = torch.where(x == -torch.inf, torch.full_like(shifted, -torch.inf), shifted)  # 0 * inf, -inf - -inf
+    exponential = shifted.exp()
+    product = torch.where(exponential > 0, shifted * exponential, exponential)  # e = 0 adds 0; a NaN stays one
+    others = exponential.scatter(-1, position, 0.0)  # without the maximum's own 1: see the head of this file
+    local = targets - vocab_start
+    inside = (local >= 0) & (local < width) & (targets >= 0)
+    picked = x.gather(-1, local.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
+    columns = [
+        maximum.squeeze(-1),
+        others.sum(-1),
+        product.sum(-1),
+        torch.where(inside, picked, torch.full_like(picked, -torch.inf)),
+    ]
+    if second_moments:
+        columns += [others.square().sum(-1), (product * exponential).sum(-1)]
+    return torch.stack(columns, dim=-1)
+
+
+def token_statistics(
+    logits: Tensor, targets: Tensor, gathered: Tensor, vocab_start: int, inverse_temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Combine the partials of every shard into log-prob, entropy, the row state and, if there, the second moments.
+
+    ``gathered`` float32 [W, T, 4 or 6] from :func:`row_statistics` of the W shards. Returns log-prob [T], entropy [T],
+    state [T, 4] and moments [2, T] (sum p^2 and sum p^2 ln p; [0, T] when they were not asked for), all float32.
+    Log-prob is 0 for a row without target. ``logits`` and ``targets`` are there for autograd, which differentiates
+    this function with :func:`logits_gradient`. On the CPU a row that holds NaN or +inf, or nothing above -inf, raises
+    RuntimeError; elsewhere its results are NaN, because a check would wait for the device.
+    """
+    partials = gathered.double()
+    local_maximum = partials[..., MAXIMUM]
+    maximum, leader = local_maximum.max(dim=0, keepdim=True)
+    delta = inverse_temperature * (local_maximum - maximum)  # 0 for the leader, -inf for a shard of -inf only
+    delta = torch.where(local_maximum == maximum, torch.zeros_like(delta), delta)
+    scale = delta.exp()
+
+    def merge(excess_column: int, shifted_column: int, power: int) -> tuple[Tensor, Tensor]:
+        shard_excess, weight = partials[..., excess_column], scale**power
+        # Every shard holds 1 + excess; the leader's 1 is the maximum's own and stays out of the sum.
+        without_own = torch.ones_like(scale).scatter(0, leader, 0.0)
+        excess = ((without_own + shard_excess) * weight).sum(0)
+        moved = torch.where(weight > 0, delta * (1 + shard_excess), torch.zeros_like(delta))
+        return excess, ((partials[..., shifted_column] + moved) * weight).sum(0)
+
+    excess, shifted = merge(EXCESS, SHIFTED, 1)
+    top = maximum.squeeze(0)
+    log_sum = torch.log1p(excess)
+    entropy = log_sum - shifted / (1 + excess)
+    target = partials[..., TARGET].amax(0)
+    logprob = inverse_temperature * (target - top) - log_sum
+    logprob = torch.where(targets >= 0, logprob, torch.zeros_like(logprob))
+    broken = ~(torch.isfinite(top) & torch.isfinite(log_sum))
+    if logits.device.type == "cpu":
+        check_rows(broken)
+    logprob = torch.where(broken, torch.full_like(logprob, torch.nan), logprob)
+    entropy = torch.where(broken, torch.full_like(entropy, torch.nan), entropy)
+    state = torch.stack([top, log_sum, entropy, logprob], dim=-1).float()
+    moments = partials.new_empty((0, partials.shape[1]))
+    if partials.shape[-1] > SQUARED_EXCESS:
+        square_excess, square_shifted = merge(SQUARED_EXCESS, SQUARED_SHIFTED, 2)
+        square = (1 + square_excess) / (1 + excess) ** 2
+        moments = torch.stack([square, square_shifted / (1 + excess) ** 2 - log_sum * square])
+    return logprob.float(), entropy.float(), state, moments.float()
+
+
+def logits_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    state: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+    vocab_start: int,
+    inverse_temperature: float,
+) -> Tensor:
+    """The gradient of both statistics with respect to one vocabulary shard of the logits, recomputed from the logits.
+
+    ``state`` is from :func:`token_statistics`, ``grad_logprob`` (g) and ``grad_entropy`` (h) are float32 [T]. Returns
+    [T, V/tp] in the logits' type:
+        beta * (g (1[j = target] - p_j) - h p_j (ln p_j + H)).
+    At the target 1 - p is -expm1(log-prob), which keeps relative accuracy where p is almost 1.
+    """
+    width = logits.shape[-1]
+    maximum, log_sum, entropy, logprob = state.unbind(-1)
+    g, h = grad_logprob.unsqueeze(-1), grad_entropy.unsqueeze(-1)
+    has_target = targets >= 0
+    g = torch.where(has_target.unsqueeze(-1), g, torch.zeros_like(g))
+    logp = (logits.float() - maximum.unsqueeze(-1)) * inverse_temperature - log_sum.unsqueeze(-1)
+    prob = logp.exp()
+    gradient = prob * (-g - h * (logp + entropy.unsqueeze(-1)))
+    gradient = torch.where(prob == 0, prob, gradient)  # p ln p = 0 at p = 0, also where ln p = -inf
+    local = targets - vocab_start
+    inside = (has_target & (local >= 0) & (local < width)).unsqueeze(-1)
+    column = local.clamp(0, width - 1).unsqueeze(-1)
+    target_prob = logprob.exp()
+    spread = torch.where(target_prob > 0, target_prob * (logprob + entropy), target_prob)
+    at_target = g * -torch.expm1(logprob.unsqueeze(-1)) - h * spread.unsqueeze(-1)
+    gradient.scatter_(-1, column, torch.where(inside, at_target, gradient.gather(-1, column)))
+    return gradient.mul_(inverse_temperature).to(logits.dtype)
+
+
+def clipped_objective(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    entropy: Tensor | None,
+    upper_slope: float,
+    upper_intercept: float,
+    lower_slope: float,
+    lower_intercept: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The clipped objective of each token, its derivative with respect to log-prob, and the counts, in one pass.
+
+    Everything float32 [T], ``mask`` bool [T]. With r = e^(logprob - old_logprob) and the bounds low, high that the
+    thresholds imply (arXiv 2602.09782, in closed form: low = (1 - b_l) / (1 + a_l p_old), high = (1 + b_u) /
+    (1 - a_u p_old)): objective = weight * min(r A, clip(r, low, high) A). Returns objective [T], derivative [T]
+    (weight * r A inside the bounds, 0 where the clip holds) and counts int64 [6]: tokens clipped high (A > 0, r >
+    high), clipped low (A < 0, r < low), and tokens in the regions E1 to E4 (0 without ``entropy``). Masked tokens give
+    0 and count nowhere, whatever they hold.
+    """
+    old_prob = old_logprob.exp()
+    ratio = (logprob - old_logprob).exp()
+    high = (1.0 + upper_intercept) / (1.0 - upper_slope * old_prob)
+    low = (1.0 - lower_intercept) / (1.0 + lower_slope * old_prob)
+    kept = torch.ones_like(advantage, dtype=torch.bool) if mask is None else mask
+    up, down = kept & (advantage > 0), kept & (advantage < 0)
+    clip_high, clip_low = up & (ratio > high), down & (ratio < low)
+    bounded = torch.where(clip_high, high, torch.where(clip_low, low, ratio))
+    scale = advantage if weight is None else advantage * weight
+    active = up | down | (kept & torch.isnan(advantage))  # A = 0 gives 0 even where r overflows
+    zero = torch.zeros_like(ratio)
+    objective = torch.where(active, bounded * scale, zero)
+    derivative = torch.where(active & ~clip_high & ~clip_low, ratio * scale, zero)
+    counts = [clip_high.sum(), clip_low.sum()]
+    if entropy is None:
+        counts += [torch.zeros_like(counts[0])] * 4
+    else:
+        common, rare = -logprob < entropy, -logprob > entropy
+        counts += [(up & common).sum(), (up & rare).sum(), (down & common).sum(), (down & rare).sum()]
+    return objective, derivative, torch.stack(counts)
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """Raise ValueError when a target is neither an id of the vocabulary nor -100."""
+    bad = ((targets < 0) & (targets != NOT_A_TARGET)) | (targets >= vocab_size)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"targets: must be ids in [0, {vocab_size}) or {NOT_A_TARGET} for a row without target, "
+            f"found {int(targets[row])} in row {row}"
+        )
+
+
+def check_rows(broken: Tensor) -> None:
+    """Raise RuntimeError naming the rows of the logits that are no distribution."""
+    if broken.any():
+        rows = broken.nonzero().flatten().tolist()
+        raise RuntimeError(
+            f"logits: {len(rows)} of {broken.numel()} rows hold NaN or +inf, or nothing above -inf: "
+            f"rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}"
+        )

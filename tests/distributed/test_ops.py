@@ -1,0 +1,124 @@
+"""token_statistics over tensor-parallel groups of real gloo processes."""
+
+import os
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megatron_rlvr import ops
+
+ROWS, VOCABULARY = 12, 4096
+TIMEOUT_S = 120
+
+
+def start(rank, world, port, work, arguments):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        work(rank, world, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def run(work, world, *arguments):
+    """Run ``work(rank, world, *arguments)`` in ``world`` gloo processes; a failure in any is raised here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.start_processes(
+        start, args=(world, port, work, arguments), nprocs=world, join=False, start_method="fork"
+    )
+    end = time.monotonic() + TIMEOUT_S
+    while not context.join(timeout=1):
+        if time.monotonic() > end:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{world} gloo processes did not finish in {TIMEOUT_S} s")
+
+
+def make(scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(ROWS, VOCABULARY, generator=generator) * scale
+    targets = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    eighth, half = VOCABULARY // 8, VOCABULARY // 2
+    edges = torch.tensor([0, eighth - 1, eighth, half - 1, half, VOCABULARY - 1])
+    targets[: len(edges)] = edges
+    targets[6:8] = logits[6:8].argmax(-1)
+    targets[8] = -100
+    logits[9, : VOCABULARY // 2] = -torch.inf  # the first half of the ranks hold nothing of this row
+    targets[9] = VOCABULARY - 3
+    return logits, targets, torch.randn(ROWS, generator=generator), torch.randn(ROWS, generator=generator)
+
+
+def statistics(logits, targets, g, h, group, **options):
+    leaf = logits.clone().requires_grad_()
+    found = ops.token_statistics(leaf, targets, group=group, temperature=0.9, second_moments=True, **options)
+    torch.autograd.backward([found.logprob, found.entropy], [g, h])
+    return found, leaf.grad
+
+
+def check_agreement(rank, world, scale, seed, dtype):
+    logits, targets, g, h = make(scale, seed)
+    logits = logits.to(dtype)
+    whole, whole_gradient = statistics(logits, targets, g, h, None)
+    width = VOCABULARY // world
+    part = slice(rank * width, (rank + 1) * width)
+    calls = []
+    original = dist.all_gather_into_tensor
+    dist.all_gather_into_tensor = lambda *a, **k: (calls.append(a), original(*a, **k))[1]
+    found, gradient = statistics(logits[:, part].contiguous(), targets, g, h, dist.group.WORLD)
+    dist.all_gather_into_tensor = original
+    assert len(calls) == 1, "one collective a call, none for the gradient"
+    for name in ("logprob", "entropy", "sum_squared_prob", "sum_squared_prob_logprob"):
+        mine, reference = getattr(found, name), getattr(whole, name)
+        spacing = torch.finfo(torch.float32).eps * reference.abs()  # beyond 8 nats float32 is spaced by 1e-6 or more
+        assert ((mine - reference).abs() <= torch.maximum(spacing, torch.tensor(1e-6))).all(), name
+        everyone = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(everyone, mine.detach().contiguous())
+        assert all(torch.equal(other, mine) for other in everyone), "the same bits on every rank"
+    if dtype == torch.float32:
+        torch.testing.assert_close(gradient, whole_gradient[:, part], rtol=1e-5, atol=1e-7)
+    else:
+        torch.testing.assert_close(gradient, whole_gradient[:, part], rtol=2**-7, atol=1e-7)
+
+
+def check_broken_shard(rank, world):
+    """A NaN that only one rank holds, and a target out of range, raise on every rank, so none waits for another."""
+    logits, targets, *_ = make(1.0, 0)
+    shard = logits.chunk(world, -1)[rank].contiguous()
+    if rank == 1:
+        shard[5, 3] = torch.nan
+    with pytest.raises(RuntimeError, match="rows 5"):
+        ops.token_statistics(shard, targets, group=dist.group.WORLD)
+    targets[2] = VOCABULARY
+    with pytest.raises((ValueError, RuntimeError), match=f"found {VOCABULARY} in row 2"):
+        ops.token_statistics(shard, targets, group=dist.group.WORLD)
+
+
+def check_groups(rank, world):
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    logits, targets, g, h = make(3.0, rank // 2)
+    found, _ = statistics(logits.chunk(2, -1)[rank % 2].contiguous(), targets, g, h, groups[rank // 2])
+    whole, _ = statistics(logits, targets, g, h, None)
+    torch.testing.assert_close(found.entropy, whole.entropy, rtol=2e-7, atol=1e-6)
+    with pytest.raises(ValueError, match=r"group: this process .* is not one of its members"):
+        ops.token_statistics(logits, targets, group=groups[1 - rank // 2])
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize(("scale", "dtype"), [(3.0, torch.float32), (100.0, torch.float32), (3.0, torch.bfloat16)])
+def test_shards_agree_with_the_whole(world, scale, dtype):
+    run(check_agreement, world, scale, world, dtype)
+
+
+def test_broken_shard_raises_everywhere():
+    run(check_broken_shard, 2)
+
+
+def test_subgroups():
+    run(check_groups, 4)
