@@ -1,5 +1,6 @@
 """Mathematical answers, compared by value with math-verify."""
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,9 @@ def _plain(text: str) -> str:
 def _equal(reference: str, candidate: str, *, boxed: bool) -> bool:
     # Imported at the first use: it brings sympy, which only workers of this verifier should pay for.
     from math_verify import parse, verify
+
+    # It warns that its time limit is off in every process that uses it; the pool has a limit of its own.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     gold = parse(f"\\boxed{{{reference.strip('$')}}}", parsing_timeout=None)
     if not gold:

@@ -94,7 +94,7 @@ class VerifierPool:
             if verdict.status != "ok" and verdict.status not in self._warned:
                 self._warned.add(verdict.status)
                 logger.warning(
-                    "a completion was not verified (%s): %s; it gets reward 0 (said once; VerifierPool.counts counts them)",
+                    "a completion was not verified (%s): %s; reward 0 (said once; VerifierPool.counts has them all)",
                     verdict.status,
                     verdict.detail,
                 )

@@ -26,15 +26,16 @@ def main(descriptor: int) -> None:
         memory_mb, timeout_s, pickled_verifier = pickle.loads(frames.pop(0))
         # Data, not address space: libraries mapped from files are shared and cost no memory of this process.
         limit = memory_mb << 20
+        _, already = resource.getrlimit(resource.RLIMIT_DATA)
+        if already != resource.RLIM_INFINITY:
+            limit = min(limit, already)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         # A core file of every crash would fill a disk over a night.
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
             verifier = pickle.loads(pickled_verifier)
         except Exception as error:
-            _reply(
-                connection, UserError(f"a verifier worker cannot load the verifier: {type(error).__name__}: {error}")
-            )
+            _reply(connection, UserError(f"a worker process cannot load the verifier: {type(error).__name__}: {error}"))
             return
         _reply(connection, None)
         while True:
