@@ -1,0 +1,144 @@
+"""Make Countdown problems: reach a target from 3 or 4 numbers with + - * and /, each number used once.
+
+    python examples/quickstart/countdown.py --output runs/quickstart/data
+
+writes train.jsonl and heldout.jsonl with lines such as
+{"prompt": "3 5 7 : 22 >", "answer": {"numbers": [3, 5, 7], "target": 22}}. A right answer is "3*5=15;15+7=22".
+Every problem is solvable: it is the outcome of a random play. The same seed gives the same files.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+LARGEST_NUMBER = 9  # of those given
+LARGEST_VALUE = 99  # of a target or an intermediate value; the smallest is 1
+SIGNS = ("+", "-", "*", "/")
+PLUS, MINUS, TIMES, DIVIDE = range(4)
+HELD_OUT_SHARE = 8  # one problem in eight
+
+
+def random_numbers(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+    """Numbers of ``count`` problems, int64 [count, size], uniform in 1..LARGEST_NUMBER."""
+    return rng.integers(1, LARGEST_NUMBER + 1, (count, size))
+
+
+def random_plays(rng: np.random.Generator, numbers: np.ndarray) -> np.ndarray:
+    """One random legal play for each row of numbers [count, size].
+
+    Returns int64 [count, size - 1, 4]: the steps (left, sign, right, value), sign an index into SIGNS. A step takes
+    two of the values at hand at random, then one of the signs that are legal for them; subtraction and division have
+    the larger value on the left, and values stay whole and within 1..LARGEST_VALUE.
+    """
+    count, size = numbers.shape
+    rows = np.arange(count)
+    pool = numbers.copy()
+    steps = np.empty((count, size - 1, 4), dtype=np.int64)
+    for step in range(size - 1):
+        at_hand = size - step
+        i = rng.integers(at_hand, size=count)
+        j = (i + 1 + rng.integers(at_hand - 1, size=count)) % at_hand
+        left, right = pool[rows, i], pool[rows, j]
+        large, small = np.maximum(left, right), np.minimum(left, right)
+        values = np.stack([left + right, large - small, left * right, large // small], axis=1)
+        legal = (values >= 1) & (values <= LARGEST_VALUE)
+        legal[:, DIVIDE] &= large % small == 0
+        # At least one sign is always legal: equal values divide, unequal ones subtract.
+        sign = np.argmax(rng.random((count, 4)) * legal, axis=1)
+        ordered = (sign == MINUS) | (sign == DIVIDE)
+        value = values[rows, sign]
+        steps[:, step] = np.stack(
+            [np.where(ordered, large, left), sign, np.where(ordered, small, right), value], axis=1
+        )
+        # The value takes the place of the left one, and the last value at hand the place of the right one.
+        pool[rows, i] = value
+        pool[rows, j] = pool[:, at_hand - 1]
+    return steps
+
+
+def is_held_out(numbers: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Whether problems belong to the held-out split, bool [count]: by a hash of the sorted numbers and the target, so
+    that no training problem is a held-out one with its numbers in another order.
+    """
+    key = target.astype(np.uint64)
+    for column in np.sort(numbers, axis=1).T:
+        key = key * np.uint64(LARGEST_VALUE + 1) + column.astype(np.uint64)
+    # Fibonacci hashing: the high bits of the product depend on all bits of the key.
+    return (key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32) & np.uint64(0xFFFF) < np.uint64(
+        0x10000 // HELD_OUT_SHARE
+    )
+
+
+def prompt_text(numbers: list[int], target: int) -> str:
+    """The prompt as the model reads it: "3 5 7 : 22 >"."""
+    return f"{' '.join(map(str, numbers))} : {target} >"
+
+
+def play_text(steps: np.ndarray) -> str:
+    """A play [size - 1, 4] as the model writes it: "3*5=15;15+7=22"."""
+    return ";".join(f"{left}{SIGNS[sign]}{right}={value}" for left, sign, right, value in steps.tolist())
+
+
+def make_problems(
+    rng: np.random.Generator, count: int, *, held_out: bool, four_share: float
+) -> list[tuple[list[int], int]]:
+    """``count`` problems (numbers, target) of one split, no two alike, in random order.
+
+    ``four_share`` of them have 4 numbers, the rest 3. Raises ValueError if there are not so many.
+    """
+    problems: list[tuple[list[int], int]] = []
+    four = round(count * four_share)
+    for size, wanted in ((3, count - four), (4, four)):
+        found: dict[tuple[int, ...], tuple[list[int], int]] = {}
+        for _ in range(1000):
+            if len(found) >= wanted:
+                break
+            numbers = random_numbers(rng, 4096, size)
+            target = random_plays(rng, numbers)[:, -1, 3]
+            for row in np.flatnonzero(is_held_out(numbers, target) == held_out):
+                problem = (numbers[row].tolist(), int(target[row]))
+                found.setdefault((*problem[0], problem[1]), problem)
+        if len(found) < wanted:
+            raise ValueError(f"only {len(found)} of {wanted} problems of {size} numbers were found")
+        problems += list(found.values())[:wanted]
+    return [problems[i] for i in rng.permutation(len(problems))]
+
+
+def write_problems(path: Path, problems: list[tuple[list[int], int]]) -> None:
+    """Write problems as JSONL in the plain format of ``megatron_rlvr.data``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for numbers, target in problems:
+            line = {"prompt": prompt_text(numbers, target), "answer": {"numbers": numbers, "target": target}}
+            file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make Countdown problems as JSONL, a training and a held-out split.")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart/data"), help="folder for both files")
+    parser.add_argument("--train", type=int, default=4096, help="number of training problems")
+    parser.add_argument("--held-out", type=int, default=256, help="number of held-out problems")
+    parser.add_argument(
+        "--four-share", type=float, default=0.5, help="share of problems with 4 numbers; the rest has 3"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if not 0 <= arguments.four_share <= 1:
+        parser.error(f"--four-share must lie between 0 and 1, found {arguments.four_share}")
+    if arguments.train < 1 or arguments.held_out < 1 or arguments.seed < 0:
+        parser.error("--train and --held-out must be at least 1, --seed at least 0")
+    for name, count, held_out in (("train", arguments.train, False), ("heldout", arguments.held_out, True)):
+        rng = np.random.default_rng([arguments.seed, held_out])
+        path = arguments.output / f"{name}.jsonl"
+        try:
+            problems = make_problems(rng, count, held_out=held_out, four_share=arguments.four_share)
+        except ValueError as error:
+            parser.error(f"{error}; ask for fewer")
+        write_problems(path, problems)
+        print(f"{path}: {count} problems")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Prompts with their reference answers, read from JSONL or parquet."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.errors import UserError
+
+# The key of the reference answer, looked for in this order when the configuration does not name one:
+# the plain format, slime's JSONL, verl's parquet (a dot goes into a nested object).
+ANSWER_KEYS = ("answer", "label", "reward_model.ground_truth")
+SOURCE_KEY = "data_source"
+
+_EXPECTED_LINE = 'expected one JSON object a line, such as {"prompt": "3 5 7 : 22 >", "answer": 22}'
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and what is needed to verify a completion of it.
+
+    index: position in the data set, counted from 0. prompt: plain text, or chat messages
+    [{"role": ..., "content": ...}] for the tokenizer's chat template. answer: whatever the verifier reads, as it
+    stands in the file. source: the row's "data_source", or the file's name without its ending.
+    """
+
+    index: int
+    prompt: str | list[dict[str, str]]
+    answer: Any
+    source: str
+
+
+def load_examples(
+    path: str | Path,
+    *,
+    prompt_key: str = "prompt",
+    answer_key: str | None = None,
+    source_key: str = SOURCE_KEY,
+    limit: int | None = None,
+) -> list[Example]:
+    """Read the examples of a ``.jsonl`` or ``.parquet`` file, in file order.
+
+    Keys may be dotted ("reward_model.ground_truth"). Without ``answer_key`` the first row decides which of
+    ``ANSWER_KEYS`` the file uses. Blank lines of a JSONL file are skipped; ``limit`` stops after that many examples.
+    Raises UserError, naming the file and the line or row, for a missing file, an ending that is not known, a line that
+    is no JSON object, a missing key, a prompt that is neither text nor messages, and a file without examples.
+    """
+    path = Path(path)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit of examples must be at least 1, found {limit}")
+    examples: list[Example] = []
+    for where, row in read_rows(path):
+        if answer_key is None:
+            answer_key = _find_answer_key(row, where)
+        answer = _lookup(row, answer_key)
+        if answer is None:
+            raise UserError(_missing_key(where, "answer", answer_key, row))
+        prompt = _lookup(row, prompt_key)
+        if prompt is None:
+            raise UserError(_missing_key(where, "prompt", prompt_key, row))
+        source = _lookup(row, source_key)
+        examples.append(
+            Example(
+                index=len(examples),
+                prompt=_checked_prompt(prompt, where, prompt_key),
+                answer=answer,
+                source=path.stem if source is None else str(source),
+            )
+        )
+        if len(examples) == limit:
+            break
+    if not examples:
+        raise UserError(f"{path}: no examples in the file; {_EXPECTED_LINE}")
+    return examples
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, row) of a JSONL or parquet file; ``where`` names file and line or row for error messages."""
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"{path}: the ending {path.suffix!r} is not known; write a .jsonl or .parquet file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a .jsonl or .parquet file")
+    yield from _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Bytes, decoded line by line: a stray byte is then reported with its line, too.
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            where = f"{path} line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 text (byte {error.start}); {_EXPECTED_LINE}") from error
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{where}: not valid JSON ({error}); {_EXPECTED_LINE}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: found {_kind(row)}; {_EXPECTED_LINE}")
+            yield where, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            # Row groups of a data set may hold millions of rows: go through them in small batches.
+            for batch in file.iter_batches(batch_size=4096):
+                for row in batch.to_pylist():
+                    yield f"{path} row {number}", row
+                    number += 1
+    except arrow.ArrowException as error:
+        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _find_answer_key(row: dict[str, Any], where: str) -> str:
+    for key in ANSWER_KEYS:
+        if _lookup(row, key) is not None:
+            return key
+    raise UserError(f"{where}: no answer under {', '.join(ANSWER_KEYS)}; found the keys {_keys(row)}; set answer_key")
+
+
+def _lookup(row: dict[str, Any], key: str) -> Any:
+    """The value at a dotted key, or None; a key that itself contains dots is tried as it stands first."""
+    if key in row:
+        return row[key]
+    value: Any = row
+    for part in key.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = value.get(part)
+    return value
+
+
+def _checked_prompt(prompt: Any, where: str, key: str) -> str | list[dict[str, str]]:
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+        return [{"role": message["role"], "content": message["content"]} for message in prompt]
+    raise UserError(
+        f'{where}: {key} must be text or a list of {{"role": ..., "content": ...}} messages, not empty; '
+        f"found {_kind(prompt)}"
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )
+
+
+def _missing_key(where: str, what: str, key: str, row: dict[str, Any]) -> str:
+    return f"{where}: no {what} under {key!r}; found the keys {_keys(row)}; set {what}_key to the one that holds it"
+
+
+def _keys(row: dict[str, Any]) -> str:
+    return ", ".join(repr(key) for key in row) or "(none)"
+
+
+def _kind(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -1,0 +1,33 @@
+"""Verifiers by name."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.verifiers.countdown import Countdown
+from megatron_rlvr.verifiers.exact import ExactMatch
+from megatron_rlvr.verifiers.math import MathAnswer
+from megatron_rlvr.verifiers.user import load_user_verifier
+
+Verifier = Callable[[str, Any], float]
+
+VERIFIERS: dict[str, Callable[..., Verifier]] = {"countdown": Countdown, "exact": ExactMatch, "math": MathAnswer}
+
+
+def build_verifier(name: str, **options: Any) -> Verifier:
+    """The verifier called ``name``: one of ``VERIFIERS``, or "module:function" for a user's own.
+
+    Options go to the verifier (to the user's function as keyword arguments). Raises UserError for an unknown name, an
+    option the verifier does not have, and a user function that cannot be imported.
+    """
+    if ":" in name:
+        return load_user_verifier(name, options)
+    if name not in VERIFIERS:
+        raise UserError(f"verifier {name!r} is not known; write one of {', '.join(VERIFIERS)} or module:function")
+    factory = VERIFIERS[name]
+    known = list(inspect.signature(factory).parameters)
+    for option in options:
+        if option not in known:
+            raise UserError(f"verifier {name} has no option {option!r}; it has {', '.join(known) or 'none'}")
+    return factory(**options)

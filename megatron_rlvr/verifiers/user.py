@@ -1,0 +1,41 @@
+"""A verifier that the user wrote."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from megatron_rlvr.errors import UserError
+
+
+def load_user_verifier(name: str, options: dict[str, Any]) -> Callable[[str, Any], float]:
+    """Import "module:function" and bind ``options`` as keyword arguments.
+
+    The function is called as function(completion_text, answer, **options) and returns a number. The module must be
+    importable by name, in worker processes too. Raises UserError if it is not, or if the function cannot be called
+    in this way.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name.isidentifier():
+        raise UserError(f"verifier {name!r} is not of the form module:function, such as my_rewards:score")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"verifier {name}: cannot import {module_name} ({error}); start from the folder it lies in, or install it"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        raise UserError(
+            f"verifier {name}: {module_name} has no function {function_name}; it has {', '.join(names) or 'none'}"
+        )
+    try:
+        inspect.signature(function).bind("completion", "answer", **options)
+    except TypeError as error:
+        raise UserError(
+            f"verifier {name}: cannot be called as {function_name}(completion, answer"
+            f"{''.join(f', {key}=...' for key in options)}): {error}"
+        ) from error
+    return functools.partial(function, **options) if options else function
