@@ -1,0 +1,106 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic_run import evaluations, records, write_run
+
+from megatron_rlvr.control import AffineThreshold, ClipThresholds
+from megatron_rlvr.telemetry.comparison import comparison_table, group_runs
+from megatron_rlvr.telemetry.plots import RunGroup, _curves, _panels, _phases, plot_groups, plot_run
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def panel(groups, name):
+    return next(p for p in _panels(groups) if p.name == name)
+
+
+def test_a_run_is_drawn_into_files_that_are_images(tmp_path):
+    paths = plot_run(write_run(tmp_path / "run"), "study")
+    assert [p.name for p in paths] == [
+        "overview.png", "entropy.png", "reward.png", "heldout.png", "thresholds.png", "clip_fractions.png",
+        "regions.png", "entropy_change.png", "grad_norm.png", "kl_rollout.png",
+    ]  # fmt: skip
+    assert all(p.parent == tmp_path / "run" / "plots" and p.read_bytes()[:4] == b"\x89PNG" for p in paths)
+
+
+def test_what_was_not_measured_is_left_out(tmp_path):
+    bare = [{"step": step, "reward": 0.5, "entropy": 0.3} for step in range(3)]
+    paths = plot_groups([RunGroup("bare", [bare], [[]])], "bare", tmp_path)
+    assert [p.name for p in paths] == ["overview.png", "entropy.png", "reward.png"]
+
+
+def test_bounds_are_those_of_the_closed_form():
+    group = RunGroup("study", [records()], [evaluations()])
+    curves = {curve.series.label: curve for curve in _curves(group, panel([group], "thresholds"))}
+    # arXiv 2602.09782: 1.5 -> 1.2 at the full upper threshold, 0.70 -> 0.805 at the full lower one.
+    assert curves["upper, p = 0"].mean[0] == pytest.approx(1.5) and curves["upper, p = 1"].mean[0] == pytest.approx(1.2)
+    assert curves["lower, p = 0"].mean[-1] == pytest.approx(0.7)
+    assert curves["lower, p = 1"].mean[-1] == pytest.approx(
+        ClipThresholds(AffineThreshold(0.3, -0.13)).ratio_bounds(1)[0]
+    )
+
+
+def test_phases_are_read_from_the_thresholds():
+    assert list(_phases(records())) == [(0, 5, "upper relaxed"), (6, 11, "lower relaxed")]
+    static = [{"step": s, "clip/upper_slope": 0.0, "clip/lower_slope": 0.0} for s in range(4)]
+    assert list(_phases(static)) == [(0, 3, "static")]
+
+
+def test_a_group_is_its_mean_and_range_over_the_steps_that_all_its_runs_have():
+    runs = [[{"step": s, "entropy": value + s} for s in range(n)] for value, n in ((1.0, 4), (2.0, 4), (6.0, 3))]
+    group = RunGroup("three", runs, [[], [], []])
+    [curve] = _curves(group, panel([group], "entropy"))
+    assert (curve.steps, curve.mean, curve.low, curve.high) == ([0, 1, 2], [3, 4, 5], [1, 2, 3], [6, 7, 8])
+
+
+def test_runs_are_grouped_over_seeds_and_labelled_by_what_differs(tmp_path):
+    directories = [write_run(tmp_path / f"{k}{s}", s, k) for k in ("id", "constant") for s in range(3)]
+    groups = group_runs(directories)
+    assert [g.label for g in groups] == ["study: schedule.name=id", "study: schedule.name=constant"]
+    assert [len(g.runs) for g in groups] == [3, 3] and groups[0].runs[1] == records(1)
+    other = group_runs([directories[0], write_run(tmp_path / "other", 0, "did", name="long")])
+    assert [g.label for g in other] == ["study", "long"]
+
+
+def test_the_comparison_gives_the_mean_and_the_range(tmp_path):
+    table = comparison_table(group_runs([write_run(tmp_path / str(s), s) for s in range(3)]))
+    rows = {str(a): str(b) for a, b in zip(*(column.cells for column in table.columns), strict=True)}
+    ends = [records(s)[-1]["entropy"] for s in range(3)]
+    assert rows["entropy, end"] == f"{sum(ends) / 3:.4g} [{min(ends):.4g}, {max(ends):.4g}]"
+    assert rows["pass@16, before"] == "0.86 [0.86, 0.86]"
+
+
+def plot_run_tool(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "plot_run.py", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_tool_compares_runs(tmp_path):
+    runs = [write_run(tmp_path / kind, 0, kind) for kind in ("id", "constant")]
+    done = plot_run_tool(*runs, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "overview.png").is_file() and "entropy, end" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "break_run, message",
+    [
+        (lambda run: (run / "metrics.jsonl").unlink(), "no metrics at"),
+        (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "line 1"),
+        (lambda run: (run / "metrics.jsonl").write_text(""), "no step is recorded yet"),
+        (lambda run: (run / "config.yaml").write_text("a: [1\n"), "is no configuration"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, break_run, message):
+    run = write_run(tmp_path / "run")
+    break_run(run)
+    done = plot_run_tool(run)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr and done.stdout == ""

@@ -1,0 +1,44 @@
+import io
+
+from rich.console import Console
+from synthetic_run import evaluations, records, write_run
+
+from megatron_rlvr.telemetry.summary import print_summary, summary_table
+
+
+def lines(table) -> dict[str, list[str]]:
+    """The rows of a table by their first cell."""
+    columns = [list(column.cells) for column in table.columns]
+    return {row[0]: list(row[1:]) for row in zip(*columns, strict=True)}
+
+
+def test_the_table_tells_gain_and_cost():
+    made = records()
+    rows = lines(summary_table(made, evaluations()))
+    assert rows["held-out pass@1"] == ["0.210", "0.430", "+0.220"]
+    assert rows["held-out pass@16"] == ["0.860", "0.680", "-0.180"]
+    assert list(rows)[1:4] == ["held-out pass@1", "held-out pass@8", "held-out pass@16"]  # by k, not by letter
+    first, last = made[0]["entropy"], made[-1]["entropy"]
+    assert rows["entropy (nats a token)"] == [f"{first:.3f}", f"{last:.3f}", f"{last - first:+.3f}"]
+    peak = max(made, key=lambda r: r["entropy"])
+    assert rows[""][:2] == [f"peak {peak['entropy']:.3f}", f"at step {peak['step']}"]
+    mean = sum(r["reward"] for r in made[:5]) / 5
+    assert rows["training reward, mean of 5 steps"][0] == f"{mean:.3f}"
+    assert rows["tokens clipped at the lower bound"][:2] == ["mean 3.10%", "most 3.10%"]
+
+
+def test_one_evaluation_is_an_after_without_a_before():
+    rows = lines(summary_table(records(), evaluations()[1:]))
+    assert rows["held-out pass@1"] == ["-", "0.430", "-"]
+
+
+def test_a_run_without_steps_or_evaluations_still_has_a_table():
+    assert lines(summary_table([], [])) == {}
+
+
+def test_paths_are_printed_whole_under_the_table(tmp_path):
+    out = Console(file=io.StringIO(), width=60)
+    command = "python tools/sample.py " + "long/" * 20
+    print_summary(write_run(tmp_path / "run"), {"checkpoint": tmp_path, "sample from it": command}, out)
+    printed = out.file.getvalue().splitlines()
+    assert printed[-2:] == [f"checkpoint      {tmp_path}", f"sample from it  {command}"]
