@@ -1,0 +1,62 @@
+"""How a run begins and ends: its directory, the signals that stop it, its exit status."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from megatron_rlvr.errors import UserError
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""Stopped by a signal with a checkpoint written: start the same command again to go on."""
+
+
+@contextmanager
+def owned(directory: Path) -> Iterator[Path]:
+    """Hold the run directory for this process; the lock goes when the process does, however it ends.
+
+    Raises:
+        UserError: when another living process trains in it, or it cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"run_directory={directory} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise UserError(
+                f"run_directory={directory} is in use by process {lock.read().strip() or 'unknown'}: wait for it, stop "
+                "it, or choose another run_directory"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield directory
+
+
+class StopSignal:
+    """Remembers that SIGTERM, SIGINT or SIGUSR1 asked the run to stop, so that the step in progress can end well.
+
+    A second SIGINT interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name

@@ -1,0 +1,80 @@
+"""Text and tokens at the two ends of a rollout: prompts in, completions out. In between there are only token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.data import Example
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engine import Completion
+
+
+class Tokenization:
+    """The model's tokenizer, checked against the model.
+
+    Attributes:
+        stop_token_ids: tokens that end a completion, of the tokenizer and of the generation configuration.
+        padding: id that fills padded places; never seen by the loss.
+
+    Raises:
+        UserError: when the folder has no tokenizer, or one with more tokens than the model has.
+    """
+
+    def __init__(self, model_path: str | Path, vocab_size: int):
+        from transformers import AutoTokenizer, GenerationConfig
+
+        folder = Path(model_path)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
+        largest = max(self.tokenizer.get_vocab().values(), default=-1)
+        if largest >= vocab_size:
+            raise UserError(
+                f"{folder}: the tokenizer has token id {largest} but the model's vocabulary ends at {vocab_size - 1}: "
+                "the folder's tokenizer belongs to another model"
+            )
+        stops = {self.tokenizer.eos_token_id}
+        if (folder / "generation_config.json").is_file():
+            configured = GenerationConfig.from_pretrained(folder).eos_token_id
+            stops |= set(configured) if isinstance(configured, list) else {configured}
+        self.stop_token_ids = tuple(sorted(s for s in stops if s is not None))
+        if not self.stop_token_ids:
+            raise UserError(f"{folder}: neither the tokenizer nor generation_config.json names an end-of-sequence token")
+        pad = self.tokenizer.pad_token_id
+        self.padding: int = self.stop_token_ids[0] if pad is None else pad
+
+    def encode(self, example: Example) -> list[int]:
+        """Token ids of a prompt: text as it is, messages through the tokenizer's chat template."""
+        if isinstance(example.prompt, str):
+            return self.tokenizer(example.prompt)["input_ids"]
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"example {example.index} of {example.source} is a list of chat messages, but the tokenizer has no chat "
+                "template: use an instruct model, or prompts that are plain text"
+            )
+        encoded = self.tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, return_dict=True)
+        return encoded["input_ids"]
+
+    def encode_all(self, examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
+        """Token ids of every prompt.
+
+        Raises:
+            UserError: naming the first prompt that is empty or longer than `max_tokens`.
+        """
+        texts = [e.prompt for e in examples]
+        plain = all(isinstance(t, str) for t in texts)
+        encoded = self.tokenizer(texts)["input_ids"] if plain else [self.encode(e) for e in examples]
+        for example, ids in zip(examples, encoded, strict=True):
+            if not 0 < len(ids) <= max_tokens:
+                raise UserError(
+                    f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens; it must have 1 to "
+                    f"data.max_prompt_tokens={max_tokens}: raise that, or take the example out"
+                )
+        return encoded
+
+    def decode(self, completions: Sequence[Completion]) -> list[str]:
+        """Their text without special tokens."""
+        return self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
