@@ -6,13 +6,14 @@ An objective is a callable ``TokenInputs -> TokenOutputs`` over flat token tenso
 
 from megatron_rlvr.objectives.advantages import ADVANTAGES, group_advantages, informative_groups, overlong_penalty
 from megatron_rlvr.objectives.aggregation import AGGREGATIONS, aggregation_weights
-from megatron_rlvr.objectives.registry import OBJECTIVES, build_objective, objective_parameters
+from megatron_rlvr.objectives.registry import OBJECTIVES, PolicyObjective, build_objective, objective_parameters
 from megatron_rlvr.objectives.tokens import TokenInputs, TokenObjective, TokenOutputs
 
 __all__ = [
     "ADVANTAGES",
     "AGGREGATIONS",
     "OBJECTIVES",
+    "PolicyObjective",
     "TokenInputs",
     "TokenObjective",
     "TokenOutputs",

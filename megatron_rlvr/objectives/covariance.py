@@ -1,0 +1,92 @@
+"""Clip-Cov and KL-Cov: restrain the few tokens whose log-probability and advantage covary most (arXiv 2505.22617)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_rlvr.objectives.clip import clipped_surrogate
+from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs, beyond_bounds
+
+
+def token_covariance(logprob: Tensor, advantage: Tensor) -> Tensor:
+    """(ln pi - mean ln pi) (A - mean A), detached, [T]; means over the microbatch. arXiv 2505.22617."""
+    logprob = logprob.detach()
+    return (logprob - logprob.mean()) * (advantage - advantage.mean())
+
+
+def _count(share: float, tokens: int) -> int:
+    """How many of ``tokens`` a share stands for: at least one, or small microbatches would never be restrained."""
+    return min(tokens, max(1, int(share * tokens)))
+
+
+@dataclass
+class CovarianceClip:
+    """Clip-Cov: the clipped objective, without ``share`` of the tokens, drawn among those of high covariance.
+
+    The tokens are drawn uniformly from those with covariance in [lower, upper] that are not clipped already, as in the
+    authors' implementation; the draw depends on ``seed``, the step and the order of calls within it only, so that a
+    resumed run repeats it.
+    """
+
+    share: float = 2e-4
+    lower: float = 1.0
+    upper: float = 5.0
+    seed: int = 0
+    _generator: torch.Generator = field(default_factory=torch.Generator, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not (0 < self.share < 1 and self.lower < self.upper):
+            raise ValueError(
+                "objective clip-cov: needs 0 < share < 1 and lower < upper, "
+                f"found {self.share!r}, {self.lower!r}, {self.upper!r}"
+            )
+        self.start_step(0)
+
+    def start_step(self, step: int) -> None:
+        """Begin the random draws of ``step``."""
+        self._generator.manual_seed((self.seed * 1_000_003 + step) % 2**63)
+
+    def __call__(self, inputs: TokenInputs) -> TokenOutputs:
+        ratio, advantage = inputs.log_ratio().exp(), inputs.advantage
+        low, high = inputs.thresholds.ratio_bounds(inputs.old_logprob.exp())
+        objective = clipped_surrogate(ratio, advantage, low, high)
+        beyond_high, beyond_low = beyond_bounds(ratio.detach(), low, high, advantage)
+        covariance = token_covariance(inputs.logprob, advantage)
+        candidate = (covariance >= self.lower) & (covariance <= self.upper) & ~(beyond_high | beyond_low)
+        key = torch.rand(len(covariance), generator=self._generator).to(covariance.device)
+        key = torch.where(candidate, key, -1.0)
+        drawn = torch.zeros_like(candidate)
+        drawn[key.topk(_count(self.share, len(covariance))).indices] = True
+        objective = torch.where(drawn & candidate, 0.0, objective)
+        return TokenOutputs(inputs.weighted(objective), beyond_high, beyond_low)
+
+
+@dataclass(frozen=True)
+class CovarianceKL:
+    """KL-Cov: r A, and for the ``share`` of tokens of highest covariance r A - coefficient * |ln r|.
+
+    Nothing is clipped. |ln r| is the authors' per-token estimate of KL(pi_old, pi).
+    """
+
+    share: float = 2e-4
+    coefficient: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.share < 1 and self.coefficient >= 0):
+            raise ValueError(
+                "objective kl-cov: needs 0 < share < 1 and coefficient >= 0, "
+                f"found {self.share!r}, {self.coefficient!r}"
+            )
+
+    def __call__(self, inputs: TokenInputs) -> TokenOutputs:
+        log_ratio = inputs.log_ratio()
+        covariance = token_covariance(inputs.logprob, inputs.advantage)
+        highest = torch.zeros_like(covariance, dtype=torch.bool)
+        highest[covariance.topk(_count(self.share, len(covariance))).indices] = True
+        objective = log_ratio.exp() * inputs.advantage
+        objective = torch.where(highest, objective - self.coefficient * log_ratio.abs(), objective)
+        never = torch.zeros_like(highest)
+        return TokenOutputs(inputs.weighted(objective), never, never)

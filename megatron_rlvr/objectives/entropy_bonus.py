@@ -1,0 +1,56 @@
+"""An entropy bonus with a fixed coefficient, or with one that adapts to keep entropy at a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class EntropyBonus:
+    """coefficient * H is added to every token's objective.
+
+    Without ``target`` the coefficient is fixed. With it (nats), it adapts as in Skywork-OR1 (arXiv 2505.22312): before
+    each step c grows by ``increment`` where the entropy is below the target and shrinks by it where above, never
+    leaving [0, maximum]; the coefficient in use is c while the entropy is at or below the target, else 0.
+    ``coefficient`` is where c starts.
+    """
+
+    coefficient: float = 0.0
+    target: float | None = None
+    increment: float = 0.005
+    maximum: float = 1.0
+    _adaptive: float = field(default=0.0, init=False, repr=False)
+    _active: bool = field(default=True, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.coefficient >= 0.0:
+            raise ValueError(f"entropy bonus: coefficient must not be negative, found {self.coefficient!r}")
+        if self.target is not None and not self.target > 0.0:
+            raise ValueError(f"entropy bonus: target must be above 0 nats, found {self.target!r}")
+        if not (self.increment > 0.0 and self.maximum >= self.coefficient):
+            raise ValueError(
+                "entropy bonus: needs increment > 0 and maximum >= coefficient, "
+                f"found {self.increment!r}, {self.maximum!r}"
+            )
+        self._adaptive = self.coefficient
+
+    @property
+    def current(self) -> float:
+        """The coefficient of this step."""
+        if self.target is None:
+            return self.coefficient
+        return self._adaptive if self._active else 0.0
+
+    def observe(self, entropy: float) -> None:
+        """Take in the entropy measured before the updates of a step, nats a token."""
+        if self.target is None:
+            return
+        change = self.increment if entropy < self.target else -self.increment if entropy > self.target else 0.0
+        self._adaptive = min(max(self._adaptive + change, 0.0), self.maximum)
+        self._active = entropy <= self.target
+
+    def state_dict(self) -> dict[str, float | bool]:
+        return {"adaptive": self._adaptive, "active": self._active}
+
+    def load_state_dict(self, state: dict[str, float | bool]) -> None:
+        self._adaptive, self._active = float(state["adaptive"]), bool(state["active"])

@@ -1,0 +1,40 @@
+"""Truncated importance weights for the mismatch between the engine that sampled and the weights that train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rlvr.objectives.sequence_ratio import sequence_sum
+from megatron_rlvr.objectives.tokens import TokenInputs
+
+
+@dataclass(frozen=True)
+class TruncatedImportance:
+    """min(pi_old / pi_rollout, cap) of every token, or of its whole sequence; detached, [T].
+
+    ``pi_old`` is the training weights' probability before the step, ``pi_rollout`` the engine's. ``level`` is ``token``
+    (truncated importance sampling of "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025) or
+    ``sequence`` (the product over a sequence's tokens, shared by all of them). ``cap`` must be at least 1.
+    """
+
+    cap: float = 2.0
+    level: str = "token"
+
+    def __post_init__(self) -> None:
+        if self.level not in ("token", "sequence"):
+            raise ValueError(f"importance level: unknown {self.level!r}; valid: token, sequence")
+        if not self.cap >= 1.0:
+            raise ValueError(f"importance cap: must be at least 1, found {self.cap!r}")
+
+    def __call__(self, inputs: TokenInputs) -> Tensor:
+        if inputs.rollout_logprob is None:
+            raise ValueError(
+                "truncated importance weights need the rollout's log-probabilities: rollout_logprob is None"
+            )
+        log_weight = (inputs.old_logprob - inputs.rollout_logprob).detach()
+        if self.level == "sequence":
+            log_weight = sequence_sum(log_weight, inputs.sequence_index, inputs.sequence_count)[inputs.sequence_index]
+        return torch.exp(log_weight).clamp(max=self.cap)

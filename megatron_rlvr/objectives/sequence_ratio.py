@@ -1,0 +1,46 @@
+"""GSPO: one importance ratio for a whole sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rlvr.objectives.clip import clipped_surrogate
+from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs, beyond_bounds
+
+
+def sequence_sum(values: Tensor, sequence_index: Tensor, sequence_count: int) -> Tensor:
+    """The sum of ``values`` [T] over the tokens of each sequence: [sequence_count]."""
+    return values.new_zeros(sequence_count).index_add(0, sequence_index, values)
+
+
+@dataclass(frozen=True)
+class SequenceClip:
+    """GSPO: clip s = (pi(y|x) / pi_old(y|x))^(1/|y|), the geometric mean of a sequence's ratios.
+
+    Written per token as in GSPO-token (arXiv 2507.18071): s_t = sg(s) pi_t / sg(pi_t). With one
+    advantage a sequence and sequence-mean aggregation, value and gradient are those of the sequence form,
+    and a token's weight acts on its own gradient. All tokens of a sequence must be in the microbatch. The schedule's
+    thresholds are not used: they are functions of a token's probability.
+    """
+
+    eps_low: float = 3e-4
+    eps_high: float = 4e-4
+
+    def __post_init__(self) -> None:
+        if not (0 < self.eps_low < 1 and self.eps_high > 0):
+            raise ValueError(
+                f"objective gspo: needs 0 < eps_low < 1 and eps_high > 0, found {self.eps_low!r}, {self.eps_high!r}"
+            )
+
+    def __call__(self, inputs: TokenInputs) -> TokenOutputs:
+        log_ratio = inputs.log_ratio()
+        length = sequence_sum(torch.ones_like(log_ratio), inputs.sequence_index, inputs.sequence_count)
+        total = sequence_sum(log_ratio.detach(), inputs.sequence_index, inputs.sequence_count)
+        sequence_ratio = (total / length.clamp(min=1.0)).exp()[inputs.sequence_index]
+        ratio = sequence_ratio * (inputs.logprob - inputs.logprob.detach()).exp()
+        low, high = 1.0 - self.eps_low, 1.0 + self.eps_high
+        objective = clipped_surrogate(ratio, inputs.advantage, low, high)
+        return TokenOutputs(inputs.weighted(objective), *beyond_bounds(ratio.detach(), low, high, inputs.advantage))
