@@ -13,7 +13,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from megatron_rlvr.errors import UserError
+from megatron_rlvr.control import build_schedule
+from megatron_rlvr.errors import UserError, mendable
+from megatron_rlvr.objectives import build_objective
 
 
 @dataclass
@@ -268,6 +270,9 @@ def check(config: Config) -> None:
         raise UserError("rollout.engine=recorded needs rollout.recording: the rollouts/ folder of a run with rollout.record=true")
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1: set it false or raise parallel.tensor")
+    with mendable():
+        build_schedule(algorithm.schedule, config.steps)
+        build_objective(**algorithm.objective)
     if parallel.context > 1:
         raise UserError("parallel.context > 1 is not supported yet: set it to 1")
 

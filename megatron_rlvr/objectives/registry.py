@@ -61,6 +61,12 @@ class PolicyObjective:
         return self.entropy_bonus is not None
 
     @property
+    def ignores_zero_advantage(self) -> bool:
+        """Whether tokens of advantage 0 change neither the loss nor its gradient, so that a trainer may skip them."""
+        covariance = isinstance(self.token_objective, CovarianceClip | CovarianceKL)  # compares a token with all others
+        return self.entropy_bonus is None and not covariance
+
+    @property
     def needs_rollout_logprob(self) -> bool:
         """Whether ``inputs.rollout_logprob`` is used."""
         return self.importance is not None

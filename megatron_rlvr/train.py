@@ -1,0 +1,172 @@
+"""Train a policy: ``python -m megatron_rlvr.train CONFIG [key=value ...]``, alone or under torchrun.
+
+`train` is the algorithm: roll out, verify, form advantages, score under the old policy, let the schedule see the
+entropy and give this step's clip thresholds, update in minibatches, repeat.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from megatron_rlvr.backend import device, parallel
+from megatron_rlvr.config import Config, load_config, save_config, warnings_of
+from megatron_rlvr.control import build_schedule
+from megatron_rlvr.errors import UserError, mendable
+from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, StopSignal, owned
+from megatron_rlvr.objectives import aggregation_weights, build_objective, group_advantages
+from megatron_rlvr.telemetry.timer import StepTimer
+
+device.install()  # before anything imports megatron.core
+
+from megatron_rlvr.backend.checkpoint import Checkpoints  # noqa: E402
+from megatron_rlvr.backend.policy import Policy, learning_rate  # noqa: E402
+from megatron_rlvr.data.batch import RolloutBatch  # noqa: E402
+from megatron_rlvr.rollout.build import build_engine  # noqa: E402
+from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
+from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
+from megatron_rlvr.step_metrics import rollout_metrics, threshold_metrics, update_metrics  # noqa: E402
+from megatron_rlvr.telemetry.reporter import Reporter  # noqa: E402
+from megatron_rlvr.verifiers import VerifierPool, build_verifier  # noqa: E402
+
+
+def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
+    """Run the steps of `config` from the newest checkpoint on; returns the exit status."""
+    algorithm, directory = config.algorithm, Path(config.run_directory)
+    schedule = build_schedule(algorithm.schedule, config.steps)
+    objective = build_objective(**algorithm.objective)
+    verifier = build_verifier(config.verifier.name, **config.verifier.options)
+    verifiers = resources.enter_context(
+        VerifierPool(verifier, config.verifier.workers, config.verifier.timeout_seconds, config.verifier.memory_mb)
+    )
+    policy = Policy(config, layout)
+    tokenization = Tokenization(config.model.path, policy.bridge.vocab_size)
+    engine = build_engine(config.rollout, policy)
+    rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
+    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
+    stop = StopSignal()
+
+    first = 0
+    if (state := checkpoints.load_newest(policy)) is not None:
+        first = state["step"]
+        with mendable():
+            schedule.load_state_dict(state["schedule"])
+            objective.load_state_dict(state["objective"])
+        engine.update_weights(first)
+    report = resources.enter_context(Reporter(config, first, active=layout.is_main))
+    timer = StepTimer()
+
+    def evaluate(step: int) -> None:
+        if rollouts.heldout is not None:
+            report.phase("evaluating")
+            with timer.part("evaluate"):
+                report.evaluation({"step": step, **rollouts.evaluate()})
+
+    def save(step: int) -> None:
+        report.phase("saving")
+        with timer.part("checkpoint"):
+            checkpoints.save(step, policy, {"schedule": schedule.state_dict(), "objective": objective.state_dict()})
+
+    for step in range(first, config.steps):
+        if step == 0 or (config.evaluation.every and step % config.evaluation.every == 0):
+            evaluate(step)
+
+        report.phase("rolling out")
+        batch, times = rollouts.collect(step)
+        timer.add("generate", times.generate)
+        timer.add("verify", times.verify)
+        rewards = batch.rewards.view(-1, batch.group_size)
+        advantage = group_advantages(rewards, algorithm.advantage).flatten()
+
+        report.phase("scoring")
+        with timer.part("score"):
+            scores = policy.score(batch, advantage)
+        measured = rollout_metrics(batch, advantage, scores, policy.reports, layout.is_leader)
+        schedule.observe(step, measured["entropy"])
+        objective.observe(step, measured["entropy"])
+        thresholds = schedule.thresholds(step)
+
+        report.phase("updating")
+        with timer.part("update"):
+            rate = learning_rate(config.optimizer, step, config.steps)
+            policy.set_learning_rate(rate)
+            weight = token_weights(config, batch, layout)
+            updates = []
+            for _ in range(algorithm.epochs):
+                for sequences in batch.minibatches(algorithm.minibatches):
+                    if algorithm.drop_zero_advantage and objective.ignores_zero_advantage:
+                        live = sequences[advantage[sequences] != 0]
+                        sequences = live if len(live) else sequences[:1]  # megatron-core needs a microbatch
+                    updates.append(policy.update(batch, sequences, advantage, weight, scores, thresholds, objective))
+        engine.update_weights(step + 1)
+
+        stopping = parallel.any_rank(stop.received is not None)
+        finished = step + 1 == config.steps
+        record = {"step": step, **measured, **update_metrics(updates, algorithm.epochs, policy.reports)}
+        record |= {**threshold_metrics(thresholds), **schedule.metrics(), **objective.metrics(), "lr": rate}
+        if finished:
+            evaluate(config.steps)
+        if stopping or finished or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
+            save(step + 1)
+        report.step(record | timer.metrics())
+        if stopping and not finished:
+            report.message(f"stopped by {stop.received or 'another rank'} after step {step}; start again to go on")
+            return EXIT_STOPPED
+
+    if config.checkpoint.export_huggingface:
+        report.phase("exporting")
+        policy.bridge.save(policy.model, directory / "huggingface", write=layout.is_main)
+    report.finish()
+    return EXIT_DONE
+
+
+def token_weights(config: Config, batch: RolloutBatch, layout: parallel.Layout) -> torch.Tensor:
+    """float32 [N]: the aggregation weight of every token of each sequence within its minibatch, over the whole job."""
+    parts = batch.minibatches(config.algorithm.minibatches)
+    tokens = {f"{m:06d}": float(batch.response_lengths[part].sum()) for m, part in enumerate(parts)}
+    totals = parallel.sum_over_job(tokens, contributes=layout.is_leader)
+    weights = [
+        aggregation_weights(
+            config.algorithm.aggregation,
+            batch.response_lengths[part],
+            config.rollout.max_tokens,
+            sequence_count=len(part) * layout.data_size,
+            token_count=int(total),
+        )
+        for part, total in zip(parts, totals.values(), strict=True)
+    ]
+    return torch.cat(weights)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status of design: 0 done, 2 the user can mend it, 75 stopped and resumable."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    rank = int(os.environ.get("RANK", "0"))
+    warnings.simplefilter("ignore", FutureWarning)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(__doc__)
+            return EXIT_DONE if arguments else EXIT_USER_ERROR
+        config = load_config(arguments[0], arguments[1:])
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        with ExitStack() as resources:
+            if rank == 0:
+                for line in warnings_of(config):
+                    print(f"warning: {line}", file=sys.stderr)
+                resources.enter_context(owned(Path(config.run_directory)))
+                save_config(config, Path(config.run_directory) / "config.yaml")
+            layout = resources.enter_context(parallel.parallel_groups(config.parallel, config.seed))
+            return train(config, layout, resources)
+    except UserError as error:
+        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())
