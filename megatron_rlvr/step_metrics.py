@@ -18,6 +18,8 @@ Record = dict[str, float]
 def rollout_metrics(batch: RolloutBatch, advantage: Tensor, scores: TokenScores, reports: bool, leader: bool) -> Record:
     """What a step knows before its updates: reward, lengths, exact entropy, train/rollout mismatch, predicted change.
 
+    The predicted change is the mean over tokens of non-zero advantage, per unit of learning rate.
+
     Args:
         batch: this rank's rollouts.
         advantage: float32 [N].
@@ -36,6 +38,7 @@ def rollout_metrics(batch: RolloutBatch, advantage: Tensor, scores: TokenScores,
     }
     counted = {
         "tokens": batch.token_count,
+        "active_tokens": batch.response_lengths[advantage != 0].sum(),
         "sequences": len(batch.rewards),
         "groups": len(groups),
         "reward": batch.rewards.sum(dtype=torch.float64),
@@ -52,6 +55,7 @@ def rollout_metrics(batch: RolloutBatch, advantage: Tensor, scores: TokenScores,
         "truncated_fraction": count["truncated"] / count["sequences"],
         "mixed_groups_fraction": count["mixed_groups"] / count["groups"],
         **{name: value / count["tokens"] for name, value in total.items()},
+        "entropy_change/predicted": total["entropy_change/predicted"] / max(1.0, count["active_tokens"]),
         "mismatch/max": parallel.max_over_job({"largest": largest})["largest"],
     }
 
@@ -59,14 +63,14 @@ def rollout_metrics(batch: RolloutBatch, advantage: Tensor, scores: TokenScores,
 def update_metrics(updates: Sequence[UpdateReport], epochs: int, reports: bool) -> Record:
     """What the updates of a step did: clip and region fractions, largest ratio, gradient norm, measured entropy change.
 
-    Fractions are of tokens with a non-zero advantage. The measured change is the mean, over the tokens of the last
-    epoch, of the entropy at the moment of their update less that before the step: the same states, no sampling noise.
+    Fractions are of tokens with a non-zero advantage. The measured change is the mean, over those of the last epoch, of
+    the entropy at the moment of their update less that before the step: the same states, no sampling noise.
     """
     every = torch.stack([u.sums for u in updates]).cpu()
     last = every[-(len(updates) // epochs) :]
     whole = dict(zip(UPDATE_SUMS, every.sum(0).tolist(), strict=True))
     end = dict(zip(UPDATE_SUMS, last.sum(0).tolist(), strict=True))
-    whole |= {"drift": end["entropy_drift"], "drift_tokens": end["tokens"]}
+    whole |= {"drift": end["entropy_drift"], "drift_tokens": end["active_tokens"]}
     total = parallel.sum_over_job(whole, contributes=reports)
     active = max(1.0, total["active_tokens"])
     ratio = parallel.max_over_job({"ratio": max(float(u.ratio_max) for u in updates) if reports else 0.0})["ratio"]

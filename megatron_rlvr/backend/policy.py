@@ -40,7 +40,6 @@ class TokenScores:
 
 UPDATE_SUMS = (
     "loss",
-    "tokens",
     "active_tokens",
     "clipped_high",
     "clipped_low",
@@ -204,7 +203,6 @@ class Policy:
                     torch.stack(
                         [
                             total.double(),
-                            torch.tensor(float(len(flat)), dtype=torch.float64, device=where),
                             *(
                                 x.sum(dtype=torch.float64)
                                 for x in (
@@ -212,7 +210,7 @@ class Policy:
                                     outputs.clipped_high,
                                     outputs.clipped_low,
                                     *(region == r for r in (1, 2, 3, 4)),
-                                    statistics.entropy - scores.entropy.to(where)[flat],
+                                    (statistics.entropy - scores.entropy.to(where)[flat]) * (region > 0),
                                 )
                             ),
                         ]
@@ -234,8 +232,13 @@ class Policy:
 
         def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module):
             part = next(iterator)
-            output = model(part.tokens.to(device.device()), part.rows.to(device.device()))
-            return output, lambda output: loss(output, part)
+            with device.without_shim():
+                output = model(part.tokens.to(device.device()), part.rows.to(device.device()))
+            return output, lambda output: measure(output, part)
+
+        def measure(output: Tensor, part: Microbatch):
+            with device.without_shim():
+                return loss(output, part)
 
         self._wrapped.train()
         self._forward_backward(

@@ -17,6 +17,9 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engine import Completion, SamplingPolicy
 from megatron_rlvr.rollout.sampling import draw, uniforms
 
+# Taking finished sequences out copies the whole cache; below this share of running ones the copy pays.
+WORTH_COMPACTING = 0.85
+
 
 class LocalEngine:
     """Generates on the processes that train; there are no weights to move.
@@ -54,7 +57,8 @@ class LocalEngine:
             for start in range(0, len(order), prompts_a_batch):
                 chosen = order[start : start + prompts_a_batch]
                 slots = np.array([p * sampling.samples + s for p in chosen for s in range(sampling.samples)])
-                drawn = self._generate([prompts[p] for p in chosen], sampling, seed_array[slots])
+                with device.without_shim():
+                    drawn = self._generate([prompts[p] for p in chosen], sampling, seed_array[slots])
                 for slot, completion in zip(slots, drawn, strict=True):
                     completions[slot] = completion
         finally:
@@ -73,17 +77,19 @@ class LocalEngine:
         logprobs = torch.zeros(len(rows), sampling.max_tokens)
         lengths = torch.full((len(rows),), sampling.max_tokens)
         stopped = torch.zeros(len(rows), dtype=torch.bool)
-        alive = torch.arange(len(rows))
+        alive = torch.arange(len(rows))  # the sequences still in the batch, finished ones among them until they are many
         for t in range(sampling.max_tokens):
             token, logprob = self._draw(logits, uniforms(seeds[alive.numpy()], t), sampling)
-            tokens[alive, t], logprobs[alive, t] = token, logprob
-            ends = torch.isin(token, stop)
-            lengths[alive[ends]] = t + 1
-            stopped[alive[ends]] = True
-            if t + 1 == sampling.max_tokens or bool(ends.all()):
+            running = ~stopped[alive]
+            tokens[alive[running], t], logprobs[alive[running], t] = token[running], logprob[running]
+            ends = alive[running & torch.isin(token, stop)]
+            lengths[ends] = t + 1
+            stopped[ends] = True
+            running = ~stopped[alive]
+            if t + 1 == sampling.max_tokens or not bool(running.any()):
                 break
-            if bool(ends.any()):
-                keep = (~ends).nonzero()[:, 0]
+            if running.float().mean() < WORTH_COMPACTING:
+                keep = running.nonzero()[:, 0]
                 alive, token, padding = alive[keep], token[keep], padding[keep]
                 for attention in self.attentions:
                     attention.cache.reorder(keep, width + sampling.max_tokens)  # type: ignore[union-attr]

@@ -1,0 +1,109 @@
+"""What the tests train on: a random small Qwen2 folder with its own tokenizer, and Countdown problems."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 112
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: Qwen2, 4 layers, hidden 32, random weights that are far from zero."""
+    return make_small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 64 prompts in the small model's language."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rng = random.Random(7)
+    rows = []
+    for _ in range(64):
+        numbers = [rng.randint(1, 9) for _ in range(rng.choice((3, 4)))]
+        target = rng.randint(1, 99)
+        prompt = f"{' '.join(map(str, numbers))} : {target} >"
+        rows.append({"prompt": prompt, "answer": {"numbers": numbers, "target": target}})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path, small_model: Path, problems: Path) -> Path:
+    """A configuration of a few quick steps on the small model; its reward says nothing but differs within groups."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"""
+name: small
+steps: 6
+seed: 3
+run_directory: {tmp_path / "run"}
+threads: 1
+model: {{path: {small_model}}}
+data: {{train: {problems}, heldout: {problems}}}
+verifier: {{name: "tests.rewards:letter_sum"}}
+rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_tokens: 10}}
+algorithm: {{epochs: 2, minibatches: 2, schedule: {{name: increase-then-decrease}}}}
+optimizer: {{learning_rate: 3.0e-3}}
+evaluation: {{prompts: 8, samples: 4}}
+checkpoint: {{every: 1, keep: 2}}
+telemetry: {{tensorboard: false, plots: false}}
+"""
+    )
+    return path
+
+
+def make_small_model(folder: Path, seed: int = 0, tied: bool = True, hidden: int = 32) -> Path:
+    """Save a random Qwen2 and a one-token-a-word tokenizer as a Hugging Face folder."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    words = [str(n) for n in range(100)] + list("+-*/=;:>") + ["<eos>", "<pad>"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        eos_token_id=words.index("<eos>"),
+        pad_token_id=words.index("<pad>"),
+    )
+    model = Qwen2ForCausalLM(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.08)  # biases and norms included: every weight matters
+    model.save_pretrained(folder)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """For a trainer process: the tree under test first on the path, one thread."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def run_trainer(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python -m megatron_rlvr.train`, under torchrun for several processes; fails the test on another status than 0."""
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [*launcher, "megatron_rlvr.train", *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    if check and done.returncode:
+        pytest.fail(f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done

@@ -1,0 +1,8 @@
+"""Rewards for tests."""
+
+from typing import Any
+
+
+def letter_sum(completion: str, answer: Any) -> float:
+    """1 for about half of all texts, whatever they say: random models get groups with both rewards."""
+    return float(sum(completion.encode()) % 2)
