@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -99,11 +100,20 @@ def environment() -> dict[str, str]:
 
 def run_trainer(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
     """`python -m megatron_rlvr.train`, under torchrun for several processes; fails the test on another status than 0."""
-    launcher = [sys.executable, "-m"]
+    return _launch(["-m", "megatron_rlvr.train", *map(str, arguments)], processes, check)
+
+
+def run_trainers(runs: Sequence[Sequence[object]], processes: int = 1) -> None:
+    """Several trainings one after the other in the same processes, which import torch and megatron-core once."""
+    lines = [json.dumps([str(a) for a in run]) for run in runs]
+    _launch([str(ROOT / "tests" / "train_each.py"), *lines], processes, check=True)
+
+
+def _launch(program: list[str], processes: int, check: bool) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable]
     if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [*launcher, "megatron_rlvr.train", *map(str, arguments)]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280)
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run([*command, *program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280)
     if check and done.returncode:
         pytest.fail(f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

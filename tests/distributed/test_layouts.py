@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.telemetry.metrics import read_metrics
-from tests.conftest import run_trainer
+from tests.conftest import run_trainer, run_trainers
 
 LAYOUTS = {
     "dp2": (2, []),
@@ -18,20 +18,21 @@ LAYOUTS = {
     "pp2-microbatches": (2, ["parallel.pipeline=2", "parallel.microbatch_sequences=3"]),
     "tp2-dp2": (4, ["parallel.tensor=2"]),
 }
+GENERATING = ("dp2", "tp2", "pp2")
 EXACT = ("reward", "tokens", "lr", "clip/upper_intercept", "clip/lower_slope")
 CLOSE = ("loss", "grad_norm", "entropy", "entropy_change/predicted", "entropy_change/measured", "ratio_max")
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, small_model: Path, problems: Path) -> tuple[Path, Path]:
-    """A run of one process that records its rollouts, and its configuration."""
-    folder = tmp_path_factory.mktemp("reference")
+def runs(tmp_path_factory: pytest.TempPathFactory, small_model: Path, problems: Path) -> Path:
+    """A folder of finished runs: ``one`` recorded its rollouts, the layouts replayed them, ``*-generated`` made their own."""
+    folder = tmp_path_factory.mktemp("layouts")
     config = folder / "run.yaml"
     config.write_text(
         f"""
 steps: 3
 seed: 1
-run_directory: {folder / "run"}
+run_directory: unset
 threads: 1
 model: {{path: {small_model}}}
 data: {{train: {problems}}}
@@ -42,17 +43,23 @@ optimizer: {{learning_rate: 1.0e-3}}
 telemetry: {{tensorboard: false, plots: false}}
 """
     )
-    run_trainer(config, "rollout.record=true")
-    return folder, config
+    run_trainer(config, f"run_directory={folder / 'one'}", "rollout.record=true")
+    replay = ["rollout.engine=recorded", f"rollout.recording={folder / 'one' / 'rollouts'}"]
+    jobs: dict[int, list[list[object]]] = {}
+    for name, (processes, overrides) in LAYOUTS.items():
+        jobs.setdefault(processes, []).append([config, f"run_directory={folder / name}", *replay, *overrides])
+    for name in GENERATING:
+        processes, overrides = LAYOUTS[name]
+        directory = f"run_directory={folder / f'{name}-generated'}"
+        jobs[processes].append([config, directory, "rollout.record=true", "steps=1", *overrides])
+    for processes, arguments in jobs.items():
+        run_trainers(arguments, processes)
+    return folder
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_one_process(name: str, reference: tuple[Path, Path], tmp_path: Path) -> None:
-    folder, config = reference
-    processes, overrides = LAYOUTS[name]
-    replayed = ["rollout.engine=recorded", f"rollout.recording={folder / 'run' / 'rollouts'}"]
-    run_trainer(config, f"run_directory={tmp_path / 'run'}", *replayed, *overrides, processes=processes)
-    expected, found = read_metrics(folder / "run"), read_metrics(tmp_path / "run")
+def test_layout_equals_one_process(name: str, runs: Path) -> None:
+    expected, found = read_metrics(runs / "one"), read_metrics(runs / name)
     assert len(found) == len(expected) == 3
     for one, other in zip(expected, found, strict=True):
         assert one["grad_norm"] > 1e-3
@@ -62,16 +69,9 @@ def test_layout_equals_one_process(name: str, reference: tuple[Path, Path], tmp_
             assert other[key] == pytest.approx(one[key], rel=1e-5, abs=2e-6), (one["step"], key)
 
 
-@pytest.mark.parametrize("name", ["dp2", "tp2", "pp2"])
-def test_layout_generates_what_one_process_generates(
-    name: str, reference: tuple[Path, Path], tmp_path: Path
-) -> None:
-    folder, config = reference
-    processes, overrides = LAYOUTS[name]
-    run_trainer(
-        config, f"run_directory={tmp_path / 'run'}", "rollout.record=true", "steps=1", *overrides, processes=processes
-    )
-    ours, theirs = tmp_path / "run" / "rollouts", folder / "run" / "rollouts" / "step_000000"
+@pytest.mark.parametrize("name", GENERATING)
+def test_layout_generates_what_one_process_generates(name: str, runs: Path) -> None:
+    ours, theirs = runs / f"{name}-generated" / "rollouts", runs / "one" / "rollouts" / "step_000000"
     files = sorted(ours.rglob("*.jsonl"))
     assert len(files) == 8
     # The same random numbers on logits that differ in the last bits: a draw may fall the other way, but seldom.
