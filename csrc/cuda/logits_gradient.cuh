@@ -112,13 +112,14 @@ __global__ void __launch_bounds__(kMaximumThreads) logits_gradient_kernel(Logits
   }
   const float4 state = load_read_only(reinterpret_cast<const float4*>(a.state) + row);  // maximum, log sum, H, log-prob
   const int64_t column = target - a.vocabulary_start;
+  const float inverse_temperature = float(a.inverse_temperature);
   RowGradient shared;
   shared.maximum = state.x;
   shared.log_sum = state.y;
-  shared.inverse_temperature = a.inverse_temperature;
-  shared.gradient = logit_gradient(g, h, state.y, state.z, a.inverse_temperature);
+  shared.inverse_temperature = inverse_temperature;
+  shared.gradient = logit_gradient(g, h, state.y, state.z, inverse_temperature);
   shared.target_column = target >= 0 && column >= 0 && column < a.vocabulary ? column : -1;
-  shared.at_target = gradient_at_target(g, h, state.w, state.z, a.inverse_temperature);
+  shared.at_target = gradient_at_target(g, h, state.w, state.z, inverse_temperature);
   write_gradient(logits, out, begin, end, shared);
 }
 

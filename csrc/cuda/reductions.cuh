@@ -5,8 +5,8 @@
 namespace megatron_rlvr {
 
 template <bool kSecondMoments>
-__device__ __forceinline__ RowSums shuffled(const RowSums& sums, int lane_mask) {
-  RowSums out;
+__device__ __forceinline__ RowSums<float> shuffled(const RowSums<float>& sums, int lane_mask) {
+  RowSums<float> out;
   out.maximum = __shfl_xor_sync(kWholeWarp, sums.maximum, lane_mask);
   out.excess = __shfl_xor_sync(kWholeWarp, sums.excess, lane_mask);
   out.exponential_x = __shfl_xor_sync(kWholeWarp, sums.exponential_x, lane_mask);
@@ -19,7 +19,7 @@ __device__ __forceinline__ RowSums shuffled(const RowSums& sums, int lane_mask) 
 
 // Lane 0 ends up with the statistics of the whole warp.
 template <bool kSecondMoments>
-__device__ __forceinline__ RowSums warp_merged(RowSums sums, float inverse_temperature) {
+__device__ __forceinline__ RowSums<float> warp_merged(RowSums<float> sums, float inverse_temperature) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     sums = merged<kSecondMoments>(sums, shuffled<kSecondMoments>(sums, distance), inverse_temperature);
@@ -30,8 +30,8 @@ __device__ __forceinline__ RowSums warp_merged(RowSums sums, float inverse_tempe
 // Thread 0 ends up with the statistics of the whole block. Every thread of the block calls it, once per kernel:
 // its shared memory is not guarded against a second call.
 template <bool kSecondMoments, int kMaximumThreads>
-__device__ __forceinline__ RowSums block_merged(RowSums sums, float inverse_temperature) {
-  __shared__ RowSums of_warp[kMaximumThreads / kWarpSize];
+__device__ __forceinline__ RowSums<float> block_merged(RowSums<float> sums, float inverse_temperature) {
+  __shared__ RowSums<float> of_warp[kMaximumThreads / kWarpSize];
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
   const int warps = int(blockDim.x) / kWarpSize;
   sums = warp_merged<kSecondMoments>(sums, inverse_temperature);
@@ -39,7 +39,7 @@ __device__ __forceinline__ RowSums block_merged(RowSums sums, float inverse_temp
   if (lane == 0) of_warp[warp] = sums;
   __syncthreads();
   if (warp == 0) {
-    sums = lane < warps ? of_warp[lane] : RowSums();
+    sums = lane < warps ? of_warp[lane] : RowSums<float>();
     sums = warp_merged<kSecondMoments>(sums, inverse_temperature);
   }
   return sums;

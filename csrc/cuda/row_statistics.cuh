@@ -13,7 +13,7 @@ __host__ __device__ constexpr int64_t partial_width(bool second_moments) {
 }
 
 template <bool kSecondMoments>
-__device__ __forceinline__ void store_partial(float* partial, const RowSums& sums, float target_logit) {
+__device__ __forceinline__ void store_partial(float* partial, const RowSums<float>& sums, float target_logit) {
   store(partial + kMaximum, sums.maximum);
   store(partial + kExcess, sums.excess);
   store(partial + kExponentialX, sums.exponential_x);
@@ -25,8 +25,8 @@ __device__ __forceinline__ void store_partial(float* partial, const RowSums& sum
 }
 
 template <bool kSecondMoments>
-__device__ __forceinline__ RowSums load_partial(const float* partial, float& target_logit) {
-  RowSums sums;
+__device__ __forceinline__ RowSums<float> load_partial(const float* partial, float& target_logit) {
+  RowSums<float> sums;
   sums.maximum = load_read_only(partial + kMaximum);
   sums.excess = load_read_only(partial + kExcess);
   sums.exponential_x = load_read_only(partial + kExponentialX);
@@ -40,14 +40,14 @@ __device__ __forceinline__ RowSums load_partial(const float* partial, float& tar
 
 // The sums over columns [begin, end) of a row, spread over the threads of the block.
 template <class Logit, bool kSecondMoments>
-__device__ __forceinline__ RowSums thread_sums(const Logit* row, int64_t begin, int64_t end, float inverse_temperature) {
+__device__ __forceinline__ RowSums<float> thread_sums(const Logit* row, int64_t begin, int64_t end, float inverse_temperature) {
   using Format = LogitFormat<Logit>;
   constexpr int per_vector = Format::kPerVector;
   constexpr int vectors_per_tile = kLogitsPerTile / per_vector;
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
   const VectorSpan span = vector_span(row, begin, end);
   const uint4* vectors = reinterpret_cast<const uint4*>(row + span.vector_begin());
-  RowSums sums;
+  RowSums<float> sums;
 
   for (int64_t first = thread; first < span.vectors; first += int64_t(threads) * vectors_per_tile) {
     uint4 words[vectors_per_tile];
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMaximumThreads)
   const int64_t end = begin + slice_width < vocabulary ? begin + slice_width : vocabulary;
   const Logit* row_logits = logits + row * row_stride;
 
-  RowSums sums = thread_sums<Logit, kSecondMoments>(row_logits, begin, end, inverse_temperature);
+  RowSums<float> sums = thread_sums<Logit, kSecondMoments>(row_logits, begin, end, inverse_temperature);
   sums = block_merged<kSecondMoments, kMaximumThreads>(sums, inverse_temperature);
   if (threadIdx.x == 0) {
     const int64_t target = load_read_only(reinterpret_cast<const long long*>(targets) + row);
@@ -107,7 +107,7 @@ template <class Logit, bool kSecondMoments>
 void launch_row_statistics(const RowStatisticsArguments& a, const RowLaunch& launch) {
   MEGATRON_RLVR_LAUNCH((row_statistics_kernel<Logit, kSecondMoments>), a.rows * launch.slices, launch.threads, a.stream,
                        static_cast<const Logit*>(a.logits), a.row_stride, a.vocabulary, launch.slices,
-                       launch.slice_width, a.targets, a.vocabulary_start, a.inverse_temperature,
+                       launch.slice_width, a.targets, a.vocabulary_start, float(a.inverse_temperature),
                        launch.slices == 1 ? a.partials : a.workspace);
 }
 
