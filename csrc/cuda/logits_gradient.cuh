@@ -15,6 +15,7 @@ struct RowGradient {
   LogitGradient gradient;
   int64_t target_column;  // in this shard's columns, -1 where it is not here
   float at_target;
+  bool is_zero;  // nothing flows into this row
 
   __device__ __forceinline__ float at(float logit) const {
     const float x = (logit - maximum) * inverse_temperature;
@@ -93,6 +94,25 @@ __device__ __forceinline__ void write_zeros(Logit* out, int64_t begin, int64_t e
   }
 }
 
+__device__ __forceinline__ RowGradient row_gradient(const LogitsGradientArguments& a, int64_t row) {
+  const int64_t target = load_read_only(reinterpret_cast<const long long*>(a.targets) + row);
+  const bool has_logprob = a.gradient_logprob != nullptr && target >= 0;
+  const float g = has_logprob ? load_read_only(a.gradient_logprob + row) : 0.0f;
+  const float h = a.gradient_entropy != nullptr ? load_read_only(a.gradient_entropy + row) : 0.0f;
+  const float4 state = load_read_only(reinterpret_cast<const float4*>(a.state) + row);  // maximum, log sum, H, log-prob
+  const int64_t column = target - a.vocabulary_start;
+  const float inverse_temperature = float(a.inverse_temperature);
+  RowGradient out;
+  out.maximum = state.x;
+  out.log_sum = state.y;
+  out.inverse_temperature = inverse_temperature;
+  out.gradient = logit_gradient(g, h, state.y, state.z, inverse_temperature);
+  out.target_column = target >= 0 && column >= 0 && column < a.vocabulary ? column : -1;
+  out.at_target = gradient_at_target(g, h, state.w, state.z, inverse_temperature);
+  out.is_zero = g == 0.0f && h == 0.0f;
+  return out;
+}
+
 // Grid: rows x slices blocks.
 template <class Logit>
 __global__ void __launch_bounds__(kMaximumThreads) logits_gradient_kernel(LogitsGradientArguments a, RowLaunch launch) {
@@ -102,25 +122,15 @@ __global__ void __launch_bounds__(kMaximumThreads) logits_gradient_kernel(Logits
   const Logit* logits = static_cast<const Logit*>(a.logits) + row * a.row_stride;
   Logit* out = static_cast<Logit*>(a.gradient) + row * a.gradient_row_stride;
 
-  const int64_t target = load_read_only(reinterpret_cast<const long long*>(a.targets) + row);
-  const bool has_logprob = a.gradient_logprob != nullptr && target >= 0;
-  const float g = has_logprob ? load_read_only(a.gradient_logprob + row) : 0.0f;
-  const float h = a.gradient_entropy != nullptr ? load_read_only(a.gradient_entropy + row) : 0.0f;
-  if (g == 0.0f && h == 0.0f) {
+  __shared__ RowGradient of_row;
+  if (threadIdx.x == 0) of_row = row_gradient(a, row);
+  __syncthreads();
+  const RowGradient gradient = of_row;
+  if (gradient.is_zero) {
     write_zeros(out, begin, end);
-    return;
+  } else {
+    write_gradient(logits, out, begin, end, gradient);
   }
-  const float4 state = load_read_only(reinterpret_cast<const float4*>(a.state) + row);  // maximum, log sum, H, log-prob
-  const int64_t column = target - a.vocabulary_start;
-  const float inverse_temperature = float(a.inverse_temperature);
-  RowGradient shared;
-  shared.maximum = state.x;
-  shared.log_sum = state.y;
-  shared.inverse_temperature = inverse_temperature;
-  shared.gradient = logit_gradient(g, h, state.y, state.z, inverse_temperature);
-  shared.target_column = target >= 0 && column >= 0 && column < a.vocabulary ? column : -1;
-  shared.at_target = gradient_at_target(g, h, state.w, state.z, inverse_temperature);
-  write_gradient(logits, out, begin, end, shared);
 }
 
 // What logits_gradient_<type>.cu instantiates.

@@ -9,6 +9,8 @@
   kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #else
 #include "simt.h"
+#define MEGATRON_RLVR_LAUNCH(kernel, blocks, threads, stream, ...) \
+  simt::launch(blocks, threads, [=] { (void)(stream); kernel(__VA_ARGS__); })
 #endif
 
 #include "../formulas.h"
