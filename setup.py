@@ -1,5 +1,111 @@
-"""Builds the package; pyproject.toml holds the metadata."""
+"""Builds the package; pyproject.toml holds the metadata.
 
-from setuptools import setup
+The compiled operators are built by CMake and Ninja into ``megatron_rlvr/ops/_C.so``: the CPU kernels always, the CUDA
+kernels where nvcc is found and the installed torch is a CUDA build. Environment:
 
-setup()
+- ``MEGATRON_RLVR_CUDA=1`` compiles the CUDA kernels whatever torch is installed, ``=0`` never;
+- ``MEGATRON_RLVR_BUILD=0`` builds nothing: the eager reference runs, and says so;
+- ``CXX``, ``CUDACXX``, ``CMAKE_ARGS`` as usual.
+"""
+
+import importlib
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import ExecError
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_program(name: str) -> str | None:
+    """``name`` on the path, beside this Python, or in the package of the same name."""
+    found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    if found is None:
+        try:
+            package = importlib.import_module(name)
+        except ImportError:
+            return None
+        folder = getattr(package, "CMAKE_BIN_DIR", None) or getattr(package, "BIN_DIR", None)
+        found = shutil.which(name, path=folder) if folder else None
+    return found
+
+
+def require(name: str, remedy: str) -> str:
+    found = find_program(name)
+    if found is None:
+        raise ExecError(
+            f"megatron-rlvr: no {name} found to compile the operators with; {remedy}, "
+            "or set MEGATRON_RLVR_BUILD=0 to run the (much slower) eager reference"
+        )
+    return found
+
+
+def find_nvcc() -> str | None:
+    named = os.environ.get("CUDACXX")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return (shutil.which(named) if named else None) or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def choose_cuda(torch_has_cuda: bool) -> str | None:
+    """The nvcc to compile CUDA kernels with, or None to leave them out; printed, so that a build log shows which."""
+    choice = os.environ.get("MEGATRON_RLVR_CUDA", "")
+    if choice not in ("", "0", "1"):
+        raise ExecError(f"megatron-rlvr: MEGATRON_RLVR_CUDA must be 0, 1 or unset, found {choice!r}")
+    nvcc = find_nvcc()
+    if choice == "1" and nvcc is None:
+        raise ExecError(
+            "megatron-rlvr: MEGATRON_RLVR_CUDA=1, but no nvcc found; install the CUDA toolkit and put nvcc on the PATH "
+            "(or name it in CUDACXX), or set MEGATRON_RLVR_CUDA=0 for the CPU kernels alone"
+        )
+    wanted = choice == "1" or (choice == "" and nvcc is not None and torch_has_cuda)
+    if wanted:
+        print(f"megatron-rlvr: CUDA kernels with {nvcc}")
+        return nvcc
+    reason = "MEGATRON_RLVR_CUDA=0" if choice == "0" else "no nvcc" if nvcc is None else "torch is a CPU build"
+    print(f"megatron-rlvr: no CUDA kernels ({reason}); MEGATRON_RLVR_CUDA=1 compiles them")
+    return None
+
+
+class CMakeBuild(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        # no Python ABI in the name: the library uses torch's stable ABI and nothing of Python
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def build_extension(self, extension: Extension) -> None:
+        import torch
+
+        cmake = require("cmake", "`pip install cmake`")
+        ninja = require("ninja", "`pip install ninja`")
+        compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+        require(compiler, "install one (Debian: `apt-get install g++`; or name it in CXX)")
+        nvcc = choose_cuda(torch.version.cuda is not None)
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        build = ROOT / "build" / ("operators-cuda" if nvcc else "operators")
+        arguments = [
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DTORCH_DIRECTORY={Path(torch.__file__).parent}",
+            f"-DMEGATRON_RLVR_CUDA={'ON' if nvcc else 'OFF'}",
+            *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *arguments], check=True)
+        subprocess.run([cmake, "--build", str(build)], check=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # replaced, not overwritten: a process that has the old library mapped keeps it
+        temporary = target.with_suffix(".new")
+        shutil.copyfile(build / "_C.so", temporary)
+        temporary.replace(target)
+
+
+if os.environ.get("MEGATRON_RLVR_BUILD", "1") == "0":
+    print("megatron-rlvr: MEGATRON_RLVR_BUILD=0, no operators are compiled")
+    setup()
+else:
+    setup(ext_modules=[Extension("megatron_rlvr.ops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,7 +1,8 @@
 // Every scalar formula of the operators, once: the CPU path, the CUDA kernels and their emulation on the CPU include it.
 //
 // Notation: z is a raw logit, T the temperature, k = 1/T, p = softmax(z k), H = -sum p ln p, a the sampled token,
-// r = pi(a) / pi_old(a) the importance ratio, A the advantage. Everything is fp32, and raw C++17 without torch.
+// r = pi(a) / pi_old(a) the importance ratio, A the advantage. Raw C++17 without torch. Row statistics exist in fp32
+// (what is done for every logit) and in fp64 (what is done once a row, and costs nothing there).
 //
 // A row is summed up by its raw maximum m and sums over x = (z - m) k <= 0. Why in this shape:
 // - the maximum is subtracted before the temperature is applied, so that logits of scale 100 lose nothing to rounding;
@@ -21,7 +22,7 @@
 
 namespace megatron_rlvr {
 
-// e^x is 0 in fp32 long before this, so a product x e^x with x clamped here is 0 where x = -inf would make it NaN.
+// e^x is 0 long before this, so a product x e^x with x clamped here is 0 where x = -inf would make it NaN.
 // The clamp loses no NaN: e^x is taken of the unclamped x.
 constexpr float kLowestExponent = -1.0e4f;
 
@@ -30,47 +31,55 @@ constexpr int64_t kIgnoredTarget = -100;
 
 // ---------------------------------------------------------------------------------------------- statistics of a row
 
+MEGATRON_RLVR_FORMULA float exponential_of(float x) { return expf(x); }
+MEGATRON_RLVR_FORMULA double exponential_of(double x) { return exp(x); }
+MEGATRON_RLVR_FORMULA float log_one_plus(float x) { return log1pf(x); }
+MEGATRON_RLVR_FORMULA double log_one_plus(double x) { return log1p(x); }
+
 // Of no logits at all, or of none but -inf: the maximum is -inf, and the excess means nothing.
+template <class Real>
 struct RowSums {
-  float maximum = -INFINITY;     // m, in raw logits
-  float excess = 0.0f;           // sum e^x - 1
-  float exponential_x = 0.0f;    // sum e^x x
-  float squared_excess = 0.0f;   // sum e^2x - 1     second moments, used only where asked for
-  float squared_x = 0.0f;        // sum e^2x x
+  Real maximum = -INFINITY;      // m, in raw logits
+  Real excess = 0;               // sum e^x - 1
+  Real exponential_x = 0;        // sum e^x x
+  Real squared_excess = 0;       // sum e^2x - 1     second moments, used only where asked for
+  Real squared_x = 0;            // sum e^2x x
 };
 
 // What is subtracted from logits: an all -inf stretch has no maximum to subtract (-inf - -inf is NaN), and any number
 // will do since e^-inf is 0 all the same.
-MEGATRON_RLVR_FORMULA float shift_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+template <class Real>
+MEGATRON_RLVR_FORMULA Real shift_of(Real maximum) { return maximum == -INFINITY ? Real(0) : maximum; }
 
 // x, safe to multiply by a power of e^x that may be 0.
-MEGATRON_RLVR_FORMULA float clamped_exponent(float x) { return x > kLowestExponent ? x : kLowestExponent; }
+template <class Real>
+MEGATRON_RLVR_FORMULA Real clamped_exponent(Real x) { return x > kLowestExponent ? x : Real(kLowestExponent); }
 
 // Makes `maximum`, which is at least the own one, the shift of the sums; the maximum itself is not in them yet. So what
 // was the old maximum's own e^0 enters the excess: (1 + excess) e^difference.
-template <bool kSecondMoments>
-MEGATRON_RLVR_FORMULA void raise_maximum(RowSums& sums, float maximum, float inverse_temperature) {
-  const float difference = (sums.maximum - shift_of(maximum)) * inverse_temperature;
-  const float scale = expf(difference);
-  const float offset = clamped_exponent(difference);
-  const float exponential = 1.0f + sums.excess;
+template <bool kSecondMoments, class Real>
+MEGATRON_RLVR_FORMULA void raise_maximum(RowSums<Real>& sums, Real maximum, Real inverse_temperature) {
+  const Real difference = (sums.maximum - shift_of(maximum)) * inverse_temperature;
+  const Real scale = exponential_of(difference);
+  const Real offset = clamped_exponent(difference);
+  const Real exponential = 1 + sums.excess;
   sums.maximum = maximum;
   sums.excess = exponential * scale;
   sums.exponential_x = (sums.exponential_x + exponential * offset) * scale;
   if (kSecondMoments) {
-    const float squared = 1.0f + sums.squared_excess;
-    const float scale_squared = scale * scale;
+    const Real squared = 1 + sums.squared_excess;
+    const Real scale_squared = scale * scale;
     sums.squared_excess = squared * scale_squared;
     sums.squared_x = (sums.squared_x + squared * offset) * scale_squared;
   }
 }
 
 // Statistics of the union of two disjoint sets of logits: exact up to rounding, NaN if either has one.
-template <bool kSecondMoments>
-MEGATRON_RLVR_FORMULA RowSums merged(const RowSums& a, const RowSums& b, float inverse_temperature) {
+template <bool kSecondMoments, class Real>
+MEGATRON_RLVR_FORMULA RowSums<Real> merged(const RowSums<Real>& a, const RowSums<Real>& b, Real inverse_temperature) {
   const bool a_leads = a.maximum >= b.maximum;
-  RowSums out = a_leads ? a : b;
-  RowSums other = a_leads ? b : a;
+  RowSums<Real> out = a_leads ? a : b;
+  RowSums<Real> other = a_leads ? b : a;
   raise_maximum<kSecondMoments>(other, out.maximum, inverse_temperature);
   out.excess += other.excess;
   out.exponential_x += other.exponential_x;
@@ -82,33 +91,39 @@ MEGATRON_RLVR_FORMULA RowSums merged(const RowSums& a, const RowSums& b, float i
 }
 
 // A row can be normalised iff this holds: NaN, +inf and rows of nothing but -inf fail it.
-MEGATRON_RLVR_FORMULA bool is_normalisable(const RowSums& sums) {
+template <class Real>
+MEGATRON_RLVR_FORMULA bool is_normalisable(const RowSums<Real>& sums) {
   return sums.maximum > -INFINITY && sums.maximum < INFINITY && sums.excess < INFINITY;
 }
 
 // ln sum e^x: ln p = x - log_normaliser.
-MEGATRON_RLVR_FORMULA float log_normaliser(const RowSums& sums) { return log1pf(sums.excess); }
+template <class Real>
+MEGATRON_RLVR_FORMULA Real log_normaliser(const RowSums<Real>& sums) { return log_one_plus(sums.excess); }
 
 // ln p of one logit, of the target above all.
-MEGATRON_RLVR_FORMULA float log_probability(float logit, float maximum, float log_normaliser, float inverse_temperature) {
+template <class Real>
+MEGATRON_RLVR_FORMULA Real log_probability(Real logit, Real maximum, Real log_normaliser, Real inverse_temperature) {
   return (logit - maximum) * inverse_temperature - log_normaliser;
 }
 
 // H = -sum p ln p
-MEGATRON_RLVR_FORMULA float entropy(const RowSums& sums) {
-  return log1pf(sums.excess) - sums.exponential_x / (1.0f + sums.excess);
+template <class Real>
+MEGATRON_RLVR_FORMULA Real entropy(const RowSums<Real>& sums) {
+  return log_one_plus(sums.excess) - sums.exponential_x / (1 + sums.excess);
 }
 
 // sum p^2
-MEGATRON_RLVR_FORMULA float sum_squared_probability(const RowSums& sums) {
-  const float exponential = 1.0f + sums.excess;
-  return (1.0f + sums.squared_excess) / (exponential * exponential);
+template <class Real>
+MEGATRON_RLVR_FORMULA Real sum_squared_probability(const RowSums<Real>& sums) {
+  const Real exponential = 1 + sums.excess;
+  return (1 + sums.squared_excess) / (exponential * exponential);
 }
 
 // sum p^2 ln p
-MEGATRON_RLVR_FORMULA float sum_squared_probability_logprob(const RowSums& sums) {
-  const float exponential = 1.0f + sums.excess;
-  return sums.squared_x / (exponential * exponential) - log1pf(sums.excess) * sum_squared_probability(sums);
+template <class Real>
+MEGATRON_RLVR_FORMULA Real sum_squared_probability_logprob(const RowSums<Real>& sums) {
+  const Real exponential = 1 + sums.excess;
+  return sums.squared_x / (exponential * exponential) - log_one_plus(sums.excess) * sum_squared_probability(sums);
 }
 
 // ------------------------------------------------------------------------------- gradient of (log-prob, entropy)

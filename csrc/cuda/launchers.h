@@ -43,7 +43,7 @@ struct RowStatisticsArguments {
   int64_t row_stride;
   const int64_t* targets;      // [rows] global ids
   int64_t vocabulary_start;    // global id of this shard's first column
-  float inverse_temperature;
+  double inverse_temperature;  // rounded to fp32 where it meets logits, not where a row is finished
   bool second_moments;
   float* partials;             // [rows, kPartialWidth or kPartialWidthWithMoments]
   float* workspace;            // row_statistics_workspace(...) floats, may be null when that is 0
@@ -57,7 +57,7 @@ struct CombineStatisticsArguments {
   bool second_moments;
   const int64_t* targets;      // [rows] global ids
   int64_t vocabulary;          // of all shards together
-  float inverse_temperature;
+  double inverse_temperature;  // rounded to fp32 where it meets logits, not where a row is finished
   float* logprob;              // [rows]; 0 for ignored targets, NaN for rows that cannot be normalised
   float* entropy;              // [rows]; NaN likewise
   float* state;                // [rows, kStateWidth], 16-byte aligned
@@ -76,7 +76,7 @@ struct LogitsGradientArguments {
   int64_t gradient_row_stride;
   const int64_t* targets;
   int64_t vocabulary_start;
-  float inverse_temperature;
+  double inverse_temperature;  // rounded to fp32 where it meets logits, not where a row is finished
   const float* state;          // [rows, kStateWidth] of combine_statistics, 16-byte aligned
   const float* gradient_logprob;   // [rows] or null for 0
   const float* gradient_entropy;   // [rows] or null for 0; a row with both 0 gets zeros and its logits are not read

@@ -1,8 +1,74 @@
-"""Which kernels run."""
+"""Which kernels run: loads the compiled library and says what it offers."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+_PATH = Path(__file__).parent / "_C.so"
+_REBUILD = "rebuild it with `pip install --no-build-isolation -e .`"
+_announced: set[str] = set()
+
+
+def load_kernels() -> ctypes.CDLL | None:
+    """Load the compiled kernels into torch; None, announced once, where they were not built.
+
+    ``MEGATRON_RLVR_OPS=reference`` in the environment leaves them out on purpose. Raises ImportError when the library
+    is there and does not load, and ValueError for any other value of the variable.
+    """
+    choice = os.environ.get("MEGATRON_RLVR_OPS", "")
+    if choice == "reference":
+        return None
+    if choice:
+        raise ValueError(f"MEGATRON_RLVR_OPS: must be 'reference' or unset, found {choice!r}")
+    if not _PATH.exists():
+        announce_fallback("the compiled kernels were not built")
+        return None
+    try:
+        torch.ops.load_library(str(_PATH))
+        library = ctypes.CDLL(str(_PATH))
+    except OSError as error:
+        raise ImportError(
+            f"megatron_rlvr.ops: {_PATH} does not load ({error}); {_REBUILD}, or set MEGATRON_RLVR_OPS=reference"
+        ) from error
+    library.megatron_rlvr_cpu_backend.restype = ctypes.c_char_p
+    return library
+
+
+def announce_fallback(reason: str) -> None:
+    """Warn, once for each reason, that the eager reference runs."""
+    if reason not in _announced:
+        _announced.add(reason)
+        warnings.warn(
+            f"megatron_rlvr.ops: {reason}; the eager reference runs, which is slower and holds several copies of the "
+            f"logits; {_REBUILD} (and MEGATRON_RLVR_CUDA=1 for CUDA), or set MEGATRON_RLVR_OPS=reference",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+_library = load_kernels()
+
 
 def backend() -> str:
-    """What really runs: "cuda", "cpu-avx512", "cpu-avx2", "cpu" or "reference"."""
-    return "reference"
+    """What really runs: "cuda", "cpu-avx512", "cpu-avx2", "cpu" (no vector extension) or "reference"."""
+    if _library is None:
+        return "reference"
+    if torch.cuda.is_available() and has_kernels("cuda"):
+        return "cuda"
+    return _library.megatron_rlvr_cpu_backend().decode()
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether compiled kernels serve tensors on this type of device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("megatron_rlvr::row_statistics", device_type.upper())
+
+
+def check_device(device: torch.device) -> None:
+    """Announce, once, that tensors on ``device`` are served by the eager reference although kernels were built."""
+    if _library is not None and device.type == "cuda" and not has_kernels("cuda"):
+        announce_fallback("the CUDA kernels were not built")

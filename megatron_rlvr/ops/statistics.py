@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import library as _library  # noqa: F401  (registers torch.ops.megatron_rlvr)
+from .backend import check_device
 from .vocab_parallel import VocabShard, gather_partials
 
 LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +59,7 @@ def token_statistics(
     for rows with NaN or +inf. On a device such rows give NaN.
     """
     _check_arguments(logits, targets, temperature, inplace)
+    check_device(logits.device)
     shard = VocabShard.of(group)
     arguments = (logits, targets, 1.0 / temperature, shard, group, second_moments)
     if torch.compiler.is_compiling():

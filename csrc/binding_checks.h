@@ -1,0 +1,66 @@
+// What both bindings check of tensors before they hand out raw pointers. The Python face has checked the user's
+// arguments with better words already; this is for those who call torch.ops.megatron_rlvr.* themselves.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+
+namespace megatron_rlvr {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] inline void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// 0 float32, 1 bfloat16, 2 float16: the order of both LogitsType enumerations.
+inline int logits_type(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return 0;
+    case ScalarType::BFloat16: return 1;
+    case ScalarType::Half: return 2;
+    default: refuse("logits: must be float32, bfloat16 or float16");
+  }
+}
+
+inline void check_logits(const Tensor& logits, const Tensor& targets) {
+  if (logits.dim() != 2) refuse("logits: must be [T, V/tp], found ", logits.dim(), " dimensions");
+  if (logits.size(1) < 1) refuse("logits: the vocabulary is empty");
+  if (logits.stride(1) != 1 && logits.size(1) > 1) refuse("logits: column stride must be 1, found ", logits.stride(1));
+  logits_type(logits);
+  if (targets.scalar_type() != ScalarType::Long || targets.dim() != 1 || targets.size(0) != logits.size(0) ||
+      !targets.is_contiguous())
+    refuse("targets: must be contiguous int64 [", logits.size(0), "]");
+}
+
+// `tensor` float32, contiguous, with `count` numbers.
+inline void check_floats(const char* name, const Tensor& tensor, int64_t count) {
+  if (tensor.scalar_type() != ScalarType::Float || !tensor.is_contiguous() || tensor.numel() != count)
+    refuse(name, ": must be contiguous float32 with ", count, " elements, found ", tensor.numel());
+}
+
+inline void check_in_place(const Tensor& logits) {
+  if (logits.size(0) > 1 && logits.stride(0) < logits.size(1))
+    refuse("logits: rows overlap in memory (row stride ", logits.stride(0), "), the gradient cannot be written over them");
+}
+
+// 4 or 6 numbers a row: whether the second moments are among them.
+inline bool check_gathered(const Tensor& gathered, int64_t rows) {
+  if (gathered.dim() != 3 || gathered.size(1) != rows || (gathered.size(2) != 4 && gathered.size(2) != 6))
+    refuse("gathered: must be [shards, ", rows, ", 4 or 6]");
+  check_floats("gathered", gathered, gathered.numel());
+  return gathered.size(2) == 6;
+}
+
+inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+
+}  // namespace megatron_rlvr

@@ -1,0 +1,7 @@
+#include "vector_avx512.h"
+
+#include "row_kernels.h"  // in terms of the Vector above
+
+namespace megatron_rlvr::cpu {
+const Kernels kAvx512Kernels = {"cpu-avx512", row_statistics, logits_gradient};
+}

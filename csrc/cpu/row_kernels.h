@@ -1,0 +1,200 @@
+// The row kernels, written once in terms of `Vector`; one source file for each instruction set defines that and includes
+// this. Everything has internal linkage: a function compiled for AVX-512 must never stand in for the baseline's copy
+// of it at link time, which is what happens to plain inline functions and templates.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "number_types.h"
+
+namespace megatron_rlvr::cpu {
+namespace {
+namespace isolated {
+#include "../formulas.h"
+}
+namespace formulas = isolated::megatron_rlvr;
+
+// Small enough to stay in the first-level cache between the pass for its maximum and the pass for its sums.
+constexpr int64_t kBlock = 4096;
+// Lanes add at most 16 numbers before they are summed in double: rounding stays at 1e-7 however long the row is, also
+// where equal logits make every rounding go the same way.
+constexpr int64_t kUnroll = 4;
+constexpr int64_t kChunk = 16 * kUnroll * Vector::kLanes;
+
+template <class T>
+Vector::Floats load_tail(const T* p, int64_t count) {  // missing lanes are -inf: they add nothing
+  T buffer[Vector::kLanes];
+  for (int i = 0; i < Vector::kLanes; i++) assign(buffer[i], -INFINITY);
+  memcpy(buffer, p, size_t(count) * sizeof(T));
+  return Vector::load(buffer);
+}
+
+template <class T>
+float block_maximum(const T* p, int64_t count) {
+  Vector::Floats best[kUnroll];
+  for (auto& v : best) v = Vector::set(-INFINITY);
+  int64_t i = 0;
+  for (; i + kUnroll * Vector::kLanes <= count; i += kUnroll * Vector::kLanes)
+    for (int k = 0; k < kUnroll; k++) best[k] = Vector::maximum(best[k], Vector::load(p + i + k * Vector::kLanes));
+  for (; i + Vector::kLanes <= count; i += Vector::kLanes) best[0] = Vector::maximum(best[0], Vector::load(p + i));
+  if (i < count) best[0] = Vector::maximum(best[0], load_tail(p + i, count - i));
+  return Vector::largest(Vector::maximum(Vector::maximum(best[0], best[1]), Vector::maximum(best[2], best[3])));
+}
+
+// Lane sums of e^x, x e^x and, for the second moments, of e^2x and x e^2x.
+template <bool kMoments>
+struct LaneSums {
+  Vector::Floats exponential[kUnroll], exponential_x[kUnroll], squared[kUnroll], squared_x[kUnroll];
+
+  void clear() {
+    for (int k = 0; k < kUnroll; k++) {
+      exponential[k] = exponential_x[k] = Vector::set(0.0f);
+      if (kMoments) squared[k] = squared_x[k] = Vector::set(0.0f);
+    }
+  }
+  static double total(const Vector::Floats* v) {
+    return Vector::sum(Vector::add(Vector::add(v[0], v[1]), Vector::add(v[2], v[3])));
+  }
+  void flush_into(formulas::RowSums<double>& sums) {
+    sums.excess += total(exponential);
+    sums.exponential_x += total(exponential_x);
+    if (kMoments) {
+      sums.squared_excess += total(squared);
+      sums.squared_x += total(squared_x);
+    }
+    clear();
+  }
+};
+
+// Adds a block to sums whose maximum is at least the block's. Where that maximum is one of the block's logits
+// (kHoldsMaximum), its own e^0 stays out: all equal ones are skipped and counted, and one of them is not added again.
+template <bool kMoments, bool kHoldsMaximum, class T>
+void add_block(const T* p, int64_t count, float inverse_temperature, formulas::RowSums<double>& sums) {
+  using Floats = Vector::Floats;
+  const Floats shift = Vector::set(formulas::shift_of(float(sums.maximum))), scale = Vector::set(inverse_temperature);
+  LaneSums<kMoments> lanes;
+  lanes.clear();
+  int64_t equal = 0;
+  const auto push = [&](Floats z, int k) {
+    const Floats x = Vector::multiply(Vector::subtract(z, shift), scale);
+    Vector::Mask live;
+    const Floats e = Vector::exponential(x, live);
+    Vector::Mask added = live;
+    if (kHoldsMaximum) {
+      added = Vector::not_zero(x, live);
+      equal += Vector::count_zeros(x);
+    }
+    lanes.exponential[k] = Vector::add_where(added, lanes.exponential[k], e);
+    lanes.exponential_x[k] = Vector::multiply_add_where(live, x, e, lanes.exponential_x[k]);
+    if (kMoments) {
+      const Floats squared = Vector::multiply(e, e);
+      lanes.squared[k] = Vector::add_where(added, lanes.squared[k], squared);
+      lanes.squared_x[k] = Vector::multiply_add_where(live, x, squared, lanes.squared_x[k]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kChunk <= count; i += kChunk) {
+    for (int64_t j = i; j < i + kChunk; j += kUnroll * Vector::kLanes)
+      for (int k = 0; k < kUnroll; k++) push(Vector::load(p + j + k * Vector::kLanes), k);
+    lanes.flush_into(sums);
+  }
+  for (int k = 0; i + Vector::kLanes <= count; i += Vector::kLanes, k = (k + 1) % kUnroll) push(Vector::load(p + i), k);
+  if (i < count) push(load_tail(p + i, count - i), 0);
+  lanes.flush_into(sums);
+  if (kHoldsMaximum) {
+    sums.excess += double(equal - 1);
+    sums.squared_excess += double(equal - 1);
+  }
+}
+
+template <bool kMoments, class T>
+void row_statistics_of(const RowStatisticsArguments& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row++) {
+    const T* p = static_cast<const T*>(a.logits) + row * a.row_stride;
+    formulas::RowSums<double> sums;
+    for (int64_t start = 0; start < a.vocabulary; start += kBlock) {
+      const int64_t count = a.vocabulary - start < kBlock ? a.vocabulary - start : kBlock;
+      const float largest = block_maximum(p + start, count);
+      if (largest > sums.maximum) {
+        formulas::raise_maximum<kMoments>(sums, double(largest), double(a.inverse_temperature));
+        add_block<kMoments, true>(p + start, count, a.inverse_temperature, sums);
+      } else {
+        add_block<kMoments, false>(p + start, count, a.inverse_temperature, sums);
+      }
+    }
+    const int64_t column = a.targets[row] - a.vocabulary_start;
+    const bool here = a.targets[row] >= 0 && column >= 0 && column < a.vocabulary;
+    float* out = a.partials + row * (kMoments ? 6 : 4);
+    out[0] = float(sums.maximum);
+    out[1] = float(sums.excess);
+    out[2] = float(sums.exponential_x);
+    out[3] = here ? to_float(p[column]) : -INFINITY;
+    if (kMoments) {
+      out[4] = float(sums.squared_excess);
+      out[5] = float(sums.squared_x);
+    }
+  }
+}
+
+template <class T>
+void logits_gradient_of(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
+  using Floats = Vector::Floats;
+  for (int64_t row = begin; row < end; row++) {
+    const T* p = static_cast<const T*>(a.logits) + row * a.row_stride;
+    T* out = static_cast<T*>(a.gradient) + row * a.gradient_row_stride;
+    const bool has_target = a.targets[row] >= 0;
+    const float g = has_target ? a.gradient_logprob[row] : 0.0f, h = a.gradient_entropy[row];
+    if (g == 0.0f && h == 0.0f) {
+      memset(out, 0, size_t(a.vocabulary) * sizeof(T));
+      continue;
+    }
+    const float *state = a.state + row * 4, maximum = state[0], log_normaliser = state[1], entropy = state[2];
+    const auto line = formulas::logit_gradient(g, h, log_normaliser, entropy, a.inverse_temperature);
+    // p = e^x / S: the 1 / S goes into the two coefficients, so that an element costs one exponential and one line
+    const double weight = exp(-double(log_normaliser));
+    const Floats constant = Vector::set(float(line.constant * weight));
+    const Floats linear = Vector::set(float(line.linear * weight));
+    const Floats shift = Vector::set(maximum), scale = Vector::set(a.inverse_temperature);
+    const auto gradient = [&](Floats z) {
+      const Floats x = Vector::multiply(Vector::subtract(z, shift), scale);
+      return Vector::times_exponential(Vector::multiply_add(linear, x, constant), x);
+    };
+    int64_t i = 0;
+    for (; i + kUnroll * Vector::kLanes <= a.vocabulary; i += kUnroll * Vector::kLanes)
+      for (int k = 0; k < kUnroll; k++)
+        Vector::store(out + i + k * Vector::kLanes, gradient(Vector::load(p + i + k * Vector::kLanes)));
+    for (; i + Vector::kLanes <= a.vocabulary; i += Vector::kLanes) Vector::store(out + i, gradient(Vector::load(p + i)));
+    if (i < a.vocabulary) {
+      T buffer[Vector::kLanes];
+      Vector::store(buffer, gradient(load_tail(p + i, a.vocabulary - i)));
+      memcpy(out + i, buffer, size_t(a.vocabulary - i) * sizeof(T));
+    }
+    const int64_t column = a.targets[row] - a.vocabulary_start;
+    if (has_target && column >= 0 && column < a.vocabulary)
+      assign(out[column], formulas::gradient_at_target(g, h, state[3], entropy, a.inverse_temperature));
+  }
+}
+
+void row_statistics(const RowStatisticsArguments& a, int64_t begin, int64_t end) {
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    if (a.second_moments)
+      row_statistics_of<true, T>(a, begin, end);
+    else
+      row_statistics_of<false, T>(a, begin, end);
+  };
+  if (a.logits_type == kFloat32) run(0.0f);
+  if (a.logits_type == kBFloat16) run(BFloat16{});
+  if (a.logits_type == kFloat16) run(Float16{});
+}
+
+void logits_gradient(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
+  if (a.logits_type == kFloat32) logits_gradient_of<float>(a, begin, end);
+  if (a.logits_type == kBFloat16) logits_gradient_of<BFloat16>(a, begin, end);
+  if (a.logits_type == kFloat16) logits_gradient_of<Float16>(a, begin, end);
+}
+
+}  // namespace
+}  // namespace megatron_rlvr::cpu

@@ -1,0 +1,106 @@
+// 8 floats in an AVX2 register, with the operations that the row kernels are written in.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "exponential.h"
+#include "number_types.h"
+
+namespace megatron_rlvr::cpu {
+namespace {
+
+struct Vector {
+  static constexpr int kLanes = 8;
+  using Floats = __m256;
+  using Mask = __m256;
+
+  static Floats set(float value) { return _mm256_set1_ps(value); }
+  static Floats load(const float* p) { return _mm256_loadu_ps(p); }
+  static Floats load(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static Floats load(const Float16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  static void store(BFloat16* p, Floats v) {  // to nearest, ties to even; NaN stays NaN
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    const __m128i low = _mm256_castsi256_si128(rounded), high = _mm256_extracti128_si256(rounded, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+  }
+  static void store(Float16* p, Floats v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+  static Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+
+  static Floats power_of_two(__m256i n) {  // n >= -126; e^x of NaN is NaN whatever this gives
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  }
+  // e^x = q 2^n with n an integer
+  static Floats split_exponential(Floats x, Floats& n) {
+    n = _mm256_round_ps(multiply(x, set(kLog2OfE)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Floats r = _mm256_fnmadd_ps(n, set(kLn2), x);
+    Floats q = multiply_add(set(kQ4), r, set(kQ3));
+    q = multiply_add(q, r, set(kQ2));
+    q = multiply_add(q, r, set(kQ1));
+    q = multiply_add(q, r, set(kQ0));
+    q = multiply_add(q, r, set(1.0f));
+    q = multiply_add(q, r, set(1.0f));
+    return q;
+  }
+  // e^x for x <= 0, meaningful where `live`: not for x so low that e^x is denormal or 0. NaN is live and stays NaN.
+  static Floats exponential(Floats x, Mask& live) {
+    live = _mm256_cmp_ps(x, set(kLowestNormalExponent), _CMP_NLT_UQ);
+    Floats n;
+    const Floats q = split_exponential(x, n);
+    return multiply(q, power_of_two(_mm256_cvtps_epi32(n)));
+  }
+  // y e^x for x <= 0, rounded to a denormal where it must be; 0 where e^x is.
+  static Floats times_exponential(Floats y, Floats x) {
+    const Mask live = _mm256_cmp_ps(x, set(kLowestExponentOfProduct), _CMP_NLT_UQ);
+    Floats n;
+    const Floats q = split_exponential(x, n);
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    const Floats product = multiply(multiply(q, y), power_of_two(half));
+    return _mm256_and_ps(live, multiply(product, power_of_two(_mm256_sub_epi32(whole, half))));
+  }
+
+  static Mask not_zero(Floats x, Mask among) {
+    return _mm256_and_ps(among, _mm256_cmp_ps(x, set(0.0f), _CMP_NEQ_UQ));
+  }
+  static Mask all() { return _mm256_castsi256_ps(_mm256_set1_epi32(-1)); }
+  static int count_zeros(Floats x) {
+    return __builtin_popcount(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(x, set(0.0f), _CMP_EQ_OQ))));
+  }
+  // Under the mask, else the sum unchanged: what is masked out may be NaN or infinite.
+  static Floats add_where(Mask mask, Floats sum, Floats v) { return add(sum, _mm256_and_ps(mask, v)); }
+  static Floats multiply_add_where(Mask mask, Floats a, Floats b, Floats sum) {
+    return multiply_add(_mm256_and_ps(mask, a), _mm256_and_ps(mask, b), sum);
+  }
+
+  static float largest(Floats v) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_shuffle_ps(half, half, 1)));
+  }
+  static double sum(Floats v) {
+    const __m256d both = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)),
+                                       _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
+    const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(both), _mm256_extractf128_pd(both, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+  }
+};
+
+}  // namespace
+}  // namespace megatron_rlvr::cpu

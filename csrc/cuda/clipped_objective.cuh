@@ -1,0 +1,51 @@
+// Kernel 4: the clipped objective of every token, its gradient and the counts, in one pass over [tokens].
+#pragma once
+#include <algorithm>
+
+#include "launchers.h"
+#include "memory.cuh"
+#include "reductions.cuh"
+
+namespace megatron_rlvr {
+
+constexpr int kObjectiveThreads = 256;
+
+__global__ void __launch_bounds__(kObjectiveThreads) clipped_objective_kernel(ClippedObjectiveArguments a) {
+  int counts[kObjectiveCounts] = {};
+  for (int64_t token = int64_t(blockIdx.x) * kObjectiveThreads + threadIdx.x; token < a.tokens;
+       token += int64_t(gridDim.x) * kObjectiveThreads) {
+    float objective = 0.0f, gradient = 0.0f;
+    const bool is_kept =
+        a.mask == nullptr || load_read_only(reinterpret_cast<const unsigned char*>(a.mask) + token) != 0;
+    if (is_kept) {
+      const float logprob = load_read_only(a.logprob + token);
+      const float old_logprob = load_read_only(a.old_logprob + token);
+      const float advantage = load_read_only(a.advantage + token);
+      const float weight = a.weight == nullptr ? 1.0f : load_read_only(a.weight + token);
+      const float ratio = expf(logprob - old_logprob);
+      const RatioBounds bounds = ratio_bounds(a.clip, expf(old_logprob));
+      objective = weight * clipped_objective(ratio, advantage, bounds);
+      gradient = weight * objective_gradient(ratio, advantage, bounds);
+
+      const Gate state = gate(ratio, advantage, bounds);
+      counts[kCountClippedHigh] += state == Gate::kClippedHigh;
+      counts[kCountClippedLow] += state == Gate::kClippedLow;
+      if (a.entropy != nullptr) {
+        const int region = entropy_region(logprob, load_read_only(a.entropy + token), advantage);
+#pragma unroll
+        for (int i = 1; i <= 4; ++i) counts[kCountRegion1 + i - 1] += region == i;
+      }
+    }
+    store(a.objective + token, objective);
+    store(a.gradient + token, gradient);
+  }
+  add_block_counts<kObjectiveCounts, kObjectiveThreads>(counts, a.counts);
+}
+
+inline void launch_clipped_objective(const ClippedObjectiveArguments& a, int multiprocessors) {
+  const int64_t blocks = (a.tokens + kObjectiveThreads - 1) / kObjectiveThreads;
+  const int64_t most = 8 * int64_t(multiprocessors);  // what the device holds at once; each block adds its counts once
+  MEGATRON_RLVR_LAUNCH(clipped_objective_kernel, std::min(blocks, most), kObjectiveThreads, a.stream, a);
+}
+
+}  // namespace megatron_rlvr

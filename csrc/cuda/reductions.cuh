@@ -1,0 +1,75 @@
+// Sums and row statistics over the threads of a warp and of a block.
+#pragma once
+#include "platform.cuh"
+
+namespace megatron_rlvr {
+
+template <bool kSecondMoments>
+__device__ __forceinline__ RowSums<float> shuffled(const RowSums<float>& sums, int lane_mask) {
+  RowSums<float> out;
+  out.maximum = __shfl_xor_sync(kWholeWarp, sums.maximum, lane_mask);
+  out.excess = __shfl_xor_sync(kWholeWarp, sums.excess, lane_mask);
+  out.exponential_x = __shfl_xor_sync(kWholeWarp, sums.exponential_x, lane_mask);
+  if (kSecondMoments) {
+    out.squared_excess = __shfl_xor_sync(kWholeWarp, sums.squared_excess, lane_mask);
+    out.squared_x = __shfl_xor_sync(kWholeWarp, sums.squared_x, lane_mask);
+  }
+  return out;
+}
+
+// Lane 0 ends up with the statistics of the whole warp.
+template <bool kSecondMoments>
+__device__ __forceinline__ RowSums<float> warp_merged(RowSums<float> sums, float inverse_temperature) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    sums = merged<kSecondMoments>(sums, shuffled<kSecondMoments>(sums, distance), inverse_temperature);
+  }
+  return sums;
+}
+
+// Thread 0 ends up with the statistics of the whole block. Every thread of the block calls it, once per kernel:
+// its shared memory is not guarded against a second call.
+template <bool kSecondMoments, int kMaximumThreads>
+__device__ __forceinline__ RowSums<float> block_merged(RowSums<float> sums, float inverse_temperature) {
+  __shared__ RowSums<float> of_warp[kMaximumThreads / kWarpSize];
+  const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
+  const int warps = int(blockDim.x) / kWarpSize;
+  sums = warp_merged<kSecondMoments>(sums, inverse_temperature);
+  if (warps == 1) return sums;
+  if (lane == 0) of_warp[warp] = sums;
+  __syncthreads();
+  if (warp == 0) {
+    sums = lane < warps ? of_warp[lane] : RowSums<float>();
+    sums = warp_merged<kSecondMoments>(sums, inverse_temperature);
+  }
+  return sums;
+}
+
+__device__ __forceinline__ int warp_sum(int value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kWholeWarp, value, distance);
+  }
+  return value;
+}
+
+// Adds each of a block's counters to `totals`, at most one atomic a counter and block. Every thread calls it, once.
+template <int kCounters, int kMaximumThreads>
+__device__ __forceinline__ void add_block_counts(const int (&counts)[kCounters], int64_t* totals) {
+  __shared__ int of_warp[kMaximumThreads / kWarpSize][kCounters];
+  const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
+  const int warps = int(blockDim.x) / kWarpSize;
+#pragma unroll
+  for (int counter = 0; counter < kCounters; ++counter) {
+    const int sum = warp_sum(counts[counter]);
+    if (lane == 0) of_warp[warp][counter] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x < kCounters) {
+    unsigned long long sum = 0;
+    for (int i = 0; i < warps; ++i) sum += of_warp[i][threadIdx.x];
+    if (sum != 0) atomicAdd(reinterpret_cast<unsigned long long*>(totals) + threadIdx.x, sum);
+  }
+}
+
+}  // namespace megatron_rlvr

@@ -1,0 +1,132 @@
+"""The clipped objective as the CUDA kernel computes it, against float64 and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated import Kernels, exact_statistics
+from torch import Tensor
+
+STATIC = (0.2, 0.0, 0.2, 0.0)
+DYNAMIC = (0.3, -0.13, 0.5, -0.25)  # lower intercept, lower slope, upper intercept, upper slope of the paper
+
+
+def tokens(count: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    old_logprob = -4 * torch.rand(count, generator=generator)
+    advantage = torch.randn(count, generator=generator)
+    advantage[::11] = 0
+    return {
+        "logprob": old_logprob + 0.5 * torch.randn(count, generator=generator),
+        "old_logprob": old_logprob,
+        "advantage": advantage,
+        "mask": torch.rand(count, generator=generator) > 0.2,
+        "weight": torch.rand(count, generator=generator),
+        "entropy": 3 * torch.rand(count, generator=generator),
+    }
+
+
+def exact(t: dict[str, Tensor], clip: tuple[float, float, float, float]) -> tuple[Tensor, Tensor, list[int]]:
+    """The gate written as in the paper, with the *current* probability; objective and gradient through autograd."""
+    lower_intercept, lower_slope, upper_intercept, upper_slope = clip
+    logprob = t["logprob"].double().requires_grad_()
+    old_logprob, a = t["old_logprob"].double(), t["advantage"].double()
+    ratio, p = (logprob - old_logprob).exp(), logprob.detach().exp()
+    too_high = (ratio > 1 + upper_intercept + upper_slope * p) & (a > 0) & t["mask"]
+    too_low = (ratio < 1 - lower_intercept - lower_slope * p) & (a < 0) & t["mask"]
+    high = (1 + upper_intercept) / (1 - upper_slope * old_logprob.exp())
+    low = (1 - lower_intercept) / (1 + lower_slope * old_logprob.exp())
+    bounded = torch.where(too_high, high, torch.where(too_low, low, ratio))
+    objective = torch.where(t["mask"], bounded * a * t["weight"].double(), 0.0)
+    objective.sum().backward()
+    common, h = -logprob.detach(), t["entropy"].double()
+    regions = [(a > 0) & (common < h), (a > 0) & (common > h), (a < 0) & (common < h), (a < 0) & (common > h)]
+    counts = [int(too_high.sum()), int(too_low.sum()), *(int((region & t["mask"]).sum()) for region in regions)]
+    assert logprob.grad is not None
+    return objective.detach(), logprob.grad, counts
+
+
+@pytest.mark.parametrize("clip", [STATIC, DYNAMIC])
+@pytest.mark.parametrize("count", [1, 255, 5001])
+def test_objective_gradient_and_counts(kernels: Kernels, clip: tuple[float, float, float, float], count: int) -> None:
+    for seed in range(3):
+        t = tokens(count, seed)
+        objective, gradient, counts = exact(t, clip)
+        found = kernels.objective(
+            t["logprob"], t["old_logprob"], t["advantage"], clip,
+            mask=t["mask"], weight=t["weight"], entropy=t["entropy"],
+        )  # fmt: skip
+        torch.testing.assert_close(found[0].double(), objective, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(found[1].double(), gradient, rtol=1e-6, atol=1e-7)
+        assert found[2].tolist() == counts
+        if count > 1000:
+            assert min(counts) > 0
+
+
+def test_optional_inputs(kernels: Kernels) -> None:
+    t = tokens(1000, 4)
+    t["mask"], t["weight"] = torch.ones(1000, dtype=torch.bool), torch.ones(1000)
+    objective, gradient, counts = exact(t, DYNAMIC)
+    found = kernels.objective(t["logprob"], t["old_logprob"], t["advantage"], DYNAMIC)
+    torch.testing.assert_close(found[0].double(), objective, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found[1].double(), gradient, rtol=1e-6, atol=1e-7)
+    assert found[2].tolist() == [*counts[:2], 0, 0, 0, 0]
+
+
+def test_masked_tokens_and_zero_advantages_give_zero_whatever_they_hold(kernels: Kernels) -> None:
+    poison = torch.tensor([torch.nan, torch.inf, -torch.inf, 500.0])
+    zeros, ones = torch.zeros(4), torch.ones(4)
+    masked = kernels.objective(poison, -ones, ones, DYNAMIC, mask=torch.zeros(4, dtype=torch.bool), entropy=poison)
+    overflowing = kernels.objective(torch.full((4,), 500.0), -ones, zeros, DYNAMIC, entropy=ones)
+    for objective, gradient, counts in (masked, overflowing):
+        assert objective.tolist() == gradient.tolist() == zeros.tolist()
+        assert counts.tolist() == [0] * 6
+
+
+def test_an_overflowing_ratio_is_clipped(kernels: Kernels) -> None:
+    objective, gradient, counts = kernels.objective(
+        torch.tensor([0.0]), torch.tensor([-200.0]), torch.tensor([2.0]), DYNAMIC
+    )
+    assert objective.tolist() == [3.0] and gradient.tolist() == [0.0] and counts.tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def test_nan_reaches_the_result(kernels: Kernels) -> None:
+    nan, one = torch.tensor([torch.nan]), torch.tensor([1.0])
+    for arguments in ((nan, -one, one), (-one, nan, one), (-one, -one, nan)):
+        assert kernels.objective(*arguments, DYNAMIC)[0].isnan().all()
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_thread_order_changes_no_count(kernels: Kernels, order: int) -> None:
+    t = tokens(20000, 5)
+    arguments = (t["logprob"], t["old_logprob"], t["advantage"], DYNAMIC)
+    expected = kernels.objective(*arguments, entropy=t["entropy"], multiprocessors=3)
+    kernels.set_order(order)
+    found = kernels.objective(*arguments, entropy=t["entropy"], multiprocessors=3)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_counts_are_added_to(kernels: Kernels) -> None:
+    t = tokens(300, 6)
+    arguments = (t["logprob"], t["old_logprob"], t["advantage"], DYNAMIC)
+    fresh = kernels.objective(*arguments, entropy=t["entropy"])[2]
+    added = kernels.objective(*arguments, entropy=t["entropy"], counts=torch.full((6,), 1000))[2]
+    assert (added - 1000).tolist() == fresh.tolist()
+
+
+def test_first_order_entropy_change(kernels: Kernels) -> None:
+    """The coefficient against its definition: <grad_z ln p_a, grad_z H> by autograd."""
+    generator = torch.Generator().manual_seed(7)
+    for scale in (0.5, 2.0, 5.0):
+        z = (scale * torch.randn(50, generator=generator, dtype=torch.float64)).requires_grad_()
+        logprob = torch.log_softmax(z, -1)
+        entropy = -(logprob.exp() * logprob).sum()
+        gradient_entropy = torch.autograd.grad(entropy, z, retain_graph=True)[0]
+        for target in (0, 20, 49):
+            gradient_logprob = torch.autograd.grad(logprob[target], z, retain_graph=True)[0]
+            _, _, moments = exact_statistics(z.detach().unsqueeze(0), torch.tensor([target]))
+            found = kernels.module.entropy_change_coefficient(
+                logprob[target].item(), entropy.item(), moments[0].item(), moments[1].item()
+            )
+            expected = (gradient_logprob * gradient_entropy).sum().item()
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
