@@ -1,4 +1,4 @@
-"""The TRL half of benchmark_step.py, which runs it under an interpreter that has TRL: python benchmark_step_trl.py JOB.json.
+"""The TRL half of benchmark_step.py, which runs it under an interpreter that has TRL, with a job file as argument.
 
 It trains with TRL's GRPOTrainer as a user would set it up for this job, and writes the seconds of each step and of its
 parts to the file that the job names. It imports nothing of this project.
@@ -86,7 +86,9 @@ def timed(trainer: Any, job: dict[str, Any]) -> list[dict[str, float]]:
             lengths = {len(ids) for ids in completions}
             wanted = job["prompts"] * job["samples"]
             if lengths != {job["response_tokens"]} or len(completions) != wanted:
-                sys.exit(f"TRL generated {len(completions)} completions of lengths {sorted(lengths)}, not {wanted} alike")
+                sys.exit(
+                    f"TRL generated {len(completions)} completions of lengths {sorted(lengths)}, not {wanted} alike"
+                )
             current["tokens"] += sum(map(len, completions))
             return completions, logprobs
 
