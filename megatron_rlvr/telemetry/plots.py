@@ -117,6 +117,25 @@ def _total(names: Sequence[str]) -> Series:
     return Series("", lambda record: sum(record[n] for n in names) if all(n in record for n in names) else None)
 
 
+def _prediction(groups: Sequence[RunGroup]) -> Series:
+    """The predicted entropy change at the size of the measured one: first-order theory leaves the step size open.
+
+    One positive factor for all runs, so that their signs, courses and differences stay to be compared.
+    """
+    squares = {"predicted": 0.0, "measured": 0.0}
+    for record in (record for group in groups for run in group.runs for record in run):
+        both = [record.get(f"entropy_change/{name}", math.nan) for name in squares]
+        if all(map(math.isfinite, both)):
+            squares = {name: total + value**2 for (name, total), value in zip(squares.items(), both, strict=True)}
+    factor = math.sqrt(squares["measured"] / squares["predicted"]) if all(squares.values()) else 1.0
+
+    def value(record: Record) -> float | None:
+        predicted = record.get("entropy_change/predicted")
+        return None if predicted is None else factor * predicted
+
+    return Series(f"predicted × {factor:.2g}", value)
+
+
 def _ratio_bound(side: int, prob: float, label: str, colour: int) -> Series:
     def value(record: Record) -> float | None:
         names = ("clip/lower_intercept", "clip/lower_slope", "clip/upper_intercept", "clip/upper_slope")
@@ -155,7 +174,12 @@ def _panels(groups: Sequence[RunGroup]) -> list[Panel]:
             "entropy",
             "Entropy of the policy",
             "nats a token",
-            (_metric("entropy", "measured"), _metric("entropy_target", "target", 1)),
+            (
+                _metric("entropy", "measured"),
+                _metric("control/target", "target", 1),
+                _metric("control/band_low", "switches up below", 2),
+                _metric("control/band_high", "switches down above", 3),
+            ),
         ),
         Panel("reward", "Training reward", "mean a completion", (_metric("reward"),)),
         Panel(
@@ -193,7 +217,7 @@ def _panels(groups: Sequence[RunGroup]) -> list[Panel]:
             "entropy_change",
             "Entropy change of a step",
             "nats a token",
-            (_metric("entropy_change/predicted", "predicted"), _metric("entropy_change/measured", "measured", 1)),
+            (_prediction(groups), _metric("entropy_change/measured", "measured", 1)),
             reference=0.0,
         ),
         Panel("grad_norm", "Gradient norm", "before clipping", (_metric("grad_norm"),), from_zero=True),

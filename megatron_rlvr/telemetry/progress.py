@@ -202,7 +202,7 @@ class LiveProgress:
         upper, lower = course.threshold("upper", " → "), course.threshold("lower", " → ")
         body.add_row("clip at", "", f"upper {upper}   lower {lower}", "for p = 0 → 1")
         high, low = _percent(course, "clip/fraction_high"), _percent(course, "clip/fraction_low")
-        steering = course.latest("clip/steering", "+.2f")
+        steering = course.latest("control/steering", "+.2f")
         body.add_row("clipped", "", f"high {high}   low {low}", "" if steering == DASH else f"steering {steering}")
         length, norm = course.latest("response_length", ".1f"), course.latest("grad_norm", ".3g")
         body.add_row("response", "", f"{length} tokens   gradient norm {norm}", "")

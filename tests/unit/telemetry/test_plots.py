@@ -49,6 +49,17 @@ def test_phases_are_read_from_the_thresholds():
     assert list(_phases(static)) == [(0, 3, "static")]
 
 
+def test_the_prediction_is_scaled_to_the_measured_change_and_keeps_its_sign():
+    run = [
+        {"step": s, "entropy_change/predicted": p, "entropy_change/measured": m}
+        for s, (p, m) in enumerate([(-40.0, 0.03), (30.0, 0.04)])
+    ]
+    group = RunGroup("study", [run], [[]])
+    predicted, measured = _curves(group, panel([group], "entropy_change"))
+    assert predicted.mean == pytest.approx([-0.04, 0.03]) and measured.mean == [0.03, 0.04]
+    assert predicted.series.label == "predicted × 0.001"
+
+
 def test_a_group_is_its_mean_and_range_over_the_steps_that_all_its_runs_have():
     runs = [[{"step": s, "entropy": value + s} for s in range(n)] for value, n in ((1.0, 4), (2.0, 4), (6.0, 3))]
     group = RunGroup("three", runs, [[], [], []])
