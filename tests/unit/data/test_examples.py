@@ -1,0 +1,128 @@
+import json
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+
+from megatron_rlvr.data import Example, load_examples
+from megatron_rlvr.errors import UserError
+
+
+def write(path, *lines):
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_plain_jsonl(tmp_path):
+    answer = {"numbers": [3, 5, 7], "target": 22}
+    path = write(
+        tmp_path / "train.jsonl", {"prompt": "3 5 7 : 22 >", "answer": answer}, "\n", {"prompt": "x", "answer": 0}
+    )
+    assert load_examples(path) == [
+        Example(0, "3 5 7 : 22 >", answer, "train"),
+        Example(1, "x", 0, "train"),  # a blank line is no example, and an answer of 0 is an answer
+    ]
+    assert load_examples(str(path), limit=1) == [Example(0, "3 5 7 : 22 >", answer, "train")]
+
+
+def test_slime_jsonl(tmp_path):
+    messages = [{"role": "user", "content": "1+1?"}]
+    path = write(tmp_path / "a.jsonl", {"prompt": messages, "label": "2", "metadata": {"x": 1}})
+    assert load_examples(path) == [Example(0, messages, "2", "a")]
+
+
+def test_first_row_decides_the_answer_key(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "label": "2"}, {"prompt": "p", "answer": "3"})
+    with pytest.raises(UserError, match=r"a\.jsonl line 2: no answer under 'label'; found the keys 'prompt', 'answer'"):
+        load_examples(path)
+
+
+def test_named_keys_reach_into_objects(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"q": {"text": "p"}, "meta": {"truth": [1, 2]}, "from": "web", "answer": "no"})
+    assert load_examples(path, prompt_key="q.text", answer_key="meta.truth", source_key="from") == [
+        Example(0, "p", [1, 2], "web")
+    ]
+
+
+def test_verl_parquet(tmp_path):
+    rows = [
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"content": f"question {i}", "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": str(i), "style": "rule-lighteval/MATH_v2"},
+        }
+        for i in range(3)
+    ]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "dapo.parquet")
+    examples = load_examples(tmp_path / "dapo.parquet")
+    assert [example.answer for example in examples] == ["0", "1", "2"]
+    assert examples[2] == Example(2, [{"role": "user", "content": "question 2"}], "2", "math_dapo")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "x", "answer": \n', r"line 2: not valid JSON \(.*\); expected one JSON object a line, such as"),
+        ('["x", 1]\n', r"line 2: found list \['x', 1\]; expected one JSON object a line"),
+        ("[" * 100_000 + "\n", r"line 2: not valid JSON"),
+        ('{"answer": 1}\n', r"line 2: no prompt under 'prompt'; found the keys 'answer'; set prompt_key"),
+        ('{"prompt": "x"}\n', r"line 2: no answer under 'answer'; found the keys 'prompt'; set answer_key"),
+        ('{"prompt": "x", "answer": null}\n', r"line 2: no answer under 'answer'"),
+        ('{"prompt": "  ", "answer": 1}\n', r"line 2: prompt must be text or a list of .* found str '  '"),
+        ('{"prompt": 5, "answer": 1}\n', r"line 2: prompt must be text or a list of .* found int 5"),
+        ('{"prompt": [], "answer": 1}\n', r"line 2: prompt must be text .* found list \[\]"),
+        ('{"prompt": [{"role": "user"}], "answer": 1}\n', r"line 2: prompt must be text"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, line, message):
+    path = write(tmp_path / "train.jsonl", {"prompt": "p", "answer": 1}, line)
+    with pytest.raises(UserError, match=r"train\.jsonl " + message) as caught:
+        load_examples(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "p", "answer": 1}\n{"prompt": "\xff"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl line 2: not UTF-8 text \(byte 12\)"):
+        load_examples(tmp_path / "a.jsonl")
+
+
+def test_no_answer_key_at_all(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "p", "solution": 1})
+    with pytest.raises(
+        UserError, match=r"line 1: no answer under answer, label, reward_model.ground_truth; found .*'solution'"
+    ):
+        load_examples(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_empty_file(tmp_path, content):
+    with pytest.raises(UserError, match=r"a\.jsonl: no examples in the file"):
+        load_examples(write(tmp_path / "a.jsonl", content))
+
+
+def test_empty_parquet(tmp_path):
+    parquet.write_table(arrow.table({"prompt": arrow.array([], arrow.string())}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: no examples"):
+        load_examples(tmp_path / "a.parquet")
+
+
+def test_torn_parquet(tmp_path):
+    parquet.write_table(arrow.table({"prompt": ["a"] * 1000, "answer": range(1000)}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"b\.parquet: not a readable parquet file") as caught:
+        load_examples(tmp_path / "b.parquet")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_unknown_ending(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: no such file"):
+        load_examples(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match=r"data\.csv: the ending '.csv' is not known; write a .jsonl or .parquet file"):
+        load_examples(tmp_path / "data.csv")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"folder\.jsonl: no such file"):
+        load_examples(tmp_path / "folder.jsonl")
+    with pytest.raises(UserError, match="limit"):
+        load_examples(tmp_path / "a.jsonl", limit=0)

@@ -1,0 +1,201 @@
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import verifiers_that_misbehave as misbehaving
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.verifiers import Verdict, VerifierPool, build_verifier
+
+MISBEHAVIOUR = {"hang": "timeout", "crash": "crash", "leave": "crash", "hog": "memory", "raise": "error"}
+COUNTDOWN_ANSWER = {"numbers": [3, 5, 7, 2], "target": 44}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nothing_an_item_does_touches_its_neighbours(seed):
+    items = [*MISBEHAVIOUR, *[f"good {i}" for i in range(40)], *[f"wrong {i}" for i in range(40)]]
+    random.Random(seed).shuffle(items)
+    answers = [item.replace("wrong", "right") for item in items]
+    with VerifierPool(misbehaving.score, workers=2, timeout_s=0.5, memory_mb=256) as pool:
+        verdicts = pool.verify(items, answers)
+        for item, verdict in zip(items, verdicts, strict=True):
+            assert verdict.status == MISBEHAVIOUR.get(item, "ok")
+            assert verdict.reward == float(item.startswith("good"))
+        assert pool.counts == {"ok": 80, "timeout": 1, "crash": 2, "memory": 1, "error": 1}
+        # The pool is whole again.
+        assert pool.verify(["a"] * 10, ["a"] * 10) == [Verdict(1.0, "ok")] * 10
+
+
+def test_a_hang_costs_its_timeout_once():
+    with VerifierPool(misbehaving.score, workers=1, timeout_s=0.5) as pool:
+        pool.verify(["a"], ["a"])
+        started = time.monotonic()
+        verdicts = pool.verify(["a", "hang", "a"], ["a"] * 3)
+        assert [verdict.status for verdict in verdicts] == ["ok", "timeout", "ok"]
+        assert verdicts[1].detail == "no verdict within 0.5 s"
+        assert 0.5 <= time.monotonic() - started < 10
+
+
+def test_the_timeout_is_an_item_s_not_a_batch_s():
+    with VerifierPool(misbehaving.score, workers=1, timeout_s=1.5) as pool:
+        assert {verdict.status for verdict in pool.verify(["sleep"] * 8, ["sleep"] * 8)} == {"ok"}
+
+
+def test_children_of_a_hung_worker_end_with_it():
+    with VerifierPool(misbehaving.score, workers=1, timeout_s=1.0) as pool:
+        group = pool._workers[0].process.pid
+        assert pool.verify(["hang with a child"], [0])[0].status == "timeout"
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                os.killpg(group, 0)
+            except ProcessLookupError:
+                break
+            # Killed processes stay visible until whoever adopted them has waited for them.
+            assert time.monotonic() < deadline or not _lives_in_group(group)
+            if not _lives_in_group(group):
+                break
+            time.sleep(0.05)
+
+
+def _lives_in_group(group: int) -> bool:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            return True
+    return False
+
+
+def test_a_worker_killed_between_batches_is_replaced():
+    with VerifierPool(misbehaving.process_id, workers=1) as pool:
+        first = int(pool.verify(["a"], ["a"])[0].reward)
+        os.kill(first, signal.SIGKILL)
+        time.sleep(0.2)
+        verdicts = pool.verify(["a", "b", "c"], [0, 0, 0])
+        assert sum(verdict.status == "crash" for verdict in verdicts) <= 1
+        assert verdicts[-1].status == "ok" and verdicts[-1].reward != first
+
+
+def test_order_is_kept_over_many_workers_and_batches():
+    with VerifierPool(misbehaving.score, workers=3) as pool:
+        for batch in range(3):
+            answers = [str((i * 7 + batch) % 5) for i in range(1000)]
+            rewards = [verdict.reward for verdict in pool.verify(["3"] * 1000, answers)]
+            assert rewards == [float(answer == "3") for answer in answers]
+        assert pool.verify([], []) == []
+        assert pool.counts["ok"] == 3000
+
+
+def test_long_completions_pass():
+    texts = [letter * 3_000_000 for letter in "abcd"]
+    with VerifierPool(misbehaving.score, workers=2) as pool:
+        assert [verdict.reward for verdict in pool.verify(texts, [texts[0]] * 4)] == [1, 0, 0, 0]
+
+
+def test_workers_do_not_have_torch(monkeypatch):
+    # The trainer has it loaded; a forked worker would, too.
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    with VerifierPool(misbehaving.knows_torch, workers=1) as pool:
+        assert pool.verify([""], [""])[0].reward == 0.0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("completion", "detail"),
+    [
+        ("raise", "KeyError: 'no such thing'"),
+        ("return text", "ValueError: could not convert string to float: 'good'"),
+        ("return nan", "the verifier returned nan"),
+    ],
+)
+def test_what_a_verifier_did_wrong_is_told_once(workers, completion, detail, caplog):
+    with caplog.at_level(logging.WARNING), VerifierPool(misbehaving.score, workers=workers) as pool:
+        assert pool.verify([completion] * 2, [1, 2]) == [Verdict(0.0, "error", detail)] * 2
+        pool.verify([completion], [1])
+    assert [detail in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_answer_of_the_wrong_form_ends_the_run(workers):
+    with (
+        VerifierPool(build_verifier("countdown"), workers=workers) as pool,
+        pytest.raises(UserError, match=r"expected an answer like .* found '22'"),
+    ):
+        pool.verify(["3*5=15"] * 9, ["22"] * 9)
+
+
+def test_in_process_and_workers_agree():
+    texts = ["3*5=15;15+7=22;22*2=44", "3*5=15;15+7=22", "nonsense", "(3*5+7)*2"] * 8
+    answers = [COUNTDOWN_ANSWER] * len(texts)
+    with VerifierPool(build_verifier("countdown"), workers=2) as pool:
+        verdicts = pool.verify(texts, answers)
+    assert verdicts == VerifierPool(build_verifier("countdown")).verify(texts, answers)
+    assert [verdict.reward for verdict in verdicts] == [1, 0, 0, 1] * 8
+
+
+def test_countdown_in_process_is_fast():
+    texts = ["3 * 5 = 15 ; 15 + 7 = 22 ; 22 * 2 = 44"] * 1024
+    pool = VerifierPool(build_verifier("countdown"))
+    times = []
+    for _ in range(5):
+        started = time.process_time()
+        verdicts = pool.verify(texts, [COUNTDOWN_ANSWER] * 1024)
+        times.append(time.process_time() - started)
+    assert all(verdict.reward == 1 for verdict in verdicts)
+    print(f"\n1024 countdown completions: {min(times) * 1e3:.1f} ms")
+    assert min(times) < 0.03  # 4 ms where it was measured
+
+
+def test_workers_end_with_a_killed_trainer(tmp_path):
+    program = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); import verifiers_that_misbehave as m\n"
+        "from megatron_rlvr.verifiers import VerifierPool\n"
+        "pool = VerifierPool(m.process_id, workers=1)\n"
+        "print(int(pool.verify([''], [''])[0].reward), flush=True); time.sleep(60)\n"
+    )
+    folder = str(Path(__file__).parent)
+    with subprocess.Popen([sys.executable, "-c", program, folder], stdout=subprocess.PIPE, text=True) as trainer:
+        worker = int(trainer.stdout.readline())
+        trainer.kill()
+    for _ in range(100):
+        try:
+            alive = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            alive = False
+        if not alive:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"the verifier worker {worker} outlives its trainer")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"workers": -1}, "workers"), ({"timeout_s": 0}, "timeout"), ({"memory_mb": 10}, "memory limit")],
+)
+def test_impossible_limits(options, message):
+    with pytest.raises(UserError, match=message):
+        VerifierPool(misbehaving.score, **options)
+
+
+def test_a_verifier_that_cannot_travel():
+    with pytest.raises(UserError, match="cannot be sent to worker processes"):
+        VerifierPool(lambda completion, answer: 1.0, workers=1)
+
+
+def test_misuse():
+    pool = VerifierPool(misbehaving.score)
+    with pytest.raises(ValueError, match="2 completions but 1 answers"):
+        pool.verify(["a", "b"], ["a"])
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.verify(["a"], ["a"])
