@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors import SafetensorError
 
 with warnings.catch_warnings():  # mbridge imports every family it knows, some of which complain about missing extras
     warnings.simplefilter("ignore")
@@ -92,7 +93,7 @@ class PolicyBridge:
             warnings.simplefilter("ignore")
             try:
                 self._bridge.load_weights([model], str(folder))
-            except (KeyError, ValueError, OSError) as error:
+            except (KeyError, ValueError, OSError, SafetensorError) as error:
                 raise UserError(f"weights of {folder} cannot be read as {self.hf_config.model_type}: {error}") from error
 
     def export(self, model: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -30,6 +30,8 @@ class Tokenization:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
+        if not list(folder.glob("tokenizer*")) or len(self.tokenizer) < 2:  # transformers makes up an empty one
+            raise UserError(f"{folder} has no tokenizer: save it there with tokenizer.save_pretrained({str(folder)!r})")
         largest = max(self.tokenizer.get_vocab().values(), default=-1)
         if largest >= vocab_size:
             raise UserError(

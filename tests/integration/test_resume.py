@@ -1,0 +1,100 @@
+"""A run that is killed anywhere and started again equals the run that was not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from megatron_rlvr.lifecycle import EXIT_STOPPED
+from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
+from tests.conftest import ROOT, environment, run_trainer
+
+
+def _start(config: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "megatron_rlvr.train", str(config), *overrides]
+    return subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _stop_when(process: subprocess.Popen[bytes], run: Path, records: int, number: signal.Signals, delay: float) -> int:
+    """Send a signal `delay` seconds after metrics.jsonl holds `records` lines; return the exit status."""
+    deadline = time.monotonic() + 120
+    file = run / "metrics.jsonl"
+    while not (file.is_file() and file.read_text().count("\n") >= records):
+        assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
+        assert time.monotonic() < deadline, f"{file} did not reach {records} lines"
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(number)
+    return process.wait(timeout=120)
+
+
+def _tear(run: Path) -> None:
+    """Leave what a kill in the middle of a save leaves, and worse."""
+    newest = run / "checkpoints" / "step_90.partial"
+    newest.mkdir()
+    (newest / "__0_0.distcp").write_bytes(b"half a file")
+    (run / "checkpoints" / "step_91").mkdir()
+    (run / "checkpoints" / "latest").write_text("step_91")
+
+
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(run_yaml: Path, tmp_path: Path) -> None:
+    settings = ["steps=8", "checkpoint.every=2", "algorithm.schedule.name=oscillatory-decay"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_trainer(run_yaml, f"run_directory={whole}", *settings)
+    overrides = [f"run_directory={broken}", *settings]
+    for records, delay in ((1, 0.0), (3, 0.03), (5, 0.11)):
+        status = _stop_when(_start(run_yaml, *overrides), broken, records, signal.SIGKILL, delay)
+        assert status == -signal.SIGKILL
+    _tear(broken)
+    status = _stop_when(_start(run_yaml, *overrides), broken, 6, signal.SIGTERM, 0.0)
+    assert status == EXIT_STOPPED
+    run_trainer(run_yaml, *overrides)
+
+    expected, found = read_metrics(whole), read_metrics(broken)
+    assert [deterministic(r) for r in found] == [deterministic(r) for r in expected]
+    assert len({r["grad_norm"] for r in found}) == 8
+    assert (broken / "evaluations.jsonl").read_bytes() == (whole / "evaluations.jsonl").read_bytes()
+    theirs = load_file(whole / "huggingface" / "model.safetensors")
+    for name, tensor in load_file(broken / "huggingface" / "model.safetensors").items():
+        assert tensor.equal(theirs[name]), name
+    kept = sorted(p.name for p in (broken / "checkpoints").glob("step_?"))
+    assert len(kept) == 2 and kept[-1] == "step_8"
+
+
+def test_run_directory_in_use_is_refused(run_yaml: Path, tmp_path: Path) -> None:
+    first = _start(run_yaml, "steps=2000", "checkpoint.every=0")
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / ".lock").is_file():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)
+        second = run_trainer(run_yaml, check=False)
+        assert second.returncode == 2
+        assert f"is in use by process {first.pid}" in second.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_checkpoint_of_another_model_is_refused(run_yaml: Path, tmp_path: Path) -> None:
+    from tests.conftest import make_small_model
+
+    run_trainer(run_yaml, "steps=1")
+    other = make_small_model(tmp_path / "other", hidden=48)
+    done = run_trainer(run_yaml, f"model.path={other}", check=False)
+    assert done.returncode == 2
+    assert "is a checkpoint of another model (hidden_size=32 instead of 48, intermediate_size=64 instead of 96)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("objective", ["gspo", "ce-gppo"])
+def test_other_objectives_train(objective: str, run_yaml: Path, tmp_path: Path) -> None:
+    run_trainer(run_yaml, "steps=2", f"algorithm.objective.name={objective}", "algorithm.aggregation=sequence-mean")
+    assert all(r["grad_norm"] > 0 for r in read_metrics(tmp_path / "run"))

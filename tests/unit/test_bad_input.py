@@ -1,0 +1,108 @@
+"""What a user gets wrong is answered in one line on stderr, with status 2 and no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.train import main
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(a) for a in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("rollout.temprature=1", "did you mean rollout.temperature?"),
+        ("steps=many", "configuration key steps"),
+        ("steps", "is not key=value"),
+        ("steps=0", "steps must be greater than 0, not 0"),
+        ("rollout.samples_per_prompt=1", "must be at least 2"),
+        ("rollout.engine=vllm", "rollout.engine must be one of local, recorded"),
+        ("rollout.engine=recorded", "needs rollout.recording"),
+        ("algorithm.minibatches=3", "algorithm.minibatches=3 does not divide rollout.prompts_per_step=8"),
+        ("algorithm.schedule.name=up-and-down", "unknown name 'up-and-down'"),
+        ("algorithm.schedule.splt=0.4", "did you mean 'split'?"),
+        ("algorithm.objective.name=reinforce", "unknown name 'reinforce'"),
+        ("algorithm.advantage=gae", "algorithm.advantage must be one of"),
+        ("verifier.name=oracle", "verifier 'oracle' is not known"),
+        ("parallel.tensor=2", "does not divide the 1 processes"),
+        ("parallel.sequence=true", "needs parallel.tensor > 1"),
+        ("data.max_prompt_tokens=3", "data.max_prompt_tokens=3"),
+        ("rollout.prompts_per_step=128", "prompts per step must be between 1 and the number of examples (64)"),
+        ("model.path=nowhere", "model.path=nowhere is not a folder"),
+        ("model.path=null", "model.path"),
+        ("data.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("model.layer_spec=transformer_engine", "needs Transformer Engine"),
+    ],
+)
+def test_override_is_refused(
+    override: str, expected: str, run_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in _refused(capsys, run_yaml, override)
+
+
+def test_missing_configuration_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no configuration file nowhere.yaml" in _refused(capsys, "nowhere.yaml")
+
+
+def test_malformed_line_is_named(run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "bad.jsonl"
+    good = json.dumps({"prompt": "1 2 3 : 6 >", "answer": {"numbers": [1, 2, 3], "target": 6}})
+    data.write_text(f"{good}\n{good}\n{{'prompt': 1\n")
+    assert "bad.jsonl" in (line := _refused(capsys, run_yaml, f"data.train={data}")) and "3" in line
+
+
+def test_empty_data(run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "no examples" in _refused(capsys, run_yaml, f"data.train={tmp_path / 'empty.jsonl'}")
+
+
+def test_tokenizer_of_another_model(
+    run_yaml: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(small_model, tmp_path / "mixed")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["extra"] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    line = _refused(capsys, run_yaml, f"model.path={folder}")
+    assert "token id 5000" in line and "vocabulary ends at 111" in line
+
+
+def test_missing_tokenizer(
+    run_yaml: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(small_model, tmp_path / "bare")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "tokenizer" in _refused(capsys, run_yaml, f"model.path={folder}")
+
+
+def test_missing_weights(run_yaml: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(small_model, tmp_path / "hollow")
+    (folder / "model.safetensors").unlink()
+    assert "holds no *.safetensors" in _refused(capsys, run_yaml, f"model.path={folder}")
+
+
+def test_truncated_weights(
+    run_yaml: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(small_model, tmp_path / "torn")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in _refused(capsys, run_yaml, f"model.path={folder}")
+
+
+def test_one_update_per_rollout_warns(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inert = ["algorithm.minibatches=1", "algorithm.epochs=1", "data.train=nowhere.jsonl"]
+    assert main([str(run_yaml), *inert]) == 2
+    assert "every clip threshold is inert" in capsys.readouterr().err
