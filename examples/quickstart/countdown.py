@@ -92,7 +92,7 @@ def make_problems(
     four = round(count * four_share)
     for size, wanted in ((3, count - four), (4, four)):
         found: dict[tuple[int, ...], tuple[list[int], int]] = {}
-        for _ in range(1000):
+        for _ in range(200):
             if len(found) >= wanted:
                 break
             numbers = random_numbers(rng, 4096, size)
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=4096, help="number of training problems")
     parser.add_argument("--held-out", type=int, default=256, help="number of held-out problems")
     parser.add_argument(
-        "--four-share", type=float, default=0.5, help="share of problems with 4 numbers; the rest has 3"
+        "--four-share", type=float, default=0.35, help="share of problems with 4 numbers; the rest has 3"
     )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -3,15 +3,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import countdown
 import numpy as np
 import pytest
 
 from megatron_rlvr.data import load_examples
 from megatron_rlvr.verifiers import build_verifier
 
-QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
-sys.path.insert(0, str(QUICKSTART))
-import countdown
+QUICKSTART = Path(countdown.__file__).parent
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -52,7 +51,7 @@ def test_files(tmp_path):
     train = load_examples(tmp_path / "train.jsonl")
     held_out = load_examples(tmp_path / "heldout.jsonl")
     assert (len(train), len(held_out)) == (500, 100)
-    assert [sum(len(e.answer["numbers"]) == size for e in train) for size in (3, 4)] == [250, 250]
+    assert [sum(len(e.answer["numbers"]) == size for e in train) for size in (3, 4)] == [325, 175]
     keys = [{(*sorted(e.answer["numbers"]), e.answer["target"]) for e in part} for part in (train, held_out)]
     assert not keys[0] & keys[1]
     assert len({e.prompt for e in train}) == 500

@@ -1,0 +1,84 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+
+from megatron_rlvr.data import load_examples
+
+PROGRAM = Path(__file__).parents[3] / "tools" / "prepare_data.py"
+
+
+def run(*arguments):
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_dapo_parquet(tmp_path):
+    def row(question, answer):
+        return {
+            "data_source": "math_dapo",
+            "prompt": [{"content": f"Solve. Answer: $Answer\n\n{question}", "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": answer, "style": "rule"},
+            "extra_info": {"index": "x"},
+        }
+
+    rows = [row(f"q{i}", str(i)) for i in range(200)] * 3 + [row("twice", "1"), row("twice", "2")]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "dapo.parquet")
+    done = run(tmp_path / "dapo.parquet", "--output", tmp_path / "out", "--held-out-share", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert "602 rows, 400 duplicates dropped, 1 prompts with different answers dropped" in done.stdout
+    train = load_examples(tmp_path / "out" / "train.jsonl")
+    held_out = load_examples(tmp_path / "out" / "heldout.jsonl")
+    assert 5 <= len(held_out) <= 40 and len(train) + len(held_out) == 200
+    pairs = [(example.prompt[0]["content"].split()[-1], example.answer) for example in train + held_out]
+    assert sorted(pairs) == sorted((f"q{i}", str(i)) for i in range(200))
+    assert {example.source for example in train} == {"math_dapo"}
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+    # Fewer rows, in another order: what was held out stays held out.
+    parquet.write_table(arrow.Table.from_pylist(rows[150:20:-1]), tmp_path / "part.parquet")
+    assert run(tmp_path / "part.parquet", "--output", tmp_path / "b", "--held-out-share", "0.1").returncode == 0
+    part = {example.prompt[0]["content"] for example in load_examples(tmp_path / "b" / "heldout.jsonl")}
+    assert part < {example.prompt[0]["content"] for example in held_out}
+
+
+def test_wording(tmp_path):
+    rows = [{"question": f"q{i}?", "answer": f"so 1+{i} #### {i + 1}"} for i in range(20)]
+    path = write(tmp_path / "gsm.jsonl", rows)
+    options = ["--prompt-key", "question", "--answer-after", "####", "--held-out-share", "0"]
+    template = "{prompt} Put it within \\boxed{{}}."
+    done = run(path, "--output", tmp_path / "out", *options, "--chat", "--template", template)
+    assert done.returncode == 0, done.stderr
+    first = load_examples(tmp_path / "out" / "train.jsonl")[0]
+    assert first.prompt == [{"role": "user", "content": "q0? Put it within \\boxed{}."}]
+    assert (first.answer, first.source) == ("1", "gsm")
+    assert not (tmp_path / "out" / "heldout.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"prompt": "p", "answer": "1"}], ["--answer-after", "####"], "no '####' in the answer '1'"),
+        ([{"prompt": "p", "answer": "1"}], ["--template", "no place"], "does not contain {prompt}"),
+        ([{"prompt": "p", "answer": "1"}], ["--template", "{prompt} {x}"], "double any other brace"),
+        ([{"prompt": "p", "answer": "1"}], ["--held-out-share", "1"], "--held-out-share"),
+        ([{"prompt": [{"role": "user", "content": "p"}], "answer": "1"}], ["--chat"], "chat messages already"),
+        ([{"prompt": "p", "answer": "1"}, {"prompt": "p"}], [], "bad.jsonl line 2: no answer under 'answer'"),
+        ([], [], "no examples in the file"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, rows, options, message):
+    done = run(write(tmp_path / "bad.jsonl", rows), "--output", tmp_path / "out", *options)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
