@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{arguments.output / f'{name}.jsonl'}: {len(lines)} examples")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Make training JSONL from a public data set.")
     parser.add_argument("input", type=Path, help="a .jsonl or .parquet file")
     parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and heldout.jsonl")
@@ -144,7 +144,7 @@ def main() -> int:
     parser.add_argument("--held-out-share", type=float, default=0.02, help="share of the prompts to hold out")
     parser.add_argument("--limit", type=int, help="read only so many rows")
     try:
-        run(parser.parse_args())
+        run(parser.parse_args(argv))
     except UserError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2

@@ -115,7 +115,7 @@ def write_problems(path: Path, problems: list[tuple[list[int], int]]) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make Countdown problems as JSONL, a training and a held-out split.")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/data"), help="folder for both files")
     parser.add_argument("--train", type=int, default=4096, help="number of training problems")
@@ -124,7 +124,7 @@ def main() -> None:
         "--four-share", type=float, default=0.35, help="share of problems with 4 numbers; the rest has 3"
     )
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not 0 <= arguments.four_share <= 1:
         parser.error(f"--four-share must lie between 0 and 1, found {arguments.four_share}")
     if arguments.train < 1 or arguments.held_out < 1 or arguments.seed < 0:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AddedToken, DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from megatron_rlvr.verifiers import VerifierPool, build_verifier
 
@@ -232,7 +233,7 @@ def measure(
     return result | {f"pass@1, {size} numbers": rewards.mean() for size, rewards in solved.items()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Train the quickstart's base model and save it as a Hugging Face folder."
     )
@@ -249,7 +250,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=144)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--ffn", type=int, default=512)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
 

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{right:.0f} of {len(texts)} samples are right")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Sample completions of a prompt from a Hugging Face folder.")
     parser.add_argument("model", type=Path, help="folder with config.json, weights and tokenizer")
     parser.add_argument("prompt", nargs="?", default="3 5 7 : 22 >")
@@ -83,7 +83,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     transformers_logging.disable_progress_bar()
     try:
-        run(parser.parse_args())
+        run(parser.parse_args(argv))
     except UserError as error:
         print(f"sample: {error}", file=sys.stderr)
         return 2

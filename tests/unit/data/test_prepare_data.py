@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import pytest
 
 from megatron_rlvr.data import load_examples
 
-PROGRAM = Path(__file__).parents[3] / "tools" / "prepare_data.py"
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+import prepare_data
 
 
 def run(*arguments):
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return prepare_data.main([*map(str, arguments)])
 
 
 def write(path, rows):
@@ -22,7 +21,7 @@ def write(path, rows):
     return path
 
 
-def test_dapo_parquet(tmp_path):
+def test_dapo_parquet(tmp_path, capsys):
     def row(question, answer):
         return {
             "data_source": "math_dapo",
@@ -34,9 +33,8 @@ def test_dapo_parquet(tmp_path):
 
     rows = [row(f"q{i}", str(i)) for i in range(200)] * 3 + [row("twice", "1"), row("twice", "2")]
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "dapo.parquet")
-    done = run(tmp_path / "dapo.parquet", "--output", tmp_path / "out", "--held-out-share", "0.1")
-    assert done.returncode == 0, done.stderr
-    assert "602 rows, 400 duplicates dropped, 1 prompts with different answers dropped" in done.stdout
+    assert run(tmp_path / "dapo.parquet", "--output", tmp_path / "out", "--held-out-share", "0.1") == 0
+    assert "602 rows, 400 duplicates dropped, 1 prompts with different answers dropped" in capsys.readouterr().out
     train = load_examples(tmp_path / "out" / "train.jsonl")
     held_out = load_examples(tmp_path / "out" / "heldout.jsonl")
     assert 5 <= len(held_out) <= 40 and len(train) + len(held_out) == 200
@@ -47,7 +45,7 @@ def test_dapo_parquet(tmp_path):
 
     # Fewer rows, in another order: what was held out stays held out.
     parquet.write_table(arrow.Table.from_pylist(rows[150:20:-1]), tmp_path / "part.parquet")
-    assert run(tmp_path / "part.parquet", "--output", tmp_path / "b", "--held-out-share", "0.1").returncode == 0
+    assert run(tmp_path / "part.parquet", "--output", tmp_path / "b", "--held-out-share", "0.1") == 0
     part = {example.prompt[0]["content"] for example in load_examples(tmp_path / "b" / "heldout.jsonl")}
     assert part < {example.prompt[0]["content"] for example in held_out}
 
@@ -57,8 +55,7 @@ def test_wording(tmp_path):
     path = write(tmp_path / "gsm.jsonl", rows)
     options = ["--prompt-key", "question", "--answer-after", "####", "--held-out-share", "0"]
     template = "{prompt} Put it within \\boxed{{}}."
-    done = run(path, "--output", tmp_path / "out", *options, "--chat", "--template", template)
-    assert done.returncode == 0, done.stderr
+    assert run(path, "--output", tmp_path / "out", *options, "--chat", "--template", template) == 0
     first = load_examples(tmp_path / "out" / "train.jsonl")[0]
     assert first.prompt == [{"role": "user", "content": "q0? Put it within \\boxed{}."}]
     assert (first.answer, first.source) == ("1", "gsm")
@@ -77,8 +74,8 @@ def test_wording(tmp_path):
         ([], [], "no examples in the file"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, rows, options, message):
-    done = run(write(tmp_path / "bad.jsonl", rows), "--output", tmp_path / "out", *options)
-    assert done.returncode == 2
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_bad_input_is_one_line(tmp_path, rows, options, message, capsys):
+    assert run(write(tmp_path / "bad.jsonl", rows), "--output", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -1,30 +1,19 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import countdown
 import make_base_model
 import numpy as np
 import pytest
+import sample
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-QUICKSTART = Path(countdown.__file__).parent
 TINY = ["--steps", "3", "--batch", "8", "--hidden", "16", "--ffn", "32", "--threads", "1"]
-
-
-def run(program, *options):
-    command = [sys.executable, str(QUICKSTART / program), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base")
-    done = run("make_base_model.py", "--output", path / "a", *TINY)
-    assert done.returncode == 0, done.stderr
-    assert "held-out problems: pass@1" in done.stdout
-    return path / "a"
+    path = tmp_path_factory.mktemp("base") / "a"
+    make_base_model.main(["--output", str(path), *TINY])
+    return path
 
 
 def test_reload_as_an_ordinary_folder(folder):
@@ -78,9 +67,10 @@ def test_training_rows(seed):
     assert 0.20 < (reached != target).mean() < 0.32
 
 
-def test_same_seed_same_model(folder, tmp_path):
-    for name, seed in (("same", 0), ("other", 1)):
-        assert run("make_base_model.py", "--output", tmp_path / name, *TINY, "--seed", seed).returncode == 0
+def test_same_seed_same_model(folder, tmp_path, capsys):
+    for name, seed in (("same", "0"), ("other", "1")):
+        make_base_model.main(["--output", str(tmp_path / name), *TINY, "--seed", seed])
+    assert "held-out problems: pass@1" in capsys.readouterr().out
     weights = [(path / "model.safetensors").read_bytes() for path in (folder, tmp_path / "same", tmp_path / "other")]
     assert weights[0] == weights[1] != weights[2]
 
@@ -102,12 +92,15 @@ def test_sampling_reports_the_distribution_it_drew_from(folder):
     assert torch.allclose(entropies.double(), expected * ~after, atol=1e-5)
 
 
-def test_sample_program(folder):
-    done = run("sample.py", folder, "3 5 7 : 22 >", "--samples", "5")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("of 5 samples are right")
-    assert sum(int(line.split("x")[0]) for line in done.stdout.splitlines()[:-1]) == 5
-    assert run("sample.py", folder, "3 5 7 : 22 >", "--samples", "5").stdout == done.stdout
+def test_sample_program(folder, capsys):
+    outputs = []
+    for _ in range(2):
+        assert sample.main([str(folder), "3 5 7 : 22 >", "--samples", "5"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    *lines, last = outputs[0].splitlines()
+    assert last.endswith("of 5 samples are right")
+    assert sum(int(line.split("x")[0]) for line in lines) == 5
 
 
 @pytest.mark.parametrize(
@@ -118,7 +111,7 @@ def test_sample_program(folder):
         (["{folder}", "--samples", "0"], "--samples"),
     ],
 )
-def test_sample_program_refuses(folder, tmp_path, options, message):
-    done = run("sample.py", *(option.format(folder=folder, nowhere=tmp_path) for option in options))
-    assert done.returncode == 2
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_sample_program_refuses(folder, tmp_path, options, message, capsys):
+    assert sample.main([option.format(folder=folder, nowhere=tmp_path) for option in options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
