@@ -39,7 +39,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
     transformers gives every Qwen2 model folder to Qwen2Tokenizer, which brings its own way of cutting text, digit by
     digit, whatever tokenizer.json says. Added tokens are matched before that cut, the longest first, so the words are
-    all of that kind. Text that is no such word has no token.
+    all of that kind. White space and any other text has no token.
     """
     vocabulary = TOKEN | {f"<unused{index}>": index for index in range(len(WORDS), VOCABULARY_SIZE)}
     tokenizer = Qwen2Tokenizer(
@@ -53,7 +53,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
         model_max_length=64,
     )
     plain = [word for word in WORDS if not word.startswith("<")]
-    tokenizer.add_tokens([AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in plain])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in plain])
     return tokenizer
 
 
