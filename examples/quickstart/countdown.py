@@ -92,7 +92,7 @@ def make_problems(
     four = round(count * four_share)
     for size, wanted in ((3, count - four), (4, four)):
         found: dict[tuple[int, ...], tuple[list[int], int]] = {}
-        for _ in range(1000):
+        for _ in range(200):
             if len(found) >= wanted:
                 break
             numbers = random_numbers(rng, 4096, size)
@@ -115,16 +115,16 @@ def write_problems(path: Path, problems: list[tuple[list[int], int]]) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make Countdown problems as JSONL, a training and a held-out split.")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/data"), help="folder for both files")
     parser.add_argument("--train", type=int, default=4096, help="number of training problems")
     parser.add_argument("--held-out", type=int, default=256, help="number of held-out problems")
     parser.add_argument(
-        "--four-share", type=float, default=0.5, help="share of problems with 4 numbers; the rest has 3"
+        "--four-share", type=float, default=0.35, help="share of problems with 4 numbers; the rest has 3"
     )
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not 0 <= arguments.four_share <= 1:
         parser.error(f"--four-share must lie between 0 and 1, found {arguments.four_share}")
     if arguments.train < 1 or arguments.held_out < 1 or arguments.seed < 0:

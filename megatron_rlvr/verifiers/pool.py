@@ -243,6 +243,7 @@ class _Worker:
 
     def kill(self) -> None:
         self.socket.close()
+        # The group, for children the verifier may have started; it is gone if the worker has died and left none.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

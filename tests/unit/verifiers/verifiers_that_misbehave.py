@@ -11,7 +11,7 @@ def score(completion, answer):
         while True:
             pass
     if completion == "hang with a child":
-        subprocess.run(["sleep", "60"], check=True)
+        subprocess.run(["sleep", str(answer)], check=True)
     if completion == "crash":
         ctypes.string_at(0)
     if completion == "leave":

@@ -1,0 +1,94 @@
+"""Sample completions of a prompt from a Hugging Face folder, and verify them if the prompt is a Countdown problem.
+
+python examples/quickstart/sample.py runs/quickstart/base_model "3 5 7 : 22 >"
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.verifiers import build_verifier
+
+_COUNTDOWN = re.compile(r"\s*(\d+(?:\s+\d+)+)\s*:\s*(\d+)\s*>\s*")
+
+
+def sample_texts(folder: Path, prompt: str, count: int, temperature: float, max_tokens: int, seed: int) -> list[str]:
+    """``count`` completions of ``prompt`` as text, special tokens left out."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no Hugging Face model there (no config.json); give the folder of a checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    understood = tokenizer.decode(inputs.input_ids[0], skip_special_tokens=True)
+    if "".join(understood.split()) != "".join(prompt.split()):
+        raise UserError(f"this model's tokenizer reads the prompt {prompt!r} as {understood!r}: it lacks words for it")
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        output = model.generate(
+            **inputs,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            num_return_sequences=count,
+            max_new_tokens=max_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def countdown_answer(prompt: str) -> dict[str, object] | None:
+    """The answer to verify against if the prompt reads "3 5 7 : 22 >", else None."""
+    match = _COUNTDOWN.fullmatch(prompt)
+    return {"numbers": [int(number) for number in match[1].split()], "target": int(match[2])} if match else None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Sample and print the different completions, the most frequent first."""
+    if arguments.samples < 1 or arguments.max_tokens < 1 or arguments.seed < 0 or not arguments.temperature > 0:
+        raise UserError("--samples and --max-tokens must be at least 1, --temperature above 0, --seed at least 0")
+    texts = sample_texts(
+        arguments.model,
+        arguments.prompt,
+        arguments.samples,
+        arguments.temperature,
+        arguments.max_tokens,
+        arguments.seed,
+    )
+    answer = countdown_answer(arguments.prompt)
+    verify = build_verifier("countdown")
+    right = 0.0
+    for text, times in Counter(texts).most_common():
+        reward = verify(text, answer) if answer is not None else 0.0
+        right += times * reward
+        mark = "" if answer is None else "right  " if reward else "wrong  "
+        print(f"{times:4d}x  {mark}{text}")
+    if answer is not None:
+        print(f"{right:.0f} of {len(texts)} samples are right")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Sample completions of a prompt from a Hugging Face folder.")
+    parser.add_argument("model", type=Path, help="folder with config.json, weights and tokenizer")
+    parser.add_argument("prompt", nargs="?", default="3 5 7 : 22 >")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--max-tokens", type=int, default=18)
+    parser.add_argument("--seed", type=int, default=0)
+    transformers_logging.disable_progress_bar()
+    try:
+        run(parser.parse_args(argv))
+    except UserError as error:
+        print(f"sample: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""Turn a public data set into the plain JSONL that training reads, without duplicates and with a held-out split.
+
+    python tools/prepare_data.py dapo-math-17k.parquet --output data/dapo
+    python tools/prepare_data.py gsm8k.jsonl --output data/gsm8k --prompt-key question --answer-after "####" \
+        --chat --template "{prompt} Put the final answer within \\boxed{{}}."
+
+writes train.jsonl and heldout.jsonl with lines {"prompt": ..., "answer": ..., "data_source": ...}. Reads what
+megatron_rlvr.data.load_examples reads: JSONL and parquet, in the plain, slime and verl (DAPO) formats. The prompts of
+DAPO-Math-17k, for one, are chat messages that already ask for "Answer:", and stand in its file a hundred times each.
+Training reads those files directly, too; this is for the duplicates, the split and the wording.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.data import Example, load_examples
+from megatron_rlvr.errors import UserError
+
+
+@dataclass
+class Prepared:
+    """The two splits as lines to write, and what was left out."""
+
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    duplicates: int
+    contradictions: int
+
+
+def prepare(
+    examples: list[Example],
+    *,
+    held_out_share: float,
+    template: str = "{prompt}",
+    chat: bool = False,
+    answer_after: str = "",
+) -> Prepared:
+    """Reword, deduplicate and split examples.
+
+    template: what a text prompt becomes, "{prompt}" standing for it. chat: make it a user message. answer_after: keep
+    of a text answer only what follows the last occurrence of this. A prompt that occurs with different answers is
+    dropped altogether, for one of them is wrong. A prompt is held out by its own hash, so the split survives added,
+    removed and reordered lines. Raises UserError for a template without {prompt}, wording asked for chat prompts
+    and an answer without ``answer_after``.
+    """
+    answers: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    contradicted: set[str] = set()
+    duplicates = 0
+    for example in examples:
+        key = json.dumps(_reworded(example, template, chat), ensure_ascii=False)
+        answer = _final_part(example, answer_after)
+        if key not in answers:
+            answers[key], sources[key] = answer, example.source
+        elif answers[key] == answer:
+            duplicates += 1
+        else:
+            contradicted.add(key)
+    prepared = Prepared([], [], duplicates, len(contradicted))
+    for key, answer in answers.items():
+        if key in contradicted:
+            continue
+        line = {"prompt": json.loads(key), "answer": answer, "data_source": sources[key]}
+        (prepared.held_out if _unit_hash(key) < held_out_share else prepared.train).append(line)
+    return prepared
+
+
+def _reworded(example: Example, template: str, chat: bool) -> str | list[dict[str, str]]:
+    if isinstance(example.prompt, list):
+        if chat or template != "{prompt}":
+            raise UserError("the prompts of this file are chat messages already: leave out --chat and --template")
+        return example.prompt
+    if "{prompt}" not in template:
+        raise UserError(f"--template {template!r} does not contain {{prompt}}")
+    try:
+        text = template.format(prompt=example.prompt)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f"--template {template!r}: {error!r}; write {{prompt}}, and double any other brace") from error
+    return [{"role": "user", "content": text}] if chat else text
+
+
+def _final_part(example: Example, marker: str) -> Any:
+    if not marker:
+        return example.answer
+    if not isinstance(example.answer, str) or marker not in example.answer:
+        raise UserError(f"example {example.index}: no {marker!r} in the answer {example.answer!r}; see --answer-after")
+    return example.answer.rpartition(marker)[2].strip()
+
+
+def _unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) / (1 << 56)
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write JSONL beside its place and rename it, so that a half-written file never has the final name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    with beside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    beside.replace(path)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read, prepare and write, and say what was done."""
+    if not 0 <= arguments.held_out_share < 1:
+        raise UserError(f"--held-out-share must be at least 0 and below 1, found {arguments.held_out_share}")
+    examples = load_examples(
+        arguments.input, prompt_key=arguments.prompt_key, answer_key=arguments.answer_key, limit=arguments.limit
+    )
+    prepared = prepare(
+        examples,
+        held_out_share=arguments.held_out_share,
+        template=arguments.template,
+        chat=arguments.chat,
+        answer_after=arguments.answer_after,
+    )
+    print(
+        f"{arguments.input}: {len(examples)} rows, {prepared.duplicates} duplicates dropped, "
+        f"{prepared.contradictions} prompts with different answers dropped"
+    )
+    if not prepared.train:
+        raise UserError(f"{arguments.input}: no training example is left; lower --held-out-share")
+    for name, lines in (("train", prepared.train), ("heldout", prepared.held_out)):
+        if lines:
+            write_lines(arguments.output / f"{name}.jsonl", lines)
+            print(f"{arguments.output / f'{name}.jsonl'}: {len(lines)} examples")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Make training JSONL from a public data set.")
+    parser.add_argument("input", type=Path, help="a .jsonl or .parquet file")
+    parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and heldout.jsonl")
+    parser.add_argument("--prompt-key", default="prompt", help="where the prompt stands; dots go into objects")
+    parser.add_argument("--answer-key", help="where the answer stands; found by itself for the known formats")
+    parser.add_argument("--answer-after", default="", help='keep what follows the last of these, such as "####"')
+    parser.add_argument("--template", default="{prompt}", help="the wording of a text prompt")
+    parser.add_argument("--chat", action="store_true", help="make text prompts user messages for the chat template")
+    parser.add_argument("--held-out-share", type=float, default=0.02, help="share of the prompts to hold out")
+    parser.add_argument("--limit", type=int, help="read only so many rows")
+    try:
+        run(parser.parse_args(argv))
+    except UserError as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
