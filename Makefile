@@ -1,0 +1,41 @@
+# Megatron-RLVR: `make help` lists what there is.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
+export PYTHONWARNINGS ?= ignore
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv, install everything, build the operators
+
+$(STAMP): pyproject.toml $(NATIVE)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $(VENV)/build-requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(VENV)/build-requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[train,dev]'
+	touch $@
+
+quickstart: $(STAMP)  ## make a small model, train it with RLVR on Countdown, show what happened (under 10 minutes)
+	$(BIN)/python examples/quickstart/run.py
+
+test: $(STAMP) lint  ## everything CI runs
+	$(BIN)/python -m pytest tests
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and what was built
+	rm -rf $(VENV) build *.egg-info megatron_rlvr/*.so
