@@ -1,6 +1,6 @@
 """Operators of RLVR on vocabulary-sharded logits, for any trainer: this imports torch and nothing else of ours."""
 
-from .backend import backend
+from .compiled import backend
 from .fused_linear import (
     FusedObjective,
     fused_linear_objective,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import library as _library  # noqa: F401  (registers torch.ops.megatron_rlvr)
-from .backend import check_device
+from .compiled import check_device
 from .vocab_parallel import VocabShard, gather_partials
 
 LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
