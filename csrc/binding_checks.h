@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 
@@ -57,6 +59,14 @@ inline bool check_gathered(const Tensor& gathered, int64_t rows) {
     refuse("gathered: must be [shards, ", rows, ", 4 or 6]");
   check_floats("gathered", gathered, gathered.numel());
   return gathered.size(2) == 6;
+}
+
+template <class T>
+inline const T* optional_pointer(const char* name, const std::optional<Tensor>& tensor, ScalarType type, int64_t tokens) {
+  if (!tensor) return nullptr;
+  if (tensor->scalar_type() != type || !tensor->is_contiguous() || tensor->numel() != tokens)
+    refuse(name, ": must be contiguous with ", tokens, " elements of its type");
+  return static_cast<const T*>(tensor->const_data_ptr());
 }
 
 inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shape) {

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor logits,
   auto* out_entropy = static_cast<float*>(entropies.mutable_data_ptr());
   auto* out_state = static_cast<float*>(state.mutable_data_ptr());
   auto* out_moments = static_cast<float*>(second.mutable_data_ptr());
-  const double scale = float(inverse_temperature);
+  const double scale = inverse_temperature;  // rounded to float32 only where it meets logits
   std::vector<int64_t> broken;
   for (int64_t row = 0; row < rows; row++) {
     RowSums<double> sums;
@@ -151,14 +151,6 @@ void logits_gradient_(Tensor logits, const Tensor targets, const Tensor state, c
                       const Tensor grad_entropy, int64_t vocab_start, double inverse_temperature) {
   check_in_place(logits);
   write_gradient(logits, logits, targets, state, grad_logprob, grad_entropy, vocab_start, inverse_temperature);
-}
-
-template <class T>
-const T* optional_pointer(const char* name, const std::optional<Tensor>& tensor, ScalarType type, int64_t tokens) {
-  if (!tensor) return nullptr;
-  if (tensor->scalar_type() != type || !tensor->is_contiguous() || tensor->numel() != tokens)
-    refuse(name, ": must be contiguous with ", tokens, " elements of its type");
-  return static_cast<const T*>(tensor->const_data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor> clipped_objective_of(const Tensor logprob, const Tensor old_logprob,

@@ -1,4 +1,4 @@
-// Every scalar formula of the operators, once: the CPU path, the CUDA kernels and their emulation on the CPU include it.
+// Every scalar formula of the operators, once: the CPU path, the CUDA kernels and their emulation include it.
 //
 // Notation: z is a raw logit, T the temperature, k = 1/T, p = softmax(z k), H = -sum p ln p, a the sampled token,
 // r = pi(a) / pi_old(a) the importance ratio, A the advantage. Raw C++17 without torch. Row statistics exist in fp32

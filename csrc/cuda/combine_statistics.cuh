@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   float target_logit = -INFINITY;
   for (int64_t slice = lane; slice < slices; slice += kWarpSize) {
     float slice_target;
-    const RowSums<float> other = load_partial<kSecondMoments>(slices_partials + (row * slices + slice) * width, slice_target);
+    const float* partial = slices_partials + (row * slices + slice) * width;
+    const RowSums<float> other = load_partial<kSecondMoments>(partial, slice_target);
     sums = merged<kSecondMoments>(sums, other, inverse_temperature);
     target_logit = fmaxf(target_logit, slice_target);
   }
@@ -74,7 +75,8 @@ __global__ void __launch_bounds__(kCombineThreads) combine_statistics_kernel(Com
 
   store(a.logprob + row, logprob);
   store(a.entropy + row, row_entropy);
-  store(reinterpret_cast<float4*>(a.state) + row, make_float4(float(sums.maximum), float(log_sum), row_entropy, logprob));
+  store(reinterpret_cast<float4*>(a.state) + row,
+        make_float4(float(sums.maximum), float(log_sum), row_entropy, logprob));
   if (kSecondMoments) {
     store(a.moments + row, is_row_good ? float(sum_squared_probability(sums)) : NAN);
     store(a.moments + a.rows + row, is_row_good ? float(sum_squared_probability_logprob(sums)) : NAN);

@@ -31,8 +31,8 @@ constexpr int64_t kPartialWidthWithMoments = 6;
 constexpr int64_t kStateWidth = 4;
 
 // Report of rows that cannot be normalised or whose target does not exist: int32[2] in device memory, which the caller
-// fills with kNoBadRow; after combine_statistics, [0] is the first row with NaN, +inf or only -inf logits, [1] the first
-// with a target outside the vocabulary that is not kIgnoredTarget. It is the same on every tensor-parallel rank.
+// fills with kNoBadRow; after combine_statistics, [0] is the first row with NaN, +inf or only -inf logits, [1] the
+// first with a target outside the vocabulary that is not kIgnoredTarget. It is the same on every tensor-parallel rank.
 constexpr int32_t kNoBadRow = INT32_MAX;
 
 struct RowStatisticsArguments {
@@ -68,7 +68,7 @@ struct CombineStatisticsArguments {
 
 struct LogitsGradientArguments {
   const void* logits;          // as for the statistics
-  void* gradient;              // [rows, vocabulary] of the logits' type; may be `logits` itself, else must not overlap it
+  void* gradient;              // [rows, vocabulary] of the logits' type: `logits` itself, or not overlapping it
   int32_t logits_type;
   int64_t rows;
   int64_t vocabulary;
@@ -106,7 +106,8 @@ struct ClippedObjectiveArguments {
 extern "C" {
 // Floats of workspace that the statistics of this shape need: not 0 where rows are few and long, so that each is split.
 // `multiprocessors` of the device that will run it.
-int64_t megatron_rlvr_row_statistics_workspace(int64_t rows, int64_t vocabulary, bool second_moments, int multiprocessors);
+int64_t megatron_rlvr_row_statistics_workspace(int64_t rows, int64_t vocabulary, bool second_moments,
+                                               int multiprocessors);
 // `multiprocessors` must be what the workspace was asked for with.
 int megatron_rlvr_row_statistics(const megatron_rlvr::RowStatisticsArguments* arguments, int multiprocessors);
 int megatron_rlvr_combine_statistics(const megatron_rlvr::CombineStatisticsArguments* arguments);

@@ -45,7 +45,9 @@ struct LogitFormat<__nv_bfloat16> {
   using Bits = unsigned short;
   static constexpr int kPerVector = 8;
   static __device__ __forceinline__ float decode(Bits bits) { return __uint_as_float(unsigned(bits) << 16); }
-  static __device__ __forceinline__ Bits encode(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+  static __device__ __forceinline__ Bits encode(float value) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  }
   static __device__ __forceinline__ void decode_word(unsigned word, float* out) {
     out[0] = __uint_as_float(word << 16);
     out[1] = __uint_as_float(word & 0xffff0000u);

@@ -7,7 +7,8 @@ namespace megatron_rlvr {
 // kCount logits enter the sums. They are summed among themselves first, in a few independent chains: shorter dependency
 // chains for the hardware, and rounding errors that grow with the number of tiles instead of the number of logits.
 template <bool kSecondMoments, int kCount>
-__device__ __forceinline__ void accumulate(RowSums<float>& sums, const float (&logits)[kCount], float inverse_temperature) {
+__device__ __forceinline__ void accumulate(RowSums<float>& sums, const float (&logits)[kCount],
+                                           float inverse_temperature) {
   constexpr int chains = kCount < 4 ? kCount : 4;
 
   float tile_maximum = logits[0];

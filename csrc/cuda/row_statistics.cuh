@@ -40,7 +40,8 @@ __device__ __forceinline__ RowSums<float> load_partial(const float* partial, flo
 
 // The sums over columns [begin, end) of a row, spread over the threads of the block.
 template <class Logit, bool kSecondMoments>
-__device__ __forceinline__ RowSums<float> thread_sums(const Logit* row, int64_t begin, int64_t end, float inverse_temperature) {
+__device__ __forceinline__ RowSums<float> thread_sums(const Logit* row, int64_t begin, int64_t end,
+                                                      float inverse_temperature) {
   using Format = LogitFormat<Logit>;
   constexpr int per_vector = Format::kPerVector;
   constexpr int vectors_per_tile = kLogitsPerTile / per_vector;

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend as _backend  # noqa: F401  (loads the compiled kernels)
+from . import compiled as _compiled  # noqa: F401  (loads the compiled kernels)
 from . import reference
 
 NAMESPACE = "megatron_rlvr"

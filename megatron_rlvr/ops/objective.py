@@ -73,10 +73,10 @@ def clipped_objective(
     return ClippedObjective(objective, counts[0], counts[1], None if entropy is None else counts[2:])
 
 
-def check_token_tensors(logprob: Tensor, others: dict[str, Any]) -> None:
+def check_token_tensors(logprob: Tensor, others: dict[str, Any], first: str = "logprob") -> None:
     """Raise ValueError unless every tensor is [T] like ``logprob``, on its device, and float32 (``mask``: bool)."""
     if logprob.dim() != 1 or logprob.dtype != torch.float32:
-        raise ValueError(f"logprob: must be float32 [T], found {logprob.dtype} {list(logprob.shape)}")
+        raise ValueError(f"{first}: must be float32 [T], found {logprob.dtype} {list(logprob.shape)}")
     for name, tensor in others.items():
         if tensor is None:
             continue
@@ -86,4 +86,4 @@ def check_token_tensors(logprob: Tensor, others: dict[str, Any]) -> None:
         if tensor.shape != logprob.shape:
             raise ValueError(f"{name}: must be [T] with T = {logprob.shape[0]} tokens, found {list(tensor.shape)}")
         if tensor.device != logprob.device:
-            raise ValueError(f"{name}: must be on the log-prob's device {logprob.device}, found {tensor.device}")
+            raise ValueError(f"{name}: must be on the device of log-probs, {logprob.device}, found {tensor.device}")

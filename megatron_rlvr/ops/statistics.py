@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import library as _library  # noqa: F401  (registers torch.ops.megatron_rlvr)
-from .backend import check_device
+from .compiled import check_device
 from .vocab_parallel import VocabShard, gather_partials
 
 LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,8 +85,7 @@ def _check_arguments(logits: Tensor, targets: Tensor, temperature: float, inplac
         raise ValueError(f"targets: must be [T] with T = {logits.shape[0]} rows of logits, found {list(targets.shape)}")
     if targets.device != logits.device:
         raise ValueError(f"targets: must be on the logits' device {logits.device}, found {targets.device}")
-    if not (isinstance(temperature, int | float) and 0.0 < temperature < math.inf):
-        raise ValueError(f"temperature: must be a positive finite number, found {temperature!r}")
+    check_temperature(temperature)
     if inplace and logits.requires_grad:
         if isinstance(logits, torch.nn.Parameter):
             raise ValueError(
@@ -97,6 +96,11 @@ def _check_arguments(logits: Tensor, targets: Tensor, temperature: float, inplac
                 f"logits: rows overlap in memory (strides {list(logits.stride())}), so the gradient cannot be written "
                 "over them; pass inplace=False"
             )
+
+
+def check_temperature(temperature: float) -> None:
+    if not (isinstance(temperature, int | float) and 0.0 < temperature < math.inf):
+        raise ValueError(f"temperature: must be a positive finite number, found {temperature!r}")
 
 
 def _traceable(

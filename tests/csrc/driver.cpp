@@ -95,7 +95,8 @@ void check_logits_kernels(const Shape& s) {
   const bool second_moments = true;
   const int64_t width = kPartialWidthWithMoments, shard_width = s.vocabulary / s.shards;
   const size_t elements = size_t(s.offset + (s.rows - 1) * s.stride + s.vocabulary);
-  std::unique_ptr<Logit[]> buffer(new Logit[elements]), copy(new Logit[elements]);  // exact, so that ASan guards the ends
+  // of exactly this size, so that AddressSanitizer guards the ends
+  std::unique_ptr<Logit[]> buffer(new Logit[elements]), copy(new Logit[elements]);
   Logit* logits = buffer.get() + s.offset;
   for (size_t i = 0; i < elements; ++i) encode(buffer[i], NAN);  // what lies between rows is poison
   auto values = zeros<std::vector<float>>(s.rows);
@@ -153,16 +154,18 @@ void check_logits_kernels(const Shape& s) {
     const Exact exact = exact_row(values[size_t(row)].data(), s.vocabulary);
     const int64_t target = targets[size_t(row)];
     const double wanted = target < 0 ? 0 : exact.log_probability[size_t(target)];
-    if (wanted > -INFINITY) expect_near(logprob[size_t(row)], wanted, 2e-6 * std::max(1.0, -wanted), "log-prob", s.name);
+    if (wanted > -INFINITY) {
+      expect_near(logprob[size_t(row)], wanted, 2e-6 * std::max(1.0, -wanted), "log-prob", s.name);
+    }
     expect_near(entropies[size_t(row)], exact.entropy, 1e-5, "entropy", s.name);
     expect_near(moments[size_t(row)], exact.squared, 1e-5 * exact.squared, "sum p^2", s.name);
     expect_near(moments[size_t(s.rows + row)], exact.squared_logprob, -1e-5 * exact.squared_logprob, "sum p^2 ln p",
                 s.name);
     for (int64_t i = 0; i < s.vocabulary; ++i) {
       const double log_probability = exact.log_probability[size_t(i)], probability = std::exp(log_probability);
-      const double g_row = target < 0 ? 0 : g[size_t(row)];
+      const double g_row = target < 0 ? 0 : g[size_t(row)], h_row = h[size_t(row)];
       const double from_entropy = probability > 0 ? probability * (log_probability + exact.entropy) : 0;
-      const double expected = kInverseTemperature * (g_row * ((i == target) - probability) - h[size_t(row)] * from_entropy);
+      const double expected = kInverseTemperature * (g_row * ((i == target) - probability) - h_row * from_entropy);
       const double found = decoded(gradient[row * gradient_stride + i]);
       expect_near(found, expected, rounding * std::abs(expected) + 4e-6 * probability + 1e-38, "gradient", s.name);
     }
@@ -200,7 +203,8 @@ void check_bad_rows() {
     megatron_rlvr_combine_statistics(&combine);
     expect(bad_rows[kind == 3] == 2, "bad row reported", "bad rows", bad_rows[kind == 3], 2);
     expect(bad_rows[kind != 3] == kNoBadRow, "nothing else reported", "bad rows", bad_rows[kind != 3], kNoBadRow);
-    if (kind != 3) expect(std::isnan(logprob[2]) && std::isnan(entropies[2]), "NaN for a bad row", "bad rows", logprob[2], NAN);
+    const bool are_nan = std::isnan(logprob[2]) && std::isnan(entropies[2]);
+    if (kind != 3) expect(are_nan, "NaN for a bad row", "bad rows", logprob[2], NAN);
     expect_near(logprob[1], -std::log(double(vocabulary)), 2e-6, "log-prob beside a bad row", "bad rows");
   }
 }
@@ -239,7 +243,9 @@ void check_objective() {
     expected[kCountClippedLow] += is_low;
     if (a != 0) expected[size_t(kCountRegion1 + (a < 0 ? 2 : 0) + (-logprob[i] > entropies[i] ? 1 : 0))]++;
   }
-  for (int i = 0; i < kObjectiveCounts; ++i) expect(counts[i] == expected[i], "count", "objective", double(counts[i]), double(expected[i]));
+  for (size_t i = 0; i < counts.size(); ++i) {
+    expect(counts[i] == expected[i], "count", "objective", double(counts[i]), double(expected[i]));
+  }
   add_to_digest(objective.data(), tokens);
   add_to_digest(gradient.data(), tokens);
   add_to_digest(counts.data(), counts.size());
@@ -254,8 +260,8 @@ double bytes_per_logit() {
   auto partials = zeros<float>(rows * kPartialWidth), logprob = zeros<float>(rows), entropies = zeros<float>(rows);
   auto state = zeros<float4>(rows);
   simt::traffic().loaded = simt::traffic().stored = 0;
-  const RowStatisticsArguments statistics{logits.data(), kBFloat16, rows, vocabulary, vocabulary, targets.data(), 0, 1.0,
-                                          false, partials.data(), nullptr, nullptr};
+  const RowStatisticsArguments statistics{logits.data(), kBFloat16, rows, vocabulary, vocabulary, targets.data(), 0,
+                                          1.0, false, partials.data(), nullptr, nullptr};
   megatron_rlvr_row_statistics(&statistics, 1);
   const CombineStatisticsArguments combine{partials.data(), 1, rows, false, targets.data(), vocabulary, 1.0,
                                            logprob.data(), entropies.data(), &state[0].x, nullptr, nullptr, nullptr};

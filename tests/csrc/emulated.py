@@ -76,7 +76,7 @@ class Kernels:
         second_moments: bool = False,
         multiprocessors: int = 1,
     ) -> Statistics:
-        """Log-prob and entropy, with the vocabulary cut into equal shards that combine as over tensor-parallel ranks."""
+        """Log-prob and entropy; the vocabulary is cut into equal shards, which combine as tensor-parallel ranks do."""
         width = logits.shape[1] // shards
         partials = [
             self.partials(

@@ -82,7 +82,9 @@ void clipped_objective_of(uint64_t logprob, uint64_t old_logprob, uint64_t advan
   check(megatron_rlvr_clipped_objective(&arguments, multiprocessors));
 }
 
-py::tuple as_tuple(const RowLaunch& launch) { return py::make_tuple(launch.threads, launch.slices, launch.slice_width); }
+py::tuple as_tuple(const RowLaunch& launch) {
+  return py::make_tuple(launch.threads, launch.slices, launch.slice_width);
+}
 
 }  // namespace
 

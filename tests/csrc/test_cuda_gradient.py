@@ -20,7 +20,9 @@ def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The step between numbers of ``dtype`` at these magnitudes, that of the subnormals where they are that small."""
     exponent = torch.frexp(values.abs().double())[1] - 1
     smallest = {torch.float32: -126, torch.bfloat16: -126, torch.float16: -14}[dtype]
-    return torch.ldexp(torch.ones_like(values, dtype=torch.float64), exponent.clamp(min=smallest) - MANTISSA_BITS[dtype])
+    return torch.ldexp(
+        torch.ones_like(values, dtype=torch.float64), exponent.clamp(min=smallest) - MANTISSA_BITS[dtype]
+    )
 
 
 def condition(logits: Tensor, targets: Tensor, g: Tensor, h: Tensor, temperature: float) -> Tensor:
@@ -65,7 +67,9 @@ def test_any_shape_scale_and_alignment(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 6.0, 30.0])
-def test_half_precision_is_within_one_unit_in_the_last_place(kernels: Kernels, dtype: torch.dtype, scale: float) -> None:
+def test_half_precision_is_within_one_unit_in_the_last_place(
+    kernels: Kernels, dtype: torch.dtype, scale: float
+) -> None:
     """Of the log-prob alone nothing cancels, so there is no allowance; sure tokens, where 1 - p is tiny, included."""
     for seed in range(3):
         logits = random_logits(8, 3001, dtype, scale, seed)

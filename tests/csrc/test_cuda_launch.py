@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from emulated import Kernels
+from emulator_build import SOURCES
 from test_cuda_statistics import random_logits, random_targets
 
 SHAPES = [(1, 1), (1, 100), (1, 4096), (1, 262144), (7, 151936), (100, 16), (4096, 18992), (65536, 151936), (300, 1)]
@@ -38,7 +41,7 @@ def test_few_long_rows_fill_the_device_and_many_are_not_cut(kernels: Kernels) ->
 def test_bytes_a_logit(
     kernels: Kernels, dtype: torch.dtype, floor: int, rows: int, vocabulary: int, gap: int, multiprocessors: int
 ) -> None:
-    """The floor is one read for statistics, one read and one write for the gradient; row scalars add under 0.1 bytes."""
+    """The floor: one read for statistics, one read and one write for the gradient. Row scalars add under 0.1 bytes."""
     logits = random_logits(rows, vocabulary, dtype, 3.0, seed=0, gap=gap)
     targets = random_targets(rows, vocabulary, 0)
     gradient = torch.ones(rows)
@@ -63,3 +66,18 @@ def test_bytes_a_token_of_the_objective(kernels: Kernels) -> None:
     loaded, stored = kernels.traffic()
     assert count * 21 <= loaded <= count * 21.1
     assert count * 8 <= stored <= count * 8.1
+
+
+def test_nothing_waits_for_the_host_or_allocates() -> None:
+    """What would break the capture of a CUDA graph, and what would escape the counting of bytes."""
+    sources = [path for path in (SOURCES / "cuda").iterdir() if path.suffix in (".cu", ".cuh")]
+    assert len(sources) > 10
+    for path in sources:
+        text = re.sub(r"//.*", "", path.read_text())
+        assert not re.search(
+            r"cuda\w*(Synchronize|Malloc|Free|Memcpy|Memset)|\bmalloc\(|\bnew\b|printf|assert\(", text
+        ), path
+        if path.name != "memory.cuh":
+            assert not re.search(r"\b__(ld|st)[a-z]+\(|\*\s*reinterpret_cast", text), (
+                f"{path}: memory beside memory.cuh"
+            )

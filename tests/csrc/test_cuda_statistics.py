@@ -30,7 +30,9 @@ def assert_exact(kernels: Kernels, logits: Tensor, targets: Tensor, temperature:
     finite = logprob > -torch.inf
     assert torch.equal(found.logprob[~finite].double(), logprob[~finite])
     error = (found.logprob.double() - logprob).abs()[finite]
-    assert (error <= 2e-6 + SMALLEST_FLOAT32_STEP * logprob.abs()[finite]).all(), f"log-prob is off by {error.max():.2e}"
+    assert (error <= 2e-6 + SMALLEST_FLOAT32_STEP * logprob.abs()[finite]).all(), (
+        f"log-prob is off by {error.max():.2e}"
+    )
     error = (found.entropy.double() - entropy).abs()
     assert (error <= 1e-5).all(), f"entropy is off by {error.max():.2e}"
     assert found.moments is not None
@@ -139,7 +141,9 @@ def test_rows_that_are_no_distribution_are_reported(kernels: Kernels, poison: fl
     for shards in (1, 4):
         found = kernels.statistics(logits, targets, shards=shards)
         assert found.bad_rows == [2, NO_BAD_ROW]
-        assert found.logprob.isnan().tolist() == found.entropy.isnan().tolist() == [False, False, True, False, True, False]
+        assert (
+            found.logprob.isnan().tolist() == found.entropy.isnan().tolist() == [False, False, True, False, True, False]
+        )
         good = torch.tensor([0, 1, 3, 5])
         torch.testing.assert_close(found.logprob[good], clean.logprob[good], rtol=0, atol=2e-6)
 

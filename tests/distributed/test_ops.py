@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -108,6 +109,58 @@ def check_groups(rank, world):
     torch.testing.assert_close(found.entropy, whole.entropy, rtol=2e-7, atol=1e-6)
     with pytest.raises(ValueError, match=r"group: this process .* is not one of its members"):
         ops.token_statistics(logits, targets, group=groups[1 - rank // 2])
+
+
+@dataclass
+class Affine:
+    intercept: float = 0.2
+    slope: float = 0.0
+
+
+@dataclass
+class Thresholds:
+    upper: Affine = field(default_factory=lambda: Affine(0.5, -0.25))
+    lower: Affine = field(default_factory=lambda: Affine(0.3, -0.13))
+
+
+def check_fused(rank, world, sequence_parallel):
+    """The fused forms over shards equal the plain path over the whole vocabulary, gradients included."""
+    generator = torch.Generator().manual_seed(world)
+    tokens, width, vocabulary = 32, 16, 240
+    hidden = torch.randn(tokens, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator) * 0.5
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    advantage = torch.randn(tokens, generator=generator)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    whole = ops.token_statistics(h @ w.T, targets)
+    old = whole.logprob.detach() + 0.4 * torch.randn(tokens, generator=generator)
+    clipped = ops.clipped_objective(whole.logprob, old, advantage, Thresholds())
+    loss = -(clipped.objective + 0.1 * whole.entropy).sum()
+    loss.backward()
+    rows = slice(rank * tokens // world, (rank + 1) * tokens // world) if sequence_parallel else slice(None)
+    columns = slice(rank * vocabulary // world, (rank + 1) * vocabulary // world)
+    options = {"group": dist.group.WORLD, "sequence_parallel": sequence_parallel, "chunk_bytes": 4 * 240 * 5}
+    for form in ("objective", "statistics"):
+        mine, shard = hidden[rows].clone().requires_grad_(), weight[columns].clone().requires_grad_()
+        if form == "objective":
+            fused = ops.fused_linear_objective(
+                mine, shard, targets, old, advantage, Thresholds(), entropy_coefficient=0.1, **options
+            )
+            found = fused.loss
+        else:
+            fused = ops.fused_linear_token_statistics(mine, shard, targets, **options)
+            again = ops.clipped_objective(fused.logprob, old, advantage, Thresholds())
+            found = -(again.objective + 0.1 * fused.entropy).sum()
+        found.backward()
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fused.logprob, whole.logprob, rtol=1e-6, atol=1e-6)
+        for gradient, expected in ((mine.grad, h.grad[rows]), (shard.grad, w.grad[columns])):
+            assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max(), form
+
+
+@pytest.mark.parametrize(("world", "sequence_parallel"), [(2, False), (4, False), (2, True), (4, True)])
+def test_fused_forms(world, sequence_parallel):
+    run(check_fused, world, sequence_parallel)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])

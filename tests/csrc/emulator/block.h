@@ -96,7 +96,8 @@ SIMT_HIDDEN inline uint64_t exchange(unsigned mask, uint64_t value, unsigned sou
 // Sum of everything that moves when threads make progress.
 SIMT_HIDDEN inline uint64_t progress(const Block& block) {
   uint64_t sum = block.live + uint64_t(block.barrier_generation) * 0x100000000u;
-  for (unsigned i = 0; i < (block.threads + kWarpSize - 1) / kWarpSize; ++i) sum += uint64_t(block.warps[i].generation) << 12;
+  const unsigned warps = (block.threads + kWarpSize - 1) / kWarpSize;
+  for (unsigned i = 0; i < warps; ++i) sum += uint64_t(block.warps[i].generation) << 12;
   return sum;
 }
 

@@ -116,7 +116,7 @@ def test_without_entropy_there_are_no_regions():
         ),
         ({"advantage": torch.zeros(4)}, r"advantage: must be \[T\] with T = 3 tokens, found \[4\]"),
         ({"mask": torch.zeros(3)}, "mask: must be torch.bool, found torch.float32"),
-        ({"weight": torch.zeros(3, device="meta")}, "weight: must be on the log-prob's device cpu, found meta"),
+        ({"weight": torch.zeros(3, device="meta")}, "weight: must be on the device of log-probs, cpu, found meta"),
     ],
 )
 def test_bad_arguments(change, message):

@@ -1,0 +1,117 @@
+"""The projection of hidden states onto one shard of the vocabulary, a chunk of tokens at a time, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .statistics import LOGIT_TYPES
+from .vocab_parallel import VocabShard, all_reduce_sum
+
+# Long enough that a matrix product per chunk runs at full speed, short against the logits of a whole microbatch.
+DEFAULT_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class TokenChunks:
+    """Logits of a chunk of tokens at a time, in one buffer of at most ``chunk_bytes`` (but at least one token).
+
+    ``hidden`` [T, h] and ``weight`` [V/tp, h] of one type.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    chunk_bytes: int
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        tokens, width = self.hidden.shape[0], self.weight.shape[0]
+        rows = max(1, min(tokens, self.chunk_bytes // (width * self.hidden.element_size())))
+        rows = -(-tokens // -(-tokens // rows)) if tokens else 1  # the same number of chunks, of equal length
+        buffer = self.hidden.new_empty((rows, width))
+        for start in range(0, tokens, rows):
+            chunk = slice(start, min(start + rows, tokens))
+            logits = buffer[: chunk.stop - start]
+            torch.mm(self.hidden[chunk], self.weight.t(), out=logits)
+            yield chunk, logits
+
+
+class WeightGradient:
+    """Where the float32 gradient of the vocabulary weight is summed: Megatron's ``main_grad``, or a buffer of ours."""
+
+    def __init__(self, weight: Tensor, into_main_grad: bool):
+        self.weight = weight
+        self.main_grad: Tensor | None = getattr(weight, "main_grad", None) if into_main_grad else None
+        self.total = torch.zeros_like(weight, dtype=torch.float32) if self.main_grad is None else self.main_grad
+
+    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        """total += grad_logits^T hidden, every product and sum in float32."""
+        total = self.total
+        if grad_logits.dtype == total.dtype:
+            total.addmm_(grad_logits.t(), hidden)
+        elif grad_logits.device.type == "cuda":
+            # tensor cores multiply in half precision and sum in float32; a tile of the product at a time
+            rows = max(1, DEFAULT_CHUNK_BYTES // (4 * hidden.shape[1]))
+            for start in range(0, total.shape[0], rows):
+                tile = grad_logits[:, start : start + rows].t()
+                total[start : start + rows].add_(torch.mm(tile, hidden, out_dtype=torch.float32))
+        else:
+            total.addmm_(grad_logits.t().to(total.dtype), hidden.to(total.dtype))
+
+    def for_autograd(self) -> Tensor | None:
+        """What a backward pass returns for the weight."""
+        if self.main_grad is None:
+            return self.total.to(self.weight.dtype)
+        if hasattr(self.weight, "grad_added_to_main_grad"):
+            # Megatron's data-parallel hook wants a gradient to arrive, and does not read it when this is set.
+            self.weight.grad_added_to_main_grad = True
+            return torch.empty_like(self.weight)
+        return None
+
+
+def gather_hidden(
+    hidden: Tensor, shard: VocabShard, group: dist.ProcessGroup | None, sequence_parallel: bool
+) -> Tensor:
+    """All tokens' hidden states: under sequence parallelism one all-gather along the tokens, else ``hidden`` itself."""
+    if not sequence_parallel or shard.count == 1:
+        return hidden.contiguous()
+    full = hidden.new_empty((hidden.shape[0] * shard.count, hidden.shape[1]))
+    dist.all_gather_into_tensor(full, hidden.contiguous(), group=group)
+    return full
+
+
+def reduce_hidden_gradient(
+    gradient: Tensor, shard: VocabShard, group: dist.ProcessGroup | None, sequence_parallel: bool
+) -> Tensor:
+    """Sum the shards' gradients of the hidden states: one all-reduce, or one reduce-scatter along the tokens."""
+    if not sequence_parallel or shard.count == 1:
+        return all_reduce_sum(gradient, group)
+    own = gradient.new_empty((gradient.shape[0] // shard.count, gradient.shape[1]))
+    dist.reduce_scatter_tensor(own, gradient, op=dist.ReduceOp.SUM, group=group)
+    return own
+
+
+def check_projection(
+    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, sequence_parallel: bool, chunk_bytes: int
+) -> None:
+    """Raise ValueError, naming the argument, unless the shapes, types and devices fit together."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden, weight: must be [T, h] and [V/tp, h], found {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if hidden.dtype not in LOGIT_TYPES or weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"hidden, weight: must be of one type (float32, bfloat16, float16), found {hidden.dtype}, {weight.dtype}"
+        )
+    tokens = hidden.shape[0] * (shard.count if sequence_parallel else 1)
+    if targets.dtype != torch.int64 or targets.shape != (tokens,):
+        raise ValueError(f"targets: must be int64 [{tokens}], found {targets.dtype} {list(targets.shape)}")
+    if not weight.device == targets.device == hidden.device:
+        raise ValueError(
+            f"hidden, weight, targets: must be on one device, found {hidden.device}, {weight.device}, {targets.device}"
+        )
+    if chunk_bytes <= 0:
+        raise ValueError(f"chunk_bytes: must be positive, found {chunk_bytes}")

@@ -1,0 +1,64 @@
+"""Which kernels run is never a secret."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from megatron_rlvr.ops import compiled
+
+COMPILED = compiled.backend() != "reference"
+PRINT = "import warnings; warnings.simplefilter('always'); from megatron_rlvr import ops; print(ops.backend())"
+
+
+def run(program, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_reference_can_be_asked_for_and_then_does_not_warn():
+    done = run(PRINT, MEGATRON_RLVR_OPS="reference")
+    assert done.stdout.strip() == "reference"
+    assert "eager reference runs" not in done.stderr
+
+
+@pytest.mark.skipif(not COMPILED, reason="the kernels were not built")
+@pytest.mark.parametrize(("limit", "expected"), [("baseline", {"cpu"}), ("avx2", {"cpu", "cpu-avx2"})])
+def test_a_narrower_instruction_set_can_be_asked_for(limit, expected):
+    if torch.cuda.is_available():
+        pytest.skip("the CUDA kernels are what is reported here")
+    assert run(PRINT, MEGATRON_RLVR_CPU=limit).stdout.strip() in expected
+
+
+def test_an_unknown_wish_is_refused():
+    done = run(PRINT, MEGATRON_RLVR_OPS="fast")
+    assert "MEGATRON_RLVR_OPS: must be 'reference' or unset, found 'fast'" in done.stderr
+
+
+def test_missing_kernels_are_announced_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "_PATH", tmp_path / "_C.so")
+    monkeypatch.setattr(compiled, "_announced", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert compiled.load_kernels() is None
+        assert compiled.load_kernels() is None
+    assert len(caught) == 1
+    assert "the eager reference runs" in str(caught[0].message)
+
+
+def test_a_library_that_does_not_load_is_an_error_and_no_fallback(monkeypatch, tmp_path):
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(compiled, "_PATH", broken)
+    with pytest.raises(ImportError, match="does not load"):
+        compiled.load_kernels()
+
+
+def test_importing_the_operators_imports_nothing_else_of_ours():
+    done = run("import sys, megatron_rlvr.ops; print([m for m in sys.modules if m.startswith('megatron')])")
+    foreign = [m for m in eval(done.stdout) if not m.startswith("megatron_rlvr.ops")]
+    assert foreign == ["megatron_rlvr"]
