@@ -202,7 +202,7 @@ def report(measured: dict[str, list[Step]], console: Console) -> None:
     for name in names:
         table.add_column(name, justify="right")
     if len(names) > 1:
-        table.add_column("ratio", justify="right")
+        table.add_column(" / ".join(names), justify="right")
 
     def row(label: str, of: Callable[[Step], float], form: str) -> None:
         values = {name: [of(step) for step in steps] for name, steps in measured.items()}
@@ -234,6 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every measured step to this file")
     options = parser.parse_args(arguments)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=132)  # a log keeps the table's lines whole
     try:
         if options.prompts % options.updates:
             raise UserError(
