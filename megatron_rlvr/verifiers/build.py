@@ -1,7 +1,7 @@
 """Verifiers by name."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_rlvr.errors import UserError
@@ -13,6 +13,22 @@ from megatron_rlvr.verifiers.user import load_user_verifier
 Verifier = Callable[[str, Any], float]
 
 VERIFIERS: dict[str, Callable[..., Verifier]] = {"countdown": Countdown, "exact": ExactMatch, "math": MathAnswer}
+
+
+def check_answers(verifier: Verifier, answers: Iterable[Any]) -> None:
+    """Raise UserError, naming the first such answer's position, if a verifier cannot read one of a data set's answers.
+
+    For the start of a run: the same answer would otherwise end it hours later. Verifiers without a
+    ``check_answer(answer)`` method, such as user functions, pass.
+    """
+    check = getattr(verifier, "check_answer", None)
+    if check is None:
+        return
+    for index, answer in enumerate(answers):
+        try:
+            check(answer)
+        except UserError as error:
+            raise UserError(f"example {index}: {error}") from error
 
 
 def build_verifier(name: str, **options: Any) -> Verifier:

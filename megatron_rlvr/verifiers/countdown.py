@@ -57,6 +57,13 @@ class Countdown:
             reached = _reached_by_expression(text, numbers, use == "all")
         return 1.0 if reached is not None and reached == target else 0.0
 
+    def check_answer(self, answer: Any) -> None:
+        """Raise UserError if an answer is not of the form that ``__call__`` reads."""
+        numbers, target, _ = self._read_answer(answer)
+        whole = isinstance(numbers, list) and all(type(value) is int and value >= 0 for value in numbers)
+        if not whole or not numbers or type(target) is not int:
+            raise UserError(f"verifier countdown: numbers and target must be whole numbers, found {answer!r}")
+
     def _read_answer(self, answer: Any) -> tuple[list[int], int, str]:
         try:
             numbers, target = answer["numbers"], answer["target"]

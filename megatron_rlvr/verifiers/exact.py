@@ -19,13 +19,17 @@ class ExactMatch:
     ignore_case: bool = False
 
     def __call__(self, completion: str, answer: Any) -> float:
-        if not isinstance(answer, str | int | float):
-            raise UserError(f"verifier exact: the answer must be text or a number, found {type(answer).__name__}")
+        self.check_answer(answer)
         if self.after:
             _, marker, completion = completion.rpartition(self.after)
             if not marker:
                 return 0.0
         return float(self._normal(completion) == self._normal(str(answer)))
+
+    def check_answer(self, answer: Any) -> None:
+        """Raise UserError if an answer is neither text nor a number."""
+        if not isinstance(answer, str | int | float):
+            raise UserError(f"verifier exact: the answer must be text or a number, found {type(answer).__name__}")
 
     def _normal(self, text: str) -> str:
         text = " ".join(text.split())

@@ -19,15 +19,15 @@ class MathAnswer:
     anywhere: without either, let math-verify look for the last expression in the text; off by default, because a
     guess that is scored teaches the model to guess.
 
-    The reference is text (LaTeX or plain) or a number; raises UserError for anything else. math-verify has no
+    The reference is text (LaTeX or plain) or a number; raises UserError for anything else. One that math-verify cannot
+    read as mathematics matches only letter by letter. math-verify has no
     bound on time or memory here: run it in a VerifierPool with workers.
     """
 
     anywhere: bool = False
 
     def __call__(self, completion: str, answer: Any) -> float:
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-            raise UserError(f"verifier math: the answer must be text or a number, found {type(answer).__name__}")
+        self.check_answer(answer)
         reference = str(answer)
         # A reference may be a bare value, or a whole solution that ends in \boxed{...}.
         reference = _last_boxed(reference) or reference
@@ -39,6 +39,11 @@ class MathAnswer:
         if _plain(final) == _plain(reference):
             return 1.0
         return float(_equal(reference, final, boxed=True))
+
+    def check_answer(self, answer: Any) -> None:
+        """Raise UserError if an answer is neither text nor a number."""
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise UserError(f"verifier math: the answer must be text or a number, found {type(answer).__name__}")
 
 
 def final_answer(completion: str) -> str | None:
@@ -82,8 +87,6 @@ def _equal(reference: str, candidate: str, *, boxed: bool) -> bool:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     gold = parse(f"\\boxed{{{reference.strip('$')}}}", parsing_timeout=None)
-    if not gold:
-        raise UserError(f"verifier math: the reference answer {reference!r} is not readable as mathematics")
     text = f"\\boxed{{{candidate.strip('$')}}}" if boxed else candidate
     # The pool limits the time. math-verify's own limit is a signal handler, which a worker's stuck C code never runs.
     return bool(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None))

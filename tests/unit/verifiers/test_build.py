@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.verifiers import VerifierPool, build_verifier
+from megatron_rlvr.verifiers import VerifierPool, build_verifier, check_answers
 from megatron_rlvr.verifiers.math import final_answer
 
 
@@ -47,6 +47,9 @@ def test_exact(options, completion, answer, reward):
         (r"\boxed{x^2+2x+1}", "(x+1)^2", 1),
         (r"\boxed{7}", r"The area is 7, so we answer \boxed{7}", 1),
         (r"\boxed{not mathematics at all}", "34", 0),
+        (r"\boxed{Tuesday}", "Tuesday", 1),
+        (r"\boxed{Monday}", "Tuesday", 0),
+        (r"\boxed{34}", r"\notacommand{{", 0),
     ],
 )
 def test_math(completion, answer, reward):
@@ -110,3 +113,15 @@ def test_bad_names_and_options(name, options, message):
 def test_answers_of_another_form(name, answer):
     with pytest.raises(UserError, match=f"verifier {name}: the answer must be text or a number"):
         build_verifier(name)(r"\boxed{34}", answer)
+
+
+def test_answers_of_a_data_set_are_checked_before_the_run():
+    good = {"numbers": [3, 5, 7], "target": 22}
+    check_answers(build_verifier("countdown"), [good, good | {"use": "any"}])
+    check_answers(build_verifier("math"), ["34", 34, r"\frac{1}{2}"])
+    check_answers(len, [object()])  # a function of the user's: nothing is known about its answers
+    for bad in ("22", good | {"numbers": []}, good | {"numbers": [3, "5"]}, good | {"target": 22.5}):
+        with pytest.raises(UserError, match="example 1: verifier countdown: "):
+            check_answers(build_verifier("countdown"), [good, bad])
+    with pytest.raises(UserError, match="example 2: verifier math: the answer must be text or a number, found list"):
+        check_answers(build_verifier("math"), ["1", "2", ["3"]])
