@@ -140,7 +140,7 @@ def region_experiment(seeds: int = 10, states: int = 64, actions: int = 20, rate
 
 
 def random_reward_experiment(
-    seeds: int = 10, states: int = 48, actions: int = 20, steps: int = 60, updates: int = 12, rate: float = 0.25
+    seeds: int = 10, states: int = 96, actions: int = 20, steps: int = 80, updates: int = 8, rate: float = 0.4
 ) -> dict[str, Tensor]:
     """(b) The final entropy [seeds] of each clip setting under random rewards, several updates a rollout."""
     final = {}
@@ -158,7 +158,7 @@ def random_reward_experiment(
 
 
 def prediction_experiment(
-    seeds: int = 10, states: int = 64, actions: int = 20, steps: int = 60, rate: float = 0.05
+    seeds: int = 10, states: int = 64, actions: int = 20, steps: int = 60, rate: float = 0.5
 ) -> Tensor:
     """(c) The correlation [seeds] over steps of the predicted and the measured entropy change; one update a rollout."""
     generator = torch.Generator().manual_seed(2)

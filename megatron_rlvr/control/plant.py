@@ -30,9 +30,9 @@ class EntropyPlant:
     gain_uncertainty: float = 0.7
     smallest_gain: float = 0.1
     drift_deviation: float = 0.02
-    drift_walk: float = 0.004
-    process_noise: float = 0.015
-    gain_walk: float = 0.03
+    drift_walk: float = 0.003
+    process_noise: float = 0.025
+    gain_walk: float = 0.06
     mean: list[float] = field(default_factory=list)
     covariance: list[list[float]] = field(default_factory=list)
 
