@@ -89,16 +89,16 @@ def advantages_of(rewards: Tensor) -> Tensor:
 def token_inputs(
     now: Statistics, old: Statistics, advantage: Tensor, thresholds: ClipThresholds, weight: Tensor | None
 ) -> TokenInputs:
-    """The objective's inputs; every token is a sequence of its own."""
+    """The objective's inputs, float32 as the operators take them; every token is a sequence of its own."""
     return TokenInputs(
-        logprob=now.logprob,
-        entropy=now.entropy.detach(),
-        old_logprob=old.logprob,
-        advantage=advantage,
+        logprob=now.logprob.float(),
+        entropy=now.entropy.detach().float(),
+        old_logprob=old.logprob.float(),
+        advantage=advantage.float(),
         sequence_index=torch.arange(len(advantage)),
         sequence_count=len(advantage),
         thresholds=thresholds,
-        weight=weight,
+        weight=None if weight is None else weight.float(),
     )
 
 
