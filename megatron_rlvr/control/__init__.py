@@ -5,6 +5,7 @@ rank must hold the same schedule and observe the same entropy, averaged over dat
 """
 
 from megatron_rlvr.control.build import build_schedule, schedule_parameters
+from megatron_rlvr.control.curves import EntropyCurve
 from megatron_rlvr.control.schedules import (
     ClipSchedule,
     Constant,
@@ -12,6 +13,8 @@ from megatron_rlvr.control.schedules import (
     IncreaseThenDecrease,
     OscillatoryDecay,
 )
+from megatron_rlvr.control.steering import SteeringResponse
+from megatron_rlvr.control.target import TargetEntropy
 from megatron_rlvr.control.thresholds import AffineThreshold, ClipThresholds
 
 __all__ = [
@@ -20,8 +23,11 @@ __all__ = [
     "ClipThresholds",
     "Constant",
     "DecreaseIncreaseDecrease",
+    "EntropyCurve",
     "IncreaseThenDecrease",
     "OscillatoryDecay",
+    "SteeringResponse",
+    "TargetEntropy",
     "build_schedule",
     "schedule_parameters",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from megatron_rlvr.control.curves import EntropyCurve
 from megatron_rlvr.control.schedules import (
     ClipSchedule,
     Constant,
@@ -14,6 +15,7 @@ from megatron_rlvr.control.schedules import (
     IncreaseThenDecrease,
     OscillatoryDecay,
 )
+from megatron_rlvr.control.target import TargetEntropy
 
 # name -> (class, values that the name stands for and a configuration may override)
 SCHEDULES: dict[str, tuple[type[ClipSchedule], dict[str, Any]]] = {
@@ -22,7 +24,10 @@ SCHEDULES: dict[str, tuple[type[ClipSchedule], dict[str, Any]]] = {
     "increase-then-decrease": (IncreaseThenDecrease, {}),
     "decrease-increase-decrease": (DecreaseIncreaseDecrease, {}),
     "oscillatory-decay": (OscillatoryDecay, {}),
+    "target-entropy": (TargetEntropy, {}),
+    "entropy-floor": (TargetEntropy, {"floor_only": True, "start": 0.6}),
 }
+CURVE_PARAMETERS = [f.name for f in fields(EntropyCurve)]
 
 
 def schedule_parameters(name: str) -> list[str]:
@@ -31,7 +36,10 @@ def schedule_parameters(name: str) -> list[str]:
         raise ValueError(
             f"schedule: unknown name {name!r}{_suggest(name, list(SCHEDULES))}; valid: {', '.join(SCHEDULES)}"
         )
-    return [f.name for f in fields(SCHEDULES[name][0]) if f.init and f.name != "total_steps"]  # type: ignore[arg-type]
+    schedule_class = SCHEDULES[name][0]
+    own = [f.name for f in fields(schedule_class) if f.init and f.name != "total_steps"]  # type: ignore[arg-type]
+    # The curve's own parameters stand beside the schedule's, so that a configuration stays flat.
+    return [*CURVE_PARAMETERS, *(x for x in own if x != "curve")] if schedule_class is TargetEntropy else own
 
 
 def build_schedule(config: Mapping[str, Any], total_steps: int) -> ClipSchedule:
@@ -51,10 +59,14 @@ def build_schedule(config: Mapping[str, Any], total_steps: int) -> ClipSchedule:
                 f"schedule {name}: unknown parameter {key!r}{_suggest(key, valid)}; valid: {', '.join(valid)}"
             )
     schedule_class, preset = SCHEDULES[name]
+    parameters = {**preset, **parameters}
     if any(f.name == "total_steps" for f in fields(schedule_class)):  # type: ignore[arg-type]
         parameters["total_steps"] = total_steps
     try:
-        return schedule_class(**{**preset, **parameters})
+        if schedule_class is TargetEntropy:
+            curve = {key: parameters.pop(key) for key in CURVE_PARAMETERS if key in parameters}
+            parameters["curve"] = EntropyCurve(**curve)
+        return schedule_class(**parameters)
     except (TypeError, ValueError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(name) else f"schedule {name}: {text}") from error

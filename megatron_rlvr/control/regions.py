@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_rlvr.control.steering import SteeringResponse
+
 REGIONS = ("E1", "E2", "E3", "E4")
 
 
@@ -43,3 +45,39 @@ def entropy_change(
     baseline = sum_squared_prob_logprob + entropy * sum_squared_prob
     change = -advantage * (logprob.exp() * (logprob + entropy) - baseline)
     return change if old_logprob is None else change * (logprob - old_logprob).exp()
+
+
+def gradient_norm(logprob: Tensor, advantage: Tensor, sum_squared_prob: Tensor) -> Tensor:
+    """The squared norm of each token's logit gradient at r = 1, [T]: n = A^2 (1 - 2 p_a + sum_x p_x^2).
+
+    Also the first-order rise of the token's own objective r A in an ascent step, per unit of learning rate.
+    """
+    return advantage.square() * (1.0 - 2.0 * logprob.exp() + sum_squared_prob).clamp(min=0.0)
+
+
+def steering_direction(change: Tensor) -> Tensor:
+    """s of every token, [T]: +1 where the gradient raises entropy, -1 where it lowers it, 0 where it does neither.
+
+    ``change`` is :func:`entropy_change`.
+    """
+    return torch.sign(change)
+
+
+def steering_sums(change: Tensor, ascent: Tensor, token_weight: Tensor) -> Tensor:
+    """The four sums of :class:`~megatron_rlvr.control.SteeringResponse`, [4] float64: add them over all ranks.
+
+    ``change`` and ``ascent`` are :func:`entropy_change` and :func:`gradient_norm` of the tokens before the first
+    update, ``token_weight`` their aggregation weights; all [T].
+    """
+    direction = steering_direction(change)
+    columns = torch.stack((change, change * direction, ascent, ascent * direction)).double()
+    return columns @ token_weight.double()
+
+
+def steering_weights(change: Tensor, steering: float, response: SteeringResponse) -> Tensor:
+    """The gradient weight of every token under steering u in (-1, 1), [T]: (1 + u s) / (1 + u nu), above 0.
+
+    The division keeps the step's first-order reward ascent: sum n (1 + u s) / (1 + u nu) = sum n. Derivation in
+    docs/entropy_control.md.
+    """
+    return (1.0 + steering * steering_direction(change)) / response.normaliser(steering)

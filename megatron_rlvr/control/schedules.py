@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from megatron_rlvr.control.steering import SteeringResponse
 from megatron_rlvr.control.thresholds import AffineThreshold, ClipThresholds
 
 
@@ -27,13 +28,23 @@ class ClipSchedule:
 
     name: ClassVar[str]
 
-    def observe(self, step: int, entropy: float, *, tokens: int | None = None) -> None:
+    def observe(
+        self,
+        step: int,
+        entropy: float,
+        *,
+        tokens: int | None = None,
+        response: SteeringResponse | None = None,
+        standard_error: float | None = None,
+    ) -> None:
         """Take in the mean entropy (nats a token) measured before the updates of ``step``.
 
         ``tokens`` is the number of response tokens trained on before this step; needed only when progress is counted
-        in tokens. Raises ValueError when ``step`` is negative or ``entropy`` is no finite, non-negative number.
+        in tokens. ``response`` (what steering would do to this step's tokens) and ``standard_error`` (of ``entropy``,
+        nats) help :class:`TargetEntropy`; the other schedules ignore them.
+        Raises ValueError when ``step`` is negative or ``entropy`` is no finite, non-negative number.
         """
-        _check_observation(step, entropy)
+        check_observation(step, entropy)
 
     def thresholds(self, step: int) -> ClipThresholds:
         """The thresholds of ``step``. Raises ValueError when ``step`` is negative."""
@@ -70,7 +81,7 @@ class Constant(ClipSchedule):
         self.thresholds(0)
 
     def thresholds(self, step: int) -> ClipThresholds:
-        _check_step(step)
+        check_step(step)
         return ClipThresholds(
             AffineThreshold(self.lower_intercept, self.lower_slope),
             AffineThreshold(self.upper_intercept, self.upper_slope),
@@ -117,8 +128,16 @@ class DynamicSchedule(ClipSchedule):
         """M(p), the dynamic lower threshold."""
         return AffineThreshold(self.lower_intercept, self.lower_slope)
 
-    def observe(self, step: int, entropy: float, *, tokens: int | None = None) -> None:
-        _check_observation(step, entropy)
+    def observe(
+        self,
+        step: int,
+        entropy: float,
+        *,
+        tokens: int | None = None,
+        response: SteeringResponse | None = None,
+        standard_error: float | None = None,
+    ) -> None:
+        check_observation(step, entropy)
         if self.total_tokens is not None:
             if tokens is None:
                 raise ValueError(f"{self.name}: progress is counted in tokens, so observe() needs tokens=...")
@@ -126,7 +145,7 @@ class DynamicSchedule(ClipSchedule):
 
     def progress(self, step: int) -> float:
         """x = k / T, from 0 to 1; steps or tokens past the end stay at 1."""
-        _check_step(step)
+        check_step(step)
         if self.total_tokens is None:
             return min(step / self.total_steps, 1.0)
         if self._tokens is None:
@@ -214,7 +233,15 @@ class OscillatoryDecay(DynamicSchedule):
         if self.initial_entropy is not None:
             check_inside(self.name, "initial_entropy", self.initial_entropy, 0.0, math.inf)
 
-    def observe(self, step: int, entropy: float, *, tokens: int | None = None) -> None:
+    def observe(
+        self,
+        step: int,
+        entropy: float,
+        *,
+        tokens: int | None = None,
+        response: SteeringResponse | None = None,
+        standard_error: float | None = None,
+    ) -> None:
         super().observe(step, entropy, tokens=tokens)
         if self.initial_entropy is None:
             self.initial_entropy = first_entropy(self.name, step, entropy)
@@ -227,7 +254,7 @@ class OscillatoryDecay(DynamicSchedule):
             self._raising = False
 
     def thresholds(self, step: int) -> ClipThresholds:
-        _check_step(step)
+        check_step(step)
         if self._raising:
             return ClipThresholds(lower=self.static, upper=self.upper)
         return ClipThresholds(lower=self.lower, upper=self.static)
@@ -261,13 +288,13 @@ def first_entropy(name: str, step: int, entropy: float) -> float:
     return float(entropy)
 
 
-def _check_step(step: int) -> None:
+def check_step(step: int) -> None:
     if step < 0:
         raise ValueError(f"schedule: step must not be negative, found {step}")
 
 
-def _check_observation(step: int, entropy: float) -> None:
-    _check_step(step)
+def check_observation(step: int, entropy: float) -> None:
+    check_step(step)
     if not (math.isfinite(entropy) and entropy >= 0.0):
         raise ValueError(f"schedule: the entropy of step {step} must be finite and not negative, found {entropy!r}")
 

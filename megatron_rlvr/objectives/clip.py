@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_rlvr import ops
 from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs, beyond_bounds
 
 
@@ -21,6 +22,8 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: Tensor | float, hig
 class Clip:
     """PPO and GRPO with the bounds of ``inputs.thresholds``: static, clip-higher or dynamic, as the schedule says.
 
+    It is :func:`megatron_rlvr.ops.clipped_objective`, so the tensors are float32.
+
     ``dual_clip``, when given, must exceed 1: where A < 0 the objective is not allowed below dual_clip * A, so that a
     single huge ratio cannot dominate a step. Dual-clip PPO, arXiv 1912.09729.
     """
@@ -32,13 +35,14 @@ class Clip:
             raise ValueError(f"objective: dual_clip must exceed 1, found {self.dual_clip!r}")
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
-        ratio, advantage = inputs.log_ratio().exp(), inputs.advantage
-        low, high = inputs.thresholds.ratio_bounds(inputs.old_logprob.exp())
-        objective = clipped_surrogate(ratio, advantage, low, high)
+        advantage = inputs.advantage
+        objective = ops.clipped_objective(inputs.logprob, inputs.old_logprob, advantage, inputs.thresholds).objective
         if self.dual_clip is not None:
             floor = self.dual_clip * advantage
             objective = torch.where((advantage < 0) & (objective < floor), floor, objective)
-        return TokenOutputs(inputs.weighted(objective), *beyond_bounds(ratio.detach(), low, high, advantage))
+        low, high = inputs.thresholds.ratio_bounds(inputs.old_logprob.exp())
+        ratio = inputs.log_ratio().detach().exp()
+        return TokenOutputs(inputs.weighted(objective), *beyond_bounds(ratio, low, high, advantage))
 
 
 @dataclass(frozen=True)

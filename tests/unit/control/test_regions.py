@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from megatron_rlvr.control.regions import classify, entropy_change
+from megatron_rlvr.control import SteeringResponse
+from megatron_rlvr.control.regions import (
+    classify,
+    entropy_change,
+    gradient_norm,
+    steering_sums,
+    steering_weights,
+)
 
 
 def policy(seed, tokens=400, vocabulary=7, scale=2.0):
@@ -70,3 +77,43 @@ def test_without_the_vocabulary_baseline_the_region_is_the_sign_of_the_change(se
     raises = (region == 2) | (region == 3)
     assert torch.equal(own > 0, raises)
     assert {1, 2, 3, 4} == set(region.tolist())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_ascent_is_the_squared_logit_gradient(seed):
+    p = policy(seed)
+    logits = p["logits"].clone().requires_grad_()
+    logprob = logits.log_softmax(-1).gather(1, p["action"][:, None])[:, 0]
+    (gradient,) = torch.autograd.grad((logprob * p["advantage"]).sum(), logits)
+    got = gradient_norm(p["logprob"], p["advantage"], p["sum_squared_prob"])
+    torch.testing.assert_close(got, gradient.square().sum(-1), atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("steering", [-0.9, -0.3, 0.0, 0.5, 0.9])
+def test_steering_weights_keep_the_ascent_and_change_entropy_as_predicted(steering):
+    p = policy(5)
+    names = ("logprob", "entropy", "advantage", "sum_squared_prob", "sum_squared_prob_logprob")
+    change = entropy_change(*[p[name] for name in names])
+    ascent = gradient_norm(p["logprob"], p["advantage"], p["sum_squared_prob"])
+    token_weight = torch.rand(len(change), dtype=torch.float64)
+    # The sums are additive: two ranks' parts give the whole.
+    parts = [slice(0, 150), slice(150, None)]
+    sums = sum(steering_sums(change[part], ascent[part], token_weight[part]) for part in parts)
+    response = SteeringResponse.from_sums(sums.tolist())
+    weight = steering_weights(change, steering, response)
+    assert (weight > 0).all()
+    assert (token_weight * ascent * weight).sum().item() == pytest.approx((token_weight * ascent).sum().item())
+    assert (token_weight * change * weight).sum().item() == pytest.approx(response.predicted(steering))
+    # Tokens that raise entropy gain weight against those that lower it exactly when u > 0.
+    ratio = weight[change > 0].mean() / weight[change < 0].mean()
+    assert ratio.item() == pytest.approx((1 + steering) / (1 - steering))
+    # And drive and steering are each other's inverse.
+    assert response.steering_for(response.drive(steering), 0.95) == pytest.approx(steering)
+
+
+def test_steering_for_an_unreachable_drive_is_the_limit():
+    response = SteeringResponse(change=-0.3, slope=1.0, ascent=2.0, ascent_slope=-0.4)
+    assert response.steering_for(10.0, 0.9) == 0.9
+    assert response.steering_for(-10.0, 0.9) == -0.9
+    assert response.steering_for(0.1, 0.0) == 0.0
+    assert SteeringResponse(0.0, 0.0, 0.0, 0.0).steering_for(0.5, 0.9) == 0.0

@@ -20,7 +20,7 @@ THRESHOLDS = {
 SEEDS = range(4)
 
 
-def tokens(seed, count=300, sequences=12, thresholds=THRESHOLDS["dynamic"], spread=0.5):
+def tokens(seed, count=300, sequences=12, thresholds=THRESHOLDS["dynamic"], spread=0.5, dtype=torch.float64):
     """Tokens with ratios on both sides of every bound, and one advantage a sequence."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -29,18 +29,19 @@ def tokens(seed, count=300, sequences=12, thresholds=THRESHOLDS["dynamic"], spre
 
     index = torch.randint(sequences, (count,), generator=generator).sort().values
     old = -torch.rand(count, generator=generator, dtype=torch.float64).mul(4).add(0.01)
-    logprob = (old + spread * normal(count)).clamp(max=-1e-3).requires_grad_()
-    advantage = normal(sequences)
+    old = old.to(dtype)
+    logprob = (old + spread * normal(count)).clamp(max=-1e-3).to(dtype).requires_grad_()
+    advantage = normal(sequences).to(dtype)
     advantage[0] = 0.0
     return TokenInputs(
         logprob=logprob,
-        entropy=torch.rand(count, generator=generator, dtype=torch.float64).requires_grad_(),
+        entropy=torch.rand(count, generator=generator, dtype=dtype).requires_grad_(),
         old_logprob=old,
         advantage=advantage[index],
         sequence_index=index,
         sequence_count=sequences,
         thresholds=thresholds,
-        rollout_logprob=old + 0.4 * normal(count),
+        rollout_logprob=(old + 0.4 * normal(count)).to(dtype),
     )
 
 
@@ -66,16 +67,17 @@ def ppo(r, A, low, high):
 
 def check(inputs, outputs, expected):
     """``expected``: (value, gradient) of every token; the sum's gradient is each token's own."""
-    (gradient,) = torch.autograd.grad(outputs.objective.sum(), inputs.logprob, allow_unused=True)
+    (gradient,) = torch.autograd.grad(outputs.objective.sum(), inputs.logprob)
     value, slope = (torch.tensor(column, dtype=torch.float64) for column in zip(*expected, strict=True))
-    torch.testing.assert_close(outputs.objective.detach(), value, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(gradient, slope, atol=1e-12, rtol=1e-12)
+    tolerance = 1e-12 if outputs.objective.dtype == torch.float64 else 2e-6  # the operator of "clip" is float32
+    torch.testing.assert_close(outputs.objective.detach().double(), value, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(gradient.double(), slope, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("thresholds", THRESHOLDS.values(), ids=THRESHOLDS.keys())
 def test_clip(seed, thresholds):
-    inputs = tokens(seed, thresholds=thresholds)
+    inputs = tokens(seed, thresholds=thresholds, dtype=torch.float32)
     outputs = build_objective("clip")(inputs)
     sides = [(r, A, *bounds(thresholds, p)) for r, A, p in rows(inputs)]
     check(inputs, outputs, [ppo(*side) for side in sides])
@@ -87,7 +89,7 @@ def test_clip(seed, thresholds):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dual_clip(seed):
-    inputs = tokens(seed, spread=1.0)
+    inputs = tokens(seed, spread=1.0, dtype=torch.float32)
 
     def formula(r, A, p):
         value, slope = ppo(r, A, *bounds(inputs.thresholds, p))
@@ -221,25 +223,25 @@ def test_kl_cov_penalises_the_highest_covariances(seed):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_truncated_importance_weights_multiply_any_objective(level):
     for name in OBJECTIVES:
-        inputs = tokens(1)
+        inputs = tokens(1, dtype=torch.float32)
         plain = build_objective(name)(inputs).objective.detach()
         gaps = (inputs.old_logprob - inputs.rollout_logprob).tolist()
         index = inputs.sequence_index.tolist()
         if level == "sequence":
             gaps = [sum(g for g, j in zip(gaps, index, strict=True) if j == i) for i in index]
-        weight = torch.tensor([min(math.exp(g), 1.5) for g in gaps], dtype=torch.float64)
+        weight = torch.tensor([min(math.exp(g), 1.5) for g in gaps])
         assert 0 < (weight == 1.5).sum() < len(weight)
         objective = build_objective(name, importance_cap=1.5, importance_level=level)
         assert objective.needs_rollout_logprob
-        torch.testing.assert_close(objective(inputs).objective.detach(), plain * weight, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(objective(inputs).objective.detach(), plain * weight)
 
 
 def test_token_weights_multiply_value_and_gradient_of_every_objective():
     for name in OBJECTIVES:
-        inputs = tokens(2)
+        inputs = tokens(2, dtype=torch.float32)
         plain = build_objective(name)(inputs).objective
         (slope,) = torch.autograd.grad(plain.sum(), inputs.logprob)
-        inputs.weight = torch.rand(len(slope), dtype=torch.float64)
+        inputs.weight = torch.rand(len(slope))
         weighted = build_objective(name)(inputs).objective
         (weighted_slope,) = torch.autograd.grad(weighted.sum(), inputs.logprob)
         torch.testing.assert_close(weighted.detach(), plain.detach() * inputs.weight)
@@ -248,19 +250,19 @@ def test_token_weights_multiply_value_and_gradient_of_every_objective():
 
 def test_on_policy_every_objective_has_the_plain_policy_gradient():
     for name in OBJECTIVES:
-        inputs = tokens(3)
+        inputs = tokens(3, dtype=torch.float32)
         inputs.logprob = inputs.old_logprob.clone().requires_grad_()
         outputs = build_objective(name)(inputs)
         (slope,) = torch.autograd.grad(outputs.objective.sum(), inputs.logprob)
-        differing = (slope - inputs.advantage).abs() > 1e-12
+        differing = (slope - inputs.advantage).abs() > 1e-6
         assert differing.sum() <= (1 if name == "clip-cov" else 0), name
         assert not outputs.clipped_high.any()
         assert not outputs.clipped_low.any()
 
 
 def test_entropy_bonus_adds_its_share_after_the_token_weights():
-    inputs = tokens(0)
-    inputs.weight = torch.rand(300, dtype=torch.float64)
+    inputs = tokens(0, dtype=torch.float32)
+    inputs.weight = torch.rand(300)
     plain = build_objective("clip")(inputs).objective
     objective = build_objective("clip", entropy_coefficient=0.02)
     assert objective.needs_entropy_gradient
@@ -316,7 +318,7 @@ def test_bad_requests_are_answered_in_one_line(name, parameters, words):
 
 
 def test_missing_rollout_logprobs_are_named():
-    inputs = tokens(0)
+    inputs = tokens(0, dtype=torch.float32)
     inputs.rollout_logprob = None
     with pytest.raises(ValueError, match="rollout_logprob"):
         build_objective("clip", importance_cap=2.0)(inputs)

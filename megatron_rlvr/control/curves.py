@@ -1,0 +1,122 @@
+"""The entropy that a run is to have: curves over its progress."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+CURVES = ("constant", "linear", "cosine", "piecewise", "file")
+
+
+@dataclass(frozen=True)
+class EntropyCurve:
+    """A target entropy over progress x from 0 to 1, in nats a token, or in multiples of the entropy at step 0.
+
+    ``curve`` is one of
+
+    - ``constant``: ``start`` all along;
+    - ``linear``, ``cosine``: from ``start`` at x = 0 to ``end`` at x = 1, straight or along half a cosine;
+    - ``piecewise``: straight lines through ``points``, pairs (x, value), level before the first and after the last;
+    - ``file``: the same, from the CSV file ``file`` with a header line ``progress,entropy`` and one point a line.
+
+    ``relative`` says that the values are multiples of the initial entropy; otherwise they are nats.
+    Raises ValueError for an unknown name, a missing or unused parameter, a value not above 0, or a bad file (with the
+    line's number).
+    """
+
+    curve: str = "constant"
+    start: float = 1.0
+    end: float | None = None
+    points: Sequence[Sequence[float]] | None = None
+    file: str | None = None
+    relative: bool = True
+
+    def __post_init__(self) -> None:
+        if self.curve not in CURVES:
+            raise ValueError(f"target curve: unknown name {self.curve!r}; valid: {', '.join(CURVES)}")
+        for parameter, curves in (("end", ("linear", "cosine")), ("points", ("piecewise",)), ("file", ("file",))):
+            given = getattr(self, parameter) is not None
+            if given != (self.curve in curves):
+                verb = "takes no" if given else "needs"
+                raise ValueError(f"target curve: {self.curve} {verb} {parameter}")
+        points = read_points(self.file) if self.file is not None else self.points
+        if points is not None:
+            object.__setattr__(self, "points", _checked(points))
+        for parameter in ("start", "end"):
+            value = getattr(self, parameter)
+            if value is not None and not _positive(value):
+                raise ValueError(f"target curve: {parameter} must be a number above 0, found {value!r}")
+
+    def value(self, progress: float, initial_entropy: float) -> float:
+        """The target at ``progress`` (held to [0, 1]) in nats; ``initial_entropy`` is the entropy at step 0."""
+        x = min(max(progress, 0.0), 1.0)
+        return self._shape(x) * (initial_entropy if self.relative else 1.0)
+
+    def _shape(self, x: float) -> float:
+        if self.points is not None:
+            return _interpolate(self.points, x)
+        if self.end is None:
+            return self.start
+        if self.curve == "cosine":
+            x = 0.5 - 0.5 * math.cos(math.pi * x)
+        return self.start + (self.end - self.start) * x
+
+
+def read_points(file: str) -> list[tuple[float, float]]:
+    """The points (progress, entropy) of a CSV file with the header ``progress,entropy``."""
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"target curve: no such file: {file}")
+    points = []
+    with path.open(newline="", encoding="utf-8") as lines:
+        for number, row in enumerate(csv.reader(lines), start=1):
+            if number == 1:
+                if [cell.strip() for cell in row] != ["progress", "entropy"]:
+                    raise ValueError(
+                        f"target curve: {file}, line 1: expected 'progress,entropy', found {','.join(row)!r}"
+                    )
+                continue
+            if not row:
+                continue
+            try:
+                progress, entropy = (float(cell) for cell in row)
+            except ValueError as error:
+                raise ValueError(f"target curve: {file}, line {number}: expected two numbers, found {row!r}") from error
+            points.append((progress, entropy))
+    return points
+
+
+def _checked(points: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
+    if len(points) == 0:
+        raise ValueError("target curve: no points given; write at least one pair [progress, entropy]")
+    for point in points:
+        if len(point) != 2 or not _number(point[0]) or not 0.0 <= point[0] <= 1.0 or not _positive(point[1]):
+            raise ValueError(
+                f"target curve: a point must be [progress in 0 to 1, entropy above 0], found {list(point)!r}"
+            )
+    checked = tuple((float(x), float(y)) for x, y in points)
+    for (left, _), (right, _) in pairwise(checked):
+        if not left < right:
+            raise ValueError(f"target curve: the points' progress must increase, found {left:g} before {right:g}")
+    return checked
+
+
+def _interpolate(points: Sequence[Sequence[float]], x: float) -> float:
+    if x <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: object) -> bool:
+    return _number(value) and value > 0  # type: ignore[operator]

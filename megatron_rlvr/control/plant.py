@@ -1,0 +1,87 @@
+"""An online model of how entropy answers to control: a Kalman filter in the logarithm of the entropy.
+
+    h[k+1] = h[k] + d + g_clip * s[k] + g_steer * f[k] + process noise,        y[k] = h[k] + measurement noise
+
+h is ln entropy, s in [-1, 1] the position of the clip thresholds, f the steering's drive (see
+:class:`~megatron_rlvr.control.steering.SteeringResponse`), d the drift that neither explains and g the two gains: the
+state is (h, d, g_clip, g_steer). It is linear in the state given s and f, so one filter smooths the measurement,
+estimates the disturbance - which is what an integral term would do - and learns the gains. It is told what was really
+applied, so a saturated actuator winds nothing up. Logarithms make the gains and the noise relative, and nearly constant
+while entropy falls by a factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SIZE = 4  # h, drift, clip gain, steering gain
+
+
+@dataclass
+class EntropyPlant:
+    """The filter's mean and covariance; standard deviations are relative (0.02 is 2 percent of the entropy).
+
+    ``clip_gain`` and ``steering_gain`` are prior means of d ln H a step per unit of actuator; the estimates never fall
+    below ``smallest_gain`` of them, because the sign of either gain is known and a controller divides by it.
+    """
+
+    clip_gain: float
+    steering_gain: float
+    gain_uncertainty: float = 0.7
+    smallest_gain: float = 0.1
+    drift_deviation: float = 0.02
+    drift_walk: float = 0.003
+    process_noise: float = 0.025
+    gain_walk: float = 0.06
+    mean: list[float] = field(default_factory=list)
+    covariance: list[list[float]] = field(default_factory=list)
+
+    def start(self, log_entropy: float, deviation: float) -> None:
+        """Begin at the first measurement, of standard deviation ``deviation``."""
+        self.mean = [log_entropy, 0.0, self.clip_gain, self.steering_gain]
+        spread = [
+            deviation,
+            self.drift_deviation,
+            self.gain_uncertainty * self.clip_gain,
+            self.gain_uncertainty * self.steering_gain,
+        ]
+        self.covariance = [[spread[i] ** 2 if i == j else 0.0 for j in range(SIZE)] for i in range(SIZE)]
+
+    @property
+    def started(self) -> bool:
+        return bool(self.mean)
+
+    def advance(self, clip: float, drive: float) -> None:
+        """Predict one step ahead under the clip position and the steering drive that were applied."""
+        row = [1.0, 1.0, clip, drive]
+        self.mean[0] = sum(a * x for a, x in zip(row, self.mean, strict=True))
+        P = self.covariance
+        first = [sum(row[k] * P[k][j] for k in range(SIZE)) for j in range(SIZE)]
+        corner = sum(first[j] * row[j] for j in range(SIZE))
+        for j in range(1, SIZE):
+            P[0][j] = P[j][0] = first[j]
+        P[0][0] = corner + self.process_noise**2
+        P[1][1] += self.drift_walk**2
+        P[2][2] += (self.gain_walk * self.clip_gain) ** 2
+        P[3][3] += (self.gain_walk * self.steering_gain) ** 2
+
+    def correct(self, log_entropy: float, deviation: float) -> float:
+        """Take in a measurement of standard deviation ``deviation``; returns the innovation, measured - predicted."""
+        P = self.covariance
+        innovation = log_entropy - self.mean[0]
+        total = P[0][0] + deviation**2
+        gain = [P[i][0] / total for i in range(SIZE)]
+        top = list(P[0])
+        for i in range(SIZE):
+            self.mean[i] += gain[i] * innovation
+            for j in range(SIZE):
+                P[i][j] -= gain[i] * top[j]
+        for i, prior in ((2, self.clip_gain), (3, self.steering_gain)):
+            self.mean[i] = max(self.mean[i], self.smallest_gain * prior)
+        return innovation
+
+    def state_dict(self) -> dict[str, list[float] | list[list[float]]]:
+        return {"mean": list(self.mean), "covariance": [list(row) for row in self.covariance]}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        self.mean, self.covariance = list(state["mean"]), [list(row) for row in state["covariance"]]

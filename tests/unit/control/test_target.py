@@ -1,0 +1,227 @@
+"""TargetEntropy on a scalar plant whose truth is known: tracking, filtering, saturation, the floor, checkpoints."""
+
+import json
+import math
+import random
+
+import pytest
+
+from megatron_rlvr.control import EntropyCurve, SteeringResponse, TargetEntropy, build_schedule
+
+CURVES = {
+    "rise-hold-fall": EntropyCurve("piecewise", points=[[0.0, 1.0], [0.4, 1.3], [0.6, 1.3], [1.0, 0.5]]),
+    "constant": EntropyCurve(),
+    "linear-fall": EntropyCurve("linear", end=0.4),
+}
+
+
+class Plant:
+    """ln H moves by ``drift`` + gain * drive + clip_gain * position + noise a step; it is measured with noise."""
+
+    def __init__(self, seed, gain=0.2, clip_gain=0.004, drift=-0.02, process=0.015, measurement=0.02, imbalance=-0.1):
+        self.random = random.Random(seed)
+        self.gain, self.clip_gain, self.drift = gain, clip_gain, drift
+        self.process, self.measurement, self.imbalance = process, measurement, imbalance
+        self.log_entropy = math.log(0.4)
+
+    def measure(self):
+        return math.exp(self.log_entropy + self.random.gauss(0, self.measurement))
+
+    def response(self):
+        natural = -0.1 + self.random.gauss(0, 0.03)  # what the step's tokens would do by themselves
+        return SteeringResponse(change=0.02 * natural, slope=0.02, ascent=0.1, ascent_slope=0.1 * self.imbalance)
+
+    def apply(self, thresholds, response, position):
+        change = self.drift + self.gain * response.drive(thresholds.steering) + self.clip_gain * position
+        self.log_entropy += change + self.random.gauss(0, self.process)
+
+
+def follow(schedule, curve, plant, steps, feed_forward=True):
+    """Returns (measured, target, steering) of every step."""
+    measured, target, steering = [], [], []
+    for step in range(steps):
+        entropy, response = plant.measure(), plant.response()
+        schedule.observe(step, entropy, response=response if feed_forward else None)
+        thresholds = schedule.thresholds(step)
+        measured.append(entropy)
+        target.append(curve.value(step / steps, measured[0]))
+        steering.append(thresholds.steering)
+        plant.apply(thresholds, response, schedule.metrics()["control/clip_position"])
+    return measured, target, steering
+
+
+def rms(measured, target, skip=0.1):
+    start = math.ceil(skip * len(target))
+    errors = [m / t - 1 for m, t in zip(measured[start:], target[start:], strict=True)]
+    return math.sqrt(sum(e * e for e in errors) / len(errors))
+
+
+@pytest.mark.parametrize("feed_forward", [True, False])
+@pytest.mark.parametrize("name", CURVES)
+def test_it_follows_the_curve_within_five_percent_on_every_seed(name, feed_forward):
+    for seed in range(10):
+        schedule = TargetEntropy(100, curve=CURVES[name])
+        measured, target, _ = follow(schedule, CURVES[name], Plant(seed), 100, feed_forward)
+        assert rms(measured, target) < 0.05, (seed, rms(measured, target))
+
+
+@pytest.mark.parametrize("gain", [0.05, 0.1, 0.4])
+def test_the_gain_may_be_several_times_off(gain):
+    for seed in range(5):
+        schedule = TargetEntropy(100, curve=EntropyCurve())
+        measured, target, _ = follow(schedule, EntropyCurve(), Plant(seed, gain=gain), 100)
+        assert rms(measured, target) < 0.055, (seed, rms(measured, target))
+        if gain > 0.05:  # below, the noise of 100 steps hides it
+            assert gain / 3 < schedule.metrics()["control/steering_gain"] < gain * 3
+
+
+def test_without_noise_the_error_dies_out():
+    plant = Plant(0, process=0.0, measurement=0.0)
+    measured, target, _ = follow(TargetEntropy(60, curve=EntropyCurve()), EntropyCurve(), plant, 60)
+    assert rms(measured, target, skip=0.5) < 0.01
+
+
+def test_saturation_is_reported_and_winds_nothing_up():
+    # For 30 steps the target cannot be reached: u stays at its limit. Then the target comes back to where H is.
+    curve = EntropyCurve("piecewise", points=[[0.0, 1.0], [0.1, 4.0], [0.5, 4.0], [0.52, 1.0], [1.0, 1.0]])
+    schedule, plant = TargetEntropy(60, curve=curve), Plant(3, gain=0.12, drift=-0.08, process=0.0)
+    saturated = []
+    for step in range(60):
+        response = plant.response()
+        schedule.observe(step, plant.measure(), response=response)
+        thresholds = schedule.thresholds(step)
+        saturated.append(schedule.metrics()["control/saturated"])
+        assert abs(thresholds.steering) <= 0.9
+        plant.apply(thresholds, response, schedule.metrics()["control/clip_position"])
+        if step == 28:
+            assert thresholds.steering == 0.9
+            assert schedule.metrics()["control/actuator"] == 2.0
+    assert saturated[28] == 2.0
+    # The moment it is reachable again the steering leaves its limit, and the error is gone within a few steps.
+    assert schedule.metrics()["control/saturated"] < 2.0
+    assert abs(math.exp(plant.log_entropy) / curve.value(1.0, schedule.initial_entropy) - 1) < 0.08
+
+
+def test_the_thresholds_are_used_first_and_stay_within_their_limits():
+    schedule = TargetEntropy(100, curve=EntropyCurve(), clip_gain=0.05)
+    plant = Plant(1, clip_gain=0.05, drift=0.0, process=0.0, measurement=0.005)
+    actuators = []
+    for step in range(100):
+        response = SteeringResponse(change=-0.001, slope=0.02, ascent=0.1, ascent_slope=0.0)
+        schedule.observe(step, plant.measure(), response=response)
+        thresholds, metrics = schedule.thresholds(step), schedule.metrics()
+        actuators.append(metrics["control/actuator"])
+        if metrics["control/actuator"] < 2:
+            assert thresholds.steering == 0.0
+        if thresholds.steering:
+            assert abs(metrics["control/clip_position"]) == 1.0
+        upper, lower = thresholds.upper, thresholds.lower
+        assert 0.2 <= upper.intercept <= 0.5
+        assert -0.25 <= upper.slope <= 0.0
+        assert 0.2 <= lower.intercept <= 0.3
+        assert -0.13 <= lower.slope <= 0.0
+        assert (upper.intercept, lower.intercept).count(0.2) >= 1
+        plant.apply(thresholds, response, metrics["control/clip_position"])
+    assert actuators[20:].count(1.0) > 60
+
+
+def test_thresholds_alone_never_steer():
+    schedule = TargetEntropy(50, curve=EntropyCurve(), steering_limit=0.0)
+    _, _, steering = follow(schedule, EntropyCurve(), Plant(0), 50)
+    assert set(steering) == {0.0}
+
+
+def test_the_floor_does_nothing_above_and_holds_below():
+    floor = EntropyCurve(start=0.7)
+    for seed in range(5):
+        schedule, plant = TargetEntropy(120, curve=floor, floor_only=True), Plant(seed, drift=-0.01, process=0.01)
+        measured, target, steering = follow(schedule, floor, plant, 120)
+        first = next(i for i, u in enumerate(steering) if u != 0.0)
+        assert all(m > t for m, t in zip(measured[: first - 3], target, strict=False))  # free while well above
+        assert min(steering) >= 0.0
+        assert min(m / t for m, t in zip(measured, target, strict=True)) > 0.87
+        held = [m / t for m, t in zip(measured[60:], target[60:], strict=True)]
+        assert abs(sum(held) / len(held) - 1.0) < 0.05
+
+
+def test_inside_the_dead_band_nothing_works():
+    schedule = TargetEntropy(50, curve=EntropyCurve(), dead_band=0.2)
+    plant = Plant(0, drift=0.02, process=0.0, measurement=0.005)  # the natural fall of the tokens, cancelled
+    _, _, steering = follow(schedule, EntropyCurve(), plant, 50)
+    assert set(steering) == {0.0}
+    assert schedule.metrics()["control/actuator"] == 0.0
+
+
+@pytest.mark.parametrize("stop", [1, 7, 25])
+def test_a_run_resumed_from_its_checkpoint_repeats_the_uninterrupted_one(stop):
+    curve = CURVES["rise-hold-fall"]
+    observations = [(Plant(k).measure(), Plant(k).response()) for k in range(40)]
+    whole = TargetEntropy(40, curve=curve)
+    expected = []
+    for step, (entropy, response) in enumerate(observations):
+        whole.observe(step, entropy, response=response)
+        expected.append(whole.thresholds(step))
+    first = TargetEntropy(40, curve=curve)
+    for step, (entropy, response) in enumerate(observations[:stop]):
+        first.observe(step, entropy, response=response)
+    second = TargetEntropy(40, curve=curve)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for step, (entropy, response) in enumerate(observations[stop:], start=stop):
+        second.observe(step, entropy, response=response)
+        assert second.thresholds(step) == expected[step]
+
+
+def test_progress_by_tokens_gives_the_same_targets():
+    curve = EntropyCurve("linear", end=0.5)
+    by_step, by_token = TargetEntropy(10, curve=curve), TargetEntropy(10, curve=curve, total_tokens=1000)
+    for step in range(10):
+        by_step.observe(step, 0.5)
+        by_token.observe(step, 0.5, tokens=100 * step)
+        assert by_token.metrics()["control/target"] == pytest.approx(by_step.metrics()["control/target"])
+
+
+def test_misuse_is_named():
+    schedule = TargetEntropy(10)
+    with pytest.raises(ValueError, match="last observed is -1"):
+        schedule.thresholds(0)
+    schedule.observe(0, 0.5)
+    with pytest.raises(ValueError, match="once a step"):
+        schedule.observe(0, 0.5)
+    with pytest.raises(ValueError, match="step 0"):
+        TargetEntropy(10).observe(4, 0.5)
+
+
+def test_a_dead_policy_does_not_stop_the_run():
+    schedule = TargetEntropy(10)
+    schedule.observe(0, 0.5)
+    schedule.observe(1, 0.0, response=SteeringResponse(0.0, 0.0, 0.0, 0.0))
+    assert schedule.thresholds(1).steering == 0.0  # no token has a gradient: nothing to steer
+    schedule.observe(2, 0.0)
+    assert 0.0 < schedule.thresholds(2).steering <= 0.9
+
+
+def test_built_from_a_flat_configuration():
+    schedule = build_schedule({"name": "target-entropy", "curve": "linear", "end": 0.4, "horizon": 2.0}, 30)
+    assert schedule == TargetEntropy(30, curve=EntropyCurve("linear", end=0.4), horizon=2.0)
+    floor = build_schedule({"name": "entropy-floor", "start": 0.5}, 30)
+    assert floor == TargetEntropy(30, curve=EntropyCurve(start=0.5), floor_only=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"curve": "line"}, "valid: constant"),
+        ({"curves": "linear"}, "did you mean 'curve'"),
+        ({"steering_limit": 1.0}, "steering_limit"),
+        ({"steering_limit": 0.0, "clip_gain": 0.0}, "no actuator"),
+        ({"steering_rate": 0.0}, "steering_rate"),
+        ({"horizon": 0.5}, "horizon"),
+        ({"measurement_noise": 0.0}, "measurement_noise"),
+        ({"dead_band": -0.1}, "dead_band"),
+    ],
+)
+def test_bad_configurations_are_refused_in_one_line(config, said):
+    with pytest.raises(ValueError) as error:
+        build_schedule({"name": "target-entropy", **config}, 30)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
