@@ -22,8 +22,10 @@ $(STAMP): pyproject.toml $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[train,dev]'
 	touch $@
 
-quickstart: $(STAMP)  ## make a small model, train it with RLVR on Countdown, show what happened (under 10 minutes)
-	$(BIN)/python examples/quickstart/run.py
+quickstart: $(STAMP)  ## RLVR on Countdown in minutes; ARGS="key=value ..." overrides quickstart.yaml
+	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
+	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
+	$(BIN)/python -m megatron_rlvr.train examples/quickstart/quickstart.yaml $(ARGS)
 
 test: $(STAMP) lint  ## everything CI runs
 	$(BIN)/python -m pytest tests

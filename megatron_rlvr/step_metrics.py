@@ -2,62 +2,102 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_rlvr.backend import parallel
 from megatron_rlvr.backend.policy import UPDATE_SUMS, TokenScores, UpdateReport
-from megatron_rlvr.control import ClipThresholds
+from megatron_rlvr.control import SteeringResponse
+from megatron_rlvr.control.regions import steering_sums
 from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.objectives import informative_groups
 
 Record = dict[str, float]
 
 
-def rollout_metrics(batch: RolloutBatch, advantage: Tensor, scores: TokenScores, reports: bool, leader: bool) -> Record:
-    """What a step knows before its updates: reward, lengths, exact entropy, train/rollout mismatch, predicted change.
+@dataclass(frozen=True)
+class RolloutMeasure:
+    """What a step knows before its updates, the same on every process.
+
+    Attributes:
+        entropy: exact mean over all response tokens of the job, nats.
+        standard_error: of `entropy`, from the spread between prompts (ratio estimator over groups).
+        response: what region steering would do to these tokens.
+        record: the metrics of this part of the step.
+    """
+
+    entropy: float
+    standard_error: float
+    response: SteeringResponse
+    record: Record
+
+
+def measure_rollout(
+    batch: RolloutBatch, advantage: Tensor, token_weight: Tensor, scores: TokenScores, reports: bool, leader: bool
+) -> RolloutMeasure:
+    """Reward, lengths, exact entropy, train/rollout mismatch, and the predicted entropy change of a step.
 
     The predicted change is the mean over tokens of non-zero advantage, per unit of learning rate.
 
     Args:
         batch: this rank's rollouts.
-        advantage: float32 [N].
+        advantage, token_weight: float32 [N].
         scores: of the old policy; real where `reports`.
         reports: whether this process speaks for its data-parallel rank's last stage.
         leader: whether it speaks for its data-parallel rank's rollouts.
     """
     difference = scores.logprob - batch.rollout_logprob
+    sequence = batch.sequence_of_token()
     groups = batch.rewards.view(-1, batch.group_size)
-    sums = {
+    group_tokens = batch.response_lengths.view(-1, batch.group_size).sum(1).double()
+    group_entropy = torch.zeros_like(group_tokens).index_add(0, sequence // batch.group_size, scores.entropy.double())
+    response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
+    scored = {
         "entropy": scores.entropy.sum(dtype=torch.float64),
-        "entropy_change/predicted": scores.entropy_change.sum(dtype=torch.float64),
+        "predicted": scores.entropy_change.sum(dtype=torch.float64),
         # k3 of KL(rollout || train), from tokens that the rollout policy drew: r - 1 - ln r with r = train / rollout.
         "kl_rollout": (difference.expm1() - difference).sum(dtype=torch.float64),
         "mismatch/mean": difference.abs().sum(dtype=torch.float64),
+        "group/ee": group_entropy.square().sum(),
+        "group/et": (group_entropy * group_tokens).sum(),
+        "group/tt": group_tokens.square().sum(),
+        **{f"response/{i}": value for i, value in enumerate(response)},
     }
-    counted = {
+    rolled = {
         "tokens": batch.token_count,
         "active_tokens": batch.response_lengths[advantage != 0].sum(),
         "sequences": len(batch.rewards),
         "groups": len(groups),
         "reward": batch.rewards.sum(dtype=torch.float64),
         "truncated": batch.truncated.sum(),
-        "mixed_groups": (groups.amax(1) > groups.amin(1)).sum(),
+        "mixed_groups": informative_groups(groups).sum(),
     }
-    total = parallel.sum_over_job({k: float(v) for k, v in sums.items()}, contributes=reports)
-    count = parallel.sum_over_job({k: float(v) for k, v in counted.items()}, contributes=leader)
+    total = parallel.sum_over_job({k: float(v) for k, v in scored.items()}, contributes=reports)
+    count = parallel.sum_over_job({k: float(v) for k, v in rolled.items()}, contributes=leader)
     largest = float(difference.abs().max()) if reports and len(difference) else 0.0
-    return {
+    tokens = count["tokens"]
+    entropy = total["entropy"] / tokens
+    squares = total["group/ee"] - 2 * entropy * total["group/et"] + entropy**2 * total["group/tt"]
+    standard_error = math.sqrt(max(0.0, squares)) / tokens
+    record = {
         "reward": count["reward"] / count["sequences"],
-        "tokens": count["tokens"],
-        "response_length": count["tokens"] / count["sequences"],
+        "tokens": tokens,
+        "response_length": tokens / count["sequences"],
         "truncated_fraction": count["truncated"] / count["sequences"],
         "mixed_groups_fraction": count["mixed_groups"] / count["groups"],
-        **{name: value / count["tokens"] for name, value in total.items()},
-        "entropy_change/predicted": total["entropy_change/predicted"] / max(1.0, count["active_tokens"]),
+        "entropy": entropy,
+        "entropy_standard_error": standard_error,
+        "entropy_change/predicted": total["predicted"] / max(1.0, count["active_tokens"]),
+        "kl_rollout": total["kl_rollout"] / tokens,
+        "mismatch/mean": total["mismatch/mean"] / tokens,
         "mismatch/max": parallel.max_over_job({"largest": largest})["largest"],
     }
+    steering = SteeringResponse.from_sums([total[f"response/{i}"] for i in range(4)])
+    return RolloutMeasure(entropy, standard_error, steering, record)
 
 
 def update_metrics(updates: Sequence[UpdateReport], epochs: int, reports: bool) -> Record:
@@ -82,14 +122,4 @@ def update_metrics(updates: Sequence[UpdateReport], epochs: int, reports: bool) 
         "clip/fraction_low": total["clipped_low"] / active,
         **{f"region/{name}": total[name] / active for name in ("E1", "E2", "E3", "E4")},
         "entropy_change/measured": total["drift"] / max(1.0, total["drift_tokens"]),
-    }
-
-
-def threshold_metrics(thresholds: ClipThresholds) -> Record:
-    """The scalars that a step's clipping is."""
-    return {
-        "clip/upper_slope": thresholds.upper.slope,
-        "clip/upper_intercept": thresholds.upper.intercept,
-        "clip/lower_slope": thresholds.lower.slope,
-        "clip/lower_intercept": thresholds.lower.intercept,
     }

@@ -31,7 +31,7 @@ from megatron_rlvr.data.batch import RolloutBatch  # noqa: E402
 from megatron_rlvr.rollout.build import build_engine  # noqa: E402
 from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
 from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
-from megatron_rlvr.step_metrics import rollout_metrics, threshold_metrics, update_metrics  # noqa: E402
+from megatron_rlvr.step_metrics import measure_rollout, update_metrics  # noqa: E402
 from megatron_rlvr.telemetry.reporter import Reporter  # noqa: E402
 from megatron_rlvr.verifiers import VerifierPool, build_verifier  # noqa: E402
 
@@ -52,9 +52,9 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
     stop = StopSignal()
 
-    first = 0
+    first = tokens_seen = 0
     if (state := checkpoints.load_newest(policy)) is not None:
-        first = state["step"]
+        first, tokens_seen = state["step"], state["tokens_seen"]
         with mendable():
             schedule.load_state_dict(state["schedule"])
             objective.load_state_dict(state["objective"])
@@ -71,7 +71,8 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     def save(step: int) -> None:
         report.phase("saving")
         with timer.part("checkpoint"):
-            checkpoints.save(step, policy, {"schedule": schedule.state_dict(), "objective": objective.state_dict()})
+            state = {"schedule": schedule.state_dict(), "objective": objective.state_dict(), "tokens_seen": tokens_seen}
+            checkpoints.save(step, policy, state)
 
     for step in range(first, config.steps):
         if step == 0 or (config.evaluation.every and step % config.evaluation.every == 0):
@@ -87,29 +88,40 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         report.phase("scoring")
         with timer.part("score"):
             scores = policy.score(batch, advantage)
-        measured = rollout_metrics(batch, advantage, scores, policy.reports, layout.is_leader)
-        schedule.observe(step, measured["entropy"])
-        objective.observe(step, measured["entropy"])
+        weight = token_weights(config, batch, layout)
+        measured = measure_rollout(batch, advantage, weight, scores, policy.reports, layout.is_leader)
+        schedule.observe(
+            step,
+            measured.entropy,
+            tokens=tokens_seen,
+            response=measured.response,
+            standard_error=measured.standard_error,
+        )
+        objective.observe(step, measured.entropy)
+        tokens_seen += int(measured.record["tokens"])
         thresholds = schedule.thresholds(step)
 
         report.phase("updating")
         with timer.part("update"):
             rate = learning_rate(config.optimizer, step, config.steps)
             policy.set_learning_rate(rate)
-            weight = token_weights(config, batch, layout)
             updates = []
             for _ in range(algorithm.epochs):
                 for sequences in batch.minibatches(algorithm.minibatches):
                     if algorithm.drop_zero_advantage and objective.ignores_zero_advantage:
                         live = sequences[advantage[sequences] != 0]
                         sequences = live if len(live) else sequences[:1]  # megatron-core needs a microbatch
-                    updates.append(policy.update(batch, sequences, advantage, weight, scores, thresholds, objective))
+                    updates.append(
+                        policy.update(
+                            batch, sequences, advantage, weight, scores, thresholds, measured.response, objective
+                        )
+                    )
         engine.update_weights(step + 1)
 
         stopping = parallel.any_rank(stop.received is not None)
         finished = step + 1 == config.steps
-        record = {"step": step, **measured, **update_metrics(updates, algorithm.epochs, policy.reports)}
-        record |= {**threshold_metrics(thresholds), **schedule.metrics(), **objective.metrics(), "lr": rate}
+        record = {"step": step, **measured.record, **update_metrics(updates, algorithm.epochs, policy.reports)}
+        record |= {**thresholds.metrics(), **schedule.metrics(), **objective.metrics(), "lr": rate}
         if finished:
             evaluate(config.steps)
         if stopping or finished or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):

@@ -19,8 +19,8 @@ from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.backend.huggingface import PolicyBridge
 from megatron_rlvr.backend.model import PolicyModel
 from megatron_rlvr.config import Config, OptimizerConfig
-from megatron_rlvr.control import ClipThresholds
-from megatron_rlvr.control.regions import classify, entropy_change
+from megatron_rlvr.control import ClipThresholds, SteeringResponse
+from megatron_rlvr.control.regions import classify, entropy_change, gradient_norm, steering_weights
 from megatron_rlvr.data.batch import Microbatch, RolloutBatch
 from megatron_rlvr.objectives import TokenInputs, TokenObjective
 
@@ -35,7 +35,9 @@ class TokenScores:
     logprob: Tensor
     entropy: Tensor
     entropy_change: Tensor
-    """First-order entropy change of each token's objective per unit of learning rate, in nats; needs advantages."""
+    """First-order entropy change of each token's objective per unit of learning rate, in nats."""
+    ascent: Tensor
+    """First-order rise of each token's own objective per unit of learning rate."""
 
 
 UPDATE_SUMS = (
@@ -120,7 +122,7 @@ class Policy:
             batch: this rank's rollouts.
             advantage: float32 [N], one for each sequence.
         """
-        scores = TokenScores(*(torch.zeros(batch.token_count) for _ in range(3)))
+        scores = TokenScores(*(torch.zeros(batch.token_count) for _ in range(4)))
 
         def keep(output: Tensor, part: Microbatch) -> tuple[Tensor, dict]:
             statistics = ops.token_statistics(
@@ -130,13 +132,13 @@ class Policy:
                 group=self._tensor_group,
                 second_moments=True,
             )
+            squared, squared_logprob = statistics.sum_squared_prob, statistics.sum_squared_prob_logprob
+            assert squared is not None and squared_logprob is not None
+            token_advantage = advantage[part.sequences][part.sequence_index].to(output.device)
             change = entropy_change(
-                statistics.logprob,
-                statistics.entropy,
-                advantage[part.sequences][part.sequence_index].to(output.device),
-                statistics.sum_squared_prob,  # type: ignore[arg-type]
-                statistics.sum_squared_prob_logprob,  # type: ignore[arg-type]
+                statistics.logprob, statistics.entropy, token_advantage, squared, squared_logprob
             )
+            scores.ascent[part.flat] = gradient_norm(statistics.logprob, token_advantage, squared).cpu()
             scores.logprob[part.flat] = statistics.logprob.cpu()
             scores.entropy[part.flat] = statistics.entropy.cpu()
             scores.entropy_change[part.flat] = change.cpu()
@@ -155,6 +157,7 @@ class Policy:
         token_weight: Tensor,
         scores: TokenScores,
         thresholds: ClipThresholds,
+        response: SteeringResponse,
         objective: TokenObjective,
     ) -> UpdateReport:
         """One optimizer step on a minibatch.
@@ -167,6 +170,7 @@ class Policy:
                 ``-sum(token_weight * objective)`` over the minibatch's tokens on all data-parallel ranks.
             scores: of `score`, the old policy.
             thresholds: of this step.
+            response: of this step's tokens to region steering.
             objective: the token objective.
         """
         where = device.device()
@@ -184,6 +188,7 @@ class Policy:
             )
             old_logprob = scores.logprob.to(where)[flat]
             token_advantage = advantage[part.sequences].to(where)[index]
+            change = scores.entropy_change.to(where)[flat]
             outputs = objective(
                 TokenInputs(
                     logprob=statistics.logprob,
@@ -193,6 +198,7 @@ class Policy:
                     sequence_index=index,
                     sequence_count=len(part.sequences),
                     thresholds=thresholds,
+                    weight=steering_weights(change, thresholds.steering, response) if thresholds.steering else None,
                     rollout_logprob=batch.rollout_logprob.to(where)[flat],
                 )
             )

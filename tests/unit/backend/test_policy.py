@@ -11,6 +11,7 @@ import torch
 from megatron_rlvr.backend import parallel
 from megatron_rlvr.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
+from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.objectives import build_objective
 from megatron_rlvr.rollout.engine import Completion, SamplingPolicy
@@ -100,7 +101,7 @@ def test_two_updates_have_the_exact_loss_and_gradient(policy, reference, batch: 
     for _ in range(2):  # the second has ratios away from 1, some beyond their bounds
         export = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model)}
         reference.load_state_dict(export, strict=False)
-        report = policy.update(batch, everything, ADVANTAGE, weight.float(), scores, THRESHOLDS, objective)
+        report = policy.update(batch, everything, ADVANTAGE, weight.float(), scores, THRESHOLDS, NEUTRAL, objective)
 
     index = batch.sequence_of_token()
     advantage, old = ADVANTAGE.double()[index], scores.logprob.double()
