@@ -204,7 +204,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(_unknown_key(error)) from None
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
-        raise UserError(f"configuration key {key}: {_one_line(error)}" if key else f"{path}: {_one_line(error)}") from None
+        raise UserError(
+            f"configuration key {key}: {_one_line(error)}" if key else f"{path}: {_one_line(error)}"
+        ) from None
     assert isinstance(config, Config)
     check(config)
     return config
@@ -226,7 +228,9 @@ def check(config: Config) -> None:
         for part in key.split("."):
             value = getattr(value, part)
         if value in (None, "", "???"):
-            raise UserError(f"{key} is not set: write it in the configuration file or give {key}=... on the command line")
+            raise UserError(
+                f"{key} is not set: write it in the configuration file or give {key}=... on the command line"
+            )
     rollout, algorithm, parallel = config.rollout, config.algorithm, config.parallel
     _one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     _one_of("model.layer_spec", config.model.layer_spec, ("auto", "local", "transformer_engine"))
@@ -267,7 +271,9 @@ def check(config: Config) -> None:
             f"{rollout.prompts_per_step}: choose a divisor"
         )
     if rollout.engine == "recorded" and not rollout.recording:
-        raise UserError("rollout.engine=recorded needs rollout.recording: the rollouts/ folder of a run with rollout.record=true")
+        raise UserError(
+            "rollout.engine=recorded needs rollout.recording: the rollouts/ folder of a run with rollout.record=true"
+        )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1: set it false or raise parallel.tensor")
     with mendable():
@@ -282,8 +288,8 @@ def warnings_of(config: Config) -> list[str]:
     found = []
     if config.algorithm.minibatches * config.algorithm.epochs == 1:
         found.append(
-            "algorithm.minibatches x algorithm.epochs = 1: with one update per rollout the importance ratio is 1 and every "
-            "clip threshold is inert; raise one of the two to let a schedule act"
+            "algorithm.minibatches x algorithm.epochs = 1: with one update per rollout the importance ratio is 1 and "
+            "every clip threshold is inert; raise one of the two to let a schedule act"
         )
     return found
 

@@ -67,7 +67,7 @@ def measure_rollout(
         "group/tt": group_tokens.square().sum(),
         **{f"response/{i}": value for i, value in enumerate(response)},
     }
-    rolled = {
+    rolled: dict[str, float | Tensor] = {
         "tokens": batch.token_count,
         "active_tokens": batch.response_lengths[advantage != 0].sum(),
         "sequences": len(batch.rewards),

@@ -99,7 +99,7 @@ def environment() -> dict[str, str]:
 
 
 def run_trainer(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """`python -m megatron_rlvr.train`, under torchrun for several processes; fails the test on another status than 0."""
+    """`python -m megatron_rlvr.train`, under torchrun for several processes; the test fails unless status is 0."""
     return _launch(["-m", "megatron_rlvr.train", *map(str, arguments)], processes, check)
 
 
@@ -113,7 +113,9 @@ def _launch(program: list[str], processes: int, check: bool) -> subprocess.Compl
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run([*command, *program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [*command, *program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
     if check and done.returncode:
         pytest.fail(f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class KeyValueCache:
-    """Rotated keys and values of one layer: each [batch, key heads, capacity, head size]; `length` tokens are filled."""
+    """Rotated keys and values of one layer, each [batch, key heads, capacity, head size]; `length` are filled."""
 
     def __init__(self, batch: int, heads: int, capacity: int, head_size: int, dtype: torch.dtype, device: torch.device):
         self.keys = torch.empty(batch, heads, capacity, head_size, dtype=dtype, device=device)

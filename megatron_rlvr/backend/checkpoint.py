@@ -1,8 +1,8 @@
 """Checkpoints of a run: written beside, renamed into place, found again whole.
 
-``checkpoints/step_N/`` holds megatron-core's sharded weights and optimizer state (torch_dist, so another parallel layout
-can load it) and ``run.json`` with the schedule's state and what the checkpoint is of. The folder gets its name only
-when every file is complete, so a name without ``.partial`` is a whole checkpoint; ``latest`` names the newest.
+``checkpoints/step_N/`` holds megatron-core's sharded weights and optimizer state (torch_dist, so another parallel
+layout can load it) and ``run.json`` with the schedule's state and what the checkpoint is of. The folder gets its name
+only when every file is complete, so a name without ``.partial`` is a whole checkpoint; ``latest`` names the newest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class _DirectSave(torch_dist.TorchDistSaveShardedStrategy):
     """
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
-        flat, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        flat, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
         save_torch(
             torch_dist.mcore_to_pyt_state_dict(flat, False),
             storage_writer=FileSystemWriter(checkpoint_dir, thread_count=self.thread_count, sync_files=True),
@@ -96,7 +98,9 @@ class Checkpoints:
         folder = self.folder / f"step_{steps[-1]}"
         record = json.loads((folder / "run.json").read_text())
         here = fingerprint(policy)
-        different = [f"{k}={record['model'].get(k)} instead of {here[k]}" for k in here if record["model"].get(k) != here[k]]
+        different = [
+            f"{k}={record['model'].get(k)} instead of {here[k]}" for k in here if record["model"].get(k) != here[k]
+        ]
         if different:
             raise UserError(
                 f"{folder} is a checkpoint of another model ({', '.join(different)}): "
@@ -142,5 +146,3 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-

@@ -1,8 +1,8 @@
 """The one place that knows whether this process computes on a GPU or on the CPU.
 
-megatron-core names CUDA in a few hundred places. Where there is no GPU, `install()` reads those names as the CPU: a torch
-function mode maps ``device="cuda"`` to ``cpu``, and the two `torch.cuda` calls that megatron-core makes while building
-a model answer for the CPU. Everything else of megatron-core runs unchanged, with gloo for the collectives.
+megatron-core names CUDA in a few hundred places. Where there is no GPU, `install()` reads those names as the CPU: a
+torch function mode maps ``device="cuda"`` to ``cpu``, and the two `torch.cuda` calls that megatron-core makes while
+building a model answer for the CPU. Everything else of megatron-core runs unchanged, with gloo for the collectives.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def install() -> None:
     """Prepare this process for megatron-core: bind the GPU of the local rank, or read CUDA as the CPU.
 
     Raises:
-        RuntimeError: when megatron.core was imported first (its module-level defaults would name a GPU that is not there).
+        RuntimeError: when megatron.core was imported first (its defaults would name a GPU that is not there).
     """
     global _installed
     if torch.cuda.is_available():
@@ -48,9 +48,11 @@ def install() -> None:
     if _installed is not None:
         return
     if "megatron.core" in sys.modules:
-        raise RuntimeError("megatron.core was imported before megatron_rlvr.backend.device.install(): call install() first")
+        raise RuntimeError(
+            "megatron.core was imported before megatron_rlvr.backend.device.install(): call install() first"
+        )
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *_args, **_kwargs: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None
     _installed = _CudaIsCpu()
     _installed.__enter__()
 

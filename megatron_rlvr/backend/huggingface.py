@@ -25,7 +25,14 @@ from megatron_rlvr.backend.model import PolicyModel
 from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.errors import UserError
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "added_tokens.json",
+)
 
 
 class PolicyBridge:
@@ -61,7 +68,9 @@ class PolicyBridge:
         parameters = getattr(self.hf_config, "rope_parameters", None) or {}
         scaling = parameters if parameters.get("rope_type", "default") != "default" else None
         if scaling and scaling["rope_type"] != "llama3":
-            raise UserError(f"{self.path}/config.json: rope_type {scaling['rope_type']!r} is not supported: default or llama3")
+            raise UserError(
+                f"{self.path}/config.json: rope_type {scaling['rope_type']!r} is not supported: default or llama3"
+            )
         model = PolicyModel(
             config=self.config,
             transformer_layer_spec=layer_spec.layer_spec(self.config, self.spec_name),
@@ -88,16 +97,20 @@ class PolicyBridge:
         """
         folder = Path(path or self.path)
         if not list(folder.glob("*.safetensors")):
-            raise UserError(f"{folder} holds no *.safetensors: save the model with save_pretrained(..., safe_serialization=True)")
+            raise UserError(
+                f"{folder} holds no *.safetensors: save the model with save_pretrained(..., safe_serialization=True)"
+            )
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 self._bridge.load_weights([model], str(folder))
             except (KeyError, ValueError, OSError, SafetensorError) as error:
-                raise UserError(f"weights of {folder} cannot be read as {self.hf_config.model_type}: {error}") from error
+                raise UserError(
+                    f"weights of {folder} cannot be read as {self.hf_config.model_type}: {error}"
+                ) from error
 
     def export(self, model: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every Hugging Face tensor, whole, on every process, one at a time. Collective over the model's parts."""
+        """Yield every Hugging Face tensor, whole, on every process, one at a time. Collective."""
         seen = set()
         with torch.no_grad():
             for name, tensor in self._bridge.export_weights([model]):
@@ -133,7 +146,9 @@ def read_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     if not path.is_dir():
-        raise UserError(f"model.path={path} is not a folder: give a Hugging Face model folder with config.json and safetensors")
+        raise UserError(
+            f"model.path={path} is not a folder: give a Hugging Face model folder with config.json and safetensors"
+        )
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder")
     try:
@@ -141,7 +156,9 @@ def read_config(path: Path) -> Any:
     except (ValueError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}/config.json cannot be read: {str(error).splitlines()[0]}") from error
     if config.model_type not in BRIDGES:
-        raise UserError(f"{path}: model_type {config.model_type!r} is not supported: one of {', '.join(sorted(BRIDGES))}")
+        raise UserError(
+            f"{path}: model_type {config.model_type!r} is not supported: one of {', '.join(sorted(BRIDGES))}"
+        )
     return config
 
 
@@ -159,7 +176,9 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
     }
     for what, count in divisible.items():
         if count % parallel.tensor:
-            raise UserError(f"parallel.tensor={parallel.tensor} does not divide the model's {count} {what}: choose a divisor")
+            raise UserError(
+                f"parallel.tensor={parallel.tensor} does not divide the model's {count} {what}: choose a divisor"
+            )
     if hf_config.num_hidden_layers % parallel.pipeline:
         raise UserError(
             f"parallel.pipeline={parallel.pipeline} does not divide the model's {hf_config.num_hidden_layers} layers: "
@@ -175,25 +194,25 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def _open(hf_config: Any, dtype: torch.dtype, spec_name: str, parallel: ParallelConfig) -> Bridge:
-    overrides: dict[str, Any] = dict(
-        sequence_parallel=parallel.sequence,
+    overrides: dict[str, Any] = {
+        "sequence_parallel": parallel.sequence,
         # Microbatches of one pipeline step have different lengths, so stages send shapes along; only then, it costs.
-        variable_seq_lengths=parallel.pipeline > 1,
-        deallocate_pipeline_outputs=False,
-        batch_p2p_comm=True,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-    )
+        "variable_seq_lengths": parallel.pipeline > 1,
+        "deallocate_pipeline_outputs": False,
+        "batch_p2p_comm": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
     if spec_name == "local":
-        overrides |= dict(
-            use_cpu_initialization=not device.on_gpu(),
-            masked_softmax_fusion=False,
-            bias_activation_fusion=False,
-            bias_dropout_fusion=False,
-            apply_rope_fusion=False,
-            persist_layer_norm=False,
-            gradient_accumulation_fusion=False,
-        )
+        overrides |= {
+            "use_cpu_initialization": not device.on_gpu(),
+            "masked_softmax_fusion": False,
+            "bias_activation_fusion": False,
+            "bias_dropout_fusion": False,
+            "apply_rope_fusion": False,
+            "persist_layer_norm": False,
+            "gradient_accumulation_fusion": False,
+        }
     family = BRIDGES[hf_config.model_type]
     names = (_LocalNames,) if spec_name == "local" else ()
     bases = (_Overrides, *names, family)
@@ -204,6 +223,7 @@ class _Overrides:
     """Lets our configuration win over mbridge's defaults, whatever the family sets."""
 
     _overrides: dict[str, Any]
+    _DIRECT_MAPPING: dict[str, str]
 
     def _build_base_config(self, *args: Any, **kwargs: Any) -> TransformerConfig:
         return super()._build_base_config(*args, **{**kwargs, **self._overrides})  # type: ignore[misc]

@@ -16,7 +16,7 @@ class PolicyModel(GPTModel):
     them: one row a token, split over the tensor-parallel group, in the model's dtype.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         tokens: Tensor,
         rows: Tensor | None = None,

@@ -135,9 +135,7 @@ class Policy:
             squared, squared_logprob = statistics.sum_squared_prob, statistics.sum_squared_prob_logprob
             assert squared is not None and squared_logprob is not None
             token_advantage = advantage[part.sequences][part.sequence_index].to(output.device)
-            change = entropy_change(
-                statistics.logprob, statistics.entropy, token_advantage, squared, squared_logprob
-            )
+            change = entropy_change(statistics.logprob, statistics.entropy, token_advantage, squared, squared_logprob)
             scores.ascent[part.flat] = gradient_norm(statistics.logprob, token_advantage, squared).cpu()
             scores.logprob[part.flat] = statistics.logprob.cpu()
             scores.entropy[part.flat] = statistics.entropy.cpu()
@@ -183,9 +181,7 @@ class Policy:
 
         def loss(output: Tensor, part: Microbatch) -> tuple[Tensor, dict]:
             targets, flat, index = (x.to(where) for x in (part.targets, part.flat, part.sequence_index))
-            statistics = ops.token_statistics(
-                output, targets, temperature=self.temperature, group=self._tensor_group
-            )
+            statistics = ops.token_statistics(output, targets, temperature=self.temperature, group=self._tensor_group)
             old_logprob = scores.logprob.to(where)[flat]
             token_advantage = advantage[part.sequences].to(where)[index]
             change = scores.entropy_change.to(where)[flat]

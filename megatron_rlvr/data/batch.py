@@ -18,7 +18,7 @@ class Microbatch:
 
     Attributes:
         tokens: int64 [b, s].
-        rows: int64 [T], ``position * b + sequence`` of the positions that predict a response token, sequence by sequence.
+        rows: int64 [T], ``position * b + sequence`` of positions that predict a response token, sequence by sequence.
         targets: int64 [T], the response tokens themselves.
         flat: int64 [T], where each of them stands in the rank's flat token arrays (`RolloutBatch.rollout_logprob` ...).
         sequence_index: int64 [T], which of the b sequences a token is of.
@@ -103,7 +103,7 @@ class RolloutBatch:
         return list(torch.arange(len(self.tokens)).chunk(count))
 
     def microbatches(self, sequences: Tensor, size: int, multiple_of: int = 1) -> Iterator[Microbatch]:
-        """Cut `sequences` (int64 [n]) into microbatches of at most `size` (0: all), padded to a multiple of `multiple_of`."""
+        """Cut `sequences` (int64 [n]) into parts of at most `size` (0: all), padded to a multiple of `multiple_of`."""
         offsets = self.offsets
         for part in sequences.split(size or len(sequences)):
             prompt, response = self.prompt_lengths[part], self.response_lengths[part]

@@ -87,7 +87,7 @@ class RolloutCollector:
         return RolloutBatch.from_completions(heads, completions, rewards, self.tokenization.padding), times
 
     def evaluate(self) -> dict[str, float]:
-        """pass@k for k = 1, 2, 4 ... on held-out prompts, sampled with the same seeds every time. Collective over the job."""
+        """pass@k for k = 1, 2, 4 ... on held-out prompts, with the same seeds every time. Collective over the job."""
         assert self.heldout is not None
         examples, prompts = self.heldout
         settings = self.config.evaluation

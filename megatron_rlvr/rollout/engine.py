@@ -63,7 +63,9 @@ class RolloutEngine(Protocol):
     collective: bool
     """True: every process of a model replica calls `generate` together; False: only its leader does."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: Sequence[int]
+    ) -> list[Completion]:
         """Draw ``sampling.samples`` completions for each prompt, prompt by prompt.
 
         Args:

@@ -44,7 +44,9 @@ class LocalEngine:
         self.version = version
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: Sequence[int]) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: Sequence[int]
+    ) -> list[Completion]:
         """See `RolloutEngine.generate`. Collective over the model replica's processes."""
         completions: list[Completion | None] = [None] * len(seeds)
         seed_array = np.array(seeds, dtype=np.uint64)
@@ -65,7 +67,9 @@ class LocalEngine:
             self.model.train(was_training)
         return completions  # type: ignore[return-value]
 
-    def _generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: np.ndarray) -> list[Completion]:
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: np.ndarray
+    ) -> list[Completion]:
         rows = torch.arange(len(prompts)).repeat_interleave(sampling.samples)
         logits, padding, width = self._prefill(prompts, width_to_come=sampling.max_tokens)
         for attention in self.attentions:
@@ -77,7 +81,9 @@ class LocalEngine:
         logprobs = torch.zeros(len(rows), sampling.max_tokens)
         lengths = torch.full((len(rows),), sampling.max_tokens)
         stopped = torch.zeros(len(rows), dtype=torch.bool)
-        alive = torch.arange(len(rows))  # the sequences still in the batch, finished ones among them until they are many
+        alive = torch.arange(
+            len(rows)
+        )  # the sequences still in the batch, finished ones among them until they are many
         for t in range(sampling.max_tokens):
             token, logprob = self._draw(logits, uniforms(seeds[alive.numpy()], t), sampling)
             running = ~stopped[alive]
@@ -104,7 +110,7 @@ class LocalEngine:
         ]
 
     def _prefill(self, prompts: Sequence[Sequence[int]], width_to_come: int) -> tuple[Tensor | None, Tensor, int]:
-        """Run the prompts, padded on the left; return last-position logits, padding lengths [n] and the padded width."""
+        """Run the prompts, padded on the left; return last-position logits, paddings [n] and the padded width."""
         width = max(len(p) for p in prompts)
         padding = torch.tensor([width - len(p) for p in prompts])
         tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
@@ -151,7 +157,7 @@ class LocalEngine:
         return output
 
     def _draw(self, logits: Tensor | None, uniform: np.ndarray, sampling: SamplingPolicy) -> tuple[Tensor, Tensor]:
-        """Draw on the last stage; every process of the replica gets the same tokens [n] and log-probs [n], on the CPU."""
+        """Draw on the last stage; every process of the replica gets the tokens [n] and log-probs [n], on the CPU."""
         group = parallel_state.get_model_parallel_group()
         drawn = torch.empty(2, len(uniform), dtype=torch.float64, device=device.device())
         if logits is not None:

@@ -53,5 +53,7 @@ def replay(folder: Path, step: int, slots: Sequence[int], samples: int) -> list[
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         if len(rows) != samples:
             raise UserError(f"{path} holds {len(rows)} completions, rollout.samples_per_prompt asks for {samples}")
-        completions += [Completion(r["token_ids"], r["logprobs"], r["finish_reason"], r["weight_version"]) for r in rows]
+        completions += [
+            Completion(r["token_ids"], r["logprobs"], r["finish_reason"], r["weight_version"]) for r in rows
+        ]
     return completions

@@ -22,7 +22,7 @@ def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
 
 
 def uniforms(seeds: np.ndarray, position: int) -> np.ndarray:
-    """float64 [n] in [0, 1) for uint64 seeds [n] at a token position (the splitmix64 finaliser of their combination)."""
+    """float64 [n] in [0, 1) for uint64 seeds [n] at a token position (splitmix64's finaliser of the two)."""
     with np.errstate(over="ignore"):
         z = seeds + _GOLDEN * np.uint64(position + 1)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -44,7 +44,9 @@ class Tokenization:
             stops |= set(configured) if isinstance(configured, list) else {configured}
         self.stop_token_ids = tuple(sorted(s for s in stops if s is not None))
         if not self.stop_token_ids:
-            raise UserError(f"{folder}: neither the tokenizer nor generation_config.json names an end-of-sequence token")
+            raise UserError(
+                f"{folder}: neither the tokenizer nor generation_config.json names an end-of-sequence token"
+            )
         pad = self.tokenizer.pad_token_id
         self.padding: int = self.stop_token_ids[0] if pad is None else pad
 
@@ -54,8 +56,8 @@ class Tokenization:
             return self.tokenizer(example.prompt)["input_ids"]
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"example {example.index} of {example.source} is a list of chat messages, but the tokenizer has no chat "
-                "template: use an instruct model, or prompts that are plain text"
+                f"example {example.index} of {example.source} is a list of chat messages, but the tokenizer has no "
+                "chat template: use an instruct model, or prompts that are plain text"
             )
         encoded = self.tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, return_dict=True)
         return encoded["input_ids"]
@@ -72,8 +74,8 @@ class Tokenization:
         for example, ids in zip(examples, encoded, strict=True):
             if not 0 < len(ids) <= max_tokens:
                 raise UserError(
-                    f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens; it must have 1 to "
-                    f"data.max_prompt_tokens={max_tokens}: raise that, or take the example out"
+                    f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens; it must have 1 "
+                    f"to data.max_prompt_tokens={max_tokens}: raise that, or take the example out"
                 )
         return encoded
 

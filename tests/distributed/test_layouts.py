@@ -25,7 +25,7 @@ CLOSE = ("loss", "grad_norm", "entropy", "entropy_change/predicted", "entropy_ch
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, small_model: Path, problems: Path) -> Path:
-    """A folder of finished runs: ``one`` recorded its rollouts, the layouts replayed them, ``*-generated`` made their own."""
+    """Finished runs: ``one`` recorded its rollouts, the layouts replayed them, ``*-generated`` made their own."""
     folder = tmp_path_factory.mktemp("layouts")
     config = folder / "run.yaml"
     config.write_text(

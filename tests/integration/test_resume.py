@@ -90,7 +90,10 @@ def test_checkpoint_of_another_model_is_refused(run_yaml: Path, tmp_path: Path) 
     other = make_small_model(tmp_path / "other", hidden=48)
     done = run_trainer(run_yaml, f"model.path={other}", check=False)
     assert done.returncode == 2
-    assert "is a checkpoint of another model (hidden_size=32 instead of 48, intermediate_size=64 instead of 96)" in done.stderr
+    assert (
+        "is a checkpoint of another model (hidden_size=32 instead of 48, intermediate_size=64 instead of 96)"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 

@@ -45,9 +45,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("model.layer_spec=transformer_engine", "needs Transformer Engine"),
     ],
 )
-def test_override_is_refused(
-    override: str, expected: str, run_yaml: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_override_is_refused(override: str, expected: str, run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in _refused(capsys, run_yaml, override)
 
 

@@ -28,7 +28,9 @@ def test_rows_predict_exactly_the_response_tokens(batch: RolloutBatch, size: int
     for part in batch.microbatches(chosen, size, multiple_of):
         b, s = part.tokens.shape
         assert s % multiple_of == 0
-        for row, target, flat, index in zip(*(x.tolist() for x in (part.rows, part.targets, part.flat, part.sequence_index)), strict=True):
+        for row, target, flat, index in zip(
+            *(x.tolist() for x in (part.rows, part.targets, part.flat, part.sequence_index)), strict=True
+        ):
             position, sequence = divmod(row, b)
             assert sequence == index
             assert part.tokens[sequence, position + 1] == target

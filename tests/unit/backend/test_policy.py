@@ -1,4 +1,4 @@
-"""The two passes of a step and the local engine against transformers in float64, with every formula written out here."""
+"""The two passes of a step and the local engine against transformers in float64, every formula written out here."""
 
 from __future__ import annotations
 
