@@ -3,7 +3,12 @@
 Both train the same small Qwen2 model (random weights, made on the fly) on the same prompts: the same number of samples,
 tokens and optimizer updates a step, in fp32 on the CPU, each in processes of its own that take turns, so that both meet
 the same state of the machine. TRL runs under PYTHON, an interpreter with the `bench` extra installed; without
---trl-python only this project is measured. Exit status 2, with one line on stderr, for what the user can mend.
+--trl-python only this project is measured.
+
+On a machine that is busy with other work, set OMP_WAIT_POLICY=passive for both: threads that spin while they wait for a
+preempted one make a step many times slower there. Our updates are timed as a whole, with all that happens between their
+forward passes; of TRL's, the passes and the optimizer alone are timed, so what lies outside the parts is comparable only
+roughly. Exit status 2, with one line on stderr, for what the user can mend.
 """
 
 from __future__ import annotations
@@ -260,7 +265,8 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> dict
     (folder / "benchmark_reward.py").write_text(REWARD)
     console.print(
         f"{parameters / 1e6:.2f} M parameters, {options.prompts} prompts x {options.samples} samples x {options.tokens}"
-        f" tokens, {options.updates} updates a step, {options.threads} threads, {os.cpu_count()} cores",
+        f" tokens, {options.updates} updates a step, {options.threads} threads, {os.cpu_count()} cores, "
+        f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}",
         soft_wrap=True,
     )
     measured: dict[str, list[Step]] = {}
