@@ -7,7 +7,7 @@ the same state of the machine. TRL runs under PYTHON, an interpreter with the `b
 
 On a machine that is busy with other work, set OMP_WAIT_POLICY=passive for both: threads that spin while they wait for a
 preempted one make a step many times slower there. Our updates are timed as a whole, with all that happens between their
-forward passes; of TRL's, the passes and the optimizer alone are timed, so what lies outside the parts is comparable only
+forward passes; of TRL's, the passes and the optimizer alone are timed, so what lies outside is comparable only
 roughly. Exit status 2, with one line on stderr, for what the user can mend.
 """
 
