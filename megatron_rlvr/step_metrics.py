@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.backend import parallel
-from megatron_rlvr.backend.policy import UPDATE_SUMS, TokenScores, UpdateReport
+from megatron_rlvr.backend.head import LOSS_SUMS, TokenScores
+from megatron_rlvr.backend.policy import UpdateReport
 from megatron_rlvr.control import SteeringResponse
 from megatron_rlvr.control.regions import steering_sums
 from megatron_rlvr.data.batch import RolloutBatch
@@ -108,8 +109,8 @@ def update_metrics(updates: Sequence[UpdateReport], epochs: int, reports: bool) 
     """
     every = torch.stack([u.sums for u in updates]).cpu()
     last = every[-(len(updates) // epochs) :]
-    whole = dict(zip(UPDATE_SUMS, every.sum(0).tolist(), strict=True))
-    end = dict(zip(UPDATE_SUMS, last.sum(0).tolist(), strict=True))
+    whole = dict(zip(LOSS_SUMS, every.sum(0).tolist(), strict=True))
+    end = dict(zip(LOSS_SUMS, last.sum(0).tolist(), strict=True))
     whole |= {"drift": end["entropy_drift"], "drift_tokens": end["active_tokens"]}
     total = parallel.sum_over_job(whole, contributes=reports)
     active = max(1.0, total["active_tokens"])

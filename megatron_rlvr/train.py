@@ -124,9 +124,10 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         record |= {**thresholds.metrics(), **schedule.metrics(), **objective.metrics(), "lr": rate}
         if finished:
             evaluate(config.steps)
+        # The line first: a resume cuts a line too many, but could not make up for one that is missing.
+        report.step(record | timer.metrics())
         if stopping or finished or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
             save(step + 1)
-        report.step(record | timer.metrics())
         if stopping and not finished:
             report.message(f"stopped by {stop.received or 'another rank'} after step {step}; start again to go on")
             return EXIT_STOPPED

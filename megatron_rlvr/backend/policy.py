@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,43 +14,14 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_rlvr import ops
 from megatron_rlvr.backend import device, parallel
+from megatron_rlvr.backend.head import LOSS_SUMS, Head, MinibatchLoss, TokenScores
 from megatron_rlvr.backend.huggingface import PolicyBridge
 from megatron_rlvr.backend.model import PolicyModel
 from megatron_rlvr.config import Config, OptimizerConfig
 from megatron_rlvr.control import ClipThresholds, SteeringResponse
-from megatron_rlvr.control.regions import classify, entropy_change, gradient_norm, steering_weights
 from megatron_rlvr.data.batch import Microbatch, RolloutBatch
-from megatron_rlvr.objectives import TokenInputs, TokenObjective
-
-
-@dataclass
-class TokenScores:
-    """What the training weights say of a rollout before its updates; flat [T] in the batch's token order.
-
-    Known on the last pipeline stage, and zeros elsewhere: only sums leave it.
-    """
-
-    logprob: Tensor
-    entropy: Tensor
-    entropy_change: Tensor
-    """First-order entropy change of each token's objective per unit of learning rate, in nats."""
-    ascent: Tensor
-    """First-order rise of each token's own objective per unit of learning rate."""
-
-
-UPDATE_SUMS = (
-    "loss",
-    "active_tokens",
-    "clipped_high",
-    "clipped_low",
-    "E1",
-    "E2",
-    "E3",
-    "E4",
-    "entropy_drift",
-)
+from megatron_rlvr.objectives import PolicyObjective
 
 
 @dataclass
@@ -58,7 +29,7 @@ class UpdateReport:
     """One optimizer step: sums over this rank's tokens (last stage), and the gradient norm every rank agrees on."""
 
     sums: Tensor
-    """float64 [len(UPDATE_SUMS)]"""
+    """float64 [len(LOSS_SUMS)]"""
     ratio_max: Tensor
     """float32 [], the largest importance ratio; 0 without tokens"""
     grad_norm: float
@@ -72,7 +43,6 @@ class Policy:
 
     def __init__(self, config: Config, layout: parallel.Layout):
         self.layout = layout
-        self.temperature = config.rollout.temperature
         self.microbatch_sequences = config.parallel.microbatch_sequences
         self.width_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self.bridge = PolicyBridge(config.model.path, config.model, config.parallel)
@@ -107,7 +77,7 @@ class Policy:
         megatron.grad_scale_func = self.optimizer.scale_loss if half else None
         megatron.finalize_model_grads_func = finalize_model_grads
         self._forward_backward = get_forward_backward_func()
-        self._tensor_group = parallel.tensor_group()
+        self.head = Head(self.model, config.rollout.temperature, parallel.tensor_group(), config.algorithm.fused_linear)
         # Of the last stage's tensor-parallel ranks, which all know the same sums, one reports them.
         self.reports = layout.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
@@ -124,27 +94,12 @@ class Policy:
         """
         scores = TokenScores(*(torch.zeros(batch.token_count) for _ in range(4)))
 
-        def keep(output: Tensor, part: Microbatch) -> tuple[Tensor, dict]:
-            statistics = ops.token_statistics(
-                output,
-                part.targets.to(output.device),
-                temperature=self.temperature,
-                group=self._tensor_group,
-                second_moments=True,
-            )
-            squared, squared_logprob = statistics.sum_squared_prob, statistics.sum_squared_prob_logprob
-            assert squared is not None and squared_logprob is not None
-            token_advantage = advantage[part.sequences][part.sequence_index].to(output.device)
-            change = entropy_change(statistics.logprob, statistics.entropy, token_advantage, squared, squared_logprob)
-            scores.ascent[part.flat] = gradient_norm(statistics.logprob, token_advantage, squared).cpu()
-            scores.logprob[part.flat] = statistics.logprob.cpu()
-            scores.entropy[part.flat] = statistics.entropy.cpu()
-            scores.entropy_change[part.flat] = change.cpu()
-            return torch.zeros(1, device=output.device), {}
+        def keep(output: Tensor, part: Microbatch) -> Tensor:
+            self.head.score(output, part, advantage, scores)
+            return torch.zeros(1, device=output.device)
 
         with torch.no_grad():
-            sequences = torch.arange(len(batch.tokens))
-            self._run(batch, sequences, keep, forward_only=True)
+            self._run(batch, torch.arange(len(batch.tokens)), keep, forward_only=True)
         return scores
 
     def update(
@@ -156,7 +111,7 @@ class Policy:
         scores: TokenScores,
         thresholds: ClipThresholds,
         response: SteeringResponse,
-        objective: TokenObjective,
+        objective: PolicyObjective,
     ) -> UpdateReport:
         """One optimizer step on a minibatch.
 
@@ -171,76 +126,50 @@ class Policy:
             response: of this step's tokens to region steering.
             objective: the token objective.
         """
-        where = device.device()
-        sums = torch.zeros(len(UPDATE_SUMS), dtype=torch.float64, device=where)
-        ratio_max = torch.zeros((), device=where)
-        microbatches = -(-len(sequences) // (self.microbatch_sequences or len(sequences)))
-        # megatron-core divides the loss by the microbatches and averages gradients over data-parallel ranks; our
-        # weights already make the plain sum right.
-        undo = microbatches * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-
-        def loss(output: Tensor, part: Microbatch) -> tuple[Tensor, dict]:
-            targets, flat, index = (x.to(where) for x in (part.targets, part.flat, part.sequence_index))
-            statistics = ops.token_statistics(output, targets, temperature=self.temperature, group=self._tensor_group)
-            old_logprob = scores.logprob.to(where)[flat]
-            token_advantage = advantage[part.sequences].to(where)[index]
-            change = scores.entropy_change.to(where)[flat]
-            outputs = objective(
-                TokenInputs(
-                    logprob=statistics.logprob,
-                    entropy=statistics.entropy,
-                    old_logprob=old_logprob,
-                    advantage=token_advantage,
-                    sequence_index=index,
-                    sequence_count=len(part.sequences),
-                    thresholds=thresholds,
-                    weight=steering_weights(change, thresholds.steering, response) if thresholds.steering else None,
-                    rollout_logprob=batch.rollout_logprob.to(where)[flat],
-                )
-            )
-            total = -(token_weight[part.sequences].to(where)[index] * outputs.objective).sum()
-            with torch.no_grad():
-                region = classify(old_logprob, scores.entropy.to(where)[flat], token_advantage)
-                sums.add_(
-                    torch.stack(
-                        [
-                            total.double(),
-                            *(
-                                x.sum(dtype=torch.float64)
-                                for x in (
-                                    region > 0,
-                                    outputs.clipped_high,
-                                    outputs.clipped_low,
-                                    *(region == r for r in (1, 2, 3, 4)),
-                                    (statistics.entropy - scores.entropy.to(where)[flat]) * (region > 0),
-                                )
-                            ),
-                        ]
-                    )
-                )
-                if len(flat):
-                    ratio_max.copy_(torch.maximum(ratio_max, (statistics.logprob - old_logprob).exp().max()))
-            return total * undo, {}
-
+        # megatron-core averages gradients over data-parallel ranks; our weights already make the plain sum right.
+        scale = float(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+        loss = MinibatchLoss(
+            head=self.head,
+            batch=batch,
+            advantage=advantage,
+            token_weight=token_weight,
+            scores=scores,
+            thresholds=thresholds,
+            response=response,
+            objective=objective,
+            gradient_scale=scale,
+            sums=torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=device.device()),
+            ratio_max=torch.zeros((), device=device.device()),
+        )
         self._wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._run(batch, sequences, loss, forward_only=False)
+        self._run(batch, sequences, lambda output, part: loss(output, part) * scale, forward_only=False)
         _, grad_norm, _ = self.optimizer.step()
-        return UpdateReport(sums, ratio_max, float(grad_norm))
+        return UpdateReport(loss.sums, loss.ratio_max, float(grad_norm))
 
-    def _run(self, batch: RolloutBatch, sequences: Tensor, loss, *, forward_only: bool) -> None:
+    def _run(
+        self,
+        batch: RolloutBatch,
+        sequences: Tensor,
+        loss: Callable[[Tensor, Microbatch], Tensor],
+        *,
+        forward_only: bool,
+    ) -> None:
         """Drive megatron-core's schedule over the microbatches of `sequences`; `loss` sees the last stage's output."""
         parts = list(batch.microbatches(sequences, self.microbatch_sequences, self.width_multiple))
 
         def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module):
             part = next(iterator)
             with device.without_shim():
-                output = model(part.tokens.to(device.device()), part.rows.to(device.device()))
+                output = model(
+                    part.tokens.to(device.device()), part.rows.to(device.device()), hidden_only=self.head.fused
+                )
             return output, lambda output: measure(output, part)
 
         def measure(output: Tensor, part: Microbatch):
             with device.without_shim():
-                return loss(output, part)
+                # megatron-core divides by the number of microbatches, ours are parts of one sum
+                return loss(output, part) * len(parts), {}
 
         self._wrapped.train()
         self._forward_backward(

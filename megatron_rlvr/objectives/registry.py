@@ -61,6 +61,12 @@ class PolicyObjective:
         return self.entropy_bonus is not None
 
     @property
+    def is_plain_clip(self) -> bool:
+        """Whether this is ``ops.clipped_objective`` and nothing else, which the fused operator computes by itself."""
+        plain = isinstance(self.token_objective, Clip) and self.token_objective.dual_clip is None
+        return plain and self.importance is None and self.entropy_bonus is None
+
+    @property
     def ignores_zero_advantage(self) -> bool:
         """Whether tokens of advantage 0 change neither the loss nor its gradient, so that a trainer may skip them."""
         covariance = isinstance(self.token_objective, CovarianceClip | CovarianceKL)  # compares a token with all others

@@ -68,7 +68,9 @@ class WeightGradient:
         if hasattr(self.weight, "grad_added_to_main_grad"):
             # Megatron's data-parallel hook wants a gradient to arrive, and does not read it when this is set.
             self.weight.grad_added_to_main_grad = True
-            return torch.empty_like(self.weight)
+            # A weight that is the embedding too gets a second gradient, added to this one, and Megatron reads the sum.
+            shared = getattr(self.weight, "zero_out_wgrad", False)
+            return torch.zeros_like(self.weight) if shared else torch.empty_like(self.weight)
         return None
 
 

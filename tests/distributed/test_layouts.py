@@ -14,6 +14,8 @@ LAYOUTS = {
     "dp2": (2, []),
     "tp2": (2, ["parallel.tensor=2"]),
     "tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "tp2-fused": (2, ["parallel.tensor=2", "algorithm.fused_linear=true"]),
+    "tp2-sp-fused": (2, ["parallel.tensor=2", "parallel.sequence=true", "algorithm.fused_linear=true"]),
     "pp2": (2, ["parallel.pipeline=2"]),
     "pp2-microbatches": (2, ["parallel.pipeline=2", "parallel.microbatch_sequences=3"]),
     "tp2-dp2": (4, ["parallel.tensor=2"]),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rlvr.backend import parallel
-from megatron_rlvr.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_rlvr.config import AlgorithmConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
@@ -28,14 +28,15 @@ def layout() -> Iterator[parallel.Layout]:
         yield layout
 
 
-@pytest.fixture
-def policy(layout: parallel.Layout, small_model: Path):
+@pytest.fixture(params=[False, True], ids=["logits", "fused"])
+def policy(request: pytest.FixtureRequest, layout: parallel.Layout, small_model: Path):
     from megatron_rlvr.backend.policy import Policy
 
     config = Config(
         model=ModelConfig(path=str(small_model)),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad=1e9),
+        algorithm=AlgorithmConfig(fused_linear=request.param),
         parallel=ParallelConfig(microbatch_sequences=3),
     )
     return Policy(config, layout)
@@ -115,9 +116,9 @@ def test_two_updates_have_the_exact_loss_and_gradient(policy, reference, batch: 
     outside_high, outside_low = (ratio > high) & (advantage > 0), (ratio < low) & (advantage < 0)
     assert outside_high.any() and outside_low.any() and not (outside_high | outside_low).all()
 
-    from megatron_rlvr.backend.policy import UPDATE_SUMS
+    from megatron_rlvr.backend.head import LOSS_SUMS
 
-    sums = dict(zip(UPDATE_SUMS, report.sums.tolist(), strict=True))
+    sums = dict(zip(LOSS_SUMS, report.sums.tolist(), strict=True))
     assert sums["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert sums["clipped_high"] == outside_high.sum() and sums["clipped_low"] == outside_low.sum()
     norm = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm()
