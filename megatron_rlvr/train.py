@@ -102,20 +102,20 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         thresholds = schedule.thresholds(step)
 
         report.phase("updating")
-        with timer.part("update"):
-            rate = learning_rate(config.optimizer, step, config.steps)
-            policy.set_learning_rate(rate)
-            updates = []
-            for _ in range(algorithm.epochs):
-                for sequences in batch.minibatches(algorithm.minibatches):
-                    if algorithm.drop_zero_advantage and objective.ignores_zero_advantage:
-                        live = sequences[advantage[sequences] != 0]
-                        sequences = live if len(live) else sequences[:1]  # megatron-core needs a microbatch
-                    updates.append(
-                        policy.update(
-                            batch, sequences, advantage, weight, scores, thresholds, measured.response, objective
-                        )
-                    )
+        rate = learning_rate(config.optimizer, step, config.steps)
+        policy.set_learning_rate(rate)
+        updates = []
+        for _ in range(algorithm.epochs):
+            for sequences in batch.minibatches(algorithm.minibatches):
+                if algorithm.drop_zero_advantage and objective.ignores_zero_advantage:
+                    live = sequences[advantage[sequences] != 0]
+                    sequences = live if len(live) else sequences[:1]  # megatron-core needs a microbatch
+                done = policy.update(
+                    batch, sequences, advantage, weight, scores, thresholds, measured.response, objective
+                )
+                timer.add("forward_backward", done.forward_backward_seconds)
+                timer.add("optimizer", done.optimizer_seconds)
+                updates.append(done)
         engine.update_weights(step + 1)
 
         stopping = parallel.any_rank(stop.received is not None)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = 112
 
 
 @pytest.fixture(scope="session")
@@ -63,18 +62,17 @@ telemetry: {{tensorboard: false, plots: false}}
 
 
 def make_small_model(folder: Path, seed: int = 0, tied: bool = True, hidden: int = 32) -> Path:
-    """Save a random Qwen2 and a one-token-a-word tokenizer as a Hugging Face folder."""
+    """Save a random Qwen2 and the quickstart's tokenizer as a Hugging Face folder."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    words = [str(n) for n in range(100)] + list("+-*/=;:>") + ["<eos>", "<pad>"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
+    from make_base_model import TOKEN, VOCABULARY_SIZE, make_tokenizer
+
+    make_tokenizer().save_pretrained(folder)
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARY_SIZE,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=4,
@@ -82,8 +80,8 @@ def make_small_model(folder: Path, seed: int = 0, tied: bool = True, hidden: int
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
-        eos_token_id=words.index("<eos>"),
-        pad_token_id=words.index("<pad>"),
+        eos_token_id=TOKEN["<eos>"],
+        pad_token_id=TOKEN["<pad>"],
     )
     model = Qwen2ForCausalLM(config).float()
     with torch.no_grad():

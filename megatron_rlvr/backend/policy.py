@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ class UpdateReport:
     ratio_max: Tensor
     """float32 [], the largest importance ratio; 0 without tokens"""
     grad_norm: float
+    forward_backward_seconds: float
+    optimizer_seconds: float
 
 
 class Policy:
@@ -43,7 +46,12 @@ class Policy:
 
     def __init__(self, config: Config, layout: parallel.Layout):
         self.layout = layout
-        self.microbatch_sequences = config.parallel.microbatch_sequences
+        # Scoring a whole rollout in one pass would move more memory than its minibatches one by one.
+        self.microbatch_sequences = config.parallel.microbatch_sequences or (
+            config.rollout.prompts_per_step
+            * config.rollout.samples_per_prompt
+            // (config.algorithm.minibatches * layout.data_size)
+        )
         self.width_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self.bridge = PolicyBridge(config.model.path, config.model, config.parallel)
         self.model: PolicyModel = self.bridge.build()
@@ -141,11 +149,14 @@ class Policy:
             sums=torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=device.device()),
             ratio_max=torch.zeros((), device=device.device()),
         )
+        began = time.perf_counter()
         self._wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._run(batch, sequences, lambda output, part: loss(output, part) * scale, forward_only=False)
+        passed = time.perf_counter()
         _, grad_norm, _ = self.optimizer.step()
-        return UpdateReport(loss.sums, loss.ratio_max, float(grad_norm))
+        seconds = passed - began, time.perf_counter() - passed
+        return UpdateReport(loss.sums, loss.ratio_max, float(grad_norm), *seconds)
 
     def _run(
         self,
