@@ -14,6 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+# Threads that wait must sleep, not spin: where another process has taken a core, spinning makes a step several times
+# slower. The OpenMP runtime reads this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -240,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/base_model"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=256, help="plays a step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
     parser.add_argument("--muon-lr", type=float, default=0.03, help="peak learning rate of Muon")
