@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+# Idle OpenMP threads that spin take the cores from whoever works; read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from megatron_rlvr.backend import device, parallel
@@ -33,7 +36,7 @@ from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
 from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
 from megatron_rlvr.step_metrics import measure_rollout, update_metrics  # noqa: E402
 from megatron_rlvr.telemetry.reporter import Reporter  # noqa: E402
-from megatron_rlvr.verifiers import VerifierPool, build_verifier  # noqa: E402
+from megatron_rlvr.verifiers import VerifierPool, build_verifier, check_answers  # noqa: E402
 
 
 def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
@@ -49,6 +52,9 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     tokenization = Tokenization(config.model.path, policy.bridge.vocab_size)
     engine = build_engine(config.rollout, policy)
     rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
+    for examples in (rollouts.train, rollouts.heldout):
+        if examples is not None:
+            check_answers(verifier, [e.answer for e in examples[0]])
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
     stop = StopSignal()
 

@@ -51,7 +51,11 @@ class Head:
 
     def statistics(self, output: Tensor, targets: Tensor, second_moments: bool = False) -> ops.TokenStatistics:
         """Differentiable log-probs and entropies, float32 [T]; overwrites logits in the backward pass."""
-        settings: dict[str, Any] = {"temperature": self.temperature, "group": self.group, "second_moments": second_moments}
+        settings: dict[str, Any] = {
+            "temperature": self.temperature,
+            "group": self.group,
+            "second_moments": second_moments,
+        }
         if not self.fused:
             return ops.token_statistics(output, targets, **settings)
         form = ops.fused_linear_token_statistics if torch.is_grad_enabled() else ops.fused_linear_statistics
