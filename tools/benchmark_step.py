@@ -6,9 +6,7 @@ the same state of the machine. TRL runs under PYTHON, an interpreter with the `b
 --trl-python only this project is measured.
 
 On a machine that is busy with other work, set OMP_WAIT_POLICY=passive for both: threads that spin while they wait for a
-preempted one make a step many times slower there. Our updates are timed as a whole, with all that happens between their
-forward passes; of TRL's, the passes and the optimizer alone are timed, so what lies outside is comparable only
-roughly. Exit status 2, with one line on stderr, for what the user can mend.
+preempted one make a step many times slower there (our trainer does so by itself). Exit status 2, with one line on stderr, for what the user can mend.
 """
 
 from __future__ import annotations
@@ -36,12 +34,14 @@ CHARACTERS = "".join(map(chr, range(33, 127)))  # printable, without the blank
 UNUSED = tuple(f"00{i}" for i in range(13))  # never encoded, for a vocabulary of 108
 PROMPT_TOKENS = 8
 WARM_UP_STEPS = 2  # the first steps of a process allocate and tune; both halves leave them out
+OPTIMIZER = "the optimizer"
 PARTS = {
     # label: (parts of TRL's step, parts of ours)
     "generation": (("generation",), ("time/generate",)),
     "verification": (("verification",), ("time/verify",)),
     "scoring of the old policy": (("old_logprob",), ("time/score",)),
-    "updates, optimizer included": (("forward", "backward", "optimizer"), ("time/update",)),
+    "forward and backward of the updates": (("forward", "backward"), ("time/forward_backward",)),
+    OPTIMIZER: (("optimizer",), ("time/optimizer",)),
 }
 
 REWARD = '''"""Verifies for both halves: cheap, and different from sample to sample."""
@@ -119,8 +119,8 @@ class Step:
 
     @property
     def outside(self) -> float:
-        """The fraction of the step that no part accounts for."""
-        return 1 - sum(self.parts.values()) / self.seconds
+        """The fraction of the step that is neither generation, verification nor a pass through the model."""
+        return 1 - sum(seconds for label, seconds in self.parts.items() if label != OPTIMIZER) / self.seconds
 
 
 def run_trl(job: Job, python: str, folder: Path) -> list[Step]:
@@ -222,7 +222,7 @@ def report(measured: dict[str, list[Step]], console: Console) -> None:
     row("generated tokens a second", lambda step: step.tokens / step.parts["generation"], ",.0f")
     for label in PARTS:
         row(f"seconds of {label}", lambda step, label=label: step.parts[label], ".3f")  # type: ignore[misc]
-    row("fraction of the step outside these", lambda step: step.outside, ".1%")
+    row("fraction outside generation, verification and passes", lambda step: step.outside, ".1%")
     console.print(table)
 
 
