@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,11 @@ from megatron_rlvr.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_rlvr.telemetry.plots import plot_run
 from megatron_rlvr.telemetry.progress import Progress, open_progress
 from megatron_rlvr.telemetry.summary import print_summary
+
+
+def _shown(path: Path) -> Path:
+    """A path as one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 class Reporter:
@@ -68,7 +74,9 @@ class Reporter:
         if self.config.checkpoint.export_huggingface:
             folder = self.directory / "huggingface"
             results["policy (Hugging Face)"] = folder
-            results["sample from it"] = f"python examples/quickstart/sample.py {folder} '3 5 7 : 22 >'"
+            sampler = Path("examples/quickstart/sample.py")
+            if sampler.is_file():
+                results["sample from it"] = f"{_shown(Path(sys.executable))} {sampler} {folder} '3 5 7 : 22 >'"
         print_summary(self.directory, results)
 
     def __enter__(self) -> Self:

@@ -101,3 +101,33 @@ def test_checkpoint_of_another_model_is_refused(run_yaml: Path, tmp_path: Path) 
 def test_other_objectives_train(objective: str, run_yaml: Path, tmp_path: Path) -> None:
     run_trainer(run_yaml, "steps=2", f"algorithm.objective.name={objective}", "algorithm.aggregation=sequence-mean")
     assert all(r["grad_norm"] > 0 for r in read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_death_around_a_save_loses_no_metrics(
+    moment: str, run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_rlvr.train import Checkpoints, main
+
+    class Death(BaseException):
+        pass
+
+    save = Checkpoints.save
+
+    def die(self: Checkpoints, step: int, *arguments: object) -> Path:
+        if step == 3 and moment == "before":
+            raise Death
+        folder = save(self, step, *arguments)  # type: ignore[arg-type]
+        if step == 3:
+            raise Death
+        return folder
+
+    arguments = [str(run_yaml), "steps=4", "data.heldout=null"]
+    monkeypatch.setattr(Checkpoints, "save", die)
+    with pytest.raises(Death):
+        main(arguments)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert main(arguments) == 0
+    assert main([*arguments, f"run_directory={tmp_path / 'whole'}"]) == 0
+    found, expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
+    assert [deterministic(r) for r in found] == [deterministic(r) for r in expected]
