@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from megatron_rlvr.control.curves import EntropyCurve
-from megatron_rlvr.control.plant import EntropyPlant
+from megatron_rlvr.control.plant import PlantBank
 from megatron_rlvr.control.schedules import DynamicSchedule, check_inside, first_entropy
 from megatron_rlvr.control.steering import NEUTRAL, SteeringResponse
 from megatron_rlvr.control.thresholds import ClipThresholds
@@ -22,7 +22,7 @@ class TargetEntropy(DynamicSchedule):
     2. Region steering u, at most ``steering_limit`` in size: 0 leaves the controller with the thresholds alone.
 
     Every step it filters the measured entropy, predicts the entropy that the step would leave without intervention
-    (:class:`EntropyPlant`; the predicted first-order change enters as feed-forward where ``response`` is observed), and
+    (:class:`PlantBank`; the predicted first-order change enters as feed-forward where ``response`` is observed), and
     asks for the difference to the next step's target, of which the error so far is made up over ``horizon`` steps.
     Inside ``dead_band`` (relative) it does nothing. With ``floor_only`` the curve is a floor: it never intervenes while
     the predicted entropy stays above, so that learning is free until collapse threatens.
@@ -39,11 +39,11 @@ class TargetEntropy(DynamicSchedule):
     steering_limit: float = 0.9
     steering_rate: float = 0.35
     dead_band: float = 0.0
-    horizon: float = 1.0
+    horizon: float = 1.5
     measurement_noise: float = 0.02
     clip_gain: float = 0.01
     steering_gain: float = 0.2
-    _plant: EntropyPlant = field(init=False, repr=False)
+    _plant: PlantBank = field(init=False, repr=False, compare=False)
     _step: int = field(default=-1, init=False, repr=False)
     _progress: float = field(default=0.0, init=False, repr=False)
     _position: float = field(default=0.0, init=False, repr=False)
@@ -68,7 +68,7 @@ class TargetEntropy(DynamicSchedule):
             raise ValueError(f"{self.name}: horizon must be at least 1 step, found {self.horizon!r}")
         if not (self.clip_gain or self.steering_limit):
             raise ValueError(f"{self.name}: clip_gain 0 and steering_limit 0 leave no actuator; raise one of them")
-        self._plant = EntropyPlant(self.clip_gain, self.steering_gain)
+        self._plant = PlantBank(self.clip_gain, self.steering_gain)
 
     def observe(
         self,
@@ -90,8 +90,7 @@ class TargetEntropy(DynamicSchedule):
             self._plant.start(math.log(entropy), deviation)
             innovation = 0.0
         else:
-            self._plant.advance(self._position, self._drive)
-            innovation = self._plant.correct(math.log(entropy), deviation)
+            innovation = self._plant.step(self._position, self._drive, math.log(entropy), deviation)
         previous, self._progress = self._progress, self.progress(step)
         # Steps are evenly spaced; tokens are taken to come at the rate of the step before.
         ahead = (step + 1) / self.total_steps if self.total_tokens is None else 2 * self._progress - previous
@@ -108,7 +107,7 @@ class TargetEntropy(DynamicSchedule):
 
     def _decide(self, target: float, next_target: float, response: SteeringResponse) -> None:
         """Choose the thresholds' position and the steering for this step."""
-        log_entropy, drift, clip_gain, steering_gain = self._plant.mean
+        log_entropy, drift, clip_gain, steering_gain = self._plant.best.mean
         unsteered = response.drive(0.0)
         free = log_entropy + drift + steering_gain * unsteered  # ln H after the step, without intervention
         error = math.log(target) - log_entropy
@@ -137,6 +136,7 @@ class TargetEntropy(DynamicSchedule):
                 log_entropy + drift + clip_gain * self._position + steering_gain * self._drive
             ),
             "control/drift": drift,
+            "control/process_noise": self._plant.best.process_noise,
             "control/clip_gain": clip_gain,
             "control/steering_gain": steering_gain,
             "control/clip_position": self._position,
