@@ -220,9 +220,9 @@ def tracking_experiment(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    known, unknown = normal(dimension, actions) / math.sqrt(dimension), normal(dimension, actions) / math.sqrt(dimension)
-    weights = (4.0 * known).requires_grad_()  # a policy that is fairly sure of itself and half right
-    hidden = (known + unknown) / math.sqrt(2.0)
+    known, unknown = normal(dimension, actions), normal(dimension, actions)
+    hidden = (known + unknown) / math.sqrt(2.0 * dimension)
+    weights = (4.0 * known / math.sqrt(dimension)).requires_grad_()  # fairly sure of itself, and half right
     fixed = normal(2048, dimension)  # the states on which the true entropy is read
     optimizer = torch.optim.Adam([weights], lr=rate, betas=(0.9, 0.95))
     objective = build_objective("clip")

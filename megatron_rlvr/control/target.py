@@ -123,8 +123,6 @@ class TargetEntropy(DynamicSchedule):
         # One wild step can wreck a policy, and the gain is least known at the start: u leaves 0 by small steps.
         low, high = min(self._steering, 0.0) - self.steering_rate, max(self._steering, 0.0) + self.steering_rate
         self._steering = min(max(steering, low), high)
-        if self.floor_only:
-            self._steering = max(self._steering, 0.0)
         self._drive = response.drive(self._steering)
         steering_saturated = abs(self._steering) >= self.steering_limit and rest != 0.0
         self._metrics = {

@@ -135,10 +135,20 @@ def test_the_floor_does_nothing_above_and_holds_below():
     floor = EntropyCurve(start=0.7)
     for seed in range(5):
         schedule, plant = TargetEntropy(120, curve=floor, floor_only=True), Plant(seed, drift=-0.01, process=0.01)
-        measured, target, steering = follow(schedule, floor, plant, 120)
+        measured, target, steering, position = [], [], [], []
+        for step in range(120):
+            entropy, response = plant.measure(), plant.response()
+            schedule.observe(step, entropy, response=response)
+            measured.append(entropy)
+            target.append(0.7 * measured[0])
+            steering.append(schedule.thresholds(step).steering)
+            position.append(schedule.metrics()["control/clip_position"])
+            plant.apply(schedule.thresholds(step), response, position[-1])
         first = next(i for i, u in enumerate(steering) if u != 0.0)
         assert all(m > t for m, t in zip(measured[: first - 3], target, strict=False))  # free while well above
         assert min(steering) >= 0.0
+        assert min(position) >= 0.0
+        assert set(position[:5]) == {0.0}
         assert min(m / t for m, t in zip(measured, target, strict=True)) > 0.87
         held = [m / t for m, t in zip(measured[60:], target[60:], strict=True)]
         assert abs(sum(held) / len(held) - 1.0) < 0.05
