@@ -82,6 +82,8 @@ class TargetEntropy(DynamicSchedule):
         super().observe(step, entropy, tokens=tokens)
         if step <= self._step:
             raise ValueError(f"{self.name}: step {step} was observed already; observe() is called once a step")
+        if standard_error is not None and not 0.0 <= standard_error < math.inf:
+            raise ValueError(f"{self.name}: the standard error of step {step} must be finite, found {standard_error!r}")
         if self.initial_entropy is None:
             self.initial_entropy = first_entropy(self.name, step, entropy)
         entropy = max(entropy, 1e-6 * self.initial_entropy)  # a dead policy has entropy 0, and ln 0 would stop the run
