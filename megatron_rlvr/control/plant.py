@@ -38,7 +38,7 @@ class EntropyPlant:
     gain_uncertainty: float = 0.7
     smallest_gain: float = 0.1
     drift_deviation: float = 0.02
-    drift_walk: float = 0.003
+    drift_walk: float = 0.0015
     process_noise: float = 0.016
     gain_walk: float = 0.06
     score: float = 0.0

@@ -39,7 +39,7 @@ class TargetEntropy(DynamicSchedule):
     steering_limit: float = 0.9
     steering_rate: float = 0.35
     dead_band: float = 0.0
-    horizon: float = 1.5
+    horizon: float = 1.0
     measurement_noise: float = 0.02
     clip_gain: float = 0.01
     steering_gain: float = 0.2
