@@ -24,6 +24,7 @@ from megatron_rlvr.control import (
     AffineThreshold,
     ClipSchedule,
     ClipThresholds,
+    Constant,
     EntropyCurve,
     SteeringResponse,
     TargetEntropy,
@@ -271,10 +272,18 @@ def main() -> None:
         print(f"    {name:14s} {column.mean():.3f}  ({column.min():.3f} .. {column.max():.3f})")
     correlation = prediction_experiment(seeds)
     print(f"(c) correlation of predicted and measured change: {correlation.mean():.4f}, least {correlation.min():.4f}")
-    print("(d) root-mean-square tracking error after the first tenth of the steps: mean (greatest)")
+    print(
+        "(d) root-mean-square tracking error after the first tenth of the steps: mean (greatest), static clip beside it"
+    )
     for name, curve in CURVES.items():
-        errors = [tracking_experiment(TargetEntropy(60, curve=curve), curve, seed).error() for seed in range(seeds)]
-        print(f"    {name:14s} {sum(errors) / len(errors):.3f}  ({max(errors):.3f})")
+        runs = [tracking_experiment(TargetEntropy(60, curve=curve), curve, seed) for seed in range(seeds)]
+        free = [tracking_experiment(Constant(), curve, seed) for seed in range(seeds)]
+        errors, uncontrolled = [run.error() for run in runs], [run.error() for run in free]
+        reward, reward_free = (sum(run.reward[-1] for run in each) / seeds for each in (runs, free))
+        print(
+            f"    {name:14s} {sum(errors) / seeds:.3f} ({max(errors):.3f}), static {sum(uncontrolled) / seeds:.3f};"
+            f" final reward {reward:.2f}, static {reward_free:.2f}"
+        )
 
 
 if __name__ == "__main__":
