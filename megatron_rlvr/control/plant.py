@@ -1,4 +1,4 @@
-"""An online model of how entropy answers to control: a Kalman filter in the logarithm of the entropy.
+"""An online model of how entropy answers to control: Kalman filters in the logarithm of the entropy.
 
     h[k+1] = h[k] + d + g_clip * s[k] + g_steer * f[k] + process noise,        y[k] = h[k] + measurement noise
 
@@ -8,18 +8,26 @@ state is (h, d, g_clip, g_steer). It is linear in the state given s and f, so on
 estimates the disturbance - which is what an integral term would do - and learns the gains. It is told what was really
 applied, so a saturated actuator winds nothing up. Logarithms make the gains and the noise relative, and nearly constant
 while entropy falls by a factor.
+
+How noisy the updates themselves are differs by an order of magnitude between runs, and decides how much of a measured
+error to believe. So several filters that differ in their process noise run side by side, and the one that has predicted
+the measurements best lately is used.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 SIZE = 4  # h, drift, clip gain, steering gain
+PROCESS_NOISES = (0.016, 0.008, 0.004, 0.03)  # the first is used until measurements tell
+FORGETTING = 0.97  # of the likelihoods: about the last 30 steps count
 
 
 @dataclass
 class EntropyPlant:
-    """The filter's mean and covariance; standard deviations are relative (0.02 is 2 percent of the entropy).
+    """One filter: mean and covariance; standard deviations are relative (0.02 is 2 percent of the entropy).
 
     ``clip_gain`` and ``steering_gain`` are prior means of d ln H a step per unit of actuator; the estimates never fall
     below ``smallest_gain`` of them, because the sign of either gain is known and a controller divides by it.
@@ -30,9 +38,10 @@ class EntropyPlant:
     gain_uncertainty: float = 0.7
     smallest_gain: float = 0.1
     drift_deviation: float = 0.02
-    drift_walk: float = 0.003
-    process_noise: float = 0.025
+    drift_walk: float = 0.0015
+    process_noise: float = 0.016
     gain_walk: float = 0.06
+    score: float = 0.0
     mean: list[float] = field(default_factory=list)
     covariance: list[list[float]] = field(default_factory=list)
 
@@ -46,10 +55,6 @@ class EntropyPlant:
             self.gain_uncertainty * self.steering_gain,
         ]
         self.covariance = [[spread[i] ** 2 if i == j else 0.0 for j in range(SIZE)] for i in range(SIZE)]
-
-    @property
-    def started(self) -> bool:
-        return bool(self.mean)
 
     def advance(self, clip: float, drive: float) -> None:
         """Predict one step ahead under the clip position and the steering drive that were applied."""
@@ -70,6 +75,7 @@ class EntropyPlant:
         P = self.covariance
         innovation = log_entropy - self.mean[0]
         total = P[0][0] + deviation**2
+        self.score = FORGETTING * self.score - 0.5 * (innovation**2 / total + math.log(total))
         gain = [P[i][0] / total for i in range(SIZE)]
         top = list(P[0])
         for i in range(SIZE):
@@ -80,8 +86,47 @@ class EntropyPlant:
             self.mean[i] = max(self.mean[i], self.smallest_gain * prior)
         return innovation
 
-    def state_dict(self) -> dict[str, list[float] | list[list[float]]]:
-        return {"mean": list(self.mean), "covariance": [list(row) for row in self.covariance]}
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": list(self.mean), "covariance": [list(row) for row in self.covariance], "score": self.score}
 
-    def load_state_dict(self, state: dict[str, list]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mean, self.covariance = list(state["mean"]), [list(row) for row in state["covariance"]]
+        self.score = state["score"]
+
+
+class PlantBank:
+    """Filters of different process noise; ``best`` is the one whose predictions have been likeliest lately."""
+
+    def __init__(self, clip_gain: float, steering_gain: float) -> None:
+        self.plants = [EntropyPlant(clip_gain, steering_gain, process_noise=noise) for noise in PROCESS_NOISES]
+        self._started = False
+
+    @property
+    def started(self) -> bool:
+        return self._started
+
+    @property
+    def best(self) -> EntropyPlant:
+        return max(self.plants, key=lambda plant: plant.score)
+
+    def start(self, log_entropy: float, deviation: float) -> None:
+        for plant in self.plants:
+            plant.start(log_entropy, deviation)
+        self._started = True
+
+    def step(self, clip: float, drive: float, log_entropy: float, deviation: float) -> float:
+        """Advance under what was applied, then take in the measurement; returns the best filter's innovation."""
+        best, result = self.best, 0.0
+        for plant in self.plants:
+            plant.advance(clip, drive)
+            innovation = plant.correct(log_entropy, deviation)
+            result = innovation if plant is best else result
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"started": self._started, "plants": [plant.state_dict() for plant in self.plants]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._started = state["started"]
+        for plant, saved in zip(self.plants, state["plants"], strict=True):
+            plant.load_state_dict(saved)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from megatron_rlvr.control.curves import EntropyCurve
-from megatron_rlvr.control.plant import EntropyPlant
+from megatron_rlvr.control.plant import PlantBank
 from megatron_rlvr.control.schedules import DynamicSchedule, check_inside, first_entropy
 from megatron_rlvr.control.steering import NEUTRAL, SteeringResponse
 from megatron_rlvr.control.thresholds import ClipThresholds
@@ -22,7 +22,7 @@ class TargetEntropy(DynamicSchedule):
     2. Region steering u, at most ``steering_limit`` in size: 0 leaves the controller with the thresholds alone.
 
     Every step it filters the measured entropy, predicts the entropy that the step would leave without intervention
-    (:class:`EntropyPlant`; the predicted first-order change enters as feed-forward where ``response`` is observed), and
+    (:class:`PlantBank`; the predicted first-order change enters as feed-forward where ``response`` is observed), and
     asks for the difference to the next step's target, of which the error so far is made up over ``horizon`` steps.
     Inside ``dead_band`` (relative) it does nothing. With ``floor_only`` the curve is a floor: it never intervenes while
     the predicted entropy stays above, so that learning is free until collapse threatens.
@@ -43,7 +43,7 @@ class TargetEntropy(DynamicSchedule):
     measurement_noise: float = 0.02
     clip_gain: float = 0.01
     steering_gain: float = 0.2
-    _plant: EntropyPlant = field(init=False, repr=False)
+    _plant: PlantBank = field(init=False, repr=False, compare=False)
     _step: int = field(default=-1, init=False, repr=False)
     _progress: float = field(default=0.0, init=False, repr=False)
     _position: float = field(default=0.0, init=False, repr=False)
@@ -68,7 +68,7 @@ class TargetEntropy(DynamicSchedule):
             raise ValueError(f"{self.name}: horizon must be at least 1 step, found {self.horizon!r}")
         if not (self.clip_gain or self.steering_limit):
             raise ValueError(f"{self.name}: clip_gain 0 and steering_limit 0 leave no actuator; raise one of them")
-        self._plant = EntropyPlant(self.clip_gain, self.steering_gain)
+        self._plant = PlantBank(self.clip_gain, self.steering_gain)
 
     def observe(
         self,
@@ -82,6 +82,8 @@ class TargetEntropy(DynamicSchedule):
         super().observe(step, entropy, tokens=tokens)
         if step <= self._step:
             raise ValueError(f"{self.name}: step {step} was observed already; observe() is called once a step")
+        if standard_error is not None and not 0.0 <= standard_error < math.inf:
+            raise ValueError(f"{self.name}: the standard error of step {step} must be finite, found {standard_error!r}")
         if self.initial_entropy is None:
             self.initial_entropy = first_entropy(self.name, step, entropy)
         entropy = max(entropy, 1e-6 * self.initial_entropy)  # a dead policy has entropy 0, and ln 0 would stop the run
@@ -90,8 +92,7 @@ class TargetEntropy(DynamicSchedule):
             self._plant.start(math.log(entropy), deviation)
             innovation = 0.0
         else:
-            self._plant.advance(self._position, self._drive)
-            innovation = self._plant.correct(math.log(entropy), deviation)
+            innovation = self._plant.step(self._position, self._drive, math.log(entropy), deviation)
         previous, self._progress = self._progress, self.progress(step)
         # Steps are evenly spaced; tokens are taken to come at the rate of the step before.
         ahead = (step + 1) / self.total_steps if self.total_tokens is None else 2 * self._progress - previous
@@ -108,7 +109,7 @@ class TargetEntropy(DynamicSchedule):
 
     def _decide(self, target: float, next_target: float, response: SteeringResponse) -> None:
         """Choose the thresholds' position and the steering for this step."""
-        log_entropy, drift, clip_gain, steering_gain = self._plant.mean
+        log_entropy, drift, clip_gain, steering_gain = self._plant.best.mean
         unsteered = response.drive(0.0)
         free = log_entropy + drift + steering_gain * unsteered  # ln H after the step, without intervention
         error = math.log(target) - log_entropy
@@ -124,8 +125,6 @@ class TargetEntropy(DynamicSchedule):
         # One wild step can wreck a policy, and the gain is least known at the start: u leaves 0 by small steps.
         low, high = min(self._steering, 0.0) - self.steering_rate, max(self._steering, 0.0) + self.steering_rate
         self._steering = min(max(steering, low), high)
-        if self.floor_only:
-            self._steering = max(self._steering, 0.0)
         self._drive = response.drive(self._steering)
         steering_saturated = abs(self._steering) >= self.steering_limit and rest != 0.0
         self._metrics = {
@@ -137,6 +136,7 @@ class TargetEntropy(DynamicSchedule):
                 log_entropy + drift + clip_gain * self._position + steering_gain * self._drive
             ),
             "control/drift": drift,
+            "control/process_noise": self._plant.best.process_noise,
             "control/clip_gain": clip_gain,
             "control/steering_gain": steering_gain,
             "control/clip_position": self._position,

@@ -41,3 +41,14 @@ def test_the_predicted_entropy_change_is_the_measured_one_on_every_seed(tabular)
     correlation = tabular.prediction_experiment(SEEDS)
     assert len(correlation) == SEEDS
     assert (correlation > 0.95).all(), correlation
+
+
+@pytest.mark.parametrize("name", ["rise-hold-fall", "constant", "linear-fall"])
+def test_a_learning_policy_follows_the_curve(tabular, name):
+    curve = tabular.CURVES[name]
+    for seed in range(2):
+        run = tabular.tracking_experiment(tabular.TargetEntropy(60, curve=curve), curve, seed)
+        free = tabular.tracking_experiment(tabular.Constant(), curve, seed)
+        assert run.error() < 0.05, (seed, run.error())
+        assert free.error() > 3 * run.error(), (seed, free.error())  # without control the curve is missed by far
+        assert run.reward[-1] > run.reward[0] + 0.15  # and the policy still learns

@@ -125,6 +125,21 @@ def test_the_thresholds_are_used_first_and_stay_within_their_limits():
     assert actuators[20:].count(1.0) > 60
 
 
+@pytest.mark.parametrize("direction", [1, -1])
+def test_the_thresholds_are_the_mixture_at_their_position(direction):
+    curve = EntropyCurve("linear", end=1.0 + 0.3 * direction)
+    schedule = TargetEntropy(10, curve=curve, clip_gain=0.1, horizon=1.0)
+    schedule.observe(0, 0.5)
+    thresholds, position = schedule.thresholds(0), schedule.metrics()["control/clip_position"]
+    assert position == pytest.approx(math.log(1.0 + 0.03 * direction) / 0.1)  # the curve's next step over the gain
+    moved = abs(position)
+    dynamic, static = (thresholds.upper, thresholds.lower) if direction > 0 else (thresholds.lower, thresholds.upper)
+    intercept, slope = (0.5, -0.25) if direction > 0 else (0.3, -0.13)
+    assert dynamic.intercept == pytest.approx(0.2 + moved * (intercept - 0.2))
+    assert dynamic.slope == pytest.approx(moved * slope)
+    assert (static.intercept, static.slope) == (0.2, 0.0)
+
+
 def test_thresholds_alone_never_steer():
     schedule = TargetEntropy(50, curve=EntropyCurve(), steering_limit=0.0)
     _, _, steering = follow(schedule, EntropyCurve(), Plant(0), 50)
@@ -135,10 +150,20 @@ def test_the_floor_does_nothing_above_and_holds_below():
     floor = EntropyCurve(start=0.7)
     for seed in range(5):
         schedule, plant = TargetEntropy(120, curve=floor, floor_only=True), Plant(seed, drift=-0.01, process=0.01)
-        measured, target, steering = follow(schedule, floor, plant, 120)
+        measured, target, steering, position = [], [], [], []
+        for step in range(120):
+            entropy, response = plant.measure(), plant.response()
+            schedule.observe(step, entropy, response=response)
+            measured.append(entropy)
+            target.append(0.7 * measured[0])
+            steering.append(schedule.thresholds(step).steering)
+            position.append(schedule.metrics()["control/clip_position"])
+            plant.apply(schedule.thresholds(step), response, position[-1])
         first = next(i for i, u in enumerate(steering) if u != 0.0)
         assert all(m > t for m, t in zip(measured[: first - 3], target, strict=False))  # free while well above
         assert min(steering) >= 0.0
+        assert min(position) >= 0.0
+        assert set(position[:5]) == {0.0}
         assert min(m / t for m, t in zip(measured, target, strict=True)) > 0.87
         held = [m / t for m, t in zip(measured[60:], target[60:], strict=True)]
         assert abs(sum(held) / len(held) - 1.0) < 0.05
@@ -189,6 +214,8 @@ def test_misuse_is_named():
         schedule.observe(0, 0.5)
     with pytest.raises(ValueError, match="step 0"):
         TargetEntropy(10).observe(4, 0.5)
+    with pytest.raises(ValueError, match="standard error"):
+        TargetEntropy(10).observe(0, 0.5, standard_error=float("nan"))
 
 
 def test_a_dead_policy_does_not_stop_the_run():
