@@ -66,13 +66,13 @@ Tensor row_statistics(const Tensor logits, const Tensor targets, int64_t vocab_s
          broken.size() > 8 ? ", ..." : "");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor logits, const Tensor targets,
-                                                            const Tensor gathered, int64_t, double inverse_temperature) {
-  const int64_t rows = logits.size(0);
-  const bool moments = check_gathered(gathered, rows);
+std::tuple<Tensor, Tensor, Tensor, Tensor> combine_statistics(const Tensor gathered, const Tensor targets, int64_t,
+                                                              double inverse_temperature) {
+  const bool moments = check_gathered(gathered, targets);
+  const int64_t rows = gathered.size(1);
   const int64_t shards = gathered.size(0), width = gathered.size(2);
-  Tensor logprob = new_floats(logits, {rows}), entropies = new_floats(logits, {rows});
-  Tensor state = new_floats(logits, {rows, 4}), second = new_floats(logits, {moments ? 2 : 0, rows});
+  Tensor logprob = new_floats(gathered, {rows}), entropies = new_floats(gathered, {rows});
+  Tensor state = new_floats(gathered, {rows, 4}), second = new_floats(gathered, {moments ? 2 : 0, rows});
   const auto* partials = static_cast<const float*>(gathered.const_data_ptr());
   const auto* target = static_cast<const int64_t*>(targets.const_data_ptr());
   auto* out_logprob = static_cast<float*>(logprob.mutable_data_ptr());
@@ -142,7 +142,7 @@ void write_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& 
 
 Tensor logits_gradient(const Tensor logits, const Tensor targets, const Tensor state, const Tensor grad_logprob,
                        const Tensor grad_entropy, int64_t vocab_start, double inverse_temperature) {
-  Tensor gradient = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  Tensor gradient = new_logits(logits);
   write_gradient(logits, gradient, targets, state, grad_logprob, grad_entropy, vocab_start, inverse_temperature);
   return gradient;
 }
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> clipped_objective_of(const Tensor logprob, co
   const auto* before = static_cast<const float*>(old_logprob.const_data_ptr());
   const auto* advantages = static_cast<const float*>(advantage.const_data_ptr());
   Tensor objective = new_floats(logprob, {tokens}), derivative = new_floats(logprob, {tokens});
-  Tensor counts = torch::stable::new_zeros(logprob, {6}, ScalarType::Long);
+  Tensor counts = new_tensor(logprob, {6}, aoti_torch_dtype_int64());
   auto* out_objective = static_cast<float*>(objective.mutable_data_ptr());
   auto* out_derivative = static_cast<float*>(derivative.mutable_data_ptr());
   auto* out_counts = static_cast<int64_t*>(counts.mutable_data_ptr());
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> clipped_objective_of(const Tensor logprob, co
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_rlvr, CPU, m) {
   m.impl("row_statistics", TORCH_BOX(&megatron_rlvr::row_statistics));
-  m.impl("token_statistics", TORCH_BOX(&megatron_rlvr::token_statistics));
+  m.impl("combine_statistics", TORCH_BOX(&megatron_rlvr::combine_statistics));
   m.impl("logits_gradient", TORCH_BOX(&megatron_rlvr::logits_gradient));
   m.impl("logits_gradient_", TORCH_BOX(&megatron_rlvr::logits_gradient_));
   m.impl("clipped_objective", TORCH_BOX(&megatron_rlvr::clipped_objective_of));

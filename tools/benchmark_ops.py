@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=65536)
-    parser.add_argument("--chunk-mib", type=float, default=64)
+    parser.add_argument("--chunk-mib", type=float, default=48)
     parser.add_argument("--only", default="", help="linear: only contenders whose name holds this")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
