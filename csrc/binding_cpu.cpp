@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -59,7 +60,14 @@ Tensor row_statistics(const Tensor logits, const Tensor targets, int64_t vocab_s
   return partials;
 }
 
-[[noreturn]] void refuse_rows(const std::vector<int64_t>& broken, int64_t rows) {
+// What finishing one row costs, in logits: a few logarithms.
+constexpr int64_t kCombineCost = 64;
+
+// The rows whose maximum or normaliser, in the row state, is no number.
+[[noreturn]] void refuse_rows(const float* state, int64_t rows) {
+  std::vector<int64_t> broken;
+  for (int64_t row = 0; row < rows; row++)
+    if (!std::isfinite(state[4 * row]) || !std::isfinite(state[4 * row + 1])) broken.push_back(row);
   std::string names;
   for (size_t i = 0; i < broken.size() && i < 8; i++) names += (i ? ", " : "") + std::to_string(broken[i]);
   refuse("logits: ", broken.size(), " of ", rows, " rows hold NaN or +inf, or nothing above -inf: rows ", names,
@@ -80,38 +88,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> combine_statistics(const Tensor gathe
   auto* out_state = static_cast<float*>(state.mutable_data_ptr());
   auto* out_moments = static_cast<float*>(second.mutable_data_ptr());
   const double scale = inverse_temperature;  // rounded to float32 only where it meets logits
-  std::vector<int64_t> broken;
-  for (int64_t row = 0; row < rows; row++) {
-    RowSums<double> sums;
-    float target_logit = -INFINITY;
-    for (int64_t shard = 0; shard < shards; shard++) {
-      const float* p = partials + (shard * rows + row) * width;
-      RowSums<double> part;
-      part.maximum = p[0];
-      part.excess = p[1];
-      part.exponential_x = p[2];
-      if (moments) {
-        part.squared_excess = p[4];
-        part.squared_x = p[5];
+  std::atomic<bool> any_broken = false;
+  const auto combine = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      RowSums<double> sums;
+      float target_logit = -INFINITY;
+      for (int64_t shard = 0; shard < shards; shard++) {
+        const float* p = partials + (shard * rows + row) * width;
+        RowSums<double> part;
+        part.maximum = p[0];
+        part.excess = p[1];
+        part.exponential_x = p[2];
+        if (moments) {
+          part.squared_excess = p[4];
+          part.squared_x = p[5];
+        }
+        target_logit = std::max(target_logit, p[3]);
+        sums = shard == 0 ? part : merged<true>(sums, part, scale);
       }
-      target_logit = std::max(target_logit, p[3]);
-      sums = shard == 0 ? part : merged<true>(sums, part, scale);
+      if (!is_normalisable(sums)) any_broken = true;
+      const double normaliser = log_normaliser(sums);
+      out_entropy[row] = float(entropy(sums));
+      out_logprob[row] =
+          target[row] < 0 ? 0.0f : float(log_probability(double(target_logit), sums.maximum, normaliser, scale));
+      out_state[4 * row] = float(sums.maximum);
+      out_state[4 * row + 1] = float(normaliser);
+      out_state[4 * row + 2] = out_entropy[row];
+      out_state[4 * row + 3] = out_logprob[row];
+      if (moments) {
+        out_moments[row] = float(sum_squared_probability(sums));
+        out_moments[rows + row] = float(sum_squared_probability_logprob(sums));
+      }
     }
-    if (!is_normalisable(sums)) broken.push_back(row);
-    const double normaliser = log_normaliser(sums);
-    out_entropy[row] = float(entropy(sums));
-    out_logprob[row] =
-        target[row] < 0 ? 0.0f : float(log_probability(double(target_logit), sums.maximum, normaliser, scale));
-    out_state[4 * row] = float(sums.maximum);
-    out_state[4 * row + 1] = float(normaliser);
-    out_state[4 * row + 2] = out_entropy[row];
-    out_state[4 * row + 3] = out_logprob[row];
-    if (moments) {
-      out_moments[row] = float(sum_squared_probability(sums));
-      out_moments[rows + row] = float(sum_squared_probability_logprob(sums));
-    }
-  }
-  if (!broken.empty()) refuse_rows(broken, rows);
+  };
+  parallel_rows(rows, kCombineCost, combine);
+  if (any_broken) refuse_rows(out_state, rows);
   return {logprob, entropies, state, second};
 }
 
