@@ -54,7 +54,9 @@ inline void check_in_place(const Tensor& logits) {
 }
 
 // 4 or 6 numbers a row: whether the second moments are among them.
-inline bool check_gathered(const Tensor& gathered, int64_t rows) {
+inline bool check_gathered(const Tensor& gathered, const Tensor& targets) {
+  const int64_t rows = targets.numel();
+  if (targets.scalar_type() != ScalarType::Long || !targets.is_contiguous()) refuse("targets: must be contiguous int64");
   if (gathered.dim() != 3 || gathered.size(1) != rows || (gathered.size(2) != 4 && gathered.size(2) != 6))
     refuse("gathered: must be [shards, ", rows, ", 4 or 6]");
   check_floats("gathered", gathered, gathered.numel());
@@ -69,8 +71,28 @@ inline const T* optional_pointer(const char* name, const std::optional<Tensor>& 
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
+// An uninitialised contiguous tensor on the device of `like`. Straight from the allocator: torch::stable::new_empty goes
+// through the dispatcher, boxed, and that would be most of a small call's time.
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, int32_t type) {
+  int64_t strides[4], stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= shape.begin()[i]) strides[i] = stride;
+  int32_t device_type, device_index;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides, type, device_type,
+                                                         device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_logits(const Tensor& like) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  return new_tensor(like, {like.size(0), like.size(1)}, type);
+}
+
 inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Float);
+  return new_tensor(like, shape, aoti_torch_dtype_float32());
 }
 
 }  // namespace megatron_rlvr

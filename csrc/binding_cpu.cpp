@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -59,20 +60,27 @@ Tensor row_statistics(const Tensor logits, const Tensor targets, int64_t vocab_s
   return partials;
 }
 
-[[noreturn]] void refuse_rows(const std::vector<int64_t>& broken, int64_t rows) {
+// What finishing one row costs, in logits: a few logarithms.
+constexpr int64_t kCombineCost = 64;
+
+// The rows whose maximum or normaliser, in the row state, is no number.
+[[noreturn]] void refuse_rows(const float* state, int64_t rows) {
+  std::vector<int64_t> broken;
+  for (int64_t row = 0; row < rows; row++)
+    if (!std::isfinite(state[4 * row]) || !std::isfinite(state[4 * row + 1])) broken.push_back(row);
   std::string names;
   for (size_t i = 0; i < broken.size() && i < 8; i++) names += (i ? ", " : "") + std::to_string(broken[i]);
   refuse("logits: ", broken.size(), " of ", rows, " rows hold NaN or +inf, or nothing above -inf: rows ", names,
          broken.size() > 8 ? ", ..." : "");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor logits, const Tensor targets,
-                                                            const Tensor gathered, int64_t, double inverse_temperature) {
-  const int64_t rows = logits.size(0);
-  const bool moments = check_gathered(gathered, rows);
+std::tuple<Tensor, Tensor, Tensor, Tensor> combine_statistics(const Tensor gathered, const Tensor targets, int64_t,
+                                                              double inverse_temperature) {
+  const bool moments = check_gathered(gathered, targets);
+  const int64_t rows = gathered.size(1);
   const int64_t shards = gathered.size(0), width = gathered.size(2);
-  Tensor logprob = new_floats(logits, {rows}), entropies = new_floats(logits, {rows});
-  Tensor state = new_floats(logits, {rows, 4}), second = new_floats(logits, {moments ? 2 : 0, rows});
+  Tensor logprob = new_floats(gathered, {rows}), entropies = new_floats(gathered, {rows});
+  Tensor state = new_floats(gathered, {rows, 4}), second = new_floats(gathered, {moments ? 2 : 0, rows});
   const auto* partials = static_cast<const float*>(gathered.const_data_ptr());
   const auto* target = static_cast<const int64_t*>(targets.const_data_ptr());
   auto* out_logprob = static_cast<float*>(logprob.mutable_data_ptr());
@@ -80,38 +88,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor logits,
   auto* out_state = static_cast<float*>(state.mutable_data_ptr());
   auto* out_moments = static_cast<float*>(second.mutable_data_ptr());
   const double scale = inverse_temperature;  // rounded to float32 only where it meets logits
-  std::vector<int64_t> broken;
-  for (int64_t row = 0; row < rows; row++) {
-    RowSums<double> sums;
-    float target_logit = -INFINITY;
-    for (int64_t shard = 0; shard < shards; shard++) {
-      const float* p = partials + (shard * rows + row) * width;
-      RowSums<double> part;
-      part.maximum = p[0];
-      part.excess = p[1];
-      part.exponential_x = p[2];
-      if (moments) {
-        part.squared_excess = p[4];
-        part.squared_x = p[5];
+  std::atomic<bool> any_broken = false;
+  const auto combine = [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      RowSums<double> sums;
+      float target_logit = -INFINITY;
+      for (int64_t shard = 0; shard < shards; shard++) {
+        const float* p = partials + (shard * rows + row) * width;
+        RowSums<double> part;
+        part.maximum = p[0];
+        part.excess = p[1];
+        part.exponential_x = p[2];
+        if (moments) {
+          part.squared_excess = p[4];
+          part.squared_x = p[5];
+        }
+        target_logit = std::max(target_logit, p[3]);
+        sums = shard == 0 ? part : merged<true>(sums, part, scale);
       }
-      target_logit = std::max(target_logit, p[3]);
-      sums = shard == 0 ? part : merged<true>(sums, part, scale);
+      if (!is_normalisable(sums)) any_broken = true;
+      const double normaliser = log_normaliser(sums);
+      out_entropy[row] = float(entropy(sums));
+      out_logprob[row] =
+          target[row] < 0 ? 0.0f : float(log_probability(double(target_logit), sums.maximum, normaliser, scale));
+      out_state[4 * row] = float(sums.maximum);
+      out_state[4 * row + 1] = float(normaliser);
+      out_state[4 * row + 2] = out_entropy[row];
+      out_state[4 * row + 3] = out_logprob[row];
+      if (moments) {
+        out_moments[row] = float(sum_squared_probability(sums));
+        out_moments[rows + row] = float(sum_squared_probability_logprob(sums));
+      }
     }
-    if (!is_normalisable(sums)) broken.push_back(row);
-    const double normaliser = log_normaliser(sums);
-    out_entropy[row] = float(entropy(sums));
-    out_logprob[row] =
-        target[row] < 0 ? 0.0f : float(log_probability(double(target_logit), sums.maximum, normaliser, scale));
-    out_state[4 * row] = float(sums.maximum);
-    out_state[4 * row + 1] = float(normaliser);
-    out_state[4 * row + 2] = out_entropy[row];
-    out_state[4 * row + 3] = out_logprob[row];
-    if (moments) {
-      out_moments[row] = float(sum_squared_probability(sums));
-      out_moments[rows + row] = float(sum_squared_probability_logprob(sums));
-    }
-  }
-  if (!broken.empty()) refuse_rows(broken, rows);
+  };
+  parallel_rows(rows, kCombineCost, combine);
+  if (any_broken) refuse_rows(out_state, rows);
   return {logprob, entropies, state, second};
 }
 
@@ -142,7 +153,7 @@ void write_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& 
 
 Tensor logits_gradient(const Tensor logits, const Tensor targets, const Tensor state, const Tensor grad_logprob,
                        const Tensor grad_entropy, int64_t vocab_start, double inverse_temperature) {
-  Tensor gradient = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  Tensor gradient = new_logits(logits);
   write_gradient(logits, gradient, targets, state, grad_logprob, grad_entropy, vocab_start, inverse_temperature);
   return gradient;
 }
@@ -170,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> clipped_objective_of(const Tensor logprob, co
   const auto* before = static_cast<const float*>(old_logprob.const_data_ptr());
   const auto* advantages = static_cast<const float*>(advantage.const_data_ptr());
   Tensor objective = new_floats(logprob, {tokens}), derivative = new_floats(logprob, {tokens});
-  Tensor counts = torch::stable::new_zeros(logprob, {6}, ScalarType::Long);
+  Tensor counts = new_tensor(logprob, {6}, aoti_torch_dtype_int64());
   auto* out_objective = static_cast<float*>(objective.mutable_data_ptr());
   auto* out_derivative = static_cast<float*>(derivative.mutable_data_ptr());
   auto* out_counts = static_cast<int64_t*>(counts.mutable_data_ptr());
@@ -203,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> clipped_objective_of(const Tensor logprob, co
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_rlvr, CPU, m) {
   m.impl("row_statistics", TORCH_BOX(&megatron_rlvr::row_statistics));
-  m.impl("token_statistics", TORCH_BOX(&megatron_rlvr::token_statistics));
+  m.impl("combine_statistics", TORCH_BOX(&megatron_rlvr::combine_statistics));
   m.impl("logits_gradient", TORCH_BOX(&megatron_rlvr::logits_gradient));
   m.impl("logits_gradient_", TORCH_BOX(&megatron_rlvr::logits_gradient_));
   m.impl("clipped_objective", TORCH_BOX(&megatron_rlvr::clipped_objective_of));

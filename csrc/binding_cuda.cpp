@@ -1,6 +1,6 @@
 // Kernels of torch.ops.megatron_rlvr for CUDA tensors, through torch's stable ABI. Launches go to the current stream, and
 // nothing waits for the device, so that all of it may be captured in a CUDA graph. MEGATRON_RLVR_CHECK=1 in the
-// environment asks for one wait a call of token_statistics, to name bad rows instead of giving NaN for them.
+// environment asks for one wait a call of combine_statistics, to name bad rows instead of giving NaN for them.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -82,15 +82,14 @@ void check_rows(const Tensor& report, const Device& device) {
   if (bad[0] != kNoBadRow) refuse("logits: NaN or +inf, or nothing above -inf, first in row ", bad[0]);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor logits, const Tensor targets,
-                                                            const Tensor gathered, int64_t, double inverse_temperature) {
-  check_logits(logits, targets);
-  const Device device(logits);
-  const int64_t rows = logits.size(0);
-  const bool moments = check_gathered(gathered, rows);
-  Tensor logprob = new_floats(logits, {rows}), entropies = new_floats(logits, {rows});
-  Tensor state = new_floats(logits, {rows, kStateWidth}), second = new_floats(logits, {moments ? 2 : 0, rows});
-  Tensor report = torch::stable::new_empty(logits, {2}, ScalarType::Int);
+std::tuple<Tensor, Tensor, Tensor, Tensor> combine_statistics(const Tensor gathered, const Tensor targets, int64_t vocab_size,
+                                                              double inverse_temperature) {
+  const bool moments = check_gathered(gathered, targets);
+  const Device device(gathered);
+  const int64_t rows = gathered.size(1);
+  Tensor logprob = new_floats(gathered, {rows}), entropies = new_floats(gathered, {rows});
+  Tensor state = new_floats(gathered, {rows, kStateWidth}), second = new_floats(gathered, {moments ? 2 : 0, rows});
+  Tensor report = new_tensor(gathered, {2}, aoti_torch_dtype_int32());
   const bool checked = checks_wanted();
   if (checked) torch::stable::fill_(report, double(kNoBadRow));
   CombineStatisticsArguments a;
@@ -99,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_statistics(const Tensor logits,
   a.rows = rows;
   a.second_moments = moments;
   a.targets = ids(targets);
-  a.vocabulary = gathered.size(0) * logits.size(1);
+  a.vocabulary = vocab_size;
   a.inverse_temperature = inverse_temperature;
   a.logprob = mutable_floats(logprob);
   a.entropy = mutable_floats(entropies);
@@ -141,7 +140,7 @@ void write_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& 
 
 Tensor logits_gradient(const Tensor logits, const Tensor targets, const Tensor state, const Tensor grad_logprob,
                        const Tensor grad_entropy, int64_t vocab_start, double inverse_temperature) {
-  Tensor gradient = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  Tensor gradient = new_logits(logits);
   write_gradient(logits, gradient, targets, state, grad_logprob, grad_entropy, vocab_start, inverse_temperature);
   return gradient;
 }
@@ -187,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> clipped_objective_of(const Tensor logprob, co
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_rlvr, CUDA, m) {
   m.impl("row_statistics", TORCH_BOX(&megatron_rlvr::row_statistics));
-  m.impl("token_statistics", TORCH_BOX(&megatron_rlvr::token_statistics));
+  m.impl("combine_statistics", TORCH_BOX(&megatron_rlvr::combine_statistics));
   m.impl("logits_gradient", TORCH_BOX(&megatron_rlvr::logits_gradient));
   m.impl("logits_gradient_", TORCH_BOX(&megatron_rlvr::logits_gradient_));
   m.impl("clipped_objective", TORCH_BOX(&megatron_rlvr::clipped_objective_of));

@@ -56,18 +56,19 @@ template <class Real>
 MEGATRON_RLVR_FORMULA Real clamped_exponent(Real x) { return x > kLowestExponent ? x : Real(kLowestExponent); }
 
 // Makes `maximum`, which is at least the own one, the shift of the sums; the maximum itself is not in them yet. So what
-// was the old maximum's own e^0 enters the excess: (1 + excess) e^difference.
+// was the old maximum's own e^0 enters the excess: (own + excess) e^difference. `own` is 1, or 0 for sums that share a
+// maximum with others, of which one alone leaves its e^0 out.
 template <bool kSecondMoments, class Real>
-MEGATRON_RLVR_FORMULA void raise_maximum(RowSums<Real>& sums, Real maximum, Real inverse_temperature) {
+MEGATRON_RLVR_FORMULA void raise_maximum(RowSums<Real>& sums, Real maximum, Real inverse_temperature, Real own = 1) {
   const Real difference = (sums.maximum - shift_of(maximum)) * inverse_temperature;
   const Real scale = exponential_of(difference);
   const Real offset = clamped_exponent(difference);
-  const Real exponential = 1 + sums.excess;
+  const Real exponential = own + sums.excess;
   sums.maximum = maximum;
   sums.excess = exponential * scale;
   sums.exponential_x = (sums.exponential_x + exponential * offset) * scale;
   if (kSecondMoments) {
-    const Real squared = 1 + sums.squared_excess;
+    const Real squared = own + sums.squared_excess;
     const Real scale_squared = scale * scale;
     sums.squared_excess = squared * scale_squared;
     sums.squared_x = (sums.squared_x + squared * offset) * scale_squared;
@@ -144,7 +145,7 @@ MEGATRON_RLVR_FORMULA LogitGradient logit_gradient(float gradient_logprob, float
   return out;
 }
 
-// Gradient to one logit that is not the target's; probability must be e^(x - log_normaliser) of the unclamped x.
+// Gradient to one logit that is not the target's; probability must be that of the unclamped x.
 MEGATRON_RLVR_FORMULA float gradient_at(const LogitGradient& gradient, float probability, float x) {
   return probability * (gradient.constant + gradient.linear * clamped_exponent(x));
 }

@@ -7,19 +7,19 @@
 
 namespace megatron_rlvr {
 
-// What the threads of a row share.
+// What the threads of a row share. The gradient to a logit is p (constant + linear x); here 1/S of p = e^x / S is in
+// the two coefficients, and x is in units of y = x log2(e): one 2^y and six more instructions a logit.
 struct RowGradient {
   float maximum;
-  float log_sum;
-  float inverse_temperature;
+  float scale;  // y = (z - maximum) scale
   LogitGradient gradient;
   int64_t target_column;  // in this shard's columns, -1 where it is not here
   float at_target;
   bool is_zero;  // nothing flows into this row
 
   __device__ __forceinline__ float at(float logit) const {
-    const float x = (logit - maximum) * inverse_temperature;
-    return gradient_at(gradient, __expf(x - log_sum), x);
+    const float y = (logit - maximum) * scale;
+    return gradient_at(gradient, fast_exp2(y), y);
   }
 };
 
@@ -45,22 +45,22 @@ __device__ __forceinline__ void write_gradient(const Logit* logits, Logit* out, 
   uint4* out_vectors = reinterpret_cast<uint4*>(out + span.vector_begin());
   const bool vector_stores = same_alignment(logits, out);  // else a view of other alignment: element by element
 
-  for (int64_t first = thread; first < span.vectors; first += int64_t(threads) * vectors_per_tile) {
+  for (int first = thread; first < span.vectors; first += threads * vectors_per_tile) {
     uint4 words[vectors_per_tile];
 #pragma unroll
     for (int i = 0; i < vectors_per_tile; ++i) {
-      const int64_t index = first + int64_t(i) * threads;
+      const int index = first + i * threads;
       words[i] = index < span.vectors ? load_coherent(vectors + index) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int i = 0; i < vectors_per_tile; ++i) {
-      const int64_t index = first + int64_t(i) * threads;
+      const int index = first + i * threads;
       if (index >= span.vectors) break;
       float values[per_vector];
       decode_vector<Logit>(words[i], values);
 #pragma unroll
       for (int j = 0; j < per_vector; ++j) values[j] = row.at(values[j]);
-      const int64_t column = span.vector_begin() + index * per_vector;
+      const int64_t column = span.vector_begin() + int64_t(index) * per_vector;
       if (row.target_column >= column && row.target_column < column + per_vector) {
 #pragma unroll
         for (int j = 0; j < per_vector; ++j) {  // no dynamic index, which would move the array to local memory
@@ -85,7 +85,7 @@ __device__ __forceinline__ void write_zeros(Logit* out, int64_t begin, int64_t e
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
   const VectorSpan span = vector_span<Logit>(out, begin, end);
   uint4* vectors = reinterpret_cast<uint4*>(out + span.vector_begin());
-  for (int64_t i = thread; i < span.vectors; i += threads) store(vectors + i, make_uint4(0, 0, 0, 0));
+  for (int i = thread; i < span.vectors; i += threads) store(vectors + i, make_uint4(0, 0, 0, 0));
   for (int i = thread; i < span.head; i += threads) {
     store(element_address(out, span.begin + i), typename LogitFormat<Logit>::Bits(0));
   }
@@ -104,9 +104,11 @@ __device__ __forceinline__ RowGradient row_gradient(const LogitsGradientArgument
   const float inverse_temperature = float(a.inverse_temperature);
   RowGradient out;
   out.maximum = state.x;
-  out.log_sum = state.y;
-  out.inverse_temperature = inverse_temperature;
+  out.scale = inverse_temperature * kLog2OfE;
   out.gradient = logit_gradient(g, h, state.y, state.z, inverse_temperature);
+  const float one_over_sum = expf(-state.y);
+  out.gradient.constant *= one_over_sum;
+  out.gradient.linear *= one_over_sum * kLn2;
   out.target_column = target >= 0 && column >= 0 && column < a.vocabulary ? column : -1;
   out.at_target = gradient_at_target(g, h, state.w, state.z, inverse_temperature);
   out.is_zero = g == 0.0f && h == 0.0f;

@@ -26,7 +26,8 @@ __device__ __forceinline__ void store(Word* address, Word value) {
   __stwb(address, value);
 }
 
-// How logits of each type are read and written: `Bits` is one element as an integer, `kPerVector` fill 16 bytes.
+// How logits of each type are read and written: `Bits` is one element as an integer, `kPerVector` fill 16 bytes, which
+// are four 32-bit words; `kMinusInfinity` is a word of nothing but -inf.
 template <class Logit>
 struct LogitFormat;
 
@@ -34,6 +35,7 @@ template <>
 struct LogitFormat<float> {
   using Bits = unsigned int;
   static constexpr int kPerVector = 4;
+  static constexpr unsigned kMinusInfinity = 0xff800000u;
   static __device__ __forceinline__ float decode(Bits bits) { return __uint_as_float(bits); }
   static __device__ __forceinline__ Bits encode(float value) { return __float_as_uint(value); }
   static __device__ __forceinline__ void decode_word(unsigned word, float* out) { out[0] = __uint_as_float(word); }
@@ -44,6 +46,7 @@ template <>
 struct LogitFormat<__nv_bfloat16> {
   using Bits = unsigned short;
   static constexpr int kPerVector = 8;
+  static constexpr unsigned kMinusInfinity = 0xff80ff80u;
   static __device__ __forceinline__ float decode(Bits bits) { return __uint_as_float(unsigned(bits) << 16); }
   static __device__ __forceinline__ Bits encode(float value) {
     return __bfloat16_as_ushort(__float2bfloat16_rn(value));
@@ -62,6 +65,7 @@ template <>
 struct LogitFormat<__half> {
   using Bits = unsigned short;
   static constexpr int kPerVector = 8;
+  static constexpr unsigned kMinusInfinity = 0xfc00fc00u;
   static __device__ __forceinline__ float decode(Bits bits) { return __half2float(__ushort_as_half(bits)); }
   static __device__ __forceinline__ Bits encode(float value) { return __half_as_ushort(__float2half_rn(value)); }
   static __device__ __forceinline__ void decode_word(unsigned word, float* out) {
@@ -115,7 +119,7 @@ __device__ __forceinline__ bool same_alignment(const void* a, const void* b) {
 struct VectorSpan {
   int64_t begin;
   int head;          // elements [begin, begin + head)
-  int64_t vectors;   // from vector_begin()
+  int vectors;       // from vector_begin()
   int tail;          // elements [tail_begin, tail_begin + tail)
   int64_t tail_begin;
 
@@ -130,8 +134,8 @@ __device__ __forceinline__ VectorSpan vector_span(const Logit* row, int64_t begi
   VectorSpan span;
   span.begin = begin;
   span.head = to_boundary < end - begin ? to_boundary : int(end - begin);
-  span.vectors = (end - begin - span.head) / per_vector;
-  span.tail_begin = begin + span.head + span.vectors * per_vector;
+  span.vectors = int((end - begin - span.head) / per_vector);
+  span.tail_begin = begin + span.head + int64_t(span.vectors) * per_vector;
   span.tail = int(end - span.tail_begin);
   return span;
 }

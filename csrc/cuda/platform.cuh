@@ -20,6 +20,21 @@ namespace megatron_rlvr {
 constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
+constexpr float kLog2OfE = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// 2^y in one instruction, off by at most 2^-22 of itself, 2^0 exactly 1; results under 2^-126 are 0. For every logit:
+// __expf would add a multiplication and the care for subnormal results.
+__device__ __forceinline__ float fast_exp2(float y) {
+#if defined(__CUDACC__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(y));
+  return result;
+#else
+  return simt::approximate_exp2(y);
+#endif
+}
+
 // The outcome of the launches so far, as every launcher returns it.
 inline int launch_status() { return int(cudaGetLastError()); }
 

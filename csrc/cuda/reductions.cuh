@@ -1,5 +1,6 @@
 // Sums and row statistics over the threads of a warp and of a block.
 #pragma once
+#include "online_statistics.cuh"
 #include "platform.cuh"
 
 namespace megatron_rlvr {
@@ -27,14 +28,36 @@ __device__ __forceinline__ RowSums<float> warp_merged(RowSums<float> sums, float
   return sums;
 }
 
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kWholeWarp, value, distance);
+  }
+  return value;
+}
+
+__device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(kWholeWarp, value); }
+
+// Every lane ends up with the statistics of the whole warp, whose lanes share a maximum.
+template <bool kSecondMoments>
+__device__ __forceinline__ RowSums<float> warp_summed(RowSums<float> sums) {
+  sums.excess = warp_sum(sums.excess);
+  sums.exponential_x = warp_sum(sums.exponential_x);
+  if (kSecondMoments) {
+    sums.squared_excess = warp_sum(sums.squared_excess);
+    sums.squared_x = warp_sum(sums.squared_x);
+  }
+  return sums;
+}
+
 // Thread 0 ends up with the statistics of the whole block. Every thread of the block calls it, once per kernel:
 // its shared memory is not guarded against a second call.
 template <bool kSecondMoments, int kMaximumThreads>
-__device__ __forceinline__ RowSums<float> block_merged(RowSums<float> sums, float inverse_temperature) {
+__device__ __forceinline__ RowSums<float> block_merged(const LaneSums& of_lane, float inverse_temperature) {
   __shared__ RowSums<float> of_warp[kMaximumThreads / kWarpSize];
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
   const int warps = int(blockDim.x) / kWarpSize;
-  sums = warp_merged<kSecondMoments>(sums, inverse_temperature);
+  RowSums<float> sums = warp_summed<kSecondMoments>(of_lane.sums);
   if (warps == 1) return sums;
   if (lane == 0) of_warp[warp] = sums;
   __syncthreads();
@@ -43,14 +66,6 @@ __device__ __forceinline__ RowSums<float> block_merged(RowSums<float> sums, floa
     sums = warp_merged<kSecondMoments>(sums, inverse_temperature);
   }
   return sums;
-}
-
-__device__ __forceinline__ int warp_sum(int value) {
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kWholeWarp, value, distance);
-  }
-  return value;
 }
 
 // Adds each of a block's counters to `totals`, at most one atomic a counter and block. Every thread calls it, once.

@@ -38,45 +38,42 @@ __device__ __forceinline__ RowSums<float> load_partial(const float* partial, flo
   return sums;
 }
 
-// The sums over columns [begin, end) of a row, spread over the threads of the block.
+// The sums over columns [begin, end) of a row, spread over the lanes of the block's warps.
 template <class Logit, bool kSecondMoments>
-__device__ __forceinline__ RowSums<float> thread_sums(const Logit* row, int64_t begin, int64_t end,
-                                                      float inverse_temperature) {
+__device__ __forceinline__ LaneSums lane_sums(const Logit* row, int64_t begin, int64_t end, float inverse_temperature) {
   using Format = LogitFormat<Logit>;
   constexpr int per_vector = Format::kPerVector;
   constexpr int vectors_per_tile = kLogitsPerTile / per_vector;
-  const int thread = int(threadIdx.x), threads = int(blockDim.x);
+  const int thread = int(threadIdx.x), threads = int(blockDim.x), lane = thread % kWarpSize;
   const VectorSpan span = vector_span(row, begin, end);
   const uint4* vectors = reinterpret_cast<const uint4*>(row + span.vector_begin());
-  RowSums<float> sums;
+  LaneSums sums;
 
-  for (int64_t first = thread; first < span.vectors; first += int64_t(threads) * vectors_per_tile) {
+  // The bound is that of the warp's first lane, as all lanes have to come along.
+  for (int first = thread; first - lane < span.vectors; first += threads * vectors_per_tile) {
     uint4 words[vectors_per_tile];
 #pragma unroll
     for (int i = 0; i < vectors_per_tile; ++i) {  // all loads before the first use
-      const int64_t index = first + int64_t(i) * threads;
-      words[i] = index < span.vectors ? load_read_only(vectors + index) : make_uint4(0, 0, 0, 0);
+      const int index = first + i * threads;
+      constexpr unsigned none = Format::kMinusInfinity;
+      words[i] = index < span.vectors ? load_read_only(vectors + index) : make_uint4(none, none, none, none);
     }
     float logits[kLogitsPerTile];
 #pragma unroll
-    for (int i = 0; i < vectors_per_tile; ++i) {
-      decode_vector<Logit>(words[i], logits + i * per_vector);
-      if (first + int64_t(i) * threads >= span.vectors) {
-#pragma unroll
-        for (int j = 0; j < per_vector; ++j) logits[i * per_vector + j] = -INFINITY;  // adds nothing
-      }
-    }
+    for (int i = 0; i < vectors_per_tile; ++i) decode_vector<Logit>(words[i], logits + i * per_vector);
     accumulate<kSecondMoments>(sums, logits, inverse_temperature);
   }
 
-  float end_logit[1];
-  for (int i = thread; i < span.head; i += threads) {
-    end_logit[0] = Format::decode(load_read_only(element_address(row, span.begin + i)));
-    accumulate<kSecondMoments>(sums, end_logit, inverse_temperature);
-  }
-  for (int i = thread; i < span.tail; i += threads) {
-    end_logit[0] = Format::decode(load_read_only(element_address(row, span.tail_begin + i)));
-    accumulate<kSecondMoments>(sums, end_logit, inverse_temperature);
+  static_assert(2 * per_vector <= kWarpSize, "one warp takes the row's head in its first lanes, then the tail");
+  if (thread < kWarpSize) {
+    const int in_tail = lane - per_vector;
+    float logits[1] = {-INFINITY};
+    if (lane < span.head) {
+      logits[0] = Format::decode(load_read_only(element_address(row, span.begin + lane)));
+    } else if (in_tail >= 0 && in_tail < span.tail) {
+      logits[0] = Format::decode(load_read_only(element_address(row, span.tail_begin + in_tail)));
+    }
+    accumulate<kSecondMoments>(sums, logits, inverse_temperature);
   }
   return sums;
 }
@@ -92,8 +89,8 @@ __global__ void __launch_bounds__(kMaximumThreads)
   const int64_t end = begin + slice_width < vocabulary ? begin + slice_width : vocabulary;
   const Logit* row_logits = logits + row * row_stride;
 
-  RowSums<float> sums = thread_sums<Logit, kSecondMoments>(row_logits, begin, end, inverse_temperature);
-  sums = block_merged<kSecondMoments, kMaximumThreads>(sums, inverse_temperature);
+  const LaneSums of_lane = lane_sums<Logit, kSecondMoments>(row_logits, begin, end, inverse_temperature);
+  const RowSums<float> sums = block_merged<kSecondMoments, kMaximumThreads>(of_lane, inverse_temperature);
   if (threadIdx.x == 0) {
     const int64_t target = load_read_only(reinterpret_cast<const long long*>(targets) + row);
     const int64_t column = target - vocabulary_start;

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .objective import Thresholds, check_token_tensors, four_scalars
-from .statistics import TokenStatistics, check_temperature
-from .vocab_parallel import VocabShard, gather_partials
+from .statistics import TokenStatistics, check_temperature, statistics_of_shard
+from .vocab_parallel import VocabShard
 from .vocab_projection import (
     DEFAULT_CHUNK_BYTES,
     TokenChunks,
@@ -62,14 +62,7 @@ class _Vocabulary:
         self, logits: Tensor, targets: Tensor, second_moments: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-prob, entropy, row state and moments of a chunk: one all-gather."""
-        width = logits.shape[1]
-        start = self.shard.rank * width
-        ops = torch.ops.megatron_rlvr
-        partials = ops.row_statistics(
-            logits, targets, start, self.shard.count * width, self.inverse_temperature, second_moments
-        )
-        gathered = gather_partials(partials, self.shard, self.group)
-        return ops.token_statistics(logits, targets, gathered, start, self.inverse_temperature)
+        return statistics_of_shard(logits, targets, self.inverse_temperature, self.shard, self.group, second_moments)
 
     def gradient_over(self, logits: Tensor, targets: Tensor, state: Tensor, g: Tensor, h: Tensor) -> None:
         """Write the gradient of a chunk's logits over them."""
@@ -144,6 +137,7 @@ def fused_linear_token_statistics(
     check_temperature(temperature)
     shard = VocabShard.of(group)
     check_projection(hidden, weight, targets, shard, sequence_parallel, chunk_bytes)
+    targets = targets.contiguous()
     vocabulary = _Vocabulary(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes)
     logprob, entropy, moments = _Statistics.apply(hidden, weight, targets, vocabulary, second_moments)
     return TokenStatistics(logprob, entropy, *(moments.unbind(0) if second_moments else (None, None)))
@@ -224,6 +218,7 @@ def fused_linear_objective(
     check_token_tensors(old_logprob, tokens, first="old_logprob")
     if old_logprob.shape != targets.shape:
         raise ValueError(f"old_logprob: must be [T] with T = {targets.shape[0]}, found {list(old_logprob.shape)}")
+    targets = targets.contiguous()
     vocabulary = _Vocabulary(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes)
     loss, objective, logprob, entropy, counts = _Objective.apply(
         hidden,

@@ -19,8 +19,11 @@ NAMESPACE = "megatron_rlvr"
 SCHEMAS = (
     "row_statistics(Tensor logits, Tensor targets, int vocab_start, int vocab_size, float inverse_temperature,"
     " bool second_moments) -> Tensor",
-    "token_statistics(Tensor logits, Tensor targets, Tensor gathered, int vocab_start, float inverse_temperature)"
+    "combine_statistics(Tensor gathered, Tensor targets, int vocab_size, float inverse_temperature)"
     " -> (Tensor logprob, Tensor entropy, Tensor state, Tensor moments)",
+    # combine_statistics with the logits beside it, for autograd: differentiable in them by logits_gradient
+    "token_statistics(Tensor logits, Tensor targets, Tensor gathered, int vocab_start, int vocab_size,"
+    " float inverse_temperature) -> (Tensor logprob, Tensor entropy, Tensor state, Tensor moments)",
     "logits_gradient(Tensor logits, Tensor targets, Tensor state, Tensor grad_logprob, Tensor grad_entropy,"
     " int vocab_start, float inverse_temperature) -> Tensor",
     "logits_gradient_(Tensor(a!) logits, Tensor targets, Tensor state, Tensor grad_logprob, Tensor grad_entropy,"
@@ -43,12 +46,18 @@ def _fake_row_statistics(
     return logits.new_empty((logits.shape[0], 6 if second_moments else 4), dtype=torch.float32)
 
 
-def _fake_token_statistics(
-    logits: Tensor, targets: Tensor, gathered: Tensor, vocab_start: int, inverse_temperature: float
+def _token_statistics(
+    logits: Tensor, targets: Tensor, gathered: Tensor, vocab_start: int, vocab_size: int, inverse_temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = logits.shape[0]
-    shapes = ((rows,), (rows,), (rows, 4), (2 if gathered.shape[-1] == 6 else 0, rows))
-    logprob, entropy, state, moments = (logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return torch.ops.megatron_rlvr.combine_statistics(gathered, targets, vocab_size, inverse_temperature)
+
+
+def _fake_combine_statistics(
+    gathered: Tensor, targets: Tensor, vocab_size: int, inverse_temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = gathered.shape[1]
+    shapes = ((rows,), (rows,), (rows, 4), (2 if gathered.shape[2] == 6 else 0, rows))
+    logprob, entropy, state, moments = (gathered.new_empty(shape) for shape in shapes)
     return logprob, entropy, state, moments
 
 
@@ -57,7 +66,7 @@ def _fake_clipped_objective(logprob: Tensor, *arguments: Any) -> tuple[Tensor, T
 
 
 def _save_for_gradient(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, targets, _, ctx.vocab_start, ctx.inverse_temperature = inputs
+    logits, targets, _, ctx.vocab_start, _, ctx.inverse_temperature = inputs
     ctx.save_for_backward(logits, targets, output[2])
     ctx.mark_non_differentiable(output[2], output[3])
 
@@ -73,7 +82,7 @@ def _statistics_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, *
         ctx.vocab_start,
         ctx.inverse_temperature,
     )
-    return gradient, None, None, None, None
+    return gradient, None, None, None, None, None
 
 
 def _save_derivative(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -91,7 +100,8 @@ def _register() -> None:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     kernels = {
         "row_statistics": reference.row_statistics,
-        "token_statistics": reference.token_statistics,
+        "combine_statistics": reference.combine_statistics,
+        "token_statistics": _token_statistics,
         "logits_gradient": reference.logits_gradient,
         "logits_gradient_": _write_gradient,
         "clipped_objective": reference.clipped_objective,
@@ -100,7 +110,8 @@ def _register() -> None:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
     fakes: dict[str, Any] = {
         "row_statistics": _fake_row_statistics,
-        "token_statistics": _fake_token_statistics,
+        "combine_statistics": _fake_combine_statistics,
+        "token_statistics": lambda logits, targets, gathered, *_: _fake_combine_statistics(gathered, targets, 0, 1.0),
         "logits_gradient": lambda logits, *_: torch.empty_like(logits),
         "logits_gradient_": lambda *_: None,
         "clipped_objective": _fake_clipped_objective,

@@ -68,7 +68,9 @@ def clipped_objective(
     tensors = {"old_logprob": old_logprob, "advantage": advantage, "mask": mask, "weight": weight, "entropy": entropy}
     check_token_tensors(logprob, tensors)
     objective, _, counts = torch.ops.megatron_rlvr.clipped_objective(
-        logprob, *(None if t is None else t.detach() for t in tensors.values()), *four_scalars(thresholds)
+        logprob.contiguous(),
+        *(None if t is None else t.detach().contiguous() for t in tensors.values()),
+        *four_scalars(thresholds),
     )
     return ClippedObjective(objective, counts[0], counts[1], None if entropy is None else counts[2:])
 

@@ -56,16 +56,16 @@ def row_statistics(
     return torch.stack(columns, dim=-1)
 
 
-def token_statistics(
-    logits: Tensor, targets: Tensor, gathered: Tensor, vocab_start: int, inverse_temperature: float
+def combine_statistics(
+    gathered: Tensor, targets: Tensor, vocab_size: int, inverse_temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Combine the partials of every shard into log-prob, entropy, the row state and, if there, the second moments.
 
     ``gathered`` float32 [W, T, 4 or 6] from :func:`row_statistics` of the W shards. Returns log-prob [T], entropy [T],
     state [T, 4] and moments [2, T] (sum p^2 and sum p^2 ln p; [0, T] when they were not asked for), all float32.
-    Log-prob is 0 for a row without target. ``logits`` and ``targets`` are there for autograd, which differentiates
-    this function with :func:`logits_gradient`. On the CPU a row that holds NaN or +inf, or nothing above -inf, raises
-    RuntimeError; elsewhere its results are NaN, because a check would wait for the device.
+    Log-prob is 0 for a row without target. On the CPU a row that holds NaN or +inf, or nothing above -inf, raises
+    RuntimeError; elsewhere its results are NaN, and those of a row whose target is outside the vocabulary, because a
+    check would wait for the device.
     """
     partials = gathered.double()
     local_maximum = partials[..., MAXIMUM]
@@ -90,8 +90,9 @@ def token_statistics(
     logprob = inverse_temperature * (target - top) - log_sum
     logprob = torch.where(targets >= 0, logprob, torch.zeros_like(logprob))
     broken = ~(torch.isfinite(top) & torch.isfinite(log_sum))
-    if logits.device.type == "cpu":
+    if gathered.device.type == "cpu":
         check_rows(broken)
+    broken = broken | (targets >= vocab_size) | ((targets < 0) & (targets != NOT_A_TARGET))
     logprob = torch.where(broken, torch.full_like(logprob, torch.nan), logprob)
     entropy = torch.where(broken, torch.full_like(entropy, torch.nan), entropy)
     state = torch.stack([top, log_sum, entropy, logprob], dim=-1).float()
@@ -114,7 +115,7 @@ def logits_gradient(
 ) -> Tensor:
     """The gradient of both statistics with respect to one vocabulary shard of the logits, recomputed from the logits.
 
-    ``state`` is from :func:`token_statistics`, ``grad_logprob`` (g) and ``grad_entropy`` (h) are float32 [T]. Returns
+    ``state`` is from :func:`combine_statistics`, ``grad_logprob`` (g) and ``grad_entropy`` (h) are float32 [T]. Returns
     [T, V/tp] in the logits' type:
         beta * (g (1[j = target] - p_j) - h p_j (ln p_j + H)).
     At the target 1 - p is -expm1(log-prob), which keeps relative accuracy where p is almost 1.

@@ -61,11 +61,13 @@ def token_statistics(
     _check_arguments(logits, targets, temperature, inplace)
     check_device(logits.device)
     shard = VocabShard.of(group)
-    arguments = (logits, targets, 1.0 / temperature, shard, group, second_moments)
+    arguments = (logits, targets.contiguous(), 1.0 / temperature, shard, group, second_moments)
     if torch.compiler.is_compiling():
         logprob, entropy, moments = _traceable(*arguments)
-    else:
+    elif torch.is_grad_enabled() and logits.requires_grad:
         logprob, entropy, moments = _TokenStatistics.apply(*arguments, inplace)
+    else:
+        logprob, entropy, _, moments = statistics_of_shard(*arguments)
     return TokenStatistics(logprob, entropy, *(moments.unbind(0) if second_moments else (None, None)))
 
 
@@ -103,6 +105,23 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature: must be a positive finite number, found {temperature!r}")
 
 
+def statistics_of_shard(
+    logits: Tensor,
+    targets: Tensor,
+    inverse_temperature: float,
+    shard: VocabShard,
+    group: dist.ProcessGroup | None,
+    second_moments: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob, entropy, row state and second moments, without gradient: two kernels and one all-gather between."""
+    width = logits.shape[1]
+    start, vocabulary = shard.rank * width, shard.count * width
+    ops = torch.ops.megatron_rlvr
+    partials = ops.row_statistics(logits, targets, start, vocabulary, inverse_temperature, second_moments)
+    gathered = gather_partials(partials, shard, group)
+    return ops.combine_statistics(gathered, targets, vocabulary, inverse_temperature)
+
+
 def _traceable(
     logits: Tensor,
     targets: Tensor,
@@ -119,7 +138,7 @@ def _traceable(
     )
     gathered = gather_partials(partials, shard, group)
     logprob, entropy, _, moments = torch.ops.megatron_rlvr.token_statistics(
-        logits, targets, gathered, start, inverse_temperature
+        logits, targets, gathered, start, shard.count * width, inverse_temperature
     )
     return logprob, entropy, moments
 
@@ -138,20 +157,13 @@ class _TokenStatistics(torch.autograd.Function):
         second_moments: bool,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width = logits.shape[1]
-        start = shard.rank * width
-        ops = torch.ops.megatron_rlvr
-        partials = ops.row_statistics(logits, targets, start, shard.count * width, inverse_temperature, second_moments)
-        gathered = gather_partials(partials, shard, group)
-        logprob, entropy, state, moments = ops.token_statistics(logits, targets, gathered, start, inverse_temperature)
+        logprob, entropy, state, moments = statistics_of_shard(
+            logits, targets, inverse_temperature, shard, group, second_moments
+        )
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, targets, state)
-            ctx.vocab_start, ctx.inverse_temperature, ctx.inplace, ctx.consumed = (
-                start,
-                inverse_temperature,
-                inplace,
-                False,
-            )
+            ctx.vocab_start, ctx.inverse_temperature = shard.rank * logits.shape[1], inverse_temperature
+            ctx.inplace, ctx.consumed = inplace, False
         ctx.mark_non_differentiable(moments)
         return logprob, entropy, moments
 

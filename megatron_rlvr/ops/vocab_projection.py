@@ -13,7 +13,7 @@ from .statistics import LOGIT_TYPES
 from .vocab_parallel import VocabShard, all_reduce_sum
 
 # Long enough that a matrix product per chunk runs at full speed, short against the logits of a whole microbatch.
-DEFAULT_CHUNK_BYTES = 64 * 2**20
+DEFAULT_CHUNK_BYTES = 48 * 2**20
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ class Kernels:
         width = logits.shape[1] // shards
         partials = [
             self.partials(
-                logits[:, rank * width : (rank + 1) * width],
+                # a copy, as on a rank of its own: what lies behind a shard's row must not be the next shard
+                logits[:, rank * width : (rank + 1) * width].contiguous() if shards > 1 else logits,
                 targets,
                 temperature=temperature,
                 vocabulary_start=rank * width,

@@ -114,3 +114,10 @@ def test_compilation_is_quick(compilation: tuple[list[Kernel], float]) -> None:
     _, seconds = compilation
     print(f"{seconds:.1f} s of processor time")
     assert seconds < SECONDS_OF_COMPILATION
+
+
+def test_the_benchmark_compiles(tmp_path: Path) -> None:
+    flags = ["-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-I", SOURCES]
+    command = [find_nvcc(), *flags, "-c", SOURCES / "cuda" / "bench" / "benchmark.cu", "-o", tmp_path / "benchmark.o"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr

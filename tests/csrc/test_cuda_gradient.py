@@ -8,6 +8,7 @@ from emulated import IGNORED, Kernels, exact_gradient
 from test_cuda_statistics import TYPES, random_logits, random_targets
 from torch import Tensor
 
+FLUSHED = 1e-35  # the kernel takes probabilities that fp32 cannot hold as normal numbers, under 2^-126, for 0
 MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 
 
@@ -58,11 +59,11 @@ def test_any_shape_scale_and_alignment(
         terms = condition(logits, targets, g, h, temperature)
         found = in_place(kernels, logits, targets, g, h, temperature).double()
         if dtype == torch.float32:
-            assert ((found - exact).abs() <= 1e-5 * terms + 1e-37).all()
+            assert ((found - exact).abs() <= 1e-5 * terms + FLUSHED).all()
             assert (found - exact).norm() <= 1e-5 * exact.norm() + 1e-30
         else:
             error = (found - exact.to(dtype).double()).abs()
-            assert (error <= unit_in_last_place(exact, dtype) + 1e-5 * terms + 1e-37).all()
+            assert (error <= unit_in_last_place(exact, dtype) + 1e-5 * terms + FLUSHED).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

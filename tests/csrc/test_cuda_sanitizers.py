@@ -61,8 +61,8 @@ BUGS = [
     Bug(
         "two threads write one vector",
         "cuda/logits_gradient.cuh",
-        "for (int64_t first = thread; first < span.vectors; first += int64_t(threads) * vectors_per_tile) {",
-        "for (int64_t first = thread / 2; first < span.vectors; first += int64_t(threads) * vectors_per_tile / 2) {",
+        "for (int first = thread; first < span.vectors; first += threads * vectors_per_tile) {",
+        "for (int first = thread / 2; first < span.vectors; first += threads * vectors_per_tile / 2) {",
         "thread",
         "data race",
     ),
@@ -85,8 +85,8 @@ BUGS = [
     Bug(
         "a shuffle that half a warp reaches",
         "cuda/reductions.cuh",
-        "sums = warp_merged<kSecondMoments>(sums, inverse_temperature);\n  if (warps == 1)",
-        "if (lane < 16) sums = warp_merged<kSecondMoments>(sums, inverse_temperature);\n  if (warps == 1)",
+        "sums.exponential_x = warp_sum(sums.exponential_x);",
+        "if (threadIdx.x % 32 < 16) sums.exponential_x = warp_sum(sums.exponential_x);",
         "plain",
         "simt: deadlock: some lanes never reach a shuffle",
     ),
@@ -101,7 +101,7 @@ BUGS = [
     Bug(
         "the maximum's own term forgotten in a merge",
         "formulas.h",
-        "const Real exponential = 1 + sums.excess;\n  sums.maximum",
+        "const Real exponential = own + sums.excess;\n  sums.maximum",
         "const Real exponential = sums.excess;\n  sums.maximum",
         "plain",
         "check failed: log-prob",
@@ -117,8 +117,8 @@ BUGS = [
     Bug(
         "a NaN that the maximum swallows",
         "cuda/online_statistics.cuh",
-        "__expf(x);",
-        "__expf(clamped_exponent(x));",
+        "fast_exp2(y);\n    if",
+        "fast_exp2(clamped_exponent(y));\n    if",
         "plain",
         "check failed: bad row reported",
     ),

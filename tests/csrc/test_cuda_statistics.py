@@ -180,9 +180,19 @@ def test_layout_is_that_of_the_eager_reference(kernels: Kernels, second_moments:
         )
         expected = reference.row_statistics(logits, targets, start, 1554, 1.25, second_moments)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    statistics = kernels.combine(found.unsqueeze(0), targets, 1554, temperature=1 / 1.25)
-    state = reference.token_statistics(logits, targets, found.unsqueeze(0), 777, 1.25)[2]
-    torch.testing.assert_close(statistics.state, state, rtol=1e-6, atol=1e-6)
+
+
+def test_columns_of_the_row_state_are_those_of_the_eager_reference(kernels: Kernels) -> None:
+    from megatron_rlvr.ops import reference
+
+    logits = random_logits(5, 777, torch.bfloat16, 3.0, seed=8, gap=1)
+    found = kernels.statistics(logits, random_targets(5, 777, 8), temperature=0.8)
+    maximum = logits.float().max(-1).values
+    assert torch.equal(found.state[:, reference.STATE_MAXIMUM], maximum)
+    assert torch.equal(found.state[:, reference.STATE_ENTROPY], found.entropy)
+    assert torch.equal(found.state[:, reference.STATE_LOGPROB], found.logprob)
+    log_sum = torch.logsumexp((logits.double() - maximum.double().unsqueeze(-1)) / 0.8, -1)
+    torch.testing.assert_close(found.state[:, reference.STATE_LOG_SUM].double(), log_sum, rtol=1e-6, atol=0)
 
 
 def test_no_rows_is_no_launch(kernels: Kernels) -> None:

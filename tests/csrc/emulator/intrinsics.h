@@ -17,6 +17,30 @@ SIMT_HIDDEN inline uint3 grid_size() { return running->grid_size; }
 #define gridDim (simt::grid_size())
 #define __syncthreads() simt::barrier(__LINE__)
 
+// Each in a few exchanges: in round `distance`, lanes whose numbers differ by it swap what they have gathered so far.
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  for (unsigned distance = 16; distance > 0; distance /= 2) {
+    const unsigned lane = simt::thread_index().x % simt::kWarpSize;
+    value = std::max(value, unsigned(simt::exchange(mask, value, lane ^ distance)));
+  }
+  return value;
+}
+inline int __reduce_add_sync(unsigned mask, int value) {
+  for (unsigned distance = 16; distance > 0; distance /= 2) {
+    const unsigned lane = simt::thread_index().x % simt::kWarpSize;
+    value += int(simt::exchange(mask, unsigned(value), lane ^ distance));
+  }
+  return value;
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  const unsigned lane = simt::thread_index().x % simt::kWarpSize;
+  unsigned bits = unsigned(predicate) << lane;
+  for (unsigned distance = 16; distance > 0; distance /= 2) {
+    bits |= unsigned(simt::exchange(mask, bits, lane ^ distance));
+  }
+  return bits;
+}
+
 template <class Value>
 inline Value __shfl_xor_sync(unsigned mask, Value value, int lane_mask) {
   static_assert(sizeof(Value) <= sizeof(uint64_t), "shuffles move at most 8 bytes");

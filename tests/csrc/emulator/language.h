@@ -65,15 +65,21 @@ inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x),
 inline __half __ushort_as_half(unsigned short bits) { return bit_cast_to<__half>(bits); }
 inline unsigned short __half_as_ushort(__half value) { return bit_cast_to<unsigned short>(value); }
 
-// As inexact as the hardware may be: the product with log2(e) is rounded, and 2^x is off by up to 2 units in the last
-// place (CUDA C++ programming guide, intrinsic functions: 2 + floor(|1.173 x|) ulp), here by a hash of the argument.
-inline float emulated_expf(float x) {
-  const float exact = std::exp2(x * 1.44269504f);
-  if (!(exact > 1e-37f && exact < 1e38f) || x == 0.0f) return exact;
-  const int error = int((__float_as_uint(x) * 2654435761u >> 16) % 5u) - 2;
+namespace simt {
+
+// The instruction ex2.approx.ftz.f32, as inexact as the PTX manual allows: off by up to 2^-22 of the result, here by up
+// to 2 units in the last place, by a hash of the argument; 2^0 is 1, and subnormal results are 0.
+inline float approximate_exp2(float y) {
+  const float exact = std::exp2(y);
+  if (exact < 1.1754944e-38f) return 0.0f;
+  if (!(exact > 1e-37f && exact < 1e38f) || y == 0.0f) return exact;
+  const int error = int((__float_as_uint(y) * 2654435761u >> 16) % 5u) - 2;
   return __uint_as_float(unsigned(int(__float_as_uint(exact)) + error));
 }
-#define __expf(x) emulated_expf(x)  // a macro, since glibc declares a function of that name
+
+}  // namespace simt
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;

@@ -124,3 +124,10 @@ def test_bad_arguments(change, message):
     keywords = {name: arguments.pop(name) for name in ("mask", "weight") if name in arguments}
     with pytest.raises(ValueError, match=message):
         ops.clipped_objective(*arguments.values(), PAPER, **keywords)
+
+
+def test_strided_tensors():
+    logprob, old, advantage, _ = make(40, 0)
+    expected = ops.clipped_objective(logprob[::2].clone(), old[::2].clone(), advantage[::2].clone(), PAPER)
+    found = ops.clipped_objective(logprob[::2], old[::2], advantage[::2], PAPER)
+    assert torch.equal(found.objective, expected.objective)

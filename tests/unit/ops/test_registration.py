@@ -15,7 +15,7 @@ def arguments(dtype=torch.float32, moments=False):
     logits, targets = torch.randn(6, 50).to(dtype), torch.randint(0, 50, (6,))
     targets[2] = -100
     partials = OPS.row_statistics(logits, targets, 0, 50, 1.25, moments)
-    state = OPS.token_statistics(logits, targets, partials[None], 0, 1.25)[2]
+    state = OPS.combine_statistics(partials[None], targets, 50, 1.25)[2]
     return logits, targets, partials[None], state, torch.randn(6), torch.randn(6)
 
 
@@ -25,7 +25,8 @@ def test_opcheck_statistics(dtype, moments):
     logits, targets, gathered, state, g, h = arguments(dtype, moments)
     torch.library.opcheck(OPS.row_statistics, (logits, targets, 0, 50, 1.25, moments))
     leaf = logits.clone().requires_grad_()
-    torch.library.opcheck(OPS.token_statistics, (leaf, targets, gathered, 0, 1.25))
+    torch.library.opcheck(OPS.token_statistics, (leaf, targets, gathered, 0, 50, 1.25))
+    torch.library.opcheck(OPS.combine_statistics, (gathered, targets, 50, 1.25))
     torch.library.opcheck(OPS.logits_gradient, (logits, targets, state, g, h, 0, 1.25))
     torch.library.opcheck(OPS.logits_gradient_, (logits.clone(), targets, state, g, h, 0, 1.25))
 

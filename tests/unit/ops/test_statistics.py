@@ -140,6 +140,12 @@ def test_row_stride_and_offset():
     assert wide.grad[:, 304:].abs().max() == 0
 
 
+def test_strided_targets():
+    logits, targets, *_ = make(6, 50, 2.0, 0)
+    strided = torch.stack([targets, targets + 1], dim=1)[:, 0]
+    assert torch.equal(ops.token_statistics(logits, strided).logprob, ops.token_statistics(logits, targets).logprob)
+
+
 def test_row_without_target():
     logits, targets, g, h = make(4, 50, 2.0, 0)
     targets[1] = -100

@@ -1,0 +1,294 @@
+"""Times the operators against eager torch and against what other trainers offer on the same tensors.
+
+    python tools/benchmark_ops.py statistics --shapes 1024x32768,512x151936 --dtype float32 --threads 2
+    python tools/benchmark_ops.py linear --tokens 2048 --hidden 1024 --vocabulary 65536
+    python tools/benchmark_ops.py roofline
+
+Contenders run in turn, repetition by repetition, in one process, so that a busy machine disturbs all of them alike; the
+ratio is that of the medians. Peak memory is what the process's resident set grew by over one call (Linux). Peers are
+taken where they are installed and named where they are not: trl, verl, liger-kernel, cut-cross-entropy.
+The allocator matters to those who allocate: run once with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from megatron_rlvr import ops
+
+H100_BYTES_PER_SECOND = 3.35e12
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Contender:
+    """``prepare()`` makes fresh inputs, untimed; ``run(inputs)`` is timed and returns what ``error`` looks at."""
+
+    name: str
+    prepare: Callable[[], tuple]
+    run: Callable[..., tuple]
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    error: str = ""
+
+
+def resident(name: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def measure(contenders: list[Contender], repeats: int) -> None:
+    for _ in range(repeats):
+        for contender in contenders:
+            inputs = contender.prepare()
+            CLEAR_REFS.write_text("5")  # forget the peak so far
+            before = resident("VmRSS")
+            start = time.perf_counter()
+            kept = contender.run(*inputs)
+            contender.seconds.append(time.perf_counter() - start)
+            contender.peak_bytes = max(contender.peak_bytes, resident("VmHWM") - before)
+            del kept, inputs
+
+
+def report(title: str, contenders: list[Contender], unit_bytes: int) -> None:
+    ours = statistics.median(contenders[0].seconds)
+    print(f"\n{title}; ours is {ops.backend()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| | median ms | fastest ms | time / ours | peak extra MiB | of the logits | error to float64 |")
+    print("|---|---|---|---|---|---|---|")
+    for c in contenders:
+        middle = statistics.median(c.seconds)
+        print(
+            f"| {c.name} | {middle * 1e3:.1f} | {min(c.seconds) * 1e3:.1f} | {middle / ours:.2f} "
+            f"| {c.peak_bytes / 2**20:.1f} | {c.peak_bytes / unit_bytes:.1%} | {c.error} |"
+        )
+
+
+def plain_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logp = torch.log_softmax(logits.float(), -1)
+    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def peer_statistics() -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """Log-prob and entropy as other trainers compute them on the CPU, both with gradient."""
+    found: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
+    try:
+        trl = importlib.import_module("trl.trainer.utils")
+        found["trl selective_log_softmax_and_entropy"] = lambda x, t: trl.selective_log_softmax_and_entropy(x, t)
+    except ImportError as error:
+        print(f"trl: not measured ({error})")
+    try:
+        verl = importlib.import_module("verl.utils.torch_functional")
+        found["verl logprobs_from_logits + entropy_from_logits"] = lambda x, t: (
+            verl.logprobs_from_logits(x, t),
+            verl.entropy_from_logits(x),
+        )
+    except ImportError as error:
+        print(f"verl: not measured ({error})")
+    return found
+
+
+def exact(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return plain_statistics_double(logits.double(), targets)
+
+
+def plain_statistics_double(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logp = torch.log_softmax(logits, -1)
+    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def benchmark_statistics(rows: int, width: int, dtype: torch.dtype, repeats: int) -> None:
+    torch.manual_seed(0)
+    base = torch.randn(rows, width).mul_(3).to(dtype)
+    targets = torch.randint(0, width, (rows,))
+    g, h = torch.randn(rows) / rows, torch.full((rows,), 0.01 / rows)
+
+    def contender(name: str, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Contender:
+        def run(logits: Tensor) -> tuple:
+            logprob, entropy = forward(logits, targets)
+            torch.autograd.backward([logprob, entropy], [g.to(logprob.dtype), h.to(entropy.dtype)])
+            return logprob, entropy, logits.grad
+
+        return Contender(name, lambda: (base.clone().requires_grad_(),), run)
+
+    def ours(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        found = ops.token_statistics(logits, targets)
+        return found.logprob, found.entropy
+
+    def forward_only(logits: Tensor) -> tuple:
+        with torch.no_grad():
+            return (ops.token_statistics(logits, targets).logprob,)
+
+    contenders = [contender("ours, in place", ours), contender("eager torch", plain_statistics)]
+    contenders += [contender(name, forward) for name, forward in peer_statistics().items()]
+    contenders.append(Contender("ours, forward only", lambda: (base,), forward_only))
+    measure(contenders, repeats)
+    few = base[:16].clone()
+    for c in contenders[:-1]:
+        forward = dict(peer_statistics(), **{"ours, in place": ours, "eager torch": plain_statistics})[c.name]
+        with torch.no_grad():
+            found, expected = forward(few, targets[:16]), exact(few, targets[:16])
+        errors = [float((a.double() - b).abs().max()) for a, b in zip(found, expected, strict=True)]
+        c.error = f"log-prob {errors[0]:.1e}, entropy {errors[1]:.1e}"
+    report(f"[{rows}, {width}] {dtype}, forward and backward", contenders, base.numel() * base.element_size())
+
+
+THRESHOLDS = SimpleNamespace(
+    upper=SimpleNamespace(slope=-0.25, intercept=0.5), lower=SimpleNamespace(slope=-0.13, intercept=0.3)
+)
+
+
+def benchmark_linear(tokens: int, width: int, vocabulary: int, repeats: int, chunk_bytes: int, only: str) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, width)
+    weight = torch.randn(vocabulary, width) / width**0.5
+    targets = torch.randint(0, vocabulary, (tokens,))
+    old, advantage = torch.full((tokens,), -11.0), torch.randn(tokens)
+
+    def prepare() -> tuple[Tensor, Tensor]:
+        # gradients exist beforehand, as a trainer's do: what is measured is what comes on top
+        h, w = hidden.clone().requires_grad_(), weight.detach().requires_grad_()
+        w.grad, w.main_grad = torch.zeros_like(w), torch.zeros_like(w)
+        w.grad.add_(0.0), w.main_grad.add_(0.0)  # make the pages resident
+        return h, w
+
+    def fused(h: Tensor, w: Tensor) -> tuple:
+        found = ops.fused_linear_objective(
+            h, w, targets, old, advantage, THRESHOLDS, chunk_bytes=chunk_bytes, loss_scale=1.0
+        )
+        found.loss.backward()
+        return h.grad, w.main_grad
+
+    def unfused(h: Tensor, w: Tensor, statistics_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple:
+        logprob, _ = statistics_of(h @ w.T, targets)
+        (-ops.clipped_objective(logprob, old, advantage, THRESHOLDS).objective.sum()).backward()
+        return h.grad, w.grad
+
+    def in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        found = ops.token_statistics(logits, targets)
+        return found.logprob, found.entropy
+
+    def recomputed(h: Tensor, w: Tensor) -> tuple:
+        found = ops.fused_linear_token_statistics(h, w, targets, chunk_bytes=chunk_bytes)
+        (-ops.clipped_objective(found.logprob, old, advantage, THRESHOLDS).objective.sum()).backward()
+        return h.grad, w.main_grad
+
+    contenders = [
+        Contender("ours, fused_linear_objective", prepare, fused),
+        Contender("unfused: linear, then token_statistics in place", prepare, lambda h, w: unfused(h, w, in_place)),
+        Contender("unfused: linear, then eager torch", prepare, lambda h, w: unfused(h, w, plain_statistics)),
+        Contender("ours, fused_linear_token_statistics (recomputes)", prepare, recomputed),
+    ]
+    contenders += linear_peers(hidden, weight, targets, old, advantage)
+    contenders = [c for c in contenders if only in c.name]
+    measure(contenders, repeats)
+    report(
+        f"hidden [{tokens}, {width}], weight [{vocabulary}, {width}] float32, chunks of {chunk_bytes / 2**20:.0f} MiB",
+        contenders,
+        tokens * vocabulary * 4,
+    )
+
+
+def linear_peers(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, advantage: Tensor) -> list[Contender]:
+    found: list[Contender] = []
+
+    def prepare() -> tuple[Tensor, Tensor]:
+        return hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+
+    try:
+        liger = importlib.import_module("liger_kernel.chunked_loss")
+        loss = liger.LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo")
+        shape = (16, hidden.shape[0] // 16)
+
+        def run_liger(h: Tensor, w: Tensor) -> tuple:
+            out = loss(
+                h.view(*shape, -1),
+                w,
+                targets.view(shape),
+                torch.ones(shape),
+                advantage[: shape[0]],
+                old_per_token_logps=old.view(shape),
+            )
+            out[0].backward()
+            return h.grad, w.grad
+
+        found.append(Contender("liger-kernel LigerFusedLinearGRPOLoss (torch)", prepare, run_liger))
+    except ImportError as error:
+        print(f"liger-kernel: not measured ({error})")
+    try:
+        cce = importlib.import_module("cut_cross_entropy")
+
+        def run_cce(h: Tensor, w: Tensor) -> tuple:
+            nll = cce.linear_cross_entropy(h, w, targets, reduction="none", impl="torch_compile")
+            nll.sum().backward()
+            return h.grad, w.grad
+
+        found.append(Contender("cut-cross-entropy torch_compile (no entropy)", prepare, run_cce))
+    except ImportError as error:
+        print(f"cut-cross-entropy: not measured ({error})")
+    return found
+
+
+# Bytes a bf16 logit moves to and from device memory, forward and backward, and what is held between them.
+ACCOUNTING = (
+    ("ours: read for the statistics; read and write for the gradient", 2 + 2 + 2, 0),
+    ("slime (fp32 copy, softmax kept, gradient in fp32), at least", 56, 4),
+    ("verl (log_softmax, softmax and entropy in fp32)", 144, 8),
+)
+
+
+def roofline() -> None:
+    print(
+        "\nComputed, not measured: traffic / 3.35 TB/s (H100 SXM), T = 8192 tokens, bf16 logits, forward + backward\n"
+    )
+    print("| path | bytes a logit | V/tp = 151936 | V/tp = 18992 (tp 8) | held between, V/tp = 151936 |")
+    print("|---|---|---|---|---|")
+    for name, traffic, held in ACCOUNTING:
+        times = [8192 * v * traffic / H100_BYTES_PER_SECOND * 1e3 for v in (151936, 18992)]
+        print(
+            f"| {name} | {traffic} | {times[0]:.2f} ms | {times[1]:.2f} ms | {8192 * 151936 * held / 2**30:.1f} GiB |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("statistics", "linear", "roofline"))
+    parser.add_argument("--shapes", default="1024x32768,512x151936", help="ROWSxVOCABULARY, comma-separated")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--vocabulary", type=int, default=65536)
+    parser.add_argument("--chunk-mib", type=float, default=48)
+    parser.add_argument("--only", default="", help="linear: only contenders whose name holds this")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.what == "statistics":
+        for shape in arguments.shapes.split(","):
+            rows, width = map(int, shape.split("x"))
+            benchmark_statistics(rows, width, getattr(torch, arguments.dtype), arguments.repeats)
+    elif arguments.what == "linear":
+        benchmark_linear(
+            arguments.tokens,
+            arguments.hidden,
+            arguments.vocabulary,
+            arguments.repeats,
+            int(arguments.chunk_mib * 2**20),
+            arguments.only,
+        )
+    else:
+        roofline()
+
+
+if __name__ == "__main__":
+    main()
