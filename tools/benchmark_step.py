@@ -6,7 +6,8 @@ the same state of the machine. TRL runs under PYTHON, an interpreter with the `b
 --trl-python only this project is measured.
 
 On a machine that is busy with other work, set OMP_WAIT_POLICY=passive for both: threads that spin while they wait for a
-preempted one make a step many times slower there (our trainer does so by itself). Exit status 2, with one line on stderr, for what the user can mend.
+preempted one make a step many times slower there (our trainer does so by itself). Exit status 2, with one line on
+stderr, for what the user can mend.
 """
 
 from __future__ import annotations
