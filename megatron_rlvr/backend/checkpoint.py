@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_torch
 
@@ -58,6 +59,21 @@ class Checkpoints:
 
     folder: Path
     keep: int
+
+    @staticmethod
+    def check(policy: Policy) -> None:
+        """Refuse an optimizer whose state would be read back wrongly.
+
+        Raises:
+            UserError: for the distributed optimizer over torch's Adam, whose step count megatron-core 0.16 loses.
+        """
+        inner = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+        sharded = [o.optimizer for o in inner if isinstance(o, DistributedOptimizer)]
+        if any(type(o).__module__.startswith("torch.") for o in sharded):
+            raise UserError(
+                "parallel.distributed_optimizer=true needs the Adam of Transformer Engine or of a source build of Apex: "
+                "torch's would resume from a checkpoint with its step count lost; set it false, or install one"
+            )
 
     def save(self, step: int, policy: Policy, state: dict[str, Any]) -> Path:
         """Write the state after `step` steps and drop the oldest beyond `keep`."""

@@ -36,6 +36,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("algorithm.advantage=gae", "algorithm.advantage must be one of"),
         ("verifier.name=oracle", "verifier 'oracle' is not known"),
         ("parallel.tensor=2", "does not divide the 1 processes"),
+        ("parallel.distributed_optimizer=true", "needs the Adam of Transformer Engine"),
         ("parallel.sequence=true", "needs parallel.tensor > 1"),
         ("data.max_prompt_tokens=3", "data.max_prompt_tokens=3"),
         ("rollout.prompts_per_step=128", "prompts per step must be between 1 and the number of examples (64)"),
