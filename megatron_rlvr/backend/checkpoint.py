@@ -71,8 +71,8 @@ class Checkpoints:
         sharded = [o.optimizer for o in inner if isinstance(o, DistributedOptimizer)]
         if any(type(o).__module__.startswith("torch.") for o in sharded):
             raise UserError(
-                "parallel.distributed_optimizer=true needs the Adam of Transformer Engine or of an Apex built from source: "
-                "torch's would resume from a checkpoint with its step count lost; set it false, or install one"
+                "parallel.distributed_optimizer=true needs the Adam of Transformer Engine or of an Apex built from "
+                "source: torch's would resume from a checkpoint with its step count lost; set it false, or install one"
             )
 
     def save(self, step: int, policy: Policy, state: dict[str, Any]) -> Path:
