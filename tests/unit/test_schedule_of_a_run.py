@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -24,7 +25,7 @@ def test_learning_rate_decays_to_its_minimum() -> None:
     config = OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4)
     rates = [learning_rate(config, step, 11) for step in range(11)]
     assert rates[0] == pytest.approx(1e-3) and rates[5] == pytest.approx(5.5e-4) and rates[10] == pytest.approx(1e-4)
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
 
 
 def test_step_timer_accounts_for_the_whole_step() -> None:
