@@ -253,7 +253,7 @@ def linear_peers(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, a
     return found
 
 
-# Bytes that a bf16 logit moves to and from device memory, forward and backward; the peers' as counted from their source.
+# Bytes that a bf16 logit moves to and from device memory, forward and backward; peers as counted from their source.
 TRAFFIC = (
     ("ours: read; then read and write", 6),
     ("slime, at least", 56),
