@@ -118,7 +118,7 @@ def statistics_of_shard(
     start, vocabulary = shard.rank * width, shard.count * width
     ops = torch.ops.megatron_rlvr
     partials = ops.row_statistics(logits, targets, start, vocabulary, inverse_temperature, second_moments)
-    gathered = gather_partials(partials, shard, group)
+    gathered = gather_partials(partials, shard, group, width, inverse_temperature)
     return ops.combine_statistics(gathered, targets, vocabulary, inverse_temperature)
 
 
@@ -136,7 +136,7 @@ def _traceable(
     partials = torch.ops.megatron_rlvr.row_statistics(
         logits.detach(), targets, start, shard.count * width, inverse_temperature, second_moments
     )
-    gathered = gather_partials(partials, shard, group)
+    gathered = gather_partials(partials, shard, group, width, inverse_temperature)
     logprob, entropy, _, moments = torch.ops.megatron_rlvr.token_statistics(
         logits, targets, gathered, start, shard.count * width, inverse_temperature
     )

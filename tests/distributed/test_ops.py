@@ -101,6 +101,15 @@ def check_broken_shard(rank, world):
         ops.token_statistics(shard, targets, group=dist.group.WORLD)
 
 
+def check_unequal_shards(rank, world):
+    """Shards of unequal width would be read as other tokens: every rank says so, with what each one holds."""
+    targets = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"group: .*V/tp \[10, 12\]"):
+        ops.token_statistics(torch.zeros(4, 10 + 2 * rank), targets, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"1 / temperature \[1.0, 0.5\]"):
+        ops.token_statistics(torch.zeros(4, 10), targets, group=dist.group.WORLD, temperature=1.0 + rank)
+
+
 def check_groups(rank, world):
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     logits, targets, g, h = make(3.0, rank // 2)
@@ -171,6 +180,10 @@ def test_shards_agree_with_the_whole(world, scale, dtype):
 
 def test_broken_shard_raises_everywhere():
     run(check_broken_shard, 2)
+
+
+def test_unequal_shards_are_refused():
+    run(check_unequal_shards, 2)
 
 
 def test_subgroups():

@@ -40,6 +40,7 @@ def test_an_unknown_wish_is_refused():
 
 
 def test_missing_kernels_are_announced_once(monkeypatch, tmp_path):
+    monkeypatch.delenv("MEGATRON_RLVR_OPS", raising=False)
     monkeypatch.setattr(compiled, "_PATH", tmp_path / "_C.so")
     monkeypatch.setattr(compiled, "_announced", set())
     with warnings.catch_warnings(record=True) as caught:
@@ -53,6 +54,7 @@ def test_missing_kernels_are_announced_once(monkeypatch, tmp_path):
 def test_a_library_that_does_not_load_is_an_error_and_no_fallback(monkeypatch, tmp_path):
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not a library")
+    monkeypatch.delenv("MEGATRON_RLVR_OPS", raising=False)
     monkeypatch.setattr(compiled, "_PATH", broken)
     with pytest.raises(ImportError, match="does not load"):
         compiled.load_kernels()
