@@ -5,7 +5,7 @@ Unknown keys, wrong types and impossible values are refused with one line that s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,39 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+# What makes a run the run it is. The rest (more steps, another layout, other telemetry) may change on the way.
+_IDENTITY = ("seed", "data", "verifier", "rollout", "algorithm", "optimizer")
+_MAY_CHANGE = ("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch")
+
+
+def check_same_run(config: Config, path: Path) -> None:
+    """Refuse to resume a run under settings that would make it another one.
+
+    Args:
+        config: of now.
+        path: the resolved configuration that the run began with.
+
+    Raises:
+        UserError: naming the first setting that differs.
+    """
+    then = OmegaConf.to_container(OmegaConf.load(path))
+    now = OmegaConf.to_container(OmegaConf.structured(config))
+    for key, old, new in _differences(then, now):
+        if key.split(".")[0] in _IDENTITY and key not in _MAY_CHANGE:
+            raise UserError(
+                f"{path.parent} holds a run with {key}={old}, this one has {new}: "
+                "choose another run_directory, or set it back"
+            )
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key, old, new
 
 
 def check(config: Config) -> None:

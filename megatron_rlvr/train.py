@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from megatron_rlvr.backend import device, parallel
-from megatron_rlvr.config import Config, load_config, save_config, warnings_of
+from megatron_rlvr.config import Config, check_same_run, load_config, save_config, warnings_of
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.errors import UserError, mendable
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, StopSignal, owned
@@ -180,7 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for line in warnings_of(config):
                     print(f"warning: {line}", file=sys.stderr)
                 resources.enter_context(owned(Path(config.run_directory)))
-                save_config(config, Path(config.run_directory) / "config.yaml")
+                resolved = Path(config.run_directory) / "config.yaml"
+                if (resolved.parent / "checkpoints" / "latest").is_file() and resolved.is_file():
+                    check_same_run(config, resolved)
+                save_config(config, resolved)
             layout = resources.enter_context(parallel.parallel_groups(config.parallel, config.seed))
             return train(config, layout, resources)
     except UserError as error:

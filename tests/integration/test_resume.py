@@ -15,6 +15,13 @@ from megatron_rlvr.lifecycle import EXIT_STOPPED
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
 from tests.conftest import ROOT, environment, run_trainer
 
+FIELDS = {
+    *("step", "reward", "entropy", "ratio_max", "grad_norm", "kl_rollout", "lr", "tokens"),
+    *("clip/upper_slope", "clip/upper_intercept", "clip/lower_slope", "clip/lower_intercept"),
+    *("clip/fraction_high", "clip/fraction_low", "region/E1", "region/E2", "region/E3", "region/E4"),
+    *("entropy_change/predicted", "entropy_change/measured", "time/step", "time/generate"),
+}
+
 
 def _start(config: Path, *overrides: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "megatron_rlvr.train", str(config), *overrides]
@@ -59,6 +66,7 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(run_yaml: Path, tmp
     expected, found = read_metrics(whole), read_metrics(broken)
     assert [deterministic(r) for r in found] == [deterministic(r) for r in expected]
     assert len({r["grad_norm"] for r in found}) == 8
+    assert found[0].keys() >= FIELDS
     assert (broken / "evaluations.jsonl").read_bytes() == (whole / "evaluations.jsonl").read_bytes()
     theirs = load_file(whole / "huggingface" / "model.safetensors")
     for name, tensor in load_file(broken / "huggingface" / "model.safetensors").items():
@@ -95,6 +103,16 @@ def test_checkpoint_of_another_model_is_refused(run_yaml: Path, tmp_path: Path) 
         in done.stderr
     )
     assert "Traceback" not in done.stderr
+
+
+def test_resuming_under_other_settings_is_refused(run_yaml: Path, tmp_path: Path) -> None:
+    from megatron_rlvr.train import main
+
+    assert main([str(run_yaml), "steps=1"]) == 0
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    assert main([str(run_yaml), "steps=2", "algorithm.schedule.name=constant"]) == 2
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert main([str(run_yaml), "steps=2", "telemetry.plots=true"]) == 0
 
 
 @pytest.mark.parametrize("objective", ["gspo", "ce-gppo"])
