@@ -3,11 +3,11 @@
     h[k+1] = h[k] + a[k] (d + g_clip * s[k] + g_steer * f[k]) + process noise,     y[k] = h[k] + measurement noise
 
 h is ln entropy, a the learning rate relative to its peak, s in [-1, 1] the position of the clip thresholds, f the
-steering's drive (see :class:`~megatron_rlvr.control.steering.SteeringResponse`), d the drift that neither explains and g
-the two gains: the state is (h, d, g_clip, g_steer). It is linear in the state given a, s and f, so one filter smooths
-the measurement, estimates the disturbance - which is what an integral term would do - and learns the gains. It is told what was really
-applied, so a saturated actuator winds nothing up. Logarithms make the gains and the noise relative, and nearly constant
-while entropy falls by a factor.
+steering's drive (see :class:`~megatron_rlvr.control.steering.SteeringResponse`), d the drift that neither explains and
+g the two gains: the state is (h, d, g_clip, g_steer). It is linear in the state given a, s and f, so one filter smooths
+the measurement, estimates the disturbance - which is what an integral term would do - and learns the gains. It is told
+what was really applied, so a saturated actuator winds nothing up. Logarithms make the gains and the noise relative, and
+nearly constant while entropy falls by a factor.
 
 How noisy the updates themselves are differs by an order of magnitude between runs, and decides how much of a measured
 error to believe. So several filters that differ in their process noise run side by side, and the one that has predicted
