@@ -1,13 +1,13 @@
 """An online model of how entropy answers to control: Kalman filters in the logarithm of the entropy.
 
-    h[k+1] = h[k] + d + g_clip * s[k] + g_steer * f[k] + process noise,        y[k] = h[k] + measurement noise
+    h[k+1] = h[k] + a[k] (d + g_clip * s[k] + g_steer * f[k]) + process noise,     y[k] = h[k] + measurement noise
 
-h is ln entropy, s in [-1, 1] the position of the clip thresholds, f the steering's drive (see
-:class:`~megatron_rlvr.control.steering.SteeringResponse`), d the drift that neither explains and g the two gains: the
-state is (h, d, g_clip, g_steer). It is linear in the state given s and f, so one filter smooths the measurement,
-estimates the disturbance - which is what an integral term would do - and learns the gains. It is told what was really
-applied, so a saturated actuator winds nothing up. Logarithms make the gains and the noise relative, and nearly constant
-while entropy falls by a factor.
+h is ln entropy, a the learning rate relative to its peak, s in [-1, 1] the position of the clip thresholds, f the
+steering's drive (see :class:`~megatron_rlvr.control.steering.SteeringResponse`), d the drift that neither explains and
+g the two gains: the state is (h, d, g_clip, g_steer). It is linear in the state given a, s and f, so one filter smooths
+the measurement, estimates the disturbance - which is what an integral term would do - and learns the gains. It is told
+what was really applied, so a saturated actuator winds nothing up. Logarithms make the gains and the noise relative, and
+nearly constant while entropy falls by a factor.
 
 How noisy the updates themselves are differs by an order of magnitude between runs, and decides how much of a measured
 error to believe. So several filters that differ in their process noise run side by side, and the one that has predicted
@@ -56,9 +56,9 @@ class EntropyPlant:
         ]
         self.covariance = [[spread[i] ** 2 if i == j else 0.0 for j in range(SIZE)] for i in range(SIZE)]
 
-    def advance(self, clip: float, drive: float) -> None:
-        """Predict one step ahead under the clip position and the steering drive that were applied."""
-        row = [1.0, 1.0, clip, drive]
+    def advance(self, applied: tuple[float, float, float]) -> None:
+        """Predict one step ahead under what was ``applied``: (a, a * s, a * f)."""
+        row = [1.0, *applied]
         self.mean[0] = sum(a * x for a, x in zip(row, self.mean, strict=True))
         P = self.covariance
         first = [sum(row[k] * P[k][j] for k in range(SIZE)) for j in range(SIZE)]
@@ -114,11 +114,11 @@ class PlantBank:
             plant.start(log_entropy, deviation)
         self._started = True
 
-    def step(self, clip: float, drive: float, log_entropy: float, deviation: float) -> float:
+    def step(self, applied: tuple[float, float, float], log_entropy: float, deviation: float) -> float:
         """Advance under what was applied, then take in the measurement; returns the best filter's innovation."""
         best, result = self.best, 0.0
         for plant in self.plants:
-            plant.advance(clip, drive)
+            plant.advance(applied)
             innovation = plant.correct(log_entropy, deviation)
             result = innovation if plant is best else result
         return result

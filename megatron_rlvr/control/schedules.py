@@ -36,12 +36,14 @@ class ClipSchedule:
         tokens: int | None = None,
         response: SteeringResponse | None = None,
         standard_error: float | None = None,
+        rate: float = 1.0,
     ) -> None:
         """Take in the mean entropy (nats a token) measured before the updates of ``step``.
 
         ``tokens`` is the number of response tokens trained on before this step; needed only when progress is counted
-        in tokens. ``response`` (what steering would do to this step's tokens) and ``standard_error`` (of ``entropy``,
-        nats) help :class:`TargetEntropy`; the other schedules ignore them.
+        in tokens. ``response`` (what steering would do to this step's tokens), ``standard_error`` (of ``entropy``,
+        nats) and ``rate`` (this step's learning rate relative to its peak, 0 to 1) help :class:`TargetEntropy`; the
+        other schedules ignore them.
         Raises ValueError when ``step`` is negative or ``entropy`` is no finite, non-negative number.
         """
         check_observation(step, entropy)
@@ -136,6 +138,7 @@ class DynamicSchedule(ClipSchedule):
         tokens: int | None = None,
         response: SteeringResponse | None = None,
         standard_error: float | None = None,
+        rate: float = 1.0,
     ) -> None:
         check_observation(step, entropy)
         if self.total_tokens is not None:
@@ -241,6 +244,7 @@ class OscillatoryDecay(DynamicSchedule):
         tokens: int | None = None,
         response: SteeringResponse | None = None,
         standard_error: float | None = None,
+        rate: float = 1.0,
     ) -> None:
         super().observe(step, entropy, tokens=tokens)
         if self.initial_entropy is None:

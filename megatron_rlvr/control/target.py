@@ -48,7 +48,7 @@ class TargetEntropy(DynamicSchedule):
     _progress: float = field(default=0.0, init=False, repr=False)
     _position: float = field(default=0.0, init=False, repr=False)
     _steering: float = field(default=0.0, init=False, repr=False)
-    _drive: float = field(default=0.0, init=False, repr=False)
+    _applied: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0), init=False, repr=False)
     _metrics: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -78,12 +78,15 @@ class TargetEntropy(DynamicSchedule):
         tokens: int | None = None,
         response: SteeringResponse | None = None,
         standard_error: float | None = None,
+        rate: float = 1.0,
     ) -> None:
         super().observe(step, entropy, tokens=tokens)
         if step <= self._step:
             raise ValueError(f"{self.name}: step {step} was observed already; observe() is called once a step")
         if standard_error is not None and not 0.0 <= standard_error < math.inf:
             raise ValueError(f"{self.name}: the standard error of step {step} must be finite, found {standard_error!r}")
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"{self.name}: rate is the learning rate relative to its peak, 0 to 1, found {rate!r}")
         if self.initial_entropy is None:
             self.initial_entropy = first_entropy(self.name, step, entropy)
         entropy = max(entropy, 1e-6 * self.initial_entropy)  # a dead policy has entropy 0, and ln 0 would stop the run
@@ -92,12 +95,12 @@ class TargetEntropy(DynamicSchedule):
             self._plant.start(math.log(entropy), deviation)
             innovation = 0.0
         else:
-            innovation = self._plant.step(self._position, self._drive, math.log(entropy), deviation)
+            innovation = self._plant.step(self._applied, math.log(entropy), deviation)
         previous, self._progress = self._progress, self.progress(step)
         # Steps are evenly spaced; tokens are taken to come at the rate of the step before.
         ahead = (step + 1) / self.total_steps if self.total_tokens is None else 2 * self._progress - previous
         self._step = step
-        self._decide(self._target(self._progress), self._target(ahead), response or NEUTRAL)
+        self._decide(self._target(self._progress), self._target(ahead), response or NEUTRAL, rate)
         self._metrics |= {
             "control/error": entropy / self._target(self._progress) - 1.0,
             "control/innovation": innovation,
@@ -107,9 +110,11 @@ class TargetEntropy(DynamicSchedule):
         assert self.initial_entropy is not None
         return self.curve.value(progress, self.initial_entropy)
 
-    def _decide(self, target: float, next_target: float, response: SteeringResponse) -> None:
+    def _decide(self, target: float, next_target: float, response: SteeringResponse, rate: float) -> None:
         """Choose the thresholds' position and the steering for this step."""
-        log_entropy, drift, clip_gain, steering_gain = self._plant.best.mean
+        log_entropy = self._plant.best.mean[0]
+        # A step moves entropy in proportion to its learning rate; without it, warm-up would be taken for a small gain.
+        drift, clip_gain, steering_gain = (rate * value for value in self._plant.best.mean[1:])
         unsteered = response.drive(0.0)
         free = log_entropy + drift + steering_gain * unsteered  # ln H after the step, without intervention
         error = math.log(target) - log_entropy
@@ -118,27 +123,27 @@ class TargetEntropy(DynamicSchedule):
             wanted = max(math.log(next_target) - free, 0.0)
         if abs(wanted) <= self.dead_band:
             wanted = 0.0
-        self._position = min(max(wanted / clip_gain, -1.0), 1.0) if self.clip_gain else 0.0
+        self._position = min(max(wanted / clip_gain, -1.0), 1.0) if clip_gain else 0.0
         rest = wanted - clip_gain * self._position if abs(self._position) in (0.0, 1.0) else 0.0
-        asked = unsteered + rest / steering_gain
-        steering = response.steering_for(asked, self.steering_limit) if rest else 0.0
+        steering = 0.0
+        if rest and steering_gain:
+            steering = response.steering_for(unsteered + rest / steering_gain, self.steering_limit)
         # One wild step can wreck a policy, and the gain is least known at the start: u leaves 0 by small steps.
         low, high = min(self._steering, 0.0) - self.steering_rate, max(self._steering, 0.0) + self.steering_rate
         self._steering = min(max(steering, low), high)
-        self._drive = response.drive(self._steering)
+        drive = response.drive(self._steering)
+        self._applied = (rate, rate * self._position, rate * drive)
         steering_saturated = abs(self._steering) >= self.steering_limit and rest != 0.0
         self._metrics = {
             "control/target": target,
             "control/estimate": math.exp(log_entropy),
             "control/next_target": next_target,
             "control/predicted_free": math.exp(free),
-            "control/predicted": math.exp(
-                log_entropy + drift + clip_gain * self._position + steering_gain * self._drive
-            ),
-            "control/drift": drift,
+            "control/predicted": math.exp(log_entropy + drift + clip_gain * self._position + steering_gain * drive),
+            "control/drift": self._plant.best.mean[1],
             "control/process_noise": self._plant.best.process_noise,
-            "control/clip_gain": clip_gain,
-            "control/steering_gain": steering_gain,
+            "control/clip_gain": self._plant.best.mean[2],
+            "control/steering_gain": self._plant.best.mean[3],
             "control/clip_position": self._position,
             "control/steering": self._steering,
             # 0: none works, 1: the thresholds alone, 2: steering on top of them
@@ -169,7 +174,7 @@ class TargetEntropy(DynamicSchedule):
             "progress": self._progress,
             "position": self._position,
             "steering": self._steering,
-            "drive": self._drive,
+            "applied": list(self._applied),
         }
         return {**super().state_dict(), **own}
 
@@ -178,4 +183,6 @@ class TargetEntropy(DynamicSchedule):
         self.initial_entropy = state["initial_entropy"]
         self._plant.load_state_dict(state["plant"])
         self._step, self._progress = state["step"], state["progress"]
-        self._position, self._steering, self._drive = state["position"], state["steering"], state["drive"]
+        self._position, self._steering = state["position"], state["steering"]
+        rate, clip, drive = state["applied"]
+        self._applied = (rate, clip, drive)

@@ -31,9 +31,9 @@ class Plant:
         natural = -0.1 + self.random.gauss(0, 0.03)  # what the step's tokens would do by themselves
         return SteeringResponse(change=0.02 * natural, slope=0.02, ascent=0.1, ascent_slope=0.1 * self.imbalance)
 
-    def apply(self, thresholds, response, position):
+    def apply(self, thresholds, response, position, rate=1.0):
         change = self.drift + self.gain * response.drive(thresholds.steering) + self.clip_gain * position
-        self.log_entropy += change + self.random.gauss(0, self.process)
+        self.log_entropy += rate * change + self.random.gauss(0, self.process)
 
 
 def follow(schedule, curve, plant, steps, feed_forward=True):
@@ -73,6 +73,28 @@ def test_the_gain_may_be_several_times_off(gain):
         assert rms(measured, target) < 0.055, (seed, rms(measured, target))
         if gain > 0.05:  # below, the noise of 100 steps hides it
             assert gain / 3 < schedule.metrics()["control/steering_gain"] < gain * 3
+
+
+def test_a_known_learning_rate_is_not_taken_for_a_changed_gain():
+    """Warm-up over 10 steps, then a cosine down to a tenth: told the rate, the filter keeps the true gain."""
+    errors = {True: [], False: []}
+    for seed in range(8):
+        for told in (True, False):
+            schedule, plant, curve = TargetEntropy(60, curve=EntropyCurve()), Plant(seed), EntropyCurve()
+            measured = []
+            for step in range(60):
+                rate = min(1.0, (step + 1) / 10) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 59)))
+                entropy, response = plant.measure(), plant.response()
+                schedule.observe(step, entropy, response=response, rate=rate if told else 1.0)
+                measured.append(entropy)
+                plant.apply(schedule.thresholds(step), response, schedule.metrics()["control/clip_position"], rate)
+            errors[told].append(rms(measured, [curve.value(0, measured[0])] * 60))
+            if told:
+                assert 0.1 < schedule.metrics()["control/steering_gain"] < 0.35
+    assert sum(errors[True]) < sum(errors[False])
+    assert max(errors[True]) < 0.05
+    with pytest.raises(ValueError, match="relative to its peak"):
+        TargetEntropy(10).observe(0, 0.5, rate=1e-4 * 1e6)
 
 
 def test_without_noise_the_error_dies_out():
