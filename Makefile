@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format clean
+.PHONY: help setup quickstart study test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,11 @@ quickstart: $(STAMP)  ## RLVR on Countdown in minutes; ARGS="key=value ..." over
 	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
 	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
 	$(BIN)/python -m megatron_rlvr.train examples/quickstart/quickstart.yaml $(ARGS)
+
+study: $(STAMP)  ## every strategy on the quickstart's task, 5 seeds each (about 2 hours), into docs/entropy_study.md
+	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
+	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
+	$(BIN)/python examples/entropy_study/study.py run && $(BIN)/python examples/entropy_study/study.py report
 
 test: $(STAMP) lint  ## everything CI runs
 	$(BIN)/python -m pytest tests

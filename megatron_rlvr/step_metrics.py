@@ -38,15 +38,13 @@ class RolloutMeasure:
 
 
 def measure_rollout(
-    batch: RolloutBatch, advantage: Tensor, token_weight: Tensor, scores: TokenScores, reports: bool, leader: bool
+    batch: RolloutBatch, token_weight: Tensor, scores: TokenScores, reports: bool, leader: bool
 ) -> RolloutMeasure:
-    """Reward, lengths, exact entropy, train/rollout mismatch, and the predicted entropy change of a step.
-
-    The predicted change is the mean over tokens of non-zero advantage, per unit of learning rate.
+    """Reward, lengths, exact entropy, train/rollout mismatch, and the response to steering of a step.
 
     Args:
         batch: this rank's rollouts.
-        advantage, token_weight: float32 [N].
+        token_weight: float32 [N].
         scores: of the old policy; real where `reports`.
         reports: whether this process speaks for its data-parallel rank's last stage.
         leader: whether it speaks for its data-parallel rank's rollouts.
@@ -59,7 +57,6 @@ def measure_rollout(
     response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
     scored = {
         "entropy": scores.entropy.sum(dtype=torch.float64),
-        "predicted": scores.entropy_change.sum(dtype=torch.float64),
         # k3 of KL(rollout || train), from tokens that the rollout policy drew: r - 1 - ln r with r = train / rollout.
         "kl_rollout": (difference.expm1() - difference).sum(dtype=torch.float64),
         "mismatch/mean": difference.abs().sum(dtype=torch.float64),
@@ -70,7 +67,6 @@ def measure_rollout(
     }
     rolled: dict[str, float | Tensor] = {
         "tokens": batch.token_count,
-        "active_tokens": batch.response_lengths[advantage != 0].sum(),
         "sequences": len(batch.rewards),
         "groups": len(groups),
         "reward": batch.rewards.sum(dtype=torch.float64),
@@ -92,7 +88,6 @@ def measure_rollout(
         "mixed_groups_fraction": count["mixed_groups"] / count["groups"],
         "entropy": entropy,
         "entropy_standard_error": standard_error,
-        "entropy_change/predicted": total["predicted"] / max(1.0, count["active_tokens"]),
         "kl_rollout": total["kl_rollout"] / tokens,
         "mismatch/mean": total["mismatch/mean"] / tokens,
         "mismatch/max": parallel.max_over_job({"largest": largest})["largest"],

@@ -23,14 +23,14 @@ from megatron_rlvr.config import Config, check_same_run, load_config, save_confi
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.errors import UserError, mendable
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, StopSignal, owned
-from megatron_rlvr.objectives import aggregation_weights, build_objective, group_advantages
+from megatron_rlvr.objectives import build_objective, group_advantages
 from megatron_rlvr.telemetry.timer import StepTimer
 
 device.install()  # before anything imports megatron.core
 
+from megatron_rlvr.backend.aggregation import token_weights  # noqa: E402
 from megatron_rlvr.backend.checkpoint import Checkpoints  # noqa: E402
 from megatron_rlvr.backend.policy import Policy, learning_rate  # noqa: E402
-from megatron_rlvr.data.batch import RolloutBatch  # noqa: E402
 from megatron_rlvr.rollout.build import build_engine  # noqa: E402
 from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
 from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
@@ -96,20 +96,21 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         with timer.part("score"):
             scores = policy.score(batch, advantage)
         weight = token_weights(config, batch, layout)
-        measured = measure_rollout(batch, advantage, weight, scores, policy.reports, layout.is_leader)
+        measured = measure_rollout(batch, weight, scores, policy.reports, layout.is_leader)
+        rate = learning_rate(config.optimizer, step, config.steps)
         schedule.observe(
             step,
             measured.entropy,
             tokens=tokens_seen,
             response=measured.response,
             standard_error=measured.standard_error,
+            rate=rate / config.optimizer.learning_rate,
         )
         objective.observe(step, measured.entropy)
         tokens_seen += int(measured.record["tokens"])
         thresholds = schedule.thresholds(step)
 
         report.phase("updating")
-        rate = learning_rate(config.optimizer, step, config.steps)
         policy.set_learning_rate(rate)
         updates = []
         for _ in range(algorithm.epochs):
@@ -128,7 +129,14 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         stopping = parallel.any_rank(stop.received is not None)
         finished = step + 1 == config.steps
         record = {"step": step, **measured.record, **update_metrics(updates, algorithm.epochs, policy.reports)}
-        record |= {**thresholds.metrics(), **schedule.metrics(), **objective.metrics(), "lr": rate}
+        predicted = measured.response.predicted(thresholds.steering) / algorithm.minibatches
+        record |= {
+            "entropy_change/predicted": predicted,
+            **thresholds.metrics(),
+            **schedule.metrics(),
+            **objective.metrics(),
+            "lr": rate,
+        }
         if finished:
             evaluate(config.steps)
         # The line first: a resume cuts a line too many, but could not make up for one that is missing.
@@ -144,24 +152,6 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         policy.bridge.save(policy.model, directory / "huggingface", write=layout.is_main)
     report.finish()
     return EXIT_DONE
-
-
-def token_weights(config: Config, batch: RolloutBatch, layout: parallel.Layout) -> torch.Tensor:
-    """float32 [N]: the aggregation weight of every token of each sequence within its minibatch, over the whole job."""
-    parts = batch.minibatches(config.algorithm.minibatches)
-    tokens = {f"{m:06d}": float(batch.response_lengths[part].sum()) for m, part in enumerate(parts)}
-    totals = parallel.sum_over_job(tokens, contributes=layout.is_leader)
-    weights = [
-        aggregation_weights(
-            config.algorithm.aggregation,
-            batch.response_lengths[part],
-            config.rollout.max_tokens,
-            sequence_count=len(part) * layout.data_size,
-            token_count=int(total),
-        )
-        for part, total in zip(parts, totals.values(), strict=True)
-    ]
-    return torch.cat(weights)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
