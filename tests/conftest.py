@@ -98,16 +98,17 @@ def environment() -> dict[str, str]:
 
 def run_trainer(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
     """`python -m megatron_rlvr.train`, under torchrun for several processes; the test fails unless status is 0."""
-    return _launch(["-m", "megatron_rlvr.train", *map(str, arguments)], processes, check)
+    return launch(["-m", "megatron_rlvr.train", *map(str, arguments)], processes, check)
 
 
 def run_trainers(runs: Sequence[Sequence[object]], processes: int = 1) -> None:
     """Several trainings one after the other in the same processes, which import torch and megatron-core once."""
     lines = [json.dumps([str(a) for a in run]) for run in runs]
-    _launch([str(ROOT / "tests" / "train_each.py"), *lines], processes, check=True)
+    launch([str(ROOT / "tests" / "train_each.py"), *lines], processes, check=True)
 
 
-def _launch(program: list[str], processes: int, check: bool) -> subprocess.CompletedProcess[str]:
+def launch(program: list[str], processes: int, check: bool) -> subprocess.CompletedProcess[str]:
+    """Run a Python program, under torchrun for several processes; with `check` the test fails unless status is 0."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors import SafetensorError
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 with warnings.catch_warnings():  # mbridge imports every family it knows, some of which complain about missing extras
     warnings.simplefilter("ignore")
@@ -22,17 +22,12 @@ with warnings.catch_warnings():  # mbridge imports every family it knows, some o
 
 from megatron_rlvr.backend import device, layer_spec
 from megatron_rlvr.backend.model import PolicyModel
+from megatron_rlvr.backend.model_folder import SHARD_BYTES, tensor_files, write_folder
 from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.errors import UserError
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "added_tokens.json",
-)
+SUPPORTED = ("qwen2", "qwen3", "llama")
+"""Families that the tests hold to transformers; mbridge knows more."""
 
 
 class PolicyBridge:
@@ -65,12 +60,6 @@ class PolicyBridge:
 
     def build(self) -> PolicyModel:
         """This pipeline stage's model on this process's device, weights not yet loaded."""
-        parameters = getattr(self.hf_config, "rope_parameters", None) or {}
-        scaling = parameters if parameters.get("rope_type", "default") != "default" else None
-        if scaling and scaling["rope_type"] != "llama3":
-            raise UserError(
-                f"{self.path}/config.json: rope_type {scaling['rope_type']!r} is not supported: default or llama3"
-            )
         model = PolicyModel(
             config=self.config,
             transformer_layer_spec=layer_spec.layer_spec(self.config, self.spec_name),
@@ -78,12 +67,14 @@ class PolicyBridge:
             max_sequence_length=self.hf_config.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
-            share_embeddings_and_output_weights=bool(getattr(self.hf_config, "tie_word_embeddings", False)),
+            share_embeddings_and_output_weights=is_tied(self.hf_config),
             position_embedding_type="rope",
-            rotary_base=parameters.get("rope_theta", getattr(self.hf_config, "rope_theta", 10000.0)),
-            rope_scaling=scaling is not None,
-            rope_scaling_factor=scaling["factor"] if scaling else 8.0,
+            rotary_base=self.hf_config.rope_parameters["rope_theta"],
         )
+        if self.hf_config.rope_parameters["rope_type"] == "llama3":
+            # megatron-core's own scaling takes the factor alone; a model may have other wavelengths, too.
+            frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](self.hf_config, device.device())
+            model.rotary_pos_emb.inv_freq = frequencies
         for parameter in model.parameters():
             # Gradient norms and exports ask every parameter whether it is split over tensor-parallel ranks.
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -96,10 +87,7 @@ class PolicyBridge:
             UserError: when a tensor is missing or a file cannot be read.
         """
         folder = Path(path or self.path)
-        if not list(folder.glob("*.safetensors")):
-            raise UserError(
-                f"{folder} holds no *.safetensors: save the model with save_pretrained(..., safe_serialization=True)"
-            )
+        tensor_files(folder)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -118,23 +106,18 @@ class PolicyBridge:
                     seen.add(name)
                     yield name, tensor
 
-    def save(self, model: PolicyModel, folder: str | Path, write: bool) -> None:
-        """Write a complete Hugging Face folder; only the process with `write` touches the disk. Collective."""
-        from safetensors.torch import save_file
+    def save(self, model: PolicyModel, folder: str | Path, write: bool, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write a complete Hugging Face folder; only the process with `write` touches the disk. Collective.
 
-        folder = Path(folder)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.export(model) if write}
-        if not write:
-            return
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        for pattern in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
-            for file in self.path.glob(pattern):
-                shutil.copy2(file, partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        Raises:
+            UserError: when the folder cannot be written.
+        """
+        tensors = self.export(model)
+        if write:
+            write_folder(Path(folder), tensors, companions=self.path, shard_bytes=shard_bytes)
+        else:
+            for _ in tensors:
+                pass
 
 
 def read_config(path: Path) -> Any:
@@ -155,11 +138,31 @@ def read_config(path: Path) -> Any:
         config = AutoConfig.from_pretrained(path)
     except (ValueError, OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path}/config.json cannot be read: {str(error).splitlines()[0]}") from error
-    if config.model_type not in BRIDGES:
-        raise UserError(
-            f"{path}: model_type {config.model_type!r} is not supported: one of {', '.join(sorted(BRIDGES))}"
-        )
+    _check_supported(path, config)
     return config
+
+
+def is_tied(hf_config: Any) -> bool:
+    """Whether the vocabulary projection is the embedding."""
+    return bool(getattr(hf_config, "tie_word_embeddings", False))
+
+
+def _check_supported(path: Path, config: Any) -> None:
+    """Refuse what would load and compute something else."""
+    if config.model_type not in SUPPORTED:
+        raise UserError(f"{path}: model_type {config.model_type!r} is not supported: one of {', '.join(SUPPORTED)}")
+    rope = config.rope_parameters
+    wrong = {
+        "rope_type": (rope["rope_type"], ("default", "llama3")),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
+        "hidden_act": (config.hidden_act, ("silu",)),
+        "use_sliding_window": (getattr(config, "use_sliding_window", False), (False,)),
+        "attention_bias": (getattr(config, "attention_bias", False), (False,)),
+        "mlp_bias": (getattr(config, "mlp_bias", False), (False,)),
+    }
+    for key, (found, allowed) in wrong.items():
+        if found not in allowed:
+            raise UserError(f"{path}/config.json: {key}={found!r} is not supported: {' or '.join(map(repr, allowed))}")
 
 
 def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
@@ -224,14 +227,17 @@ class _Overrides:
 
     _overrides: dict[str, Any]
     _DIRECT_MAPPING: dict[str, str]
+    hf_config: Any
 
     def _build_base_config(self, *args: Any, **kwargs: Any) -> TransformerConfig:
         return super()._build_base_config(*args, **{**kwargs, **self._overrides})  # type: ignore[misc]
 
     def _adjust_mapping_for_shared_weights(self) -> None:
-        # mbridge writes into the class's own map here: a tied model would change every later untied one.
+        # mbridge writes into the class's own map here, so that a tied model would change every later untied one, and
+        # only for Qwen.
         self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)
-        super()._adjust_mapping_for_shared_weights()  # type: ignore[misc]
+        if is_tied(self.hf_config):
+            self._DIRECT_MAPPING["output_layer.weight"] = self._DIRECT_MAPPING["embedding.word_embeddings.weight"]
 
 
 class _LocalNames:

@@ -1,0 +1,141 @@
+"""Hugging Face model folders on disk: written shard by shard and renamed into place, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_rlvr.errors import UserError
+
+SHARD_BYTES = 4 * 1024**3
+INDEX = "model.safetensors.index.json"
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "added_tokens.json",
+)
+
+
+def write_folder(
+    folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], companions: Path, shard_bytes: int = SHARD_BYTES
+) -> int:
+    """Write a complete Hugging Face folder; nothing of that name is touched before every file is whole.
+
+    Args:
+        folder: becomes the folder; one that stands there is replaced.
+        tensors: consumed one at a time; what is held at once is one shard.
+        companions: folder that config, generation config and tokenizer are copied from.
+        shard_bytes: a shard is closed before it would exceed this; a model of one shard has no index.
+
+    Returns:
+        the number of tensors written.
+
+    Raises:
+        UserError: when the disk refuses (full, read-only); what stood there before is untouched.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        count = _write_shards(partial, tensors, shard_bytes)
+        for pattern in COMPANIONS:
+            for file in companions.glob(pattern):
+                shutil.copy2(file, partial)
+        previous = folder.with_name(folder.name + ".replaced")
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            folder.rename(previous)
+        partial.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written: {error}") from error
+    return count
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> int:
+    shards: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    size = total = 0
+
+    def close() -> None:
+        nonlocal size
+        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        copy = tensor.detach().to("cpu", copy=True).contiguous()  # exports may be views of a buffer that is reused
+        if held and size + copy.nbytes > shard_bytes:
+            close()
+        held[name] = copy
+        size += copy.nbytes
+        total += copy.nbytes
+    close()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+    else:
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards):
+            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            (folder / f"shard-{number}").rename(folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return sum(map(len, shards))
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of a folder, from its index or from the headers of its files.
+
+    Raises:
+        UserError: when there are no safetensors, an indexed shard is missing, or a file is damaged.
+    """
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{folder / INDEX} is damaged ({error}): download the model again") from error
+        missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+        if missing:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of its shards, {missing[0]} for one: download the model again"
+            )
+        found = {file: _header(folder / file) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in found[file]:
+                raise UserError(f"{folder / file} lacks {name}, which the index says it holds: download it again")
+        return {name: folder / file for name, file in weight_map.items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{folder} holds no *.safetensors: save the model with save_pretrained(..., safe_serialization=True)"
+        )
+    return {name: file for file in files for name in _header(file)}
+
+
+def read_tensor(file: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file, on the CPU."""
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        return opened.get_tensor(name)
+
+
+def _header(file: Path) -> set[str]:
+    """The names in a safetensors file; opening it checks that the file is as long as its header says."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return set(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}): download or save it again") from error

@@ -1,0 +1,171 @@
+"""Small random models of every supported family, and what a policy makes of one: beside transformers in float64.
+
+As a program, under torchrun: ``families.py OUTPUT LAYOUT... -- FOLDER...`` measures every folder in every layout
+(a ParallelConfig as JSON) and saves the measurements as OUTPUT/<layout number>/<folder name>.pt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rlvr.backend import parallel
+from megatron_rlvr.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_rlvr.control import AffineThreshold, ClipThresholds
+from megatron_rlvr.control.steering import NEUTRAL
+from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.objectives import build_objective
+from megatron_rlvr.rollout.engine import Completion
+
+VOCABULARY = 96
+TEMPERATURE = 0.8
+ADVANTAGE = torch.tensor([-0.9, 1.1, 0.7, -0.8, -0.5, 1.3, -0.4, 1.7])
+WEIGHT = torch.tensor([0.03, 0.05, 0.02, 0.04, 0.06, 0.03, 0.05, 0.02])
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 6.0,
+    "original_max_position_embeddings": 96,
+}
+# Llama's published scaling, but for wavelengths of heads of 8: kept, blended and divided frequencies all occur.
+_LLAMA3_PUBLISHED = {**_LLAMA3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-untied": {"model_type": "qwen2"},
+    "qwen3-tied-wide-heads": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 16},
+    "qwen3-untied": {"model_type": "qwen3", "head_dim": 8},
+    "llama-untied": {"model_type": "llama"},
+    "llama3-untied": {"model_type": "llama", "rope_parameters": _LLAMA3},
+    "llama3-tied": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": _LLAMA3_PUBLISHED},
+    "llama-wide-heads": {"model_type": "llama", "head_dim": 24},
+}
+
+
+@dataclasses.dataclass
+class Measurement:
+    """Log-probs and entropies [T] of the response tokens, and, by Hugging Face name, gradients and weights."""
+
+    logprob: torch.Tensor
+    entropy: torch.Tensor
+    grad_norm: float
+    gradients: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def make_family(folder: Path, name: str, **changes: Any) -> Path:
+    """Save a random model of the family, every weight away from its initial value, as a Hugging Face folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "pad_token_id": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(len(name))
+    config = AutoConfig.for_model(**(settings | FAMILIES[name] | changes))
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_batch() -> RolloutBatch:
+    """Eight responses to two prompts, long enough for the low rotary frequencies to turn."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in (45, 31)]
+    lengths = (14, 1, 27, 13, 6, 22, 5, 15)
+    responses = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    completions = [Completion(r, [-1.0] * len(r), "stop", 0) for r in responses]
+    return RolloutBatch.from_completions(prompts, completions, [0.0] * 8, padding=0)
+
+
+def policy_config(folder: Path, layout: ParallelConfig) -> Config:
+    return Config(
+        model=ModelConfig(path=str(folder), dtype="float32", layer_spec="local"),
+        rollout=RolloutConfig(temperature=TEMPERATURE),
+        optimizer=OptimizerConfig(learning_rate=1e-12, clip_grad=1e9),
+        parallel=dataclasses.replace(layout, microbatch_sequences=3),
+    )
+
+
+def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tuple[Measurement, Any]:
+    """What a policy in this layout makes of the batch, and the policy; log-probs on the last stage only."""
+    from megatron_rlvr.backend.policy import Policy
+
+    policy = Policy(policy_config(folder, layout), here)
+    weights = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model)}
+    batch = make_batch()
+    scores = policy.score(batch, ADVANTAGE)
+    wide = AffineThreshold(0.2, 0.0)
+    report = policy.update(
+        batch, torch.arange(8), ADVANTAGE, WEIGHT, scores, ClipThresholds(wide, wide), NEUTRAL, build_objective("clip")
+    )
+    with torch.no_grad():
+        kept = [p.clone() for p in policy.model.parameters()]
+        for parameter in policy.model.parameters():
+            parameter.copy_(parameter.main_grad)
+        gradients = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model)}
+        for parameter, value in zip(policy.model.parameters(), kept, strict=True):
+            parameter.copy_(value)
+    return Measurement(scores.logprob, scores.entropy, report.grad_norm, gradients, weights), policy
+
+
+def reference(folder: Path) -> Measurement:
+    """The same by transformers in float64; at ratio 1 the clipped objective's gradient is that of A ln p."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model = model.double()
+    batch = make_batch()
+    taken, entropies = [], []
+    for tokens, prompt, response in zip(batch.tokens, batch.prompt_lengths, batch.response_lengths, strict=True):
+        logits = model(tokens[None, : prompt + response]).logits[0, prompt - 1 : -1]
+        logprobs = (logits / TEMPERATURE).log_softmax(-1)
+        taken.append(logprobs.gather(1, tokens[prompt : prompt + response, None])[:, 0])
+        entropies.append(-(logprobs.exp() * logprobs).sum(1))
+    logprob = torch.cat(taken)
+    factor = (ADVANTAGE * WEIGHT).double()[batch.sequence_of_token()]
+    (-(factor * logprob).sum()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+    return Measurement(logprob.detach(), torch.cat(entropies).detach(), norm, gradients, weights)
+
+
+def main(arguments: list[str]) -> None:
+    split = arguments.index("--")
+    output, layouts, folders = Path(arguments[0]), arguments[1:split], arguments[split + 1 :]
+    port = int(os.environ["MASTER_PORT"])
+    torch.set_num_threads(1)
+    for number, text in enumerate(layouts):
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port + 1 + number)}
+        layout = ParallelConfig(**json.loads(text))
+        with parallel.parallel_groups(layout, seed=0) as here:
+            for folder in folders:
+                measurement, policy = measure(Path(folder), layout, here)
+                if policy.reports:
+                    (output / str(number)).mkdir(exist_ok=True, parents=True)
+                    torch.save(dataclasses.asdict(measurement), output / str(number) / f"{Path(folder).name}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
