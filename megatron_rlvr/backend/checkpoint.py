@@ -22,13 +22,14 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_torch
 
+from megatron_rlvr.backend.huggingface import PolicyBridge
 from megatron_rlvr.backend.policy import Policy
 from megatron_rlvr.errors import UserError
 
 _NAME = re.compile(r"step_(\d+)")
 
 
-class _DirectSave(torch_dist.TorchDistSaveShardedStrategy):
+class DirectSave(torch_dist.TorchDistSaveShardedStrategy):
     """megatron-core's torch_dist format written by this process.
 
     Its own writer starts a manager and a child process for every save, seconds in which nothing is written; the files
@@ -87,11 +88,11 @@ class Checkpoints:
         dist_checkpointing.save(
             self._sharded_state(policy, loading=False),
             str(partial),
-            sharded_strategy=_DirectSave("torch_dist", 1, thread_count=1),
+            sharded_strategy=DirectSave("torch_dist", 1, thread_count=1),
         )
         dist.barrier()
         if main:
-            record = {"step": step, "model": fingerprint(policy), **state}
+            record = {"step": step, "model": fingerprint(policy.bridge), **state}
             _write_text(partial / "run.json", json.dumps(record, indent=1))
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
@@ -113,15 +114,12 @@ class Checkpoints:
             return None
         folder = self.folder / f"step_{steps[-1]}"
         record = json.loads((folder / "run.json").read_text())
-        here = fingerprint(policy)
-        different = [
-            f"{k}={record['model'].get(k)} instead of {here[k]}" for k in here if record["model"].get(k) != here[k]
-        ]
-        if different:
-            raise UserError(
-                f"{folder} is a checkpoint of another model ({', '.join(different)}): "
-                "set model.path to its model, or choose another run_directory"
-            )
+        check_same_model(
+            record["model"],
+            fingerprint(policy.bridge),
+            folder,
+            remedy="set model.path to its model, or choose another run_directory",
+        )
         loaded = dist_checkpointing.load(self._sharded_state(policy, loading=True), str(folder))
         policy.model.load_state_dict(loaded["model"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
@@ -140,9 +138,9 @@ class Checkpoints:
         return {"model": model, "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading)}
 
 
-def fingerprint(policy: Policy) -> dict[str, Any]:
+def fingerprint(bridge: PolicyBridge) -> dict[str, Any]:
     """What must agree for a checkpoint to be of this model: its family and shape."""
-    config = policy.bridge.hf_config
+    config = bridge.hf_config
     names = (
         "model_type",
         "num_hidden_layers",
@@ -153,7 +151,18 @@ def fingerprint(policy: Policy) -> dict[str, Any]:
         "vocab_size",
         "tie_word_embeddings",
     )
-    return {name: getattr(config, name, None) for name in names} | {"dtype": str(policy.bridge.dtype)}
+    return {name: getattr(config, name, None) for name in names} | {"dtype": str(bridge.dtype)}
+
+
+def check_same_model(found: dict[str, Any], here: dict[str, Any], checkpoint: Path, remedy: str) -> None:
+    """Refuse a checkpoint whose fingerprint differs.
+
+    Raises:
+        UserError: naming every difference.
+    """
+    different = [f"{key}={found.get(key)} instead of {here[key]}" for key in here if found.get(key) != here[key]]
+    if different:
+        raise UserError(f"{checkpoint} is a checkpoint of another model ({', '.join(different)}): {remedy}")
 
 
 def _write_text(path: Path, text: str) -> None:
