@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,23 @@ class PolicyBridge:
     def vocab_size(self) -> int:
         return self.hf_config.vocab_size
 
-    def build(self) -> PolicyModel:
-        """This pipeline stage's model on this process's device, weights not yet loaded."""
-        model = PolicyModel(
-            config=self.config,
-            transformer_layer_spec=layer_spec.layer_spec(self.config, self.spec_name),
-            vocab_size=self.vocab_size,
-            max_sequence_length=self.hf_config.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-            share_embeddings_and_output_weights=is_tied(self.hf_config),
-            position_embedding_type="rope",
-            rotary_base=self.hf_config.rope_parameters["rope_theta"],
-        )
+    def build(self, shapes_only: bool = False) -> PolicyModel:
+        """This pipeline stage's model on this process's device, weights not yet loaded.
+
+        With `shapes_only` the parameters are on the meta device: for counting, at any size.
+        """
+        with torch.device("meta") if shapes_only else nullcontext():
+            model = PolicyModel(
+                config=self.config,
+                transformer_layer_spec=layer_spec.layer_spec(self.config, self.spec_name),
+                vocab_size=self.vocab_size,
+                max_sequence_length=self.hf_config.max_position_embeddings,
+                pre_process=parallel_state.is_pipeline_first_stage(),
+                post_process=parallel_state.is_pipeline_last_stage(),
+                share_embeddings_and_output_weights=is_tied(self.hf_config),
+                position_embedding_type="rope",
+                rotary_base=self.hf_config.rope_parameters["rope_theta"],
+            )
         if self.hf_config.rope_parameters["rope_type"] == "llama3":
             # megatron-core's own scaling takes the factor alone; a model may have other wavelengths, too.
             frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](self.hf_config, device.device())
@@ -78,7 +83,7 @@ class PolicyBridge:
         for parameter in model.parameters():
             # Gradient norms and exports ask every parameter whether it is split over tensor-parallel ranks.
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        return model.to(device.device())
+        return model if shapes_only else model.to(device.device())
 
     def load(self, model: PolicyModel, path: str | Path | None = None) -> None:
         """Fill `model` with the weights of the folder (of `path`, if given). Collective over the job.

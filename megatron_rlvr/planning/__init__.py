@@ -1,0 +1,1 @@
+"""What a configuration will need, computed before anything is started."""

@@ -1,0 +1,192 @@
+"""A plan: memory of every pipeline stage and time of a step, as numbers and as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_rlvr.config import Config, check
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, Phases, Static, microbatch, phase_memory, static_memory
+from megatron_rlvr.planning.roofline import Hardware, StepTime, step_time
+from megatron_rlvr.planning.stages import ModelShape, Stage, model_stages
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration needs on a number of GPUs.
+
+    Attributes:
+        memory: of every stage: static bytes and what the phases add.
+        data_parallel: data-parallel ranks.
+    """
+
+    config: Config
+    nodes: int
+    gpus_per_node: int
+    data_parallel: int
+    shape: ModelShape
+    stages: list[Stage]
+    memory: list[tuple[Static, Phases]]
+    time: StepTime
+    hardware: Hardware
+
+    def stage_bytes(self, index: int) -> int:
+        """The largest memory of a rank of this stage, with the assumed context."""
+        static, phases = self.memory[index]
+        return static.total + phases.peak + CONTEXT_BYTES
+
+    @property
+    def worst(self) -> int:
+        """The stage that needs most."""
+        return max(range(len(self.stages)), key=self.stage_bytes)
+
+    @property
+    def spare_bytes(self) -> float:
+        """What the fullest GPU has left; negative when the configuration does not fit."""
+        return self.hardware.memory_bytes - self.stage_bytes(self.worst)
+
+    @property
+    def fits(self) -> bool:
+        return self.spare_bytes >= 0
+
+    @property
+    def dominant(self) -> str:
+        """What takes most memory on the fullest rank."""
+        static, phases = self.memory[self.worst]
+        parts = {
+            "weights": static.weights,
+            "gradients": static.gradients,
+            "optimizer": static.optimizer,
+            "activations": phases.activations,
+            "logits and head": phases.head,
+        }
+        if phases.generation > phases.update:
+            parts = {k: v for k, v in parts.items() if k in ("weights", "gradients", "optimizer")}
+            parts |= {"key/value cache": phases.cache, "gathered tensor": phases.sync}
+        return max(parts, key=lambda name: parts[name])
+
+
+def make_plan(
+    config: Config, nodes: int, gpus_per_node: int, hardware: Hardware | None = None, response_share: float = 0.5
+) -> Plan:
+    """Plan `config` on ``nodes * gpus_per_node`` GPUs.
+
+    Raises:
+        UserError: when the layout does not divide the model, the job or the batch.
+    """
+    hardware = hardware or Hardware()
+    world_size = nodes * gpus_per_node
+    shape, dtype, stages = model_stages(config, world_size)
+    parallel, rollout = config.parallel, config.rollout
+    data_parallel = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    if rollout.prompts_per_step % (data_parallel * config.algorithm.minibatches):
+        raise UserError(
+            f"rollout.prompts_per_step={rollout.prompts_per_step} is no multiple of {data_parallel} data-parallel "
+            f"ranks x algorithm.minibatches={config.algorithm.minibatches}: every rank needs as many whole groups in "
+            "every minibatch"
+        )
+    memory = [
+        (
+            static_memory(stage, config, dtype, data_parallel),
+            phase_memory(shape, stage, config, dtype.itemsize, data_parallel),
+        )
+        for stage in stages
+    ]
+    time = step_time(shape, stages, config, dtype.itemsize, data_parallel, gpus_per_node, hardware, response_share)
+    return Plan(config, nodes, gpus_per_node, data_parallel, shape, stages, memory, time, hardware)
+
+
+def suggest(config: Config, nodes: int, gpus_per_node: int, hardware: Hardware, response_share: float) -> list[Plan]:
+    """Plans of other layouts that fit, the fastest first: tensor sizes within a node, pipeline sizes up to 16."""
+    found = []
+    for tensor in (1, 2, 4, 8):
+        for pipeline in (1, 2, 4, 5, 8, 10, 16):
+            if tensor > gpus_per_node:
+                continue
+            layout = replace(
+                config.parallel,
+                tensor=tensor,
+                pipeline=pipeline,
+                sequence=tensor > 1,
+                distributed_optimizer=True,
+                microbatch_sequences=1,
+            )
+            other = replace(config, parallel=layout)
+            try:
+                check(other)
+                plan = make_plan(other, nodes, gpus_per_node, hardware, response_share)
+            except UserError:  # a layout that does not divide is no suggestion
+                continue
+            if plan.fits:
+                found.append(plan)
+    return sorted(found, key=lambda plan: plan.time.total)
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text, GiB and seconds."""
+    config, shape = plan.config, plan.shape
+    sequences, microbatches = microbatch(config, plan.data_parallel)
+    head = "fused" if config.algorithm.fused_linear else "plain"
+    lines = [
+        f"{config.name}: {shape.parameters / 1e9:.2f} B parameters on {plan.nodes} x {plan.gpus_per_node} "
+        f"{plan.hardware.name}; every number is computed, none measured",
+        f"layout: {layout_name(plan)}; {microbatches} microbatches of {sequences} sequences of up to "
+        f"{config.data.max_prompt_tokens + config.rollout.max_tokens} tokens, no recomputation, {head} head",
+        "",
+        "GiB of a rank    weights  gradients  optimizer | activations   head | kv cache  gathered | context |    peak",
+    ]
+    for index, (stage, (static, phases)) in enumerate(zip(plan.stages, plan.memory, strict=True)):
+        numbers = [
+            f"stage {index} ({stage.layers:3d} layers)".ljust(15),
+            f"{static.weights / GIB:8.2f}",
+            f"{static.gradients / GIB:10.2f}",
+            f"{static.optimizer / GIB:10.2f} |",
+            f"{phases.activations / GIB:11.2f}",
+            f"{phases.head / GIB:6.2f} |",
+            f"{phases.cache / GIB:8.2f}",
+            f"{phases.sync / GIB:9.2f} |",
+            f"{CONTEXT_BYTES / GIB:7.2f} |",
+            f"{plan.stage_bytes(index) / GIB:7.2f}",
+        ]
+        lines.append(" ".join(numbers))
+    available = plan.hardware.memory_bytes / GIB
+    verdict = "fits" if plan.fits else "does NOT fit"
+    spare = abs(plan.spare_bytes) / GIB
+    lines += [
+        "update (activations, head) and generation (cache, gathered tensor) take turns; the context is assumed.",
+        f"{verdict}: stage {plan.worst} needs {plan.stage_bytes(plan.worst) / GIB:.1f} of {available:.1f} GiB, "
+        f"{spare:.1f} GiB {'spare' if plan.fits else 'too many'}; most of it {plan.dominant}",
+    ]
+    static, phases = plan.memory[plan.worst]
+    if phases.generation > phases.update and not plan.fits:
+        room = plan.hardware.memory_bytes - static.total - CONTEXT_BYTES - phases.sync
+        cached = min(
+            config.rollout.local_batch,
+            config.rollout.prompts_per_step * config.rollout.samples_per_prompt // plan.data_parallel,
+        )
+        fitting = int(room * cached / phases.cache) if room > 0 else 0
+        if fitting:
+            lines.append(f"rollout.local_batch={fitting} would fit")
+    time = plan.time
+    lines += [
+        "",
+        f"seconds of a step at {time.response_tokens:.0f} response tokens: {time.total:.0f} = generate "
+        f"{time.generate:.0f}, score {time.score:.0f}, update {time.update:.0f}, tensor-parallel exchange "
+        f"{time.tensor_parallel:.0f}, data-parallel exchange {time.data_parallel:.1f}, optimizer {time.optimizer:.1f}; "
+        f"most of it {time.dominant.replace('_', '-')}",
+        f"from {plan.hardware.flops / 1e12:.0f} TFLOP/s x {plan.hardware.compute_share}, "
+        f"{plan.hardware.memory_rate / 1e12:.2f} TB/s x {plan.hardware.memory_share}, links of "
+        f"{plan.hardware.nvlink_rate / 1e9:.0f} and {plan.hardware.network_rate / 1e9:.0f} GB/s x "
+        f"{plan.hardware.link_share}",
+    ]
+    return "\n".join(lines)
+
+
+def layout_name(plan: Plan) -> str:
+    """The layout in a few words."""
+    parallel = plan.config.parallel
+    words = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {plan.data_parallel}"]
+    if parallel.sequence:
+        words.append("sequence parallel")
+    words.append("distributed optimizer" if parallel.distributed_optimizer else "whole optimizer on every data rank")
+    return ", ".join(words)

@@ -1,0 +1,108 @@
+"""Seconds of a step from a roofline: what compute, memory and network allow at stated rates. Computed, not measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rlvr.config import Config
+from megatron_rlvr.planning.memory import microbatch
+from megatron_rlvr.planning.stages import ModelShape, Stage
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One GPU and its links, with the shares of the peak that are assumed to be reached.
+
+    The peaks are those of the H100 SXM data sheet: dense bfloat16, HBM3, NVLink 4 one way, one 400 Gb/s port a GPU.
+    """
+
+    name: str = "H100 SXM 80 GB"
+    memory_bytes: float = 80e9
+    flops: float = 989e12
+    memory_rate: float = 3.35e12
+    nvlink_rate: float = 450e9
+    network_rate: float = 50e9
+    compute_share: float = 0.40
+    memory_share: float = 0.60
+    link_share: float = 0.70
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one rollout step by phase; the responses have `response_tokens` each."""
+
+    response_tokens: float
+    generate: float
+    score: float
+    update: float
+    tensor_parallel: float
+    data_parallel: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.generate + self.score + self.update + self.tensor_parallel + self.data_parallel + self.optimizer
+
+    @property
+    def dominant(self) -> str:
+        names = ("generate", "score", "update", "tensor_parallel", "data_parallel", "optimizer")
+        return max(names, key=lambda name: getattr(self, name))
+
+
+def step_time(
+    shape: ModelShape,
+    stages: list[Stage],
+    config: Config,
+    itemsize: int,
+    data_parallel: int,
+    gpus_per_node: int,
+    hardware: Hardware,
+    response_share: float,
+) -> StepTime:
+    """Time of a step whose responses have `response_share` of the longest length, every group with a gradient.
+
+    Generation: every token reads the rank's weights and the cache so far; pipeline stages take turns. Scoring is one
+    forward pass, the update three, `epochs` times, stretched by the pipeline's bubble; attention is causal.
+    """
+    parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
+    sequences = rollout.prompts_per_step * rollout.samples_per_prompt / data_parallel
+    response = rollout.max_tokens * response_share
+    prompt = config.data.max_prompt_tokens * response_share
+    width = prompt + response
+    model_ranks = parallel.tensor * parallel.pipeline
+    flops, memory = hardware.flops * hardware.compute_share, hardware.memory_rate * hardware.memory_share
+
+    forward = sequences * width * (2 * shape.parameters + 2 * shape.layers * shape.query * width) / model_ranks
+    _, microbatches = microbatch(config, data_parallel)
+    bubble = 1 + (parallel.pipeline - 1) / microbatches
+    weights = max(stage.count for stage in stages) * itemsize
+    cache = sequences * (prompt + response / 2) * shape.layers * 2 * shape.key_value * itemsize / model_ranks
+    batches = max(1.0, sequences / rollout.local_batch)
+    decode = parallel.pipeline * response * (batches * weights + cache) / memory
+    # enough sequences at once make decoding compute-bound
+    generate = max(decode, forward * parallel.pipeline / flops)
+
+    tensor_rate = hardware.nvlink_rate if parallel.tensor <= gpus_per_node else hardware.network_rate
+    passes = 1 + 2 * algorithm.epochs
+    moved = passes * 4 * sequences * width * shape.hidden * itemsize * shape.layers / parallel.pipeline
+    exchange = moved * (parallel.tensor - 1) / parallel.tensor / (tensor_rate * hardware.link_share)
+
+    updates = algorithm.minibatches * algorithm.epochs
+    mine = max(stage.count for stage in stages)
+    inside = data_parallel * model_ranks <= gpus_per_node
+    data_rate = (hardware.nvlink_rate if inside else hardware.network_rate) * hardware.link_share
+    a_reduction = (4 + (itemsize if parallel.distributed_optimizer else 4)) * mine * (data_parallel - 1) / data_parallel
+    shards = data_parallel if parallel.distributed_optimizer else 1
+    return StepTime(
+        response_tokens=response,
+        generate=generate,
+        score=forward * bubble / flops,
+        update=3 * forward * algorithm.epochs * bubble / flops,
+        tensor_parallel=exchange * bubble,
+        data_parallel=updates * a_reduction / data_rate,
+        optimizer=updates
+        * 30
+        * mine
+        / shards
+        / memory,  # reads gradient, master and moments, writes them and the weight
+    )

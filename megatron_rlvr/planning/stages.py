@@ -1,0 +1,129 @@
+"""The parameters of every pipeline stage of a layout, built by megatron-core on the meta device.
+
+A fake process group answers for the whole job in one process, so the model that is counted is the one that a rank of
+the real job would build.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlvr.backend import device
+from megatron_rlvr.config import Config
+from megatron_rlvr.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one rank of a pipeline stage holds.
+
+    Attributes:
+        index: of the stage; `layers` transformer layers are on it.
+        parameters: element count of every parameter, in megatron-core's order of its buffers (last one first).
+        shared_embedding: elements of the tied embedding, which the first and the last stage both hold, or 0.
+        largest_tensor: elements of the largest Hugging Face tensor, whole, that an export of the stage gathers.
+    """
+
+    index: int
+    layers: int
+    parameters: tuple[int, ...]
+    shared_embedding: int
+    largest_tensor: int
+
+    @property
+    def count(self) -> int:
+        return sum(self.parameters)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that activations and times depend on; `parameters` of the whole model, a tied embedding once."""
+
+    layers: int
+    hidden: int
+    query: int
+    """attention heads x head size"""
+    key_value: int
+    """key/value heads x head size"""
+    heads: int
+    feed_forward: int
+    vocabulary: int
+    query_norm: bool
+    parameters: int
+
+
+def model_stages(config: Config, world_size: int) -> tuple[ModelShape, torch.dtype, list[Stage]]:
+    """Build a rank of every pipeline stage of a job of `world_size` processes, on the meta device.
+
+    Raises:
+        UserError: when the layout does not divide the job or the model.
+    """
+    parallel = config.parallel
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % model_size:
+        raise UserError(
+            f"parallel.tensor x parallel.pipeline x parallel.context = {model_size} does not divide the {world_size} "
+            "GPUs: change --nodes or lower one of the three"
+        )
+    device.install()
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_rlvr.backend.huggingface import PolicyBridge
+
+    # The job runs on GPUs: what `auto` would be there.
+    dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+    model_config = replace(config.model, dtype=dtype, layer_spec="local")
+    stages = []
+    for index in range(parallel.pipeline):
+        dist.init_process_group(
+            "fake", store=FakeStore(), rank=index * (world_size // parallel.pipeline), world_size=world_size
+        )
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor,
+                pipeline_model_parallel_size=parallel.pipeline,
+                context_parallel_size=parallel.context,
+                create_gloo_process_groups=False,
+            )
+            bridge = PolicyBridge(config.model.path, model_config, parallel)
+            model = bridge.build(shapes_only=True)
+            named = list(model.named_parameters())
+            split = {n: parallel.tensor if getattr(p, "tensor_model_parallel", False) else 1 for n, p in named}
+            # mbridge gathers one megatron tensor: the embedding, or gate and up projection as one.
+            largest = max(p.numel() * split[name] for name, p in named)
+            shared = [p.numel() for _, p in named if getattr(p, "shared_embedding", False)]
+            stages.append(
+                Stage(
+                    index=index,
+                    layers=len(model.decoder.layers),
+                    parameters=tuple(p.numel() for _, p in reversed(named)),
+                    shared_embedding=shared[0] if shared else 0,
+                    largest_tensor=largest,
+                )
+            )
+            whole = sum(p.numel() * split[name] for name, p in named)
+            if index == 0:
+                total = 0
+            total += whole
+            if index and index == parallel.pipeline - 1 and shared:
+                total -= shared[0] * parallel.tensor
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+    megatron = bridge.config
+    shape = ModelShape(
+        layers=megatron.num_layers,
+        hidden=megatron.hidden_size,
+        query=megatron.num_attention_heads * megatron.kv_channels,
+        key_value=megatron.num_query_groups * megatron.kv_channels,
+        heads=megatron.num_attention_heads,
+        feed_forward=megatron.ffn_hidden_size,
+        vocabulary=bridge.vocab_size,
+        query_norm=megatron.qk_layernorm,
+        parameters=total,
+    )
+    return shape, bridge.dtype, stages

@@ -1,0 +1,54 @@
+"""The plan's weights, gradients and optimizer state are what a real policy allocates, to one percent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rlvr.planning.memory import static_memory
+from megatron_rlvr.planning.stages import model_stages
+from tests.conftest import ROOT, launch
+from tests.families import make_family
+from tests.static_memory import layout_config
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2-float32": {"dtype": "float32"},
+    "dp2-bfloat16": {"dtype": "bfloat16"},
+    "dp2-float32-distributed": {"dtype": "float32", "distributed_optimizer": True},
+    "dp2-bfloat16-distributed": {"dtype": "bfloat16", "distributed_optimizer": True},
+    "tp2-sp": {"dtype": "bfloat16", "tensor": 2, "sequence": True},
+    "pp2-tied": {"dtype": "bfloat16", "pipeline": 2},
+    "pp2-tied-distributed": {"dtype": "float32", "pipeline": 2, "distributed_optimizer": True},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    # Large beside the batch: what megatron-core keeps of the last microbatch is no part of the static memory.
+    return make_family(folder / "model", "llama3-tied", hidden_size=192, intermediate_size=1536, vocab_size=2048)
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> Path:
+    """``<layout number>-<rank>.json`` of two real processes."""
+    launch(
+        [str(ROOT / "tests" / "static_memory.py"), str(folder), str(folder.parent), *map(json.dumps, LAYOUTS.values())],
+        2,
+        check=True,
+    )
+    return folder.parent
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_static_memory(name: str, folder: Path, measured: Path) -> None:
+    config = layout_config(folder, LAYOUTS[name])
+    data_parallel = 2 // (config.parallel.tensor * config.parallel.pipeline)
+    _, dtype, stages = model_stages(config, 2)
+    for rank in range(2):
+        found = json.loads((measured / f"{list(LAYOUTS).index(name)}-{rank}.json").read_text())
+        computed = static_memory(stages[found["stage"]], config, dtype, data_parallel).total
+        assert found["bytes"] == pytest.approx(computed, rel=0.01), (rank, found["bytes"] / computed)

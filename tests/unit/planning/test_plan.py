@@ -1,0 +1,170 @@
+"""`tools/plan.py` on the example configurations, and its counts beside transformers' and written-out formulas."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_rlvr.config import Config, ModelConfig, ParallelConfig, load_config
+from megatron_rlvr.planning.memory import CONTEXT_BYTES, phase_memory, static_memory
+from megatron_rlvr.planning.report import make_plan
+from megatron_rlvr.planning.stages import model_stages
+from tests.conftest import ROOT
+from tests.families import FAMILIES, make_family
+
+CONFIGS = ROOT / "examples" / "configs"
+NODES = {"qwen2.5-math-7b": 1, "qwen2.5-32b": 4, "llama3.3-70b": 16, "qwen2.5-72b": 16}
+PARAMETERS = {  # of the model cards' safetensors
+    "qwen2.5-math-7b": 7_615_616_512,
+    "qwen2.5-32b": 32_763_876_352,
+    "llama3.3-70b": 70_553_706_496,
+    "qwen2.5-72b": 72_706_203_648,
+}
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("plan", ROOT / "tools" / "plan.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(name: str, *more: str) -> list[str]:
+    architecture = str(CONFIGS / "architectures" / f"{name}.json")
+    return [str(CONFIGS / f"{name}.yaml"), "--architecture", architecture, *more]
+
+
+def example(name: str, folder: Path) -> Config:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    (folder / "config.json").write_text((CONFIGS / "architectures" / f"{name}.json").read_text())
+    config.model.path = str(folder)
+    return config
+
+
+def test_every_example_is_planned_here() -> None:
+    assert {p.stem for p in CONFIGS.glob("*.yaml")} == set(NODES)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_examples_fit(name: str, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(arguments(name, "--nodes", str(NODES[name]))) == 0
+    printed = capsys.readouterr().out
+    assert "\nfits: " in printed and "computed, none measured" in printed
+    plan = make_plan(example(name, tmp_path), NODES[name], 8)
+    assert plan.shape.parameters == PARAMETERS[name]
+    # the bytes of all ranks: weights and gradients once a data-parallel rank, Adam and master weights once
+    ranks = plan.config.parallel.tensor * plan.data_parallel
+    norms = 1 + 1e-3  # every tensor-parallel rank holds the norms
+    held = sum(static.weights for static, _ in plan.memory) * ranks
+    assert 1 <= held / (2 * PARAMETERS[name] * plan.data_parallel) < norms
+    optimizer = sum(static.optimizer for static, _ in plan.memory) * ranks
+    assert 1 <= optimizer / (12 * PARAMETERS[name]) < norms
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "sequence": True}, {"pipeline": 2}], ids=["one", "tp2", "pp2"])
+def test_parameters_are_those_of_transformers(family: str, layout: dict[str, int], tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    make_family(tmp_path, family)
+    (tmp_path / "model.safetensors").unlink()  # config.json alone is enough
+    config = Config(model=ModelConfig(path=str(tmp_path)), parallel=ParallelConfig(**layout))  # type: ignore[arg-type]
+    shape, dtype, stages = model_stages(config, 4)
+    assert dtype is torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert sum(stage.layers for stage in stages) == 2
+    if "pipeline" in layout:
+        last = sum(p.numel() for n, p in model.named_parameters() if "layers.1." in n or n[6:] == "norm.weight")
+        assert stages[1].count == last + model.lm_head.weight.numel()
+
+
+def test_what_does_not_fit(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = ["parallel.distributed_optimizer=false", "rollout.local_batch=4096"]
+    assert tool.main(arguments("llama3.3-70b", "--nodes", "16", *whole)) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"does NOT fit: stage \d needs \d+\.\d of 74\.5 GiB, \d+\.\d GiB too many; most of it", printed)
+    assert tool.main(arguments("llama3.3-70b", "--nodes", "1")) == 2
+    assert "does not divide the 8 GPUs" in capsys.readouterr().err
+    assert tool.main(arguments("llama3.3-70b", "--nodes", "32", "parallel.pipeline=32")) == 2
+    assert "parallel.pipeline=32 does not divide the model's 80 layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tensor=16", "parallel.tensor=16 does not divide the model's 8 key/value heads"),
+        ("rollout.prompts_per_step=24", "is no multiple of 8 data-parallel ranks"),
+        ("parallel.tensr=8", "did you mean parallel.tensor?"),
+        ("model.path=nowhere", "is not a folder"),
+    ],
+)
+def test_wrong_layouts_are_refused(
+    override: str, message: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments("llama3.3-70b", "--nodes", "16", override)
+    if override.startswith("model.path"):
+        given = [given[0], *given[3:]]
+    assert tool.main(given) == 2
+    line = capsys.readouterr().err
+    assert message in line and line.startswith("error: ") and line.count("\n") == 1
+
+
+def test_bytes_by_hand(tmp_path: Path) -> None:
+    """Llama 3.3 70B at tensor 8, pipeline 2, data 8, every formula written out."""
+    config = example("llama3.3-70b", tmp_path)
+    shape, dtype, stages = model_stages(config, 128)
+    h, f, kv, v, layers = 8192, 28672, 1024, 128256, 40
+    norms = layers * 2 * h
+    first = v * h // 8 + norms + layers * ((h * h + 2 * kv * h + h * h + 3 * h * f) // 8)
+    assert stages[0].count == first and stages[1].count == first + h
+    static = static_memory(stages[0], config, dtype, 8)
+    assert (static.weights, static.gradients) == (2 * first, 4 * first)
+    assert static.optimizer == 12 * first // 8
+    phases = phase_memory(shape, stages[0], config, 2, 8)
+    tokens = 1024 + 8192
+    token_layer = 2 * (4 * h + (2 * h + 2 * kv) + 3 * f) // 8 + 4 * 64 // 8
+    assert phases.activations == 2 * layers * tokens * token_layer  # two microbatches in flight on the first stage
+    assert phase_memory(shape, stages[1], config, 2, 8).activations == layers * tokens * token_layer
+    assert phases.cache == 64 * tokens * layers * 2 * 128 * 2  # one key/value head of 128 on every tensor rank
+    plain = replace(config, algorithm=replace(config.algorithm, fused_linear=False))
+    hidden = 2 * (tokens + 8192) * h * 2
+    assert phase_memory(shape, stages[1], plain, 2, 8).head == hidden + 8192 * (v // 8) * 2
+    plan = make_plan(config, 16, 8)
+    assert plan.stage_bytes(0) == static.total + max(phases.update, phases.generation) + CONTEXT_BYTES
+
+
+def test_time_grows_as_it_must(tmp_path: Path) -> None:
+    config = example("qwen2.5-math-7b", tmp_path)
+    short, long = (make_plan(config, 1, 8, response_share=share).time for share in (0.25, 0.5))
+    assert 1.9 < long.update / short.update < 2.2 and long.generate > 2 * short.generate
+    two = make_plan(config, 2, 8).time
+    one = make_plan(config, 1, 8).time
+    assert two.update == pytest.approx(one.update / 2, rel=1e-6)
+    # 6 flops a parameter and token at 40 % of 989 TFLOP/s on 8 GPUs, and attention on top
+    tokens = 4096 * (512 + 2048)
+    bound = 6 * PARAMETERS["qwen2.5-math-7b"] * tokens / (8 * 989e12 * 0.4)
+    assert bound < one.update < 1.2 * bound
+
+
+def test_suggestions_are_ranked_and_fit(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(arguments("qwen2.5-32b", "--nodes", "4", "--suggest")) == 0
+    lines = capsys.readouterr().out.split("the fastest first:\n")[1].splitlines()
+    seconds = [float(line.split()[0]) for line in lines]
+    assert len(lines) > 1 and seconds == sorted(seconds)
+    assert all(float(line.split()[2]) < 74.5 for line in lines)
+
+
+def test_architectures_are_whole_configs() -> None:
+    for file in (CONFIGS / "architectures").glob("*.json"):
+        assert json.loads(file.read_text())["vocab_size"] % 64 == 0
