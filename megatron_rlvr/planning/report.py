@@ -126,12 +126,13 @@ def describe(plan: Plan) -> str:
     """The plan as text, GiB and seconds."""
     config, shape = plan.config, plan.shape
     sequences, microbatches = microbatch(config, plan.data_parallel)
+    width = config.data.max_prompt_tokens + config.rollout.max_tokens
     head = "fused" if config.algorithm.fused_linear else "plain"
     lines = [
         f"{config.name}: {shape.parameters / 1e9:.2f} B parameters on {plan.nodes} x {plan.gpus_per_node} "
         f"{plan.hardware.name}; every number is computed, none measured",
         f"layout: {layout_name(plan)}; {microbatches} microbatches of {sequences} sequences of up to "
-        f"{config.data.max_prompt_tokens + config.rollout.max_tokens} tokens, no recomputation, {head} head",
+        f"{width} tokens, no recomputation, {head} head",
         "",
         "GiB of a rank    weights  gradients  optimizer | activations   head | kv cache  gathered | context |    peak",
     ]
@@ -167,6 +168,11 @@ def describe(plan: Plan) -> str:
         fitting = int(room * cached / phases.cache) if room > 0 else 0
         if fitting:
             lines.append(f"rollout.local_batch={fitting} would fit")
+    if width > shape.positions:
+        lines.append(
+            f"warning: prompt and response of up to {width} tokens exceed the {shape.positions} positions of the model "
+            "(max_position_embeddings): lower rollout.max_tokens, or use a model whose config.json allows for more"
+        )
     time = plan.time
     lines += [
         "",

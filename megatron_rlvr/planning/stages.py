@@ -51,6 +51,8 @@ class ModelShape:
     heads: int
     feed_forward: int
     vocabulary: int
+    positions: int
+    """the longest sequence that the model was made for"""
     query_norm: bool
     parameters: int
 
@@ -123,6 +125,7 @@ def model_stages(config: Config, world_size: int) -> tuple[ModelShape, torch.dty
         heads=megatron.num_attention_heads,
         feed_forward=megatron.ffn_hidden_size,
         vocabulary=bridge.vocab_size,
+        positions=bridge.hf_config.max_position_embeddings,
         query_norm=megatron.qk_layernorm,
         parameters=total,
     )

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.backend.model_folder import INDEX, read_tensor, tensor_files
-from tests.conftest import ROOT, launch, make_small_model
+from tests.conftest import ROOT, launch, make_small_model, run_trainer
 from tests.families import make_family
 
 PROGRAM = ROOT / "tools" / "convert_checkpoint.py"
@@ -64,6 +64,13 @@ def test_round_trip_through_two_layouts(tmp_path: Path) -> None:
     options = ["--model", str(source), "--verify", "--tensor", "2"]
     launch([str(PROGRAM), "to-huggingface", checkpoint, out, *options], 2, check=True)
     assert equal(source, tmp_path / "out")
+
+
+def test_a_run_s_checkpoint_is_its_export(tool: ModuleType, run_yaml: Path, small_model: Path, tmp_path: Path) -> None:
+    run_trainer(run_yaml, "steps=1", "data.heldout=null")
+    checkpoint, out = tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "out"
+    assert tool.main(["to-huggingface", str(checkpoint), str(out), "--model", str(small_model), "--verify"]) == 0
+    assert equal(tmp_path / "run" / "huggingface", out) and not equal(small_model, out)
 
 
 def test_bfloat16_stays_bfloat16(tool: ModuleType, tmp_path: Path) -> None:
