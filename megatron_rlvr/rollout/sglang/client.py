@@ -92,8 +92,9 @@ class Client:
         self.endpoints = [Endpoint(url.rstrip("/"), asyncio.Semaphore(config.concurrency)) for url in urls]
         timeout = httpx.Timeout(config.request_timeout_seconds, connect=_CONNECT_TIMEOUT_S)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self.http = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
-        self._changed = asyncio.Condition()
+        encrypted = any(url.startswith("https:") for url in urls)  # else spare each rollout the loading of certificates
+        self.http = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, verify=encrypted)
+        self._room = asyncio.Event()
 
     async def __aenter__(self) -> Client:
         return self
@@ -115,10 +116,13 @@ class Client:
         try:
             async with asyncio.TaskGroup() as tasks:
                 watches = [tasks.create_task(self._watch(endpoint)) for endpoint in self.endpoints]
-                groups = [
-                    tasks.create_task(self._group(list(prompt), sampling, seeds[g * count : (g + 1) * count]))
-                    for g, prompt in enumerate(prompts)
-                ]
+                groups = []
+                for g, prompt in enumerate(prompts):
+                    # One prompt after the other as servers have room, so that a quick or a new server gets more.
+                    home = _Home()
+                    home.move(await self._idlest(groups_at_most=math.ceil(self.config.concurrency / count)))
+                    mine = seeds[g * count : (g + 1) * count]
+                    groups.append(tasks.create_task(self._group(list(prompt), sampling, mine, home)))
                 completions = await asyncio.gather(*groups)
                 for watch in watches:
                     watch.cancel()
@@ -126,13 +130,15 @@ class Client:
             raise failures.exceptions[0] from None
         return [completion for group in completions for completion in group]
 
-    async def _group(self, prompt: list[int], sampling: SamplingPolicy, seeds: Sequence[int]) -> list[Completion]:
+    async def _group(
+        self, prompt: list[int], sampling: SamplingPolicy, seeds: Sequence[int], home: _Home
+    ) -> list[Completion]:
         """The samples of one prompt: all at one server, which then computes the prompt once."""
-        home = _Home()
         try:
             return list(await asyncio.gather(*[self._sample(prompt, sampling, seed, home) for seed in seeds]))
         finally:
             home.move(None)
+            self._room.set()
 
     async def _sample(self, prompt: list[int], sampling: SamplingPolicy, seed: int, home: _Home) -> Completion:
         lost: list[str] = []
@@ -190,18 +196,22 @@ class Client:
 
     # Which servers there are ----------------------------------------------------------------------------------------
 
-    async def _idlest(self) -> Endpoint:
-        """The living server with the fewest prompts; waits for one when there is none."""
-        deadline = asyncio.get_running_loop().time() + self.config.start_timeout_seconds
-        while not (alive := [e for e in self.endpoints if e.up]):
-            reason = self.failure()
-            left = deadline - asyncio.get_running_loop().time()
-            if reason or left <= 0:
+    async def _idlest(self, groups_at_most: float = math.inf) -> Endpoint:
+        """The living server with the fewest prompts, at most so many; waits for one when there is none."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.config.start_timeout_seconds
+        while True:
+            self._room.clear()
+            alive = [e for e in self.endpoints if e.up]
+            if alive:
+                deadline = clock() + self.config.start_timeout_seconds
+                idlest = min(alive, key=lambda e: e.groups)
+                if idlest.groups <= groups_at_most:
+                    return idlest
+            elif (reason := self.failure()) or clock() > deadline:
                 raise UserError(f"no SGLang server is left: {reason or self._down()}")
-            async with self._changed:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), min(left, _PROBE_PERIOD_S))
-        return min(alive, key=lambda e: e.groups)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._room.wait(), _PROBE_PERIOD_S)
 
     def _down(self) -> str:
         return "; ".join(f"{e.url}: {e.why_down}" for e in self.endpoints if not e.up)
@@ -220,8 +230,7 @@ class Client:
             else:
                 if not endpoint.up:
                     endpoint.up = True
-                    async with self._changed:
-                        self._changed.notify_all()
+                    self._room.set()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(endpoint.probe_now.wait(), _PROBE_PERIOD_S)
 
