@@ -1,4 +1,4 @@
-"""The engine on the real SGLang: its log-probs are the trainer's, its weights follow, and a dead server costs nothing."""
+"""The engine on the real SGLang: its log-probs are the trainer's, its weights follow, a dead server is replaced."""
 
 from __future__ import annotations
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_sglang import FakeServer, fake_server
 
 from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engine import Completion, SamplingPolicy
 from megatron_rlvr.rollout.sglang.client import Client, Weights, sampling_parameters
 from megatron_rlvr.rollout.sglang.weights import load_everywhere
-from fake_sglang import FakeServer, fake_server
 
 CONFIG = SGLangConfig(
     concurrency=5, start_timeout_seconds=5, request_timeout_seconds=20, health_timeout_seconds=0.5, attempts=3
@@ -144,7 +144,7 @@ def test_version_that_does_not_take(fake: FakeServer) -> None:
 
 def test_refused_weights(fake: FakeServer) -> None:
     fake.load = lambda body: (400, {"success": False, "message": "no such folder"})  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="did not take the weights in /weights .*no such folder"):
+    with pytest.raises(UserError, match=r"did not take the weights in /weights .*no such folder"):
         _generate([fake.url], version=4)
 
 
