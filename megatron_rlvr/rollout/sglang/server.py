@@ -182,10 +182,14 @@ class ServerPool:
         probed = 0.0
         while not self._stopping.wait(_WATCH_PERIOD_S):
             probe = time.monotonic() - probed > _PROBE_PERIOD_S
-            with self._steady:
-                for server in self.servers:
-                    if not self._stopping.is_set():
-                        self._tend(server, probe)
+            try:
+                with self._steady:
+                    for server in self.servers:
+                        if not self._stopping.is_set():
+                            self._tend(server, probe)
+            except Exception as error:  # nobody would look at a thread that ended: whoever waits for a server does
+                self.failure = f"watching the SGLang servers failed: {error}"
+                raise
             if probe:
                 probed = time.monotonic()
 

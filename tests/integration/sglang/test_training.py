@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.telemetry.metrics import read_metrics
@@ -25,10 +26,15 @@ def _check_rollouts(run: Path, steps: int) -> None:
             assert len(rows) == 4 and {row["weight_version"] for row in rows} == {step}
 
 
-def test_three_steps(run_yaml: Path, servers, tmp_path: Path) -> None:
-    url = f"rollout.sglang.urls=[{servers.urls[0]}]"
+LAYOUTS = {"one": (1, []), "dp2": (2, []), "tp2": (2, ["parallel.tensor=2"])}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_three_steps(name: str, run_yaml: Path, servers, tmp_path: Path) -> None:
+    processes, overrides = LAYOUTS[name]
+    overrides = [*overrides, "rollout.engine=sglang", f"rollout.sglang.urls=[{servers.urls[0]}]", "steps=3"]
     with servers.changing_weights():  # the run is this server's owner now
-        run_trainer(run_yaml, "rollout.engine=sglang", url, "steps=3", "rollout.record=true", "data.heldout=null")
+        run_trainer(run_yaml, *overrides, "rollout.record=true", "data.heldout=null", processes=processes)
     run = tmp_path / "run"
     metrics = read_metrics(run)
     assert len(metrics) == 3 and all(r["grad_norm"] > 0 for r in metrics)

@@ -1,4 +1,4 @@
-"""Servers as processes, with shell scripts in SGLang's place: what is said when one does not start, and who stops it."""
+"""Servers as processes, with shell scripts in SGLang's place: what is said when one fails, and who stops it."""
 
 from __future__ import annotations
 
