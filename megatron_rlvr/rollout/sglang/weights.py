@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_rlvr.backend.huggingface import PolicyBridge
-from megatron_rlvr.backend.policy import Policy
 from megatron_rlvr.rollout.sglang.client import Client, Endpoint, ServerLostError
 from megatron_rlvr.rollout.sglang.identity import check_model
+
+if TYPE_CHECKING:  # the client's half needs no megatron-core
+    from megatron_rlvr.backend.huggingface import PolicyBridge
+    from megatron_rlvr.backend.policy import Policy
 
 
 class WeightFolders:
