@@ -3,13 +3,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SGLANG_VENV := .venv-sglang
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart study test lint format clean
+.PHONY: help setup sglang quickstart study test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,6 +22,15 @@ $(STAMP): pyproject.toml $(NATIVE)
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $(VENV)/build-requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(VENV)/build-requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[train,dev]'
+	touch $@
+
+sglang: $(SGLANG_VENV)/.installed  ## make .venv-sglang: SGLang on the CPU, for rollout.sglang.python and its tests
+
+$(SGLANG_VENV)/.installed: examples/sglang/requirements.txt examples/sglang/sgl_kernel.py
+	test -d $(SGLANG_VENV) || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint examples/sglang/requirements.txt torch
+	$(SGLANG_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement examples/sglang/requirements.txt
+	cp examples/sglang/sgl_kernel.py "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 
 quickstart: $(STAMP)  ## RLVR on Countdown in minutes; ARGS="key=value ..." overrides quickstart.yaml
@@ -46,4 +56,4 @@ format: $(STAMP)  ## let ruff put the code in order
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build *.egg-info megatron_rlvr/*.so
+	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info megatron_rlvr/*.so

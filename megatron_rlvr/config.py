@@ -57,9 +57,38 @@ class VerifierConfig:
 
 
 @dataclass
+class SGLangConfig:
+    urls: list[str] = field(default_factory=list)
+    """Servers run elsewhere, ``http://host:port``; empty: the trainer starts `servers` of its own."""
+    servers: int = 1
+    """Servers that the trainer starts on the machine of its main process."""
+    python: str | None = None
+    """Python of the environment that SGLang is installed in; by default the trainer's own."""
+    server: dict[str, Any] = field(default_factory=dict)
+    """Arguments of ``sglang.launch_server`` by name, such as ``tensor_parallel_size: 2``; true is a bare flag."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the servers, on top of the trainer's."""
+    concurrency: int = 256
+    """Requests that one data-parallel rank keeps open at one server."""
+    weight_sync: str = "disk"
+    """``disk``: a Hugging Face folder in the run directory, which the servers must see under the same path."""
+    start_timeout_seconds: float = 900.0
+    """Longest wait for a server to become ready, and for any server to come back when none is left."""
+    request_timeout_seconds: float = 1800.0
+    """Longest time for one completion."""
+    update_timeout_seconds: float = 600.0
+    """Longest time for one server to load new weights."""
+    health_timeout_seconds: float = 10.0
+    """A server that does not answer a health check for this long is hung: its requests go to others."""
+    attempts: int = 10
+    """Servers that may die under one completion before the run ends with an error."""
+
+
+@dataclass
 class RolloutConfig:
     engine: str = "local"
-    """``local`` generates with the training weights; ``recorded`` replays `recording`."""
+    """``local`` generates with the training weights; ``sglang`` on SGLang servers; ``recorded`` replays `recording`."""
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
     prompts_per_step: int = 64
     samples_per_prompt: int = 16
     max_tokens: int = 1024
@@ -219,7 +248,7 @@ def save_config(config: Config, path: Path) -> None:
 
 # What makes a run the run it is. The rest (more steps, another layout, other telemetry) may change on the way.
 _IDENTITY = ("seed", "data", "verifier", "rollout", "algorithm", "optimizer")
-_MAY_CHANGE = ("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch")
+_MAY_CHANGE = ("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang")
 
 
 def check_same_run(config: Config, path: Path) -> None:
@@ -235,7 +264,7 @@ def check_same_run(config: Config, path: Path) -> None:
     then = OmegaConf.to_container(OmegaConf.load(path))
     now = OmegaConf.to_container(OmegaConf.structured(config))
     for key, old, new in _differences(then, now):
-        if key.split(".")[0] in _IDENTITY and key not in _MAY_CHANGE:
+        if key.split(".")[0] in _IDENTITY and not key.startswith(_MAY_CHANGE):
             raise UserError(
                 f"{path.parent} holds a run with {key}={old}, this one has {new}: "
                 "choose another run_directory, or set it back"
@@ -267,15 +296,23 @@ def check(config: Config) -> None:
     rollout, algorithm, parallel = config.rollout, config.algorithm, config.parallel
     _one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     _one_of("model.layer_spec", config.model.layer_spec, ("auto", "local", "transformer_engine"))
-    _one_of("rollout.engine", rollout.engine, ("local", "recorded"))
+    _one_of("rollout.engine", rollout.engine, ("local", "sglang", "recorded"))
     _one_of("algorithm.advantage", algorithm.advantage, ("grpo", "grpo-no-std", "rloo"))
     _one_of("algorithm.aggregation", algorithm.aggregation, ("token-mean", "sequence-mean", "constant"))
+    _one_of("rollout.sglang.weight_sync", rollout.sglang.weight_sync, ("disk",))
     positive = {
         "steps": config.steps,
         "rollout.prompts_per_step": rollout.prompts_per_step,
         "rollout.max_tokens": rollout.max_tokens,
         "rollout.temperature": rollout.temperature,
         "rollout.local_batch": rollout.local_batch,
+        "rollout.sglang.servers": rollout.sglang.servers,
+        "rollout.sglang.concurrency": rollout.sglang.concurrency,
+        "rollout.sglang.start_timeout_seconds": rollout.sglang.start_timeout_seconds,
+        "rollout.sglang.request_timeout_seconds": rollout.sglang.request_timeout_seconds,
+        "rollout.sglang.update_timeout_seconds": rollout.sglang.update_timeout_seconds,
+        "rollout.sglang.health_timeout_seconds": rollout.sglang.health_timeout_seconds,
+        "rollout.sglang.attempts": rollout.sglang.attempts,
         "algorithm.minibatches": algorithm.minibatches,
         "algorithm.epochs": algorithm.epochs,
         "optimizer.learning_rate": config.optimizer.learning_rate,
@@ -307,6 +344,7 @@ def check(config: Config) -> None:
         raise UserError(
             "rollout.engine=recorded needs rollout.recording: the rollouts/ folder of a run with rollout.record=true"
         )
+    _check_sglang(rollout.sglang)
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1: set it false or raise parallel.tensor")
     with mendable():
@@ -314,6 +352,16 @@ def check(config: Config) -> None:
         build_objective(**algorithm.objective)
     if parallel.context > 1:
         raise UserError("parallel.context > 1 is not supported yet: set it to 1")
+
+
+def _check_sglang(sglang: SGLangConfig) -> None:
+    for url in sglang.urls:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"rollout.sglang.urls: {url!r} is no URL: write http://host:port")
+    ours = {"model_path", "port", "weight_version", "skip_tokenizer_init", "model"}
+    for name in sglang.server:
+        if name.replace("-", "_") in ours:
+            raise UserError(f"rollout.sglang.server.{name} is set by the trainer itself: leave it out")
 
 
 def warnings_of(config: Config) -> list[str]:

@@ -50,7 +50,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     )
     policy = Policy(config, layout)
     tokenization = Tokenization(config.model.path, policy.bridge.vocab_size)
-    engine = build_engine(config.rollout, policy)
+    engine = build_engine(config, policy, resources)
     rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
     for examples in (rollouts.train, rollouts.heldout):
         if examples is not None:

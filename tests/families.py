@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.objectives import build_objective
 from megatron_rlvr.rollout.engine import Completion
+from tests.rendezvous import renew
 
 VOCABULARY = 96
 TEMPERATURE = 0.8
@@ -154,10 +154,9 @@ def reference(folder: Path) -> Measurement:
 def main(arguments: list[str]) -> None:
     split = arguments.index("--")
     output, layouts, folders = Path(arguments[0]), arguments[1:split], arguments[split + 1 :]
-    port = int(os.environ["MASTER_PORT"])
     torch.set_num_threads(1)
     for number, text in enumerate(layouts):
-        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port + 1 + number)}
+        renew(number)
         layout = ParallelConfig(**json.loads(text))
         with parallel.parallel_groups(layout, seed=0) as here:
             for folder in folders:

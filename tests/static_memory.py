@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.objectives import build_objective
 from tests.families import ADVANTAGE, WEIGHT, make_batch, policy_config
+from tests.rendezvous import renew
 
 
 def live_bytes() -> int:
@@ -60,10 +60,9 @@ def main(folder: Path, output: Path, layouts: list[str]) -> None:
     device.install()
     from megatron.core import parallel_state
 
-    port = int(os.environ["MASTER_PORT"])
     torch.set_num_threads(1)
     for number, text in enumerate(layouts):
-        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port + 1 + number)}
+        renew(number)
         config = layout_config(folder, json.loads(text))
         with parallel.parallel_groups(config.parallel, seed=0) as here:
             found = {"stage": parallel_state.get_pipeline_model_parallel_rank(), "bytes": held(config, here)}

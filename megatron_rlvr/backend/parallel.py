@@ -114,6 +114,14 @@ def share_with_model_peers(value: T | None) -> T:
     return value  # type: ignore[return-value]
 
 
+def share_with_job(value: T | None) -> T:
+    """Send rank 0's `value` (any picklable object) to every process."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0, device=device.device())
+    return box[0]  # type: ignore[return-value]
+
+
 def sum_over_job(sums: Mapping[str, float], contributes: bool) -> dict[str, float]:
     """Add `sums` of every contributing process; all processes get the result. One all-reduce of len(sums) float64.
 

@@ -27,7 +27,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("steps", "is not key=value"),
         ("steps=0", "steps must be greater than 0, not 0"),
         ("rollout.samples_per_prompt=1", "must be at least 2"),
-        ("rollout.engine=vllm", "rollout.engine must be one of local, recorded"),
+        ("rollout.engine=vllm", "rollout.engine must be one of local, sglang, recorded"),
+        ("rollout.sglang.server.port=30000", "rollout.sglang.server.port is set by the trainer itself"),
+        ("rollout.sglang.urls=[localhost:30000]", "'localhost:30000' is no URL"),
+        ("rollout.sglang.concurrency=0", "rollout.sglang.concurrency must be greater than 0"),
         ("rollout.engine=recorded", "needs rollout.recording"),
         ("algorithm.minibatches=3", "algorithm.minibatches=3 does not divide rollout.prompts_per_step=8"),
         ("algorithm.schedule.name=up-and-down", "unknown name 'up-and-down'"),
@@ -48,6 +51,20 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 )
 def test_override_is_refused(override: str, expected: str, run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in _refused(capsys, run_yaml, override)
+
+
+def test_nobody_at_the_url(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = _refused(capsys, run_yaml, "rollout.engine=sglang", "rollout.sglang.urls=[http://127.0.0.1:9]")
+    assert "no server of rollout.sglang.urls can be used: http://127.0.0.1:9: /model_info: ConnectError" in line
+
+
+def test_python_without_sglang(run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The trainer's own Python has no SGLang here: the server ends at once, and its log says why."""
+    line = _refused(capsys, run_yaml, "rollout.engine=sglang")
+    assert (
+        f"ended with status 1 before it was ready: see {tmp_path / 'run' / 'sglang' / 'logs' / 'server_0.log'}" in line
+    )
+    assert "No module named" in line and "sglang" in line.split("ends with")[1]
 
 
 def test_missing_configuration_file(capsys: pytest.CaptureFixture[str]) -> None:

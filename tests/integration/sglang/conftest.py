@@ -1,0 +1,36 @@
+"""One real SGLang server for all tests of this folder; without its environment they are skipped, and say so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.backend import device
+from megatron_rlvr.config import SGLangConfig
+from tests.conftest import ROOT
+
+device.install()
+
+PYTHON = Path(os.environ.get("SGLANG_PYTHON", ROOT / ".venv-sglang" / "bin" / "python"))
+
+
+@pytest.fixture(scope="session")
+def sglang() -> SGLangConfig:
+    """The engine's configuration on this machine; a hang is found sooner than in earnest."""
+    if not PYTHON.is_file():
+        pytest.skip(f"no SGLang environment at {PYTHON}: `make sglang` makes it, SGLANG_PYTHON names another")
+    return SGLangConfig(
+        python=str(PYTHON), server={"max_total_tokens": 8192}, health_timeout_seconds=6.0, start_timeout_seconds=240.0
+    )
+
+
+@pytest.fixture(scope="session")
+def servers(sglang: SGLangConfig, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """A pool of one server with the small model."""
+    from megatron_rlvr.rollout.sglang.server import ServerPool
+
+    with ServerPool(sglang, small_model, "float32", tmp_path_factory.mktemp("sglang")) as pool:
+        yield pool

@@ -1,0 +1,69 @@
+"""Whole training runs on the real SGLang."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rlvr.config import SGLangConfig
+from megatron_rlvr.telemetry.metrics import read_metrics
+from tests.conftest import ROOT, environment, run_trainer
+
+
+def _check_rollouts(run: Path, steps: int) -> None:
+    """Every prompt of every step has its four answers, from the weights of that step."""
+    for step in range(steps):
+        files = sorted((run / "rollouts" / f"step_{step:06d}").glob("*.jsonl"))
+        assert [f.name for f in files] == [f"prompt_{slot:05d}.jsonl" for slot in range(8)]
+        for file in files:
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            assert len(rows) == 4 and {row["weight_version"] for row in rows} == {step}
+
+
+LAYOUTS = {"one": (1, []), "dp2": (2, []), "tp2": (2, ["parallel.tensor=2"])}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_three_steps(name: str, run_yaml: Path, servers, tmp_path: Path) -> None:
+    processes, overrides = LAYOUTS[name]
+    overrides = [*overrides, "rollout.engine=sglang", f"rollout.sglang.urls=[{servers.urls[0]}]", "steps=3"]
+    with servers.changing_weights():  # the run is this server's owner now
+        run_trainer(run_yaml, *overrides, "rollout.record=true", "data.heldout=null", processes=processes)
+    run = tmp_path / "run"
+    metrics = read_metrics(run)
+    assert len(metrics) == 3 and all(r["grad_norm"] > 0 for r in metrics)
+    assert len({r["reward"] for r in metrics}) > 1
+    _check_rollouts(run, 3)
+    assert (run / "huggingface" / "model.safetensors").is_file()
+
+
+def test_run_survives_the_death_of_its_only_server(run_yaml: Path, sglang: SGLangConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ["rollout.engine=sglang", f"rollout.sglang.python={sglang.python}", "steps=3", "rollout.record=true"]
+    settings += ["rollout.sglang.server.max_total_tokens=8192", "data.heldout=null"]
+    command = [sys.executable, "-m", "megatron_rlvr.train", str(run_yaml), *settings]
+    with (tmp_path / "output").open("wb") as output:
+        trainer = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 200
+        while not ((run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count("\n") >= 1):
+            assert trainer.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()[-3000:]
+            time.sleep(0.02)
+        family = psutil.Process(trainer.pid).children(recursive=True)
+        servers = [p for p in family if "sglang.launch_server" in p.cmdline()]
+        assert servers
+        servers[0].kill()
+        assert trainer.wait(timeout=200) == 0, (tmp_path / "output").read_text()[-3000:]
+    finally:
+        trainer.kill()
+        trainer.wait()
+    assert len(read_metrics(run)) == 3
+    _check_rollouts(run, 3)
+    assert (run / "sglang" / "logs" / "server_0.log").read_text().count("fired up and ready") == 2
+    assert not psutil.wait_procs(family, timeout=10)[1], "the trainer left processes behind"

@@ -1,0 +1,102 @@
+"""A server on the loopback that speaks as much of SGLang's HTTP as the client needs, and misbehaves on request."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = tuple[int, Any]
+
+
+class FakeServer:
+    """Answers ``/generate`` with the sum of the prompt, so that a reply tells whose it is."""
+
+    def __init__(self) -> None:
+        self.version = "0"
+        self.delay = 0.0
+        self.healthy = True
+        self.answer: Callable[[dict[str, Any]], Reply] = self.completion
+        self.prompts: list[list[int]] = []
+        self.loads: list[dict[str, Any]] = []
+        self.running = self.most_running = 0
+        self.url = ""
+        self._lock = threading.Lock()
+
+    def completion(self, body: dict[str, Any]) -> Reply:
+        token = sum(body["input_ids"])
+        meta = {"finish_reason": {"type": "length"}, "output_token_logprobs": [[-0.5, token, None]]}
+        return 200, {"output_ids": [token], "meta_info": meta | {"weight_version": self.version}}
+
+    def generate(self, body: dict[str, Any]) -> Reply:
+        with self._lock:
+            self.prompts.append(body["input_ids"])
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+        time.sleep(self.delay)
+        with self._lock:
+            self.running -= 1
+        return self.answer(body)
+
+    def load(self, body: dict[str, Any]) -> Reply:
+        self.loads.append(body)
+        self.version = body["weight_version"]
+        return 200, {"success": True, "message": ""}
+
+    def reply(self, path: str, body: dict[str, Any]) -> Reply:
+        if path == "/generate":
+            return self.generate(body)
+        if path == "/update_weights_from_disk":
+            return self.load(body)
+        if path == "/model_info":
+            return 200, {"weight_version": self.version, "model_type": "qwen2"}
+        while not self.healthy:  # a hung server keeps the connection and says nothing
+            time.sleep(0.05)
+        return 200, {}
+
+
+@contextmanager
+def fake_server() -> Iterator[FakeServer]:
+    fake = FakeServer()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+            status, content = fake.reply(self.path, body)
+            if status == 0:  # die without an answer
+                self.close_connection = True
+                return
+            data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 256
+
+        def handle_error(self, *_: Any) -> None:  # clients that hang up are what is tested
+            pass
+
+    server = Server(("127.0.0.1", 0), Handler)
+    fake.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield fake
+    finally:
+        fake.healthy = True
+        server.shutdown()
+        server.server_close()

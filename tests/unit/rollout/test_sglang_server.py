@@ -1,0 +1,91 @@
+"""Servers as processes, with shell scripts in SGLang's place: what is said when one fails, and who stops it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rlvr.config import SGLangConfig
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.sglang.server import Server, ServerPool, command_line
+from tests.conftest import ROOT, environment
+
+
+def _program(folder: Path, body: str) -> str:
+    script = folder / "python"
+    script.write_text(f"#!/bin/sh\n{body}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_arguments_become_a_command_line() -> None:
+    arguments = {"tensor_parallel_size": 2, "enable_metrics": True, "disable_radix_cache": False, "revision": None}
+    assert command_line(arguments) == ["--tensor-parallel-size", "2", "--enable-metrics"]
+    assert command_line({"json_model_override_args": {"a": 1}}) == ["--json-model-override-args", '{"a": 1}']
+
+
+def test_user_arguments_win_over_defaults(tmp_path: Path) -> None:
+    config = SGLangConfig(server={"max-total-tokens": 7, "dtype": "bfloat16"}, environment={"OMP_NUM_THREADS": "3"})
+    server = Server(config, "float32", tmp_path / "log")
+    assert server.arguments["max_total_tokens"] == 7 and server.arguments["dtype"] == "bfloat16"
+    assert server.environment["OMP_NUM_THREADS"] == "3"
+
+
+def test_server_that_ends_is_quoted(tmp_path: Path) -> None:
+    config = SGLangConfig(python=_program(tmp_path, "echo starting; echo out of memory; exit 3"))
+    expected = rf"ended with status 3 before it was ready: see {tmp_path}/server_0.log, which ends with: out of memory"
+    with pytest.raises(UserError, match=expected), ServerPool(config, tmp_path, "float32", tmp_path):
+        pass
+
+
+def test_server_that_is_never_ready_is_stopped(tmp_path: Path) -> None:
+    # A child of the server's too: the whole group has to go.
+    program = _program(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/child; echo loading; exec sleep 1000")
+    config = SGLangConfig(python=program, start_timeout_seconds=1.0)
+    pool = ServerPool(config, tmp_path, "float32", tmp_path)
+    with pytest.raises(UserError, match=r"was not ready after .*=1: see .* which ends with: loading"), pool:
+        pass
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_no_such_python(tmp_path: Path) -> None:
+    config = SGLangConfig(python="/nowhere/python")
+    with (
+        pytest.raises(UserError, match=r"rollout.sglang.python=/nowhere/python is no program"),
+        ServerPool(config, tmp_path, "float32", tmp_path),
+    ):
+        pass
+
+
+def test_server_dies_with_a_killed_trainer(tmp_path: Path) -> None:
+    program = _program(tmp_path, "exec sleep 1000")
+    code = f"""
+import time
+from pathlib import Path
+from megatron_rlvr.config import SGLangConfig
+from megatron_rlvr.rollout.sglang.server import Server
+server = Server(SGLangConfig(python={program!r}), "float32", Path({str(tmp_path / "log")!r}))
+server.start(Path("model"), 0)
+print(server.process.pid, flush=True)
+time.sleep(1000)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT, stdout=subprocess.PIPE)
+    assert trainer.stdout is not None
+    try:
+        server = psutil.Process(int(trainer.stdout.readline()))
+        deadline = time.monotonic() + 20
+        while server.cmdline()[0] != "sleep":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        trainer.kill()
+        trainer.wait()
+        trainer.stdout.close()
+    psutil.wait_procs([server], timeout=10)
+    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
