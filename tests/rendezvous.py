@@ -6,7 +6,7 @@ _launched_at = int(os.environ.get("MASTER_PORT", "29500"))
 
 
 def renew(number: int) -> None:
-    """Give training `number` of these processes a store of its own: the launcher's still holds the last one's addresses.
+    """Give training `number` of these processes a store of its own: the launcher's holds the last one's addresses.
 
     Every rank comes to the same port, below the range that systems hand out to others.
     """
