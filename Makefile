@@ -7,7 +7,6 @@ SGLANG_VENV := .venv-sglang
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup sglang quickstart study test lint format clean

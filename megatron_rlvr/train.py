@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-# Idle OpenMP threads that spin take the cores from whoever works; read when torch loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch loads: OpenMP threads that sleep at once cost every small kernel a wake-up, ones that spin for long
+# take the cores from whoever works.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 

@@ -24,7 +24,6 @@ from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.errors import UserError
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 warnings.simplefilter("ignore")
 device.install()  # before anything imports megatron.core
 

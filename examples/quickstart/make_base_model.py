@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-# Threads that wait must sleep, not spin: where another process has taken a core, spinning makes a step several times
-# slower. The OpenMP runtime reads this when torch loads it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait may spin for a moment only: where another process has taken a core, spinning makes a step several
+# times slower. The OpenMP runtime reads this when torch loads it.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
