@@ -14,6 +14,9 @@ from .vocab_parallel import VocabShard, all_reduce_sum
 
 # Long enough that a matrix product per chunk runs at full speed, short against the logits of a whole microbatch.
 DEFAULT_CHUNK_BYTES = 48 * 2**20
+# Vocabulary rows of one float32 product on the CPU: a wide and short product streams the weight from memory more often
+# than it needs to (a fifth slower at 65536 rows and 192 tokens).
+CPU_TILE = 2048
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,16 @@ class TokenChunks:
         for start in range(0, tokens, rows):
             chunk = slice(start, min(start + rows, tokens))
             logits = buffer[: chunk.stop - start]
-            torch.mm(self.hidden[chunk], self.weight.t(), out=logits)
+            self._project(self.hidden[chunk], logits)
             yield chunk, logits
+
+    def _project(self, hidden: Tensor, logits: Tensor) -> None:
+        """logits = hidden weight^T."""
+        width = self.weight.shape[0]
+        tiled = logits.device.type == "cpu" and logits.dtype == torch.float32
+        tile = CPU_TILE if tiled else max(1, width)
+        for start in range(0, width, tile):
+            torch.mm(hidden, self.weight[start : start + tile].t(), out=logits[:, start : start + tile])
 
 
 class WeightGradient:
