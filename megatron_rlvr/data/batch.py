@@ -47,6 +47,7 @@ class RolloutBatch:
         rewards: float32 [N].
         truncated: bool [N], stopped by the token limit.
         group_size: G.
+        strata: float64 [N / G], the number by which each prompt was stratified; None where prompts were not.
     """
 
     tokens: Tensor
@@ -56,6 +57,7 @@ class RolloutBatch:
     rewards: Tensor
     truncated: Tensor
     group_size: int
+    strata: Tensor | None = None
 
     @classmethod
     def from_completions(
