@@ -26,7 +26,8 @@ class RolloutMeasure:
 
     Attributes:
         entropy: exact mean over all response tokens of the job, nats.
-        standard_error: of `entropy`, from the spread between prompts (ratio estimator over groups).
+        standard_error: of `entropy`, from the spread between prompts (ratio estimator over groups), of a stratified
+            step from that between neighbours.
         response: what region steering would do to these tokens.
         record: the metrics of this part of the step.
     """
@@ -54,15 +55,16 @@ def measure_rollout(
     groups = batch.rewards.view(-1, batch.group_size)
     group_tokens = batch.response_lengths.view(-1, batch.group_size).sum(1).double()
     group_entropy = torch.zeros_like(group_tokens).index_add(0, sequence // batch.group_size, scores.entropy.double())
+    spread_entropy, spread_tokens = _spread(group_entropy, batch.strata), _spread(group_tokens, batch.strata)
     response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
     scored = {
         "entropy": scores.entropy.sum(dtype=torch.float64),
         # k3 of KL(rollout || train), from tokens that the rollout policy drew: r - 1 - ln r with r = train / rollout.
         "kl_rollout": (difference.expm1() - difference).sum(dtype=torch.float64),
         "mismatch/mean": difference.abs().sum(dtype=torch.float64),
-        "group/ee": group_entropy.square().sum(),
-        "group/et": (group_entropy * group_tokens).sum(),
-        "group/tt": group_tokens.square().sum(),
+        "group/ee": spread_entropy.square().sum(),
+        "group/et": (spread_entropy * spread_tokens).sum(),
+        "group/tt": spread_tokens.square().sum(),
         **{f"response/{i}": value for i, value in enumerate(response)},
     }
     rolled: dict[str, float | Tensor] = {
@@ -94,6 +96,30 @@ def measure_rollout(
     }
     steering = SteeringResponse.from_sums([total[f"response/{i}"] for i in range(4)])
     return RolloutMeasure(entropy, standard_error, steering, record)
+
+
+def _spread(values: Tensor, strata: Tensor | None) -> Tensor:
+    """Per-group values [P] whose squares add up to the variance of their sum, once their mean is taken off.
+
+    Stratified: half the squared differences of neighbours, [P - 1], since only what differs within strata is left to
+    chance (successive differences; Wolter, Introduction to Variance Estimation, section 8.2).
+    """
+    if strata is None or len(values) < 2:
+        return values
+    ordered = values[strata.argsort(stable=True)]
+    return ordered.diff() * math.sqrt(len(values) / (2 * (len(values) - 1)))
+
+
+def entropy_shift(update: UpdateReport, reports: bool) -> float | None:
+    """ln of the mean entropy of an update's active tokens in its forward pass over that before the step. Collective.
+
+    None for an update without active tokens; bounded where entropy has all but vanished.
+    """
+    sums = dict(zip(LOSS_SUMS, update.sums.tolist(), strict=True))
+    total = parallel.sum_over_job({k: sums[k] for k in ("entropy_drift", "old_entropy")}, contributes=reports)
+    if not total["old_entropy"] > 0.0:
+        return None
+    return math.log(max(1e-3, 1.0 + total["entropy_drift"] / total["old_entropy"]))
 
 
 def update_metrics(updates: Sequence[UpdateReport], epochs: int, reports: bool) -> Record:

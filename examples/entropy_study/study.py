@@ -3,8 +3,9 @@
     python examples/entropy_study/study.py run       # make study: resumable, bounded, several runs at a time
     python examples/entropy_study/study.py report    # docs/entropy_study.md and its figures, from what has finished
 
-A strategy is a list of overrides of the quickstart.yaml. Runs lie under runs/study/NAME-SEED; one that has
-finished is skipped, one that was cut off goes on from its checkpoint, and none is started after the time limit.
+A strategy is a list of overrides of the quickstart.yaml. All runs draw 128 stratified prompts x 8 samples a step, as
+many tokens as the quickstart with its 64 x 16, and pass over them twice. Runs lie under runs/study/NAME-SEED; one that
+has finished is skipped, one that was cut off goes on from its checkpoint, and none is started after the time limit.
 """
 
 from __future__ import annotations
@@ -55,9 +56,32 @@ STRATEGIES: dict[str, list[str]] = {
     "floor": [f"{SCHEDULE}.name=entropy-floor"],
     "ce-gppo": [f"{SCHEDULE}.name=constant", "algorithm.objective.name=ce-gppo"],
 }
+# What thresholds alone can do: more updates a rollout, and a higher learning rate.
+BOUNDS = {
+    "static": STRATEGIES["grpo"],
+    "upper": STRATEGIES["upper-only"],
+    "steep": [f"{SCHEDULE}.name=constant", f"{SCHEDULE}.upper_intercept=3.0", f"{SCHEDULE}.upper_slope=-2.8"],
+    "lower": STRATEGIES["lower-only"],
+}
+SETTINGS = {
+    "2x1e-4": ["algorithm.epochs=2", "optimizer.learning_rate=1e-4"],
+    "4x1e-4": ["algorithm.epochs=4", "optimizer.learning_rate=1e-4"],
+    "2x3e-4": ["algorithm.epochs=2", "optimizer.learning_rate=3e-4"],
+}
+AUTHORITY = {
+    f"authority-{bound}-{setting}": [*overrides, *more, "evaluation.prompts=64", "evaluation.samples=16"]
+    for setting, more in SETTINGS.items()
+    for bound, overrides in BOUNDS.items()
+}
 SPLITS = {f"id-split-{split}": [*STRATEGIES["id"], f"{SCHEDULE}.split={split}"] for split in (0.3, 0.4, 0.6)}
 COMMON = [
     "threads=1",
+    "data.train=runs/study/data/train.jsonl",
+    "data.heldout=runs/study/data/heldout.jsonl",
+    "data.stratify_key=kind",
+    "rollout.prompts_per_step=128",
+    "rollout.samples_per_prompt=8",
+    "algorithm.epochs=2",
     "evaluation.prompts=128",
     "evaluation.samples=64",
     "checkpoint.keep=1",
@@ -69,7 +93,7 @@ COMMON = [
 
 def run(names: Sequence[str], seeds: int, steps: int, jobs: int, hours: float) -> int:
     """Start the runs that have not finished, `jobs` at a time, seed by seed; 1 if any failed or was left out."""
-    everything = STRATEGIES | SPLITS
+    everything = STRATEGIES | SPLITS | AUTHORITY
     waiting = [(name, seed) for seed in range(seeds) for name in names if not finished(RUNS / f"{name}-{seed}", steps)]
     print(f"{len(waiting)} of {len(names) * seeds} runs to do, {jobs} at a time", flush=True)
     deadline = time.monotonic() + hours * 3600
@@ -209,13 +233,15 @@ def _pass_at(name: str, step: int) -> Column:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the entropy study, or write its report.")
     parser.add_argument("action", choices=["run", "report"])
-    parser.add_argument("--only", nargs="+", choices=[*STRATEGIES, *SPLITS], help="these strategies (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*STRATEGIES, *SPLITS, *AUTHORITY], help="these strategies (default: all)"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--hours", type=float, default=2.0, help="start no run after this time")
     options = parser.parse_args()
-    names = options.only or [*STRATEGIES, *SPLITS]
+    names = options.only or [*STRATEGIES, *SPLITS, *AUTHORITY]
     if options.action == "report":
         report(names, options.steps)
         return 0
