@@ -55,16 +55,12 @@ def measure_rollout(
     groups = batch.rewards.view(-1, batch.group_size)
     group_tokens = batch.response_lengths.view(-1, batch.group_size).sum(1).double()
     group_entropy = torch.zeros_like(group_tokens).index_add(0, sequence // batch.group_size, scores.entropy.double())
-    spread_entropy, spread_tokens = _spread(group_entropy, batch.strata), _spread(group_tokens, batch.strata)
     response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
     scored = {
         "entropy": scores.entropy.sum(dtype=torch.float64),
         # k3 of KL(rollout || train), from tokens that the rollout policy drew: r - 1 - ln r with r = train / rollout.
         "kl_rollout": (difference.expm1() - difference).sum(dtype=torch.float64),
         "mismatch/mean": difference.abs().sum(dtype=torch.float64),
-        "group/ee": spread_entropy.square().sum(),
-        "group/et": (spread_entropy * spread_tokens).sum(),
-        "group/tt": spread_tokens.square().sum(),
         **{f"response/{i}": value for i, value in enumerate(response)},
     }
     rolled: dict[str, float | Tensor] = {
@@ -76,11 +72,12 @@ def measure_rollout(
         "mixed_groups": informative_groups(groups).sum(),
     }
     total = parallel.sum_over_job({k: float(v) for k, v in scored.items()}, contributes=reports)
+    squared = _squares(torch.stack([group_entropy, group_tokens]), batch, reports)
     count = parallel.sum_over_job({k: float(v) for k, v in rolled.items()}, contributes=leader)
     largest = float(difference.abs().max()) if reports and len(difference) else 0.0
     tokens = count["tokens"]
     entropy = total["entropy"] / tokens
-    squares = total["group/ee"] - 2 * entropy * total["group/et"] + entropy**2 * total["group/tt"]
+    squares = squared["ee"] - 2 * entropy * squared["et"] + entropy**2 * squared["tt"]
     standard_error = math.sqrt(max(0.0, squares)) / tokens
     record = {
         "reward": count["reward"] / count["sequences"],
@@ -98,16 +95,27 @@ def measure_rollout(
     return RolloutMeasure(entropy, standard_error, steering, record)
 
 
-def _spread(values: Tensor, strata: Tensor | None) -> Tensor:
-    """Per-group values [P] whose squares add up to the variance of their sum, once their mean is taken off.
+def _squares(groups: Tensor, batch: RolloutBatch, reports: bool) -> dict[str, float]:
+    """Sums over the job of squares and products of its groups' (entropy, tokens), given as [2, P / D]: ee, et, tt.
 
-    Stratified: half the squared differences of neighbours, [P - 1], since only what differs within strata is left to
-    chance (successive differences; Wolter, Introduction to Variance Estimation, section 8.2).
+    They are the variances of the sums over groups, but for the mean. Of stratified groups half the squared differences
+    of neighbours count, since only what differs within strata is left to chance (successive differences; Wolter,
+    Introduction to Variance Estimation, section 8.2); all processes then see all groups, for neighbours must not depend
+    on the layout.
     """
-    if strata is None or len(values) < 2:
-        return values
-    ordered = values[strata.argsort(stable=True)]
-    return ordered.diff() * math.sqrt(len(values) / (2 * (len(values) - 1)))
+    if batch.strata is None or batch.slots is None:
+        return parallel.sum_over_job(_products(groups), contributes=reports)
+    every = torch.zeros(2, len(batch.strata), dtype=torch.float64)
+    every[:, batch.slots] = groups
+    every = parallel.sum_tensor_over_job(every, contributes=reports)
+    steps = every[:, batch.strata.argsort(stable=True)].diff(dim=1)
+    return _products(steps * math.sqrt(every.shape[1] / (2 * max(1, steps.shape[1]))))
+
+
+def _products(groups: Tensor) -> dict[str, float]:
+    entropy, tokens = groups
+    sums = {"ee": entropy.square().sum(), "et": (entropy * tokens).sum(), "tt": tokens.square().sum()}
+    return {name: float(value) for name, value in sums.items()}
 
 
 def entropy_shift(update: UpdateReport, reports: bool) -> float | None:

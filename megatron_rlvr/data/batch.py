@@ -47,7 +47,8 @@ class RolloutBatch:
         rewards: float32 [N].
         truncated: bool [N], stopped by the token limit.
         group_size: G.
-        strata: float64 [N / G], the number by which each prompt was stratified; None where prompts were not.
+        slots: int64 [N / G], which of the step's P prompts the rank's are; None where prompts were not stratified.
+        strata: float64 [P], the number by which each prompt of the step was stratified; None likewise.
     """
 
     tokens: Tensor
@@ -57,6 +58,7 @@ class RolloutBatch:
     rewards: Tensor
     truncated: Tensor
     group_size: int
+    slots: Tensor | None = None
     strata: Tensor | None = None
 
     @classmethod

@@ -89,7 +89,8 @@ class RolloutCollector:
             record(folder, step, self.slots, [examples[i].prompt for i in chosen], completions, texts, rewards)
         batch = RolloutBatch.from_completions(heads, completions, rewards, self.tokenization.padding)
         if self.sampler.stratified:
-            batch.strata = torch.tensor([examples[i].stratum for i in chosen], dtype=torch.float64)
+            batch.slots = torch.tensor(self.slots)
+            batch.strata = torch.tensor([examples[i].stratum for i in indices], dtype=torch.float64)
         return batch, times
 
     def evaluate(self) -> dict[str, float]:

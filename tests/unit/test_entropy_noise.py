@@ -21,6 +21,7 @@ PROMPTS, PER_STEP, SAMPLES = 1200, 24, 2
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     monkeypatch.setattr(parallel, "sum_over_job", lambda values, contributes: values if contributes else {})
+    monkeypatch.setattr(parallel, "sum_tensor_over_job", lambda values, contributes: values * contributes)
     monkeypatch.setattr(parallel, "max_over_job", lambda values: values)
 
 
@@ -34,6 +35,7 @@ def measure(indices, kinds, rng):
             entropy += [level + rng.uniform(-0.05, 0.05) for _ in range(lengths[-1])]
     completions = [Completion([1] * n, [0.0] * n, "stop", 0) for n in lengths]
     batch = RolloutBatch.from_completions([[5, 6]] * len(indices), completions, [0.0] * len(lengths), padding=0)
+    batch.slots = torch.arange(len(indices))
     batch.strata = torch.tensor([kinds[i] for i in indices], dtype=torch.float64)
     zero = torch.zeros(len(entropy))
     scores = TokenScores(zero, torch.tensor(entropy), zero, zero)
