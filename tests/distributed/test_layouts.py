@@ -21,10 +21,10 @@ LAYOUTS = {
     "tp2-dp2": (4, ["parallel.tensor=2"]),
 }
 GENERATING = ("dp2", "tp2", "pp2")
-EXACT = ("reward", "tokens", "lr", "clip/upper_intercept", "clip/lower_slope")
+EXACT = ("reward", "tokens", "lr")
 CLOSE = (
     *("loss", "grad_norm", "entropy", "entropy_standard_error", "entropy_change/predicted", "entropy_change/measured"),
-    *("ratio_max", "control/steering", "control/shift"),
+    *("ratio_max", "clip/upper_intercept", "clip/lower_slope", "control/steering", "control/shift"),
 )
 
 
