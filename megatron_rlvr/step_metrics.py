@@ -26,7 +26,8 @@ class RolloutMeasure:
 
     Attributes:
         entropy: exact mean over all response tokens of the job, nats.
-        standard_error: of `entropy`, from the spread between prompts (ratio estimator over groups).
+        standard_error: of `entropy`, from the spread between prompts (ratio estimator over groups), of a stratified
+            step from that between neighbours.
         response: what region steering would do to these tokens.
         record: the metrics of this part of the step.
     """
@@ -60,9 +61,6 @@ def measure_rollout(
         # k3 of KL(rollout || train), from tokens that the rollout policy drew: r - 1 - ln r with r = train / rollout.
         "kl_rollout": (difference.expm1() - difference).sum(dtype=torch.float64),
         "mismatch/mean": difference.abs().sum(dtype=torch.float64),
-        "group/ee": group_entropy.square().sum(),
-        "group/et": (group_entropy * group_tokens).sum(),
-        "group/tt": group_tokens.square().sum(),
         **{f"response/{i}": value for i, value in enumerate(response)},
     }
     rolled: dict[str, float | Tensor] = {
@@ -74,11 +72,12 @@ def measure_rollout(
         "mixed_groups": informative_groups(groups).sum(),
     }
     total = parallel.sum_over_job({k: float(v) for k, v in scored.items()}, contributes=reports)
+    squared = _squares(torch.stack([group_entropy, group_tokens]), batch, reports)
     count = parallel.sum_over_job({k: float(v) for k, v in rolled.items()}, contributes=leader)
     largest = float(difference.abs().max()) if reports and len(difference) else 0.0
     tokens = count["tokens"]
     entropy = total["entropy"] / tokens
-    squares = total["group/ee"] - 2 * entropy * total["group/et"] + entropy**2 * total["group/tt"]
+    squares = squared["ee"] - 2 * entropy * squared["et"] + entropy**2 * squared["tt"]
     standard_error = math.sqrt(max(0.0, squares)) / tokens
     record = {
         "reward": count["reward"] / count["sequences"],
@@ -94,6 +93,41 @@ def measure_rollout(
     }
     steering = SteeringResponse.from_sums([total[f"response/{i}"] for i in range(4)])
     return RolloutMeasure(entropy, standard_error, steering, record)
+
+
+def _squares(groups: Tensor, batch: RolloutBatch, reports: bool) -> dict[str, float]:
+    """Sums over the job of squares and products of its groups' (entropy, tokens), given as [2, P / D]: ee, et, tt.
+
+    They are the variances of the sums over groups, but for the mean. Of stratified groups half the squared differences
+    of neighbours count, since only what differs within strata is left to chance (successive differences; Wolter,
+    Introduction to Variance Estimation, section 8.2); all processes then see all groups, for neighbours must not depend
+    on the layout.
+    """
+    if batch.strata is None or batch.slots is None:
+        return parallel.sum_over_job(_products(groups), contributes=reports)
+    every = torch.zeros(2, len(batch.strata), dtype=torch.float64)
+    every[:, batch.slots] = groups
+    every = parallel.sum_tensor_over_job(every, contributes=reports)
+    steps = every[:, batch.strata.argsort(stable=True)].diff(dim=1)
+    return _products(steps * math.sqrt(every.shape[1] / (2 * max(1, steps.shape[1]))))
+
+
+def _products(groups: Tensor) -> dict[str, float]:
+    entropy, tokens = groups
+    sums = {"ee": entropy.square().sum(), "et": (entropy * tokens).sum(), "tt": tokens.square().sum()}
+    return {name: float(value) for name, value in sums.items()}
+
+
+def entropy_shift(update: UpdateReport, reports: bool) -> float | None:
+    """ln of the mean entropy of an update's active tokens in its forward pass over that before the step. Collective.
+
+    None for an update without active tokens; bounded where entropy has all but vanished.
+    """
+    sums = dict(zip(LOSS_SUMS, update.sums.tolist(), strict=True))
+    total = parallel.sum_over_job({k: sums[k] for k in ("entropy_drift", "old_entropy")}, contributes=reports)
+    if not total["old_entropy"] > 0.0:
+        return None
+    return math.log(max(1e-3, 1.0 + total["entropy_drift"] / total["old_entropy"]))
 
 
 def update_metrics(updates: Sequence[UpdateReport], epochs: int, reports: bool) -> Record:

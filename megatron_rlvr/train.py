@@ -7,6 +7,7 @@ entropy and give this step's clip thresholds, update in minibatches, repeat.
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,11 +33,11 @@ device.install()  # before anything imports megatron.core
 
 from megatron_rlvr.backend.aggregation import token_weights  # noqa: E402
 from megatron_rlvr.backend.checkpoint import Checkpoints  # noqa: E402
-from megatron_rlvr.backend.policy import Policy, learning_rate  # noqa: E402
+from megatron_rlvr.backend.policy import Policy, UpdateReport, learning_rate  # noqa: E402
 from megatron_rlvr.rollout.build import build_engine  # noqa: E402
 from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
 from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
-from megatron_rlvr.step_metrics import measure_rollout, update_metrics  # noqa: E402
+from megatron_rlvr.step_metrics import entropy_shift, measure_rollout, update_metrics  # noqa: E402
 from megatron_rlvr.telemetry.reporter import Reporter  # noqa: E402
 from megatron_rlvr.verifiers import VerifierPool, build_verifier, check_answers  # noqa: E402
 
@@ -114,7 +115,9 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
 
         report.phase("updating")
         policy.set_learning_rate(rate)
-        updates = []
+        updates: list[UpdateReport] = []
+        steering: list[float] = []
+        planned = algorithm.epochs * algorithm.minibatches
         for _ in range(algorithm.epochs):
             for sequences in batch.minibatches(algorithm.minibatches):
                 if algorithm.drop_zero_advantage and objective.ignores_zero_advantage:
@@ -126,12 +129,16 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
                 timer.add("forward_backward", done.forward_backward_seconds)
                 timer.add("optimizer", done.optimizer_seconds)
                 updates.append(done)
+                steering.append(thresholds.steering)
+                if schedule.wants_updates:
+                    schedule.observe_update(step, len(updates) - 1, planned, entropy_shift(done, policy.reports))
+                    thresholds = schedule.thresholds(step)
         engine.update_weights(step + 1)
 
         stopping = parallel.any_rank(stop.received is not None)
         finished = step + 1 == config.steps
         record = {"step": step, **measured.record, **update_metrics(updates, algorithm.epochs, policy.reports)}
-        predicted = measured.response.predicted(thresholds.steering) / algorithm.minibatches
+        predicted = measured.response.predicted(statistics.mean(steering)) / algorithm.minibatches
         record |= {
             "entropy_change/predicted": predicted,
             **thresholds.metrics(),

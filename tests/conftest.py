@@ -31,7 +31,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
         numbers = [rng.randint(1, 9) for _ in range(rng.choice((3, 4)))]
         target = rng.randint(1, 99)
         prompt = f"{' '.join(map(str, numbers))} : {target} >"
-        rows.append({"prompt": prompt, "answer": {"numbers": numbers, "target": target}})
+        rows.append({"prompt": prompt, "answer": {"numbers": numbers, "target": target}, "kind": target})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -246,17 +246,20 @@ def tracking_experiment(
         error = entropy.std().item() / math.sqrt(prompts)
         schedule.observe(step, entropy.mean().item(), response=response, standard_error=error)
         thresholds = schedule.thresholds(step)
-        weight = steering_weights(change, thresholds.steering, response)
         run.measured.append(entropy.mean().item())
         run.target.append(curve.value(step / steps, run.measured[0]))
         run.steering.append(thresholds.steering)
         run.reward.append(rewards.mean().item())
-        for _ in range(updates):
+        for index in range(updates):
             now = statistics((features @ weights)[None], taken)
+            weight = steering_weights(change, thresholds.steering, response)
             inputs = token_inputs(now, old, advantage, thresholds, weight)
             optimizer.zero_grad()
             (-objective(inputs).objective.mean()).backward()
             optimizer.step()
+            shift = math.log(now.entropy.mean().item() / old.entropy.mean().item())
+            schedule.observe_update(step, index, updates, shift)
+            thresholds = schedule.thresholds(step)
     return run
 
 

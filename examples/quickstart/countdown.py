@@ -111,7 +111,12 @@ def write_problems(path: Path, problems: list[tuple[list[int], int]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for numbers, target in problems:
-            line = {"prompt": prompt_text(numbers, target), "answer": {"numbers": numbers, "target": target}}
+            line = {
+                "prompt": prompt_text(numbers, target),
+                "answer": {"numbers": numbers, "target": target},
+                # For data.stratify_key: problems of as many numbers and near targets are alike.
+                "kind": len(numbers) * (LARGEST_VALUE + 1) + target,
+            }
             file.write(json.dumps(line) + "\n")
 
 

@@ -77,7 +77,18 @@ class Head:
         scores.ascent[part.flat] = gradient_norm(logprob, token_advantage, squared).cpu()
 
 
-LOSS_SUMS = ("loss", "active_tokens", "clipped_high", "clipped_low", "E1", "E2", "E3", "E4", "entropy_drift")
+LOSS_SUMS = (
+    "loss",
+    "active_tokens",
+    "clipped_high",
+    "clipped_low",
+    "E1",
+    "E2",
+    "E3",
+    "E4",
+    "entropy_drift",
+    "old_entropy",
+)
 
 
 @dataclass
@@ -173,6 +184,7 @@ class MinibatchLoss:
             outputs.clipped_low,
             *(region == r for r in (1, 2, 3, 4)),
             (entropy - old_entropy) * active,
+            old_entropy * active,
         )
         self.sums += torch.stack([loss.double(), *(x.sum(dtype=torch.float64) for x in counted)])
         if len(flat):

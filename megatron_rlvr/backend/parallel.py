@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_rlvr.backend import device
 from megatron_rlvr.config import ParallelConfig
@@ -132,6 +133,13 @@ def sum_over_job(sums: Mapping[str, float], contributes: bool) -> dict[str, floa
     values = torch.tensor([sums[n] if contributes else 0.0 for n in names], dtype=torch.float64, device=device.device())
     dist.all_reduce(values)
     return dict(zip(names, values.tolist(), strict=True))
+
+
+def sum_tensor_over_job(values: Tensor, contributes: bool) -> Tensor:
+    """`sum_over_job` of a float64 tensor, of the same shape on every process. One all-reduce."""
+    total = (values if contributes else torch.zeros_like(values)).to(device.device())
+    dist.all_reduce(total)
+    return total.cpu()
 
 
 def max_over_job(maxima: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,11 @@ the measurement, estimates the disturbance - which is what an integral term woul
 what was really applied, so a saturated actuator winds nothing up. Logarithms make the gains and the noise relative, and
 nearly constant while entropy falls by a factor.
 
+Two of them work together. One is of this form within a step (:func:`shift_plant`): its h is the *shift*, the change of
+ln entropy at the step's own states since the step began, which every update measures anew without sampling noise.
+:class:`PlantBank` goes from step to step, and its input is that shift: h[k+1] = h[k] + a[k] d + g * shift[k]. The two
+differ because the next step's prompts were not trained on and its states are drawn by another policy.
+
 How noisy the updates themselves are differs by an order of magnitude between runs, and decides how much of a measured
 error to believe. So several filters that differ in their process noise run side by side, and the one that has predicted
 the measurements best lately is used.
@@ -56,19 +61,19 @@ class EntropyPlant:
         ]
         self.covariance = [[spread[i] ** 2 if i == j else 0.0 for j in range(SIZE)] for i in range(SIZE)]
 
-    def advance(self, applied: tuple[float, float, float]) -> None:
-        """Predict one step ahead under what was ``applied``: (a, a * s, a * f)."""
-        row = [1.0, *applied]
+    def advance(self, applied: tuple[float, float, float], share: float = 1.0) -> None:
+        """Predict ``share`` of a step ahead under what was ``applied``: (a, a * s, a * f)."""
+        row = [1.0, *(share * value for value in applied)]
         self.mean[0] = sum(a * x for a, x in zip(row, self.mean, strict=True))
         P = self.covariance
         first = [sum(row[k] * P[k][j] for k in range(SIZE)) for j in range(SIZE)]
         corner = sum(first[j] * row[j] for j in range(SIZE))
         for j in range(1, SIZE):
             P[0][j] = P[j][0] = first[j]
-        P[0][0] = corner + self.process_noise**2
-        P[1][1] += self.drift_walk**2
-        P[2][2] += (self.gain_walk * self.clip_gain) ** 2
-        P[3][3] += (self.gain_walk * self.steering_gain) ** 2
+        P[0][0] = corner + share * self.process_noise**2
+        P[1][1] += share * self.drift_walk**2
+        P[2][2] += share * (self.gain_walk * self.clip_gain) ** 2
+        P[3][3] += share * (self.gain_walk * self.steering_gain) ** 2
 
     def correct(self, log_entropy: float, deviation: float) -> float:
         """Take in a measurement of standard deviation ``deviation``; returns the innovation, measured - predicted."""
@@ -86,6 +91,12 @@ class EntropyPlant:
             self.mean[i] = max(self.mean[i], self.smallest_gain * prior)
         return innovation
 
+    def restart(self) -> None:
+        """Set h to exactly 0 and keep what is known of the drift and the gains."""
+        self.mean[0] = 0.0
+        for i in range(SIZE):
+            self.covariance[0][i] = self.covariance[i][0] = 0.0
+
     def state_dict(self) -> dict[str, Any]:
         return {"mean": list(self.mean), "covariance": [list(row) for row in self.covariance], "score": self.score}
 
@@ -94,11 +105,21 @@ class EntropyPlant:
         self.score = state["score"]
 
 
-class PlantBank:
-    """Filters of different process noise; ``best`` is the one whose predictions have been likeliest lately."""
+def shift_plant(clip_gain: float, steering_gain: float) -> EntropyPlant:
+    """The filter within a step. It is measured at every update, so its drift may wander further than that of steps."""
+    plant = EntropyPlant(clip_gain, steering_gain, process_noise=0.012, drift_deviation=0.03, drift_walk=0.01)
+    plant.start(0.0, 0.0)
+    return plant
 
-    def __init__(self, clip_gain: float, steering_gain: float) -> None:
-        self.plants = [EntropyPlant(clip_gain, steering_gain, process_noise=noise) for noise in PROCESS_NOISES]
+
+class PlantBank:
+    """The filters from step to step, of different process noise; ``best`` has predicted best lately.
+
+    Their steering gain is the transfer g of the module's docstring, their input (a, 0, shift).
+    """
+
+    def __init__(self) -> None:
+        self.plants = [EntropyPlant(0.0, 1.0, gain_uncertainty=0.5, process_noise=noise) for noise in PROCESS_NOISES]
         self._started = False
 
     @property
@@ -114,11 +135,11 @@ class PlantBank:
             plant.start(log_entropy, deviation)
         self._started = True
 
-    def step(self, applied: tuple[float, float, float], log_entropy: float, deviation: float) -> float:
-        """Advance under what was applied, then take in the measurement; returns the best filter's innovation."""
+    def step(self, rate: float, shift: float, log_entropy: float, deviation: float) -> float:
+        """Advance by a step of this rate and shift, then take in the measurement; returns the best's innovation."""
         best, result = self.best, 0.0
         for plant in self.plants:
-            plant.advance(applied)
+            plant.advance((rate, 0.0, shift))
             innovation = plant.correct(log_entropy, deviation)
             result = innovation if plant is best else result
         return result

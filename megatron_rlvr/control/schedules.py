@@ -48,8 +48,21 @@ class ClipSchedule:
         """
         check_observation(step, entropy)
 
+    @property
+    def wants_updates(self) -> bool:
+        """Whether :meth:`observe_update` does anything, so that a trainer may spare itself the measurement."""
+        return False
+
+    def observe_update(self, step: int, index: int, count: int, shift: float | None) -> None:
+        """Take in what update ``index`` (from 0) of the ``count`` of ``step`` saw; then ask for the thresholds anew.
+
+        ``shift`` is the change of ln entropy that the step's earlier updates made at the states of this one's tokens:
+        ln of their mean entropy in this update's forward pass over that before the step; None where there was none. It
+        must be the same on every rank. Calling it is optional: without it a step keeps the steering that it began with.
+        """
+
     def thresholds(self, step: int) -> ClipThresholds:
-        """The thresholds of ``step``. Raises ValueError when ``step`` is negative."""
+        """The thresholds of ``step``, from now on. Raises ValueError when ``step`` is negative."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from megatron_rlvr.control.curves import EntropyCurve
-from megatron_rlvr.control.plant import PlantBank
+from megatron_rlvr.control.plant import EntropyPlant, PlantBank, shift_plant
 from megatron_rlvr.control.schedules import DynamicSchedule, check_inside, first_entropy
 from megatron_rlvr.control.steering import NEUTRAL, SteeringResponse
 from megatron_rlvr.control.thresholds import ClipThresholds
+
+SHIFT_NOISE = 0.02  # standard deviation of an update's measured shift: its prompts are a part of the step's
+SHORTEST_AIM = 0.25  # of a step: near its end the last updates are not made to mend everything
+STEERING_PACE = 4.0  # within a step u may move this many times steering_rate in all
 
 
 @dataclass
@@ -24,6 +28,8 @@ class TargetEntropy(DynamicSchedule):
     Every step it filters the measured entropy, predicts the entropy that the step would leave without intervention
     (:class:`PlantBank`; the predicted first-order change enters as feed-forward where ``response`` is observed), and
     asks for the difference to the next step's target, of which the error so far is made up over ``horizon`` steps.
+    Where the trainer reports its updates (:meth:`observe_update`), steering is chosen anew after each of them, so that
+    the step arrives where it should although gains are badly known and updates erratic.
     Inside ``dead_band`` (relative) it does nothing. With ``floor_only`` the curve is a floor: it never intervenes while
     the predicted entropy stays above, so that learning is free until collapse threatens.
 
@@ -44,10 +50,18 @@ class TargetEntropy(DynamicSchedule):
     clip_gain: float = 0.01
     steering_gain: float = 0.2
     _plant: PlantBank = field(init=False, repr=False, compare=False)
+    _shift: EntropyPlant = field(init=False, repr=False, compare=False)
     _step: int = field(default=-1, init=False, repr=False)
     _progress: float = field(default=0.0, init=False, repr=False)
     _position: float = field(default=0.0, init=False, repr=False)
     _steering: float = field(default=0.0, init=False, repr=False)
+    _steering_sum: float = field(default=0.0, init=False, repr=False)
+    _count: int = field(default=1, init=False, repr=False)
+    _wanted_shift: float = field(default=0.0, init=False, repr=False)
+    _idle: bool = field(default=True, init=False, repr=False)
+    _done: float = field(default=0.0, init=False, repr=False)
+    _rate: float = field(default=1.0, init=False, repr=False)
+    _response: SteeringResponse = field(default=NEUTRAL, init=False, repr=False)
     _applied: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0), init=False, repr=False)
     _metrics: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
@@ -68,7 +82,8 @@ class TargetEntropy(DynamicSchedule):
             raise ValueError(f"{self.name}: horizon must be at least 1 step, found {self.horizon!r}")
         if not (self.clip_gain or self.steering_limit):
             raise ValueError(f"{self.name}: clip_gain 0 and steering_limit 0 leave no actuator; raise one of them")
-        self._plant = PlantBank(self.clip_gain, self.steering_gain)
+        self._plant = PlantBank()
+        self._shift = shift_plant(self.clip_gain, self.steering_gain)
 
     def observe(
         self,
@@ -95,12 +110,16 @@ class TargetEntropy(DynamicSchedule):
             self._plant.start(math.log(entropy), deviation)
             innovation = 0.0
         else:
-            innovation = self._plant.step(self._applied, math.log(entropy), deviation)
+            # What no update reported is taken to have gone as predicted.
+            self._shift.advance(self._applied, 1.0 - self._done)
+            innovation = self._plant.step(self._applied[0], self._shift.mean[0], math.log(entropy), deviation)
         previous, self._progress = self._progress, self.progress(step)
         # Steps are evenly spaced; tokens are taken to come at the rate of the step before.
         ahead = (step + 1) / self.total_steps if self.total_tokens is None else 2 * self._progress - previous
-        self._step = step
-        self._decide(self._target(self._progress), self._target(ahead), response or NEUTRAL, rate)
+        self._step, self._done = step, 0.0
+        self._shift.restart()
+        self._response, self._rate = response or NEUTRAL, rate
+        self._decide(self._target(self._progress), self._target(ahead))
         self._metrics |= {
             "control/error": entropy / self._target(self._progress) - 1.0,
             "control/innovation": innovation,
@@ -110,48 +129,85 @@ class TargetEntropy(DynamicSchedule):
         assert self.initial_entropy is not None
         return self.curve.value(progress, self.initial_entropy)
 
-    def _decide(self, target: float, next_target: float, response: SteeringResponse, rate: float) -> None:
-        """Choose the thresholds' position and the steering for this step."""
-        log_entropy = self._plant.best.mean[0]
+    def _decide(self, target: float, next_target: float) -> None:
+        """Choose the shift that this step is to reach, the thresholds' position, and the steering to begin with."""
+        log_entropy, drift, _, transfer = self._plant.best.mean
         # A step moves entropy in proportion to its learning rate; without it, warm-up would be taken for a small gain.
-        drift, clip_gain, steering_gain = (rate * value for value in self._plant.best.mean[1:])
-        unsteered = response.drive(0.0)
-        free = log_entropy + drift + steering_gain * unsteered  # ln H after the step, without intervention
+        rate, (inner_drift, clip_gain, steering_gain) = self._rate, self._shift.mean[1:]
         error = math.log(target) - log_entropy
-        wanted = math.log(next_target) - (1.0 - 1.0 / self.horizon) * error - free
-        if self.floor_only:
-            wanted = max(math.log(next_target) - free, 0.0)
-        if abs(wanted) <= self.dead_band:
-            wanted = 0.0
-        self._position = min(max(wanted / clip_gain, -1.0), 1.0) if clip_gain else 0.0
-        rest = wanted - clip_gain * self._position if abs(self._position) in (0.0, 1.0) else 0.0
-        steering = 0.0
-        if rest and steering_gain:
-            steering = response.steering_for(unsteered + rest / steering_gain, self.steering_limit)
-        # One wild step can wreck a policy, and the gain is least known at the start: u leaves 0 by small steps.
-        low, high = min(self._steering, 0.0) - self.steering_rate, max(self._steering, 0.0) + self.steering_rate
-        self._steering = min(max(steering, low), high)
-        drive = response.drive(self._steering)
+        wanted = math.log(next_target) - (1.0 - 1.0 / self.horizon) * error - log_entropy
+        self._wanted_shift = (wanted - rate * drift) / transfer
+        free = rate * (inner_drift + steering_gain * self._response.drive(0.0))  # the shift without intervention
+        missing = self._wanted_shift - free
+        self._idle = abs(transfer * missing) <= self.dead_band or (self.floor_only and missing <= 0.0)
+        if self._idle:
+            missing = 0.0
+        reach = rate * clip_gain
+        self._position = min(max(missing / reach, -1.0), 1.0) if reach else 0.0
+        begin, self._steering = self._steering, 0.0
+        if not self._idle and abs(self._position) in (0.0, 1.0):
+            self._steer(begin, self.steering_rate, 1.0)
+        self._steering_sum = 0.0
+        drive = self._response.drive(self._steering)
         self._applied = (rate, rate * self._position, rate * drive)
-        steering_saturated = abs(self._steering) >= self.steering_limit and rest != 0.0
+        shift = rate * (inner_drift + clip_gain * self._position + steering_gain * drive)
         self._metrics = {
             "control/target": target,
             "control/estimate": math.exp(log_entropy),
             "control/next_target": next_target,
-            "control/predicted_free": math.exp(free),
-            "control/predicted": math.exp(log_entropy + drift + clip_gain * self._position + steering_gain * drive),
-            "control/drift": self._plant.best.mean[1],
+            "control/predicted_free": math.exp(log_entropy + rate * drift + transfer * free),
+            "control/predicted": math.exp(log_entropy + rate * drift + transfer * shift),
+            "control/drift": drift + transfer * inner_drift,
             "control/process_noise": self._plant.best.process_noise,
-            "control/clip_gain": self._plant.best.mean[2],
-            "control/steering_gain": self._plant.best.mean[3],
+            "control/clip_gain": transfer * clip_gain,
+            "control/steering_gain": transfer * steering_gain,
+            "control/transfer": transfer,
             "control/clip_position": self._position,
-            "control/steering": self._steering,
-            # 0: none works, 1: the thresholds alone, 2: steering on top of them
-            "control/actuator": 2.0 if self._steering else 1.0 if self._position else 0.0,
+            "control/wanted_shift": self._wanted_shift,
             # 0: none, 1: the thresholds, 2: both (then the curve is out of reach for now)
-            "control/saturated": float((abs(self._position) >= 1.0 or not self.clip_gain) and bool(wanted))
-            + float(steering_saturated),
+            "control/saturated": float((abs(self._position) >= 1.0 or not self.clip_gain) and bool(missing))
+            + float(abs(self._steering) >= self.steering_limit and abs(self._position) in (0.0, 1.0) and bool(missing)),
         }
+
+    def _steer(self, begin: float, move: float, remaining: float) -> None:
+        """Choose u so that the ``remaining`` share of the step brings the shift to where it should be.
+
+        u may not lie further from 0 than ``begin`` by more than ``move``: one wild step can wreck a policy, and the
+        gain is least known at the start.
+        """
+        shift, drift, clip_gain, steering_gain = self._shift.mean
+        steering = 0.0
+        if self._rate and steering_gain and self.steering_limit:
+            pace = (self._wanted_shift - shift) / (self._rate * remaining)
+            drive = (pace - drift - clip_gain * self._position) / steering_gain
+            steering = self._response.steering_for(drive, self.steering_limit)
+        if self.floor_only:
+            steering = max(steering, 0.0)
+        low, high = min(begin, 0.0) - move, max(begin, 0.0) + move
+        self._steering = min(max(steering, low), high)
+
+    def observe_update(self, step: int, index: int, count: int, shift: float | None) -> None:
+        if step != self._step:
+            raise ValueError(f"{self.name}: an update of step {step} reported, but the last observed is {self._step}")
+        if not 0 <= index < count:
+            raise ValueError(f"{self.name}: update {index} of {count} reported; they count from 0")
+        if shift is not None and not math.isfinite(shift):
+            raise ValueError(f"{self.name}: the shift before update {index} of step {step} must be finite")
+        if index and shift is not None:  # before the first the shift is 0, exactly
+            self._shift.correct(shift, SHIFT_NOISE)
+        self._shift.advance(self._applied, 1.0 / count)
+        self._done, self._count = (index + 1) / count, count
+        self._steering_sum += self._steering
+        if self._done < 1.0 and not self._idle:  # the thresholds stay: what they lack shows in the shift
+            remaining = max(1.0 - self._done, SHORTEST_AIM)
+            self._steer(self._steering, STEERING_PACE * self.steering_rate / count, remaining)
+            rate, clip, _ = self._applied
+            self._applied = (rate, clip, rate * self._response.drive(self._steering))
+        self._metrics["control/shift"] = self._shift.mean[0]
+
+    @property
+    def wants_updates(self) -> bool:
+        return True
 
     def thresholds(self, step: int) -> ClipThresholds:
         if step != self._step:
@@ -164,12 +220,19 @@ class TargetEntropy(DynamicSchedule):
         return ClipThresholds(lower, upper, self._steering)
 
     def metrics(self) -> dict[str, float]:
-        return dict(self._metrics)
+        steering = self._steering_sum / (self._done * self._count) if self._done else self._steering
+        return self._metrics | {
+            "control/steering": steering,
+            # 0: none works, 1: the thresholds alone, 2: steering on top of them
+            "control/actuator": 2.0 if steering else 1.0 if self._position else 0.0,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         own = {
             "initial_entropy": self.initial_entropy,
             "plant": self._plant.state_dict(),
+            "shift": self._shift.state_dict(),
+            "done": self._done,
             "step": self._step,
             "progress": self._progress,
             "position": self._position,
@@ -182,6 +245,8 @@ class TargetEntropy(DynamicSchedule):
         super().load_state_dict(state)
         self.initial_entropy = state["initial_entropy"]
         self._plant.load_state_dict(state["plant"])
+        self._shift.load_state_dict(state["shift"])
+        self._done = state["done"]
         self._step, self._progress = state["step"], state["progress"]
         self._position, self._steering = state["position"], state["steering"]
         rate, clip, drive = state["applied"]

@@ -47,6 +47,8 @@ class RolloutBatch:
         rewards: float32 [N].
         truncated: bool [N], stopped by the token limit.
         group_size: G.
+        slots: int64 [N / G], which of the step's P prompts the rank's are; None where prompts were not stratified.
+        strata: float64 [P], the number by which each prompt of the step was stratified; None likewise.
     """
 
     tokens: Tensor
@@ -56,6 +58,8 @@ class RolloutBatch:
     rewards: Tensor
     truncated: Tensor
     group_size: int
+    slots: Tensor | None = None
+    strata: Tensor | None = None
 
     @classmethod
     def from_completions(

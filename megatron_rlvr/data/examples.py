@@ -1,6 +1,7 @@
 """Prompts with their reference answers, read from JSONL or parquet."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,15 @@ class Example:
 
     index: position in the data set, counted from 0. prompt: plain text, or chat messages
     [{"role": ..., "content": ...}] for the tokenizer's chat template. answer: whatever the verifier reads, as it
-    stands in the file. source: the row's "data_source", or the file's name without its ending.
+    stands in the file. source: the row's "data_source", or the file's name without its ending. stratum: the number by
+    which prompts are stratified, where one was asked for.
     """
 
     index: int
     prompt: str | list[dict[str, str]]
     answer: Any
     source: str
+    stratum: float | None = None
 
 
 def load_examples(
@@ -37,6 +40,7 @@ def load_examples(
     prompt_key: str = "prompt",
     answer_key: str | None = None,
     source_key: str = SOURCE_KEY,
+    stratify_key: str | None = None,
     limit: int | None = None,
 ) -> list[Example]:
     """Read the examples of a ``.jsonl`` or ``.parquet`` file, in file order.
@@ -66,6 +70,7 @@ def load_examples(
                 prompt=_checked_prompt(prompt, where, prompt_key),
                 answer=answer,
                 source=path.stem if source is None else str(source),
+                stratum=None if stratify_key is None else _stratum(row, stratify_key, where),
             )
         )
         if len(examples) == limit:
@@ -137,6 +142,13 @@ def _lookup(row: dict[str, Any], key: str) -> Any:
             return None
         value = value.get(part)
     return value
+
+
+def _stratum(row: dict[str, Any], key: str, where: str) -> float:
+    value = _lookup(row, key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where}: data.stratify_key={key} must name a number, found {_kind(value)}")
+    return float(value)
 
 
 def _checked_prompt(prompt: Any, where: str, key: str) -> str | list[dict[str, str]]:

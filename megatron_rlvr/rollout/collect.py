@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from megatron_rlvr.backend import parallel
 from megatron_rlvr.config import Config
 from megatron_rlvr.data import Example, PromptSampler, load_examples
@@ -51,9 +53,10 @@ class RolloutCollector:
         self.config, self.layout, self.engine = config, layout, engine
         self.tokenization, self.verifiers = tokenization, verifiers
         self.sampling = SamplingPolicy.for_training(config.rollout, tokenization.stop_token_ids)
-        self.train = self._load(config.data.train)
+        self.train = self._load(config.data.train, stratify_key=config.data.stratify_key)
         self.heldout = self._load(config.data.heldout, config.evaluation.prompts) if config.data.heldout else None
-        self.sampler = PromptSampler(len(self.train[0]), config.rollout.prompts_per_step, config.seed)
+        strata = None if config.data.stratify_key is None else [e.stratum or 0.0 for e in self.train[0]]
+        self.sampler = PromptSampler(len(self.train[0]), config.rollout.prompts_per_step, config.seed, strata)
         a_minibatch = config.rollout.prompts_per_step // config.algorithm.minibatches
         if a_minibatch % layout.data_size:
             raise UserError(
@@ -84,7 +87,11 @@ class RolloutCollector:
         if self.config.rollout.record and self.layout.is_leader:
             folder = Path(self.config.run_directory) / "rollouts"
             record(folder, step, self.slots, [examples[i].prompt for i in chosen], completions, texts, rewards)
-        return RolloutBatch.from_completions(heads, completions, rewards, self.tokenization.padding), times
+        batch = RolloutBatch.from_completions(heads, completions, rewards, self.tokenization.padding)
+        if self.sampler.stratified:
+            batch.slots = torch.tensor(self.slots)
+            batch.strata = torch.tensor([examples[i].stratum for i in indices], dtype=torch.float64)
+        return batch, times
 
     def evaluate(self) -> dict[str, float]:
         """pass@k for k = 1, 2, 4 ... on held-out prompts, with the same seeds every time. Collective over the job."""
@@ -129,10 +136,12 @@ class RolloutCollector:
         times = RolloutTimes(generated - began, time.perf_counter() - generated)
         return (completions if received is None else received), texts, verdicts, times
 
-    def _load(self, path: str, limit: int | None = None) -> tuple[list[Example], list[list[int]]]:
+    def _load(
+        self, path: str, limit: int | None = None, stratify_key: str | None = None
+    ) -> tuple[list[Example], list[list[int]]]:
         data = self.config.data
         keys = {} if data.prompt_key is None else {"prompt_key": data.prompt_key}
-        examples = load_examples(path, answer_key=data.answer_key, limit=limit, **keys)
+        examples = load_examples(path, answer_key=data.answer_key, stratify_key=stratify_key, limit=limit, **keys)
         return examples, self.tokenization.encode_all(examples, data.max_prompt_tokens)
 
 

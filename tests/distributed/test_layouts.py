@@ -21,8 +21,11 @@ LAYOUTS = {
     "tp2-dp2": (4, ["parallel.tensor=2"]),
 }
 GENERATING = ("dp2", "tp2", "pp2")
-EXACT = ("reward", "tokens", "lr", "clip/upper_intercept", "clip/lower_slope")
-CLOSE = ("loss", "grad_norm", "entropy", "entropy_change/predicted", "entropy_change/measured", "ratio_max")
+EXACT = ("reward", "tokens", "lr")
+CLOSE = (
+    *("loss", "grad_norm", "entropy", "entropy_standard_error", "entropy_change/predicted", "entropy_change/measured"),
+    *("ratio_max", "clip/upper_intercept", "clip/lower_slope", "control/steering", "control/shift"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +40,10 @@ seed: 1
 run_directory: unset
 threads: 1
 model: {{path: {small_model}}}
-data: {{train: {problems}}}
+data: {{train: {problems}, stratify_key: kind}}
 verifier: {{name: "tests.rewards:letter_sum"}}
 rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_tokens: 10, temperature: 0.9}}
-algorithm: {{epochs: 2, minibatches: 2, schedule: {{name: increase-then-decrease}}}}
+algorithm: {{epochs: 2, minibatches: 2, schedule: {{name: target-entropy}}}}
 optimizer: {{learning_rate: 1.0e-3}}
 telemetry: {{tensorboard: false, plots: false}}
 """

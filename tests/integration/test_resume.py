@@ -53,7 +53,7 @@ def _tear(run: Path) -> None:
 
 
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(run_yaml: Path, tmp_path: Path) -> None:
-    settings = ["steps=16", "checkpoint.every=2", "algorithm.schedule.name=oscillatory-decay"]
+    settings = ["steps=16", "checkpoint.every=2", "algorithm.schedule.name=target-entropy"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_trainer(run_yaml, f"run_directory={whole}", *settings)
     overrides = [f"run_directory={broken}", *settings]

@@ -1,5 +1,6 @@
 """TargetEntropy on a scalar plant whose truth is known: tracking, filtering, saturation, the floor, checkpoints."""
 
+import itertools
 import json
 import math
 import random
@@ -274,3 +275,88 @@ def test_bad_configurations_are_refused_in_one_line(config, said):
         build_schedule({"name": "target-entropy", **config}, 30)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def follow_updates(schedule, curve, seed, steps=60, updates=16, reports=True, noise=0.01, resume_at=None):
+    """A plant whose updates are erratic: every step has a gain and a drift of its own, as wild as those of an LM.
+
+    Returns (measured, target, steering of every update).
+    """
+    rng = random.Random(seed)
+    log_entropy, measured, target, steering = math.log(0.4), [], [], []
+    for step in range(steps):
+        if step == resume_at:
+            state = json.loads(json.dumps(schedule.state_dict()))
+            schedule = TargetEntropy(steps, curve=curve)
+            schedule.load_state_dict(state)
+        measured.append(math.exp(log_entropy + rng.gauss(0, 0.01)))
+        target.append(curve.value(step / steps, measured[0]))
+        response = SteeringResponse(change=0.02 * rng.gauss(-0.1, 0.03), slope=0.02, ascent=0.1, ascent_slope=-0.01)
+        schedule.observe(step, measured[-1], response=response, standard_error=0.01 * measured[-1])
+        gain, drift, shift = 0.3 * math.exp(rng.gauss(0, 0.4)), rng.gauss(0.0, 0.06), 0.0
+        for index in range(updates):
+            steering.append(schedule.thresholds(step).steering)
+            seen = shift + rng.gauss(0, noise) if index else 0.0
+            shift += (drift + gain * response.drive(steering[-1])) / updates
+            if reports:
+                schedule.observe_update(step, index, updates, seen)
+        log_entropy += 1.1 * shift + 0.01
+    return measured, target, steering
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_what_the_updates_report_is_worth_half_the_error(name):
+    errors = {
+        reports: [
+            rms(*follow_updates(TargetEntropy(60, curve=CURVES[name]), CURVES[name], seed, reports=reports)[:2])
+            for seed in range(6)
+        ]
+        for reports in (True, False)
+    }
+    assert max(errors[True]) < 0.045
+    assert sum(errors[True]) < 0.55 * sum(errors[False])
+
+
+def test_steering_moves_within_a_step_and_within_its_limits():
+    curve = CURVES["rise-hold-fall"]
+    schedule = TargetEntropy(60, curve=curve, steering_limit=0.7)
+    _, _, steering = follow_updates(schedule, curve, 1)
+    steps = [steering[i : i + 16] for i in range(0, len(steering), 16)]
+    assert sum(len(set(step)) > 8 for step in steps) > 50
+    assert max(abs(u) for u in steering) <= 0.7
+    for step in steps:
+        # Away from 0 by small moves only: four times steering_rate over all updates of a step.
+        assert all(abs(b) <= abs(a) + 4 * 0.35 / 16 + 1e-12 for a, b in itertools.pairwise(step) if a * b > 0)
+    assert schedule.metrics()["control/steering"] == pytest.approx(sum(steps[-1]) / 16)
+
+
+def test_a_floor_never_pushes_down_within_a_step():
+    floor = EntropyCurve(start=0.8)
+    for seed in range(4):
+        measured, target, steering = follow_updates(TargetEntropy(60, curve=floor, floor_only=True), floor, seed)
+        assert min(steering) >= 0.0
+        assert max(steering) > 0.0
+        assert min(m / t for m, t in zip(measured, target, strict=True)) > 0.9
+
+
+@pytest.mark.parametrize("stop", [1, 9, 41])
+def test_updates_too_are_resumed_exactly(stop):
+    curve = CURVES["rise-hold-fall"]
+    whole = follow_updates(TargetEntropy(60, curve=curve), curve, 2)
+    assert follow_updates(TargetEntropy(60, curve=curve), curve, 2, resume_at=stop) == whole
+
+
+def test_misreported_updates_are_named():
+    schedule = TargetEntropy(10)
+    schedule.observe(0, 0.5)
+    with pytest.raises(ValueError, match="an update of step 1 reported, but the last observed is 0"):
+        schedule.observe_update(1, 0, 4, 0.0)
+    with pytest.raises(ValueError, match="update 4 of 4"):
+        schedule.observe_update(0, 4, 4, 0.0)
+    with pytest.raises(ValueError, match="must be finite"):
+        schedule.observe_update(0, 1, 4, math.nan)
+    schedule.observe_update(0, 0, 4, None)  # an update without active tokens
+    constant = build_schedule({"name": "constant"}, 10)
+    assert not constant.wants_updates
+    constant.observe_update(0, 0, 4, 0.1)
+    assert constant.thresholds(0).steering == 0.0

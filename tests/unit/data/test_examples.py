@@ -126,3 +126,17 @@ def test_missing_file_and_unknown_ending(tmp_path):
         load_examples(tmp_path / "folder.jsonl")
     with pytest.raises(UserError, match="limit"):
         load_examples(tmp_path / "a.jsonl", limit=0)
+
+
+def test_the_stratum_is_a_number_of_the_row(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a", "answer": 1, "about": {"kind": 302}}\n{"prompt": "b", "answer": 2, "kind": 3.5}\n')
+    assert [e.stratum for e in load_examples(path)] == [None, None]
+    with pytest.raises(UserError, match=r"line 2: data.stratify_key=about.kind must name a number, found NoneType"):
+        load_examples(path, stratify_key="about.kind")
+    path.write_text('{"prompt": "a", "answer": 1, "kind": 302}\n{"prompt": "b", "answer": 2, "kind": 3.5}\n')
+    assert [e.stratum for e in load_examples(path, stratify_key="kind")] == [302.0, 3.5]
+    for wrong in ('"easy"', "true", "1e999"):
+        path.write_text(f'{{"prompt": "a", "answer": 1, "kind": {wrong}}}\n')
+        with pytest.raises(UserError, match="must name a number"):
+            load_examples(path, stratify_key="kind")

@@ -42,3 +42,31 @@ def test_impossible_samplers(arguments, message):
         PromptSampler(*arguments)
     with pytest.raises(ValueError, match="negative"):
         PromptSampler(4, 2, 0).indices(-1)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 17])
+def test_a_stratified_step_draws_one_prompt_of_every_stratum(seed):
+    strata = [float((7 * i) % 96) for i in range(96)]  # all different, in a wild order
+    sampler = PromptSampler(96, 12, seed, strata)
+    drawn = [sampler.indices(step) for step in range(24)]
+    assert all(sorted(strata[i] // 8 for i in indices) == list(range(12)) for indices in drawn)
+    for epoch in range(3):
+        assert sorted(i for indices in drawn[8 * epoch : 8 * epoch + 8] for i in indices) == list(range(96))
+    assert [sorted(indices) for indices in drawn[:8]] != [sorted(indices) for indices in drawn[8:16]]  # reshuffled
+    assert [int(strata[i] // 8) for i in drawn[0]] != [int(strata[i] // 8) for i in drawn[1]]
+    assert PromptSampler(96, 12, seed, strata).indices(5) == drawn[5]
+    assert PromptSampler(96, 12, seed + 1, strata).indices(5) != drawn[5]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 17])
+def test_strata_of_unequal_size_stay_balanced(seed):
+    """Where the steps do not divide an epoch, the mean of the strata still varies far less than without them."""
+    strata = [float(i) for i in range(1000)]
+    for count, per_step in ((1000, 96), (1000, 64)):
+        spread = []
+        for given in (strata, None):
+            sampler = PromptSampler(count, per_step, seed, given)
+            drawn = [sampler.indices(step) for step in range(60)]
+            means = [sum(strata[i] for i in indices) / per_step for indices in drawn]
+            spread.append(sum((m - 499.5) ** 2 for m in means) ** 0.5)
+        assert spread[0] < 0.4 * spread[1]

@@ -116,6 +116,14 @@ def test_dcpo(seed):
     check(inputs, build_objective("dcpo")(inputs), [formula(*row) for row in rows(inputs)])
 
 
+def test_dcpo_has_the_bounds_that_its_authors_print():
+    """The table in the README of github.com/lime-RL/DCPO: low and high p for q = 0.9 and 0.01, eps 0.16 and 0.2."""
+    low, high = build_objective("dcpo").token_objective.bounds(torch.tensor([0.9, 0.01]))
+    assert (low * torch.tensor([0.9, 0.01])).tolist() == pytest.approx([0.69, 0.005], abs=3e-3)
+    assert (high * torch.tensor([0.9, 0.01])).tolist() == pytest.approx([1.06, 0.05], abs=1e-2)
+    assert build_objective("dcpo").token_objective.bounds(torch.tensor([1e-6]))[1].item() == 10.0  # their clip_ratio_c
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("beta_low", "beta_high"), [(0.75, 1.0), (0.5, 0.25), (0.0, 0.0)])
 def test_ce_gppo(seed, beta_low, beta_high):

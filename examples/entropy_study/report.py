@@ -1,0 +1,301 @@
+"""The study's report: docs/entropy_study.md, its figures and its table of results, from the runs that have finished.
+
+Every sentence that says whether something shows is decided by the numbers: a difference to GRPO, paired by seed, counts
+where its 95 percent interval (Student's t) excludes 0.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import figures
+from results import KS, Difference, Run, Runs, above_course, difference, spread, write_csv
+
+from megatron_rlvr.control import EntropyCurve
+
+THRESHOLDS = ("clip-higher", "upper-only", "lower-only", "id", "did", "od", "ce-gppo")
+
+
+def write_report(
+    runs: Runs,
+    strategies: Sequence[str],
+    curves: dict[str, EntropyCurve],
+    splits: dict[str, str],
+    authority: dict[str, dict[str, str]],
+    total: int,
+    document: Path,
+) -> None:
+    """Write ``document`` and, in the folder of its name, figures and ``results.csv``.
+
+    Args:
+        runs: finished runs.
+        strategies: names, in the order of the tables.
+        curves: of the strategies that follow one.
+        splits: label -> strategy of the phase-split ablation.
+        authority: setting -> bound -> strategy.
+        total: steps of a run.
+        document: the Markdown file.
+    """
+    folder = document.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = [name for name in strategies if runs.get(name)]
+    followed = {name: curve for name, curve in curves.items() if runs.get(name)}
+    if followed:
+        figures.tracking(runs, followed, folder / "tracking.png")
+    figures.courses(runs, shown, folder / "courses.png")
+    figures.pass_at_k(runs, shown, (total // 2, total), folder / "pass_at_k.png")
+    figures.frontier(runs, shown, total, folder / "frontier.png")
+    kept = {
+        setting: {
+            bound: [run.entropy_kept for run in runs[name].values()] for bound, name in bounds.items() if runs.get(name)
+        }
+        for setting, bounds in authority.items()
+    }
+    figures.authority(kept, folder / "authority.png")
+    write_csv(folder / "results.csv", runs, curves, total)
+    parts = [
+        _head(runs, shown, total),
+        _tracking(runs, followed, folder.name) if followed else [],
+        _strategies(runs, shown, folder.name),
+        _held_out(runs, shown, total, folder.name),
+        _claims(runs, total),
+        _frontier(runs, shown, total, folder.name),
+        _authority(runs, authority, folder.name),
+        _splits(runs, splits, total),
+        _prediction(runs, shown),
+    ]
+    document.write_text("\n\n".join("\n".join(part) for part in parts if part) + "\n")
+
+
+def _head(runs: Runs, shown: Sequence[str], total: int) -> list[str]:
+    counts = [len(runs[name]) for name in shown]
+    seeds = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return [
+        "# Entropy study",
+        "",
+        "Written by `examples/entropy_study/study.py report` (`make study`) from its runs: the quickstart's model "
+        f"and task, {total} steps of 128 stratified prompts × 8 samples, two passes in 8 minibatches each (16 "
+        f"updates a rollout), Adam at 1e-4, on CPU threads; {seeds} seeds a strategy, every finished run counted. "
+        "A seed has its own order of the data and its own samples; the base model and the 128 held-out prompts "
+        "(64 samples each) are the same.",
+        "",
+        "Numbers are mean ± standard deviation over seeds. Differences are paired by seed and given as mean ± "
+        "standard error; **bold** where the 95 % interval excludes 0. There are many of them: about one in twenty "
+        "is bold by chance. All runs one by one: [results.csv](entropy_study/results.csv). What the strategies "
+        "are: [entropy_control.md](entropy_control.md).",
+    ]
+
+
+def _tracking(runs: Runs, curves: dict[str, EntropyCurve], folder: str) -> list[str]:
+    lines = [
+        "## Following a curve",
+        "",
+        "Root mean square of measured entropy / target − 1 after the first tenth of the steps; the entropy is the "
+        "plain mean of each step, as in `metrics.jsonl`. Noise floor: the standard error of a step's entropy, "
+        "root mean square over the same steps. GRPO: its error on the same curve, same seeds.",
+        "",
+        "| curve | mean | each seed | noise floor | GRPO | within 5 % |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, curve in curves.items():
+        errors = [run.tracking_error(curve) for _, run in sorted(runs[name].items())]
+        floor = statistics.mean(run.noise_floor for run in runs[name].values())
+        free = [run.tracking_error(curve) for seed, run in runs.get("grpo", {}).items() if seed in runs[name]]
+        beside = f"{100 * statistics.mean(free):.1f} %" if free else ""
+        lines.append(
+            f"| {name} | {100 * statistics.mean(errors):.1f} % | {', '.join(f'{100 * e:.1f}' for e in errors)} "
+            f"| {100 * floor:.1f} % | {beside} | {sum(e <= 0.05 for e in errors)} of {len(errors)} seeds |"
+        )
+    return [*lines, "", f"![tracking]({folder}/tracking.png)"]
+
+
+def _strategies(runs: Runs, shown: Sequence[str], folder: str) -> list[str]:
+    columns: dict[str, Callable[[Run], float]] = {
+        "entropy kept": lambda run: run.entropy_kept,
+        "reward": lambda run: run.mean("reward", 3),
+        "gradient norm": lambda run: run.mean("grad_norm", 3),
+        "clipped high": lambda run: run.mean("clip/fraction_high"),
+        "clipped low": lambda run: run.mean("clip/fraction_low"),
+    }
+    lines = [
+        "## The strategies",
+        "",
+        "*Entropy kept*: the mean of the last three steps over the first step's; reward and gradient norm are of "
+        "the last three steps, too. Clipped: fraction of tokens with an advantage that a bound acted on, over the "
+        "run.",
+        "",
+        "| strategy | seeds | " + " | ".join(columns) + " |",
+        "| --- |" + " --- |" * (len(columns) + 1),
+    ]
+    for name in shown:
+        cells = [spread(column(run) for run in runs[name].values()) for column in columns.values()]
+        lines.append(f"| {name} | {len(runs[name])} | " + " | ".join(cells) + " |")
+    return [*lines, "", f"![courses]({folder}/courses.png)"]
+
+
+def _held_out(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list[str]:
+    lines = ["## Held-out prompts: pass@k"]
+    for title, step in ((f"Half way (step {total // 2})", total // 2), (f"At the end (step {total})", total)):
+        head = " | ".join(f"pass@{k}" for k in KS)
+        lines += ["", f"### {title}", "", f"| strategy | {head} |", "| --- |" + " --- |" * len(KS)]
+        for name in shown:
+            cells = [spread(run.pass_at(k, step) for run in runs[name].values()) for k in KS]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    base = next((run for of_seed in runs.values() for run in of_seed.values()), None)
+    if base is not None:
+        cells = ", ".join(f"{base.pass_at(k, 0):.3f}" for k in KS)
+        lines += ["", f"The base model (one evaluation): {cells}."]
+    return [*lines, "", f"![pass@k]({folder}/pass_at_k.png)"]
+
+
+def _claims(runs: Runs, total: int) -> list[str]:
+    measures: dict[str, Callable[[Run], float]] = {
+        "entropy kept": lambda run: run.entropy_kept,
+        "mid pass@1": lambda run: run.pass_at(1, total // 2),
+        "mid pass@64": lambda run: run.pass_at(64, total // 2),
+        "final pass@1": lambda run: run.pass_at(1, total),
+        "final pass@16": lambda run: run.pass_at(16, total),
+        "final pass@64": lambda run: run.pass_at(64, total),
+    }
+    names = [n for n in (*THRESHOLDS, "floor", "target-constant", "target-rise-fall", "target-linear") if runs.get(n)]
+    names = [n for n in names if len(set(runs[n]) & set(runs.get("grpo", {}))) >= 2]
+    if not names:
+        return []
+    table = {n: {m: difference(runs, n, "grpo", value) for m, value in measures.items()} for n in names}
+    lines = [
+        "## Against GRPO",
+        "",
+        "| strategy less GRPO | " + " | ".join(measures) + " |",
+        "| --- |" + " --- |" * len(measures),
+        *(f"| {n} | " + " | ".join(str(d) for d in row.values()) + " |" for n, row in table.items()),
+        "",
+        "What the paper claims of its schedules, and of the thresholds they are made of, here:",
+        "",
+    ]
+    asked = (
+        ("keeps more entropy to the end than GRPO", "entropy kept", ("id", "did", "od", "upper-only", "clip-higher")),
+        ("ends with less entropy than GRPO", "entropy kept", ("lower-only",)),
+        ("has a higher pass@64 half way", "mid pass@64", ("id", "did", "od")),
+        ("has a higher pass@1 at the end", "final pass@1", ("id", "did", "od")),
+    )
+    for claim, measure, of in asked:
+        for name in of:
+            if name in table:
+                wanted = -1 if "less" in claim else 1
+                lines.append(f"- {name} {claim}: {_verdict(table[name][measure], wanted)}.")
+    return lines
+
+
+def _verdict(found: Difference, wanted: int) -> str:
+    numbers = f"{found.mean:+.3f} ± {found.standard_error:.3f}"
+    if found.sign == wanted:
+        return f"shows ({numbers})"
+    if found.sign == -wanted:
+        return f"the opposite shows ({numbers})"
+    return f"does not show at this scale ({numbers})"
+
+
+def _frontier(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list[str]:
+    if not runs.get("grpo"):
+        return []
+    lines = [
+        "## Diversity against accuracy",
+        "",
+        "pass@16 at the end above GRPO's own course from the base model to its end, at the same pass@1 (beyond "
+        "the course: above its nearest end), paired by seed. Above 0 a strategy gives more diversity for its "
+        "accuracy than stopping GRPO early would.",
+        "",
+        "| strategy | pass@1 | pass@16 | above GRPO's course |",
+        "| --- | --- | --- | --- |",
+    ]
+    floor: Difference | None = None
+    for name in shown:
+        each = [
+            above_course(run, [(g.pass_at(1, s), g.pass_at(16, s)) for s in (0, total // 2, total)], total)
+            for seed, run in runs[name].items()
+            if (g := runs["grpo"].get(seed)) is not None
+        ]
+        error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+        above = Difference(statistics.mean(each) if each else math.nan, error, len(each))
+        floor = above if name == "floor" else floor
+        ends = [spread(run.pass_at(k, total) for run in runs[name].values()) for k in (1, 16)]
+        lines.append(f"| {name} | {ends[0]} | {ends[1]} | {'' if name == 'grpo' else above} |")
+    if floor is not None and floor.seeds > 1:
+        word = {1: "above", 0: "on, within its spread,", -1: "below"}[floor.sign]
+        lines += ["", f"The floor mode lies {word} GRPO's frontier: {floor.mean:+.3f} ± {floor.standard_error:.3f}."]
+    return [*lines, "", f"![frontier]({folder}/frontier.png)"]
+
+
+def _authority(runs: Runs, authority: dict[str, dict[str, str]], folder: str) -> list[str]:
+    lines = [
+        "## What thresholds alone can do",
+        "",
+        "Constant thresholds, no steering; a setting is passes over the rollout (8 updates each) × learning rate. "
+        "*Upper* and *lower* are the paper's dynamic thresholds, *steep* an upper one of slope −2.8 and intercept "
+        "3.0. Entropy kept, with the difference to static clipping of the same seed; final pass@1; tokens clipped "
+        "high and low.",
+        "",
+        "| setting | bound | seeds | entropy kept | less static | final pass@1 | clipped high | clipped low |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    rows = 0
+    for setting, bounds in authority.items():
+        for bound, name in bounds.items():
+            if not runs.get(name):
+                continue
+            rows += 1
+            of = list(runs[name].values())
+            apart = "" if bound == "static" else difference(runs, name, bounds["static"], lambda run: run.entropy_kept)
+            lines.append(
+                f"| {setting} | {bound} | {len(of)} | {spread(r.entropy_kept for r in of)} | {apart} | "
+                f"{spread(r.pass_at(1, len(r.steps)) for r in of)} | "
+                f"{spread(r.mean('clip/fraction_high') for r in of)} | "
+                f"{spread(r.mean('clip/fraction_low') for r in of)} |"
+            )
+    return [*lines, "", f"![authority]({folder}/authority.png)"] if rows else []
+
+
+def _splits(runs: Runs, splits: dict[str, str], total: int) -> list[str]:
+    present = {label: name for label, name in splits.items() if runs.get(name)}
+    if len(present) < 2:
+        return []
+    measures: dict[str, Callable[[Run], float]] = {
+        "entropy kept": lambda run: run.entropy_kept,
+        "mid pass@64": lambda run: run.pass_at(64, total // 2),
+        "final pass@1": lambda run: run.pass_at(1, total),
+        "final pass@64": lambda run: run.pass_at(64, total),
+    }
+    lines = [
+        "## Where increase-then-decrease is split",
+        "",
+        "Mean ± standard deviation, and the difference to the split at 0.5 over the seeds that both have.",
+        "",
+        "| split | seeds | " + " | ".join(f"{m} | less 0.5" for m in measures) + " |",
+        "| --- | --- |" + " --- | --- |" * len(measures),
+    ]
+    for label, name in present.items():
+        cells = []
+        for value in measures.values():
+            apart = "" if label == "0.5" else str(difference(runs, name, splits["0.5"], value))
+            cells.append(f"{spread(value(run) for run in runs[name].values())} | {apart}")
+        lines.append(f"| {label} | {len(runs[name])} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _prediction(runs: Runs, shown: Sequence[str]) -> list[str]:
+    lines = [
+        "## Predicted against measured entropy change",
+        "",
+        "Correlation, over a run's steps, of the first-order change of the step as steered (times the learning "
+        "rate) with the change that its updates made at the same states; on tabular policies it is 0.997.",
+        "",
+        "| strategy | mean | least | greatest |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in shown:
+        values = [run.prediction_correlation for run in runs[name].values()]
+        lines.append(f"| {name} | {statistics.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+    return lines

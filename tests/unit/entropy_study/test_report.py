@@ -1,0 +1,125 @@
+"""The study's report on made-up runs: its numbers, its verdicts, and that it is written whole."""
+
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[3] / "examples" / "entropy_study"
+TOTAL = 20
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import report
+        import results
+        import study
+
+        yield study, results, report
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def made_up(results, strategy, seed, *, final=0.5, mid64=0.8, noise=0.001):
+    """A run whose entropy falls linearly to ``final`` times its start."""
+    rng = random.Random(f"{strategy} {seed}")
+    steps = [
+        {
+            "step": k,
+            "entropy": 0.4 * (1 + (final - 1) * k / TOTAL) + rng.gauss(0, noise),
+            "entropy_standard_error": 0.004,
+            "reward": 0.3,
+            "grad_norm": 0.2,
+            "clip/fraction_high": 0.01,
+            "clip/fraction_low": 0.02,
+            "entropy_change/predicted": -0.1 * k,
+            "entropy_change/measured": -0.05 * k + rng.gauss(0, 0.01),
+            "lr": 1e-4,
+        }
+        for k in range(TOTAL)
+    ]
+    at = {0: (0.3, 0.9), TOTAL // 2: (0.4, mid64 + rng.gauss(0, noise)), TOTAL: (0.5, 0.7 + rng.gauss(0, noise))}
+    evaluations = [
+        {"step": step, **{f"pass@{k}": low + (high - low) * math.log2(k) / 6 for k in results.KS}}
+        for step, (low, high) in at.items()
+    ]
+    return results.Run(strategy, seed, steps, evaluations)
+
+
+def test_numbers_of_a_run(study):
+    _, results, _ = study
+    run = made_up(results, "grpo", 0, noise=0.0)
+    assert run.tracking_error(results.EntropyCurve("linear", end=0.5)) == pytest.approx(0.0, abs=1e-12)
+    # After the first tenth: steps 2 to 19 against a constant, 0.5 k / 20 below it.
+    expected = math.sqrt(sum((0.5 * k / 20) ** 2 for k in range(2, 20)) / 18)
+    assert run.tracking_error(results.EntropyCurve()) == pytest.approx(expected)
+    assert run.entropy_kept == pytest.approx(1 - 0.5 * 18 / 20)
+    assert run.pass_at(1, TOTAL) == 0.5
+    assert math.isnan(run.pass_at(1, 3))
+
+
+def test_differences_are_paired_and_judged(study):
+    _, results, report = study
+    runs = {
+        "grpo": {s: made_up(results, "grpo", s) for s in range(5)},
+        "id": {s: made_up(results, "id", s, mid64=0.85) for s in range(4)},
+        "did": {s: made_up(results, "did", s) for s in range(5)},
+    }
+    above = results.difference(runs, "id", "grpo", lambda run: run.pass_at(64, TOTAL // 2))
+    assert (above.seeds, above.sign) == (4, 1)
+    assert above.mean == pytest.approx(0.05, abs=0.005)
+    same = results.difference(runs, "did", "grpo", lambda run: run.pass_at(64, TOTAL // 2))
+    assert same.sign == 0
+    assert report._verdict(above, 1).startswith("shows")
+    assert report._verdict(above, -1).startswith("the opposite shows")
+    assert report._verdict(same, 1).startswith("does not show")
+    assert results.Difference(0.5, math.nan, 1).sign == 0  # one seed shows nothing
+    assert results.Difference(0.1, 0.04, 5).sign == 0  # 2.5 standard errors of 5 seeds are within 95 percent
+
+
+def test_height_above_a_course(study):
+    _, results, _ = study
+    course = [(0.3, 0.9), (0.4, 0.8), (0.5, 0.7)]
+    run = made_up(results, "floor", 0, noise=0.0)
+    for at, height, expected in ((0.35, 0.85, 0.0), (0.45, 0.8, 0.05), (0.6, 0.65, -0.05), (0.2, 0.95, 0.05)):
+        run.evaluations[-1].update({"pass@1": at, "pass@16": height})
+        assert results.above_course(run, course, TOTAL) == pytest.approx(expected)
+
+
+def test_the_report_is_written_whole(study, tmp_path):
+    strategies, results, report = study
+    everything = {**strategies.STRATEGIES, **strategies.SPLITS, **strategies.AUTHORITY}
+    runs = {name: {s: made_up(results, name, s) for s in range(3)} for name in everything}
+    runs["target-linear"] = {s: made_up(results, "t", s, final=0.4) for s in range(3)}
+    document = tmp_path / "study.md"
+    splits = {"0.3": "id-split-0.3", "0.5": "id"}
+    arguments = (list(strategies.STRATEGIES), strategies.CURVES, splits, strategies.AUTHORITY_RUNS, TOTAL, document)
+    report.write_report(runs, *arguments)
+    text = document.read_text()
+    assert "nan" not in text
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(text.splitlines())}
+    assert rows["target-linear"].endswith("| 3 of 3 seeds |")
+    assert rows["target-constant"].endswith("| 0 of 3 seeds |")
+    for heading in ("Following a curve", "Against GRPO", "Diversity against accuracy", "thresholds alone", "is split"):
+        assert heading in text
+    for figure in ("tracking", "courses", "pass_at_k", "frontier", "authority"):
+        assert f"(study/{figure}.png)" in text
+        assert (tmp_path / "study" / f"{figure}.png").stat().st_size < 150_000
+    lines = (tmp_path / "study" / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 * len(everything)
+    # A part of the runs is enough.
+    report.write_report({"grpo": {0: runs["grpo"][0]}}, *arguments)
+    assert "1 seeds a strategy" in document.read_text()
+
+
+def test_every_strategy_is_a_valid_configuration(study, tmp_path):
+    from megatron_rlvr.config import load_config
+
+    strategies, _, _ = study
+    quickstart = FOLDER.parent / "quickstart" / "quickstart.yaml"
+    for overrides in {**strategies.STRATEGIES, **strategies.SPLITS, **strategies.AUTHORITY}.values():
+        load_config(quickstart, [f"run_directory={tmp_path}", *strategies.COMMON, *overrides])
