@@ -2,7 +2,7 @@
 # What the scenarios of this folder share; docs/slurm.md explains it. A scenario is a few lines: it sets RUN_DIRECTORY,
 # sources this file and calls `train CONFIG key=value...` (or `run_tool`). Everything below is plain bash around srun:
 # there is no Ray and no fixed sleep; what must be waited for is polled, with a deadline.
-set -euo pipefail
+set -Eeuo pipefail
 
 # --- Settings ----------------------------------------------------------------------------------------------------------
 # Set any of these before sbatch, which hands the environment on: RLVR_ENVIRONMENT=module:python,cuda sbatch ...
@@ -65,6 +65,9 @@ describe_job() {
         echo "error: RLVR_SERVERS=$RLVR_SERVERS leaves none of ${#nodes[@]} nodes to train: ask for more nodes" >&2
         exit 2
     fi
+    # The order in which torchrun numbers nodes, so that rank 0 is on the head.
+    mapfile -t trainers < <(printf '%s\n' "${nodes[@]:0:train_nodes}" | LC_ALL=C sort)
+    nodes=("${trainers[@]}" "${nodes[@]:train_nodes}")
     head=${nodes[0]}
     restart=${SLURM_RESTART_COUNT:-0}
     # Another port for every attempt: what is left of the one before may still hold its own.
@@ -117,9 +120,16 @@ on_term() {
     say "Slurm is ending this job"
 }
 
+# What this script did not expect is an attempt that failed, too.
+on_error() {
+    [ "$BASH_SUBSHELL" = 0 ] || exit 1
+    trap - ERR
+    fail 1 "the batch script failed at line $1 of common.sh"
+}
+
 # Start srun with these arguments in the background, or print what would be started.
 start_step() {
-    local command=(srun --overlap --cpu-bind=none "$@")
+    local command=(srun --overlap "$@")
     if [ -n "$RLVR_DRY_RUN" ]; then
         printf '%q ' "${command[@]}"
         printf '\n\n'
@@ -153,9 +163,10 @@ begin_attempt() {
     describe_environment
     attempt=$RUN_DIRECTORY/slurm/$SLURM_JOB_ID.$restart
     [ -z "$RLVR_DRY_RUN" ] || return 0
+    mkdir -p "$attempt"
     trap on_usr1 USR1
     trap on_term TERM
-    mkdir -p "$attempt"
+    trap 'on_error $LINENO' ERR
     local checkpoint before=none tries=0
     checkpoint=$(cat "$RUN_DIRECTORY/checkpoints/latest" 2> /dev/null || echo "the beginning")
     if [ -f "$RUN_DIRECTORY/slurm/tries" ]; then
@@ -172,8 +183,8 @@ begin_attempt() {
     tries=$((tries + 1))
     set_tries "$tries" "$checkpoint"
     record "try $tries from $checkpoint on $SLURM_JOB_NODELIST"
-    srun --overlap --cpu-bind=none --cpus-per-task=1 --nodes=1 --ntasks=1 --nodelist="$head" --gres=none \
-        --output="$attempt/guard.log" bash -c "$(declare -f guard); guard '$attempt'" &
+    srun --overlap --cpus-per-task=1 --nodes=1 --ntasks=1 --nodelist="$head" --gres=none \
+        bash -c "$(declare -f guard); guard '$attempt'" >> "$attempt/guard.log" 2>&1 &
     guard_step=$!
 }
 
@@ -259,9 +270,9 @@ stopped() {
 preflight() {
     local status=0
     start_step --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --wait=0 "${container[@]}" "${prefix[@]}" \
-        "$python" -m megatron_rlvr.cluster.preflight --nodes="$(IFS=, && echo "${nodes[*]}")" --endpoint="$head:$((port + 1))" \
-        --train-nodes="$train_nodes" --processes-per-node="$RLVR_PROCESSES_PER_NODE" --report="$attempt/preflight" \
-        --seconds="$RLVR_PREFLIGHT_SECONDS" -- "$@"
+        "$python" -m megatron_rlvr.cluster.preflight --nodes="$(IFS=, && echo "${nodes[*]}")" \
+        --endpoint="$head:$((port + 1))"         --train-nodes="$train_nodes" --processes-per-node="$RLVR_PROCESSES_PER_NODE" \
+        --report="$attempt/preflight" --seconds="$RLVR_PREFLIGHT_SECONDS" -- "$@"
     wait_step || status=$?
     [ -z "$asked" ] || stopped
     [ -z "$RLVR_DRY_RUN" ] && [ "$status" != 0 ] || return 0
@@ -298,7 +309,7 @@ start_servers() {
     fi
     server_step=$step step=''
     deadline=$((SECONDS + RLVR_SERVER_SECONDS))
-    until [ "$(compgen -G "$attempt/servers/*.urls" | wc -l)" = "$count" ]; do
+    until [ "$(find "$attempt" -path "*/servers/*.urls" | wc -l)" = "$count" ]; do
         [ -z "$asked" ] || stopped
         kill -0 "$server_step" 2> /dev/null || fail 1 "the SGLang servers ended: $(tail -qn1 "$attempt"/servers-*.log | tail -n1)"
         [ $SECONDS -lt $deadline ] || fail 1 "the SGLang servers did not answer in RLVR_SERVER_SECONDS=$RLVR_SERVER_SECONDS s"
@@ -316,7 +327,7 @@ launch() {
     start_step --nodes="$train_nodes" --ntasks="$train_nodes" --ntasks-per-node=1 --relative=0 --kill-on-bad-exit=1 \
         "${container[@]}" "${prefix[@]}" "${program[@]}" -- "$@"
     if [ -n "$RLVR_DRY_RUN" ]; then
-        "${program[@]}" --dry-run="$(IFS=, && echo "${nodes[*]:0:train_nodes}")" -- "$@"
+        PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "${program[@]}" --dry-run="$(IFS=, && echo "${trainers[*]}")" -- "$@"
         exit 0
     fi
     local told
@@ -326,7 +337,7 @@ launch() {
         { weight = $1 == 2 ? 3 : $1 == 75 ? 1 : $1 == 0 ? 0 : 2 }
         NR == 1 || weight > most { most = weight; line = $0 }
         END { print NR ? line : "137 the step was killed on every node" }')
-    told=$(compgen -G "$attempt/outcome.*" | wc -l)
+    told=$(find "$attempt" -maxdepth 1 -name "outcome.*" | wc -l)
     if [ -z "$asked" ] && [ "$told" -lt "$train_nodes" ] && { [ "$status" = 0 ] || [ "$status" = 75 ]; }; then
         status=137 reason="the launcher of a node was killed"
     fi

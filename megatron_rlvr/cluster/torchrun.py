@@ -12,6 +12,7 @@ with c10d rendezvous at the first node. Beyond torchrun,
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import shlex
@@ -22,8 +23,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-
-import psutil
 
 from megatron_rlvr.cluster.rank import log_path
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
@@ -38,13 +37,16 @@ class StopRequest:
     """Hands signals that ask for a stop to the ranks; before there are any, ends this process as stopped."""
 
     def __init__(self) -> None:
+        import psutil  # here, because a dry run happens on a login node, with whatever Python that has
+
         self.received: int | None = None
+        self._this = psutil.Process()
         for number in _STOP_SIGNALS:
             signal.signal(number, self._forward)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self.received = number
-        ranks = psutil.Process().children()
+        ranks = self._this.children()
         if not ranks:
             raise SystemExit(EXIT_STOPPED)
         for rank in ranks:
@@ -110,13 +112,23 @@ def describe(codes: Mapping[int, int], logs: Path) -> str:
 
 def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) -> tuple[int, str]:
     """Run this node's ranks to their end; the exit status, and the reason when it is not 0."""
+    # Of what torchrun logs as a warning, the loss of the rendezvous when another node ends first is what is seen.
+    quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
+    if quiet:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    logging.getLogger("torch.distributed.elastic.rendezvous").setLevel(logging.ERROR)
     # Imported here: it takes seconds, in which signals must be heeded already.
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as torchrun
 
+    if quiet:  # torch has read it; the ranks may warn
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
+
     arguments = [f"--nnodes={options.nnodes}", f"--nproc-per-node={options.nproc_per_node}", "--max-restarts=0"]
     arguments += ["--rdzv-backend=c10d", f"--rdzv-id={options.rdzv_id}", f"--rdzv-endpoint={options.rdzv_endpoint}"]
+    # torchrun numbers nodes in the order of their addresses; by default that is what the system calls this machine.
+    arguments += [f"--local-addr={_node()}"]
     arguments += [f"--rdzv-conf=join_timeout={_JOIN_TIMEOUT_S}", "--signals-to-handle=SIGQUIT", "--no-python"]
     try:
         torchrun(parse_args([*arguments, *rank_command(command, options.logs, os.getpid())]))
