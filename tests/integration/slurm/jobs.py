@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_rlvr.telemetry.metrics import Record, deterministic, read_metrics
@@ -119,3 +120,15 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 60) ->
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout:g} s for {what}")
         time.sleep(0.05)
+
+
+def with_stand_in_servers(job: Job) -> Job:
+    """The job with the tests' deterministic stand-in for SGLang as its engine."""
+    stand_in = Path(__file__).with_name("stand_in")
+    servers = [
+        f"rollout.sglang.python={sys.executable}",
+        f"rollout.sglang.environment.PYTHONPATH={stand_in}",
+        "rollout.sglang.weight_sync=disk",
+        "rollout.sglang.start_timeout_seconds=120",
+    ]
+    return replace(job, overrides=[*job.overrides, *servers])
