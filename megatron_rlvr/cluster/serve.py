@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from megatron_rlvr.backend import device
 from megatron_rlvr.cluster.torchrun import die_with_parent
 from megatron_rlvr.config import Config, load_config
@@ -36,7 +38,8 @@ def node_pool(config: Config, logs: Path) -> ServerPool:
     pool = ServerPool(sglang, Path(config.model.path).resolve(), dtype, logs)
     arguments = {name.replace("-", "_"): value for name, value in sglang.server.items()}
     width = int(arguments.get("tensor_parallel_size") or arguments.get("tp_size") or arguments.get("tp") or 1)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
     if device.on_gpu() and len(visible) < width * len(pool.servers):
         raise UserError(
             f"{len(pool.servers)} servers (rollout.sglang.servers) of {width} GPUs each need more than the "
