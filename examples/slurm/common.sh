@@ -58,7 +58,7 @@ describe_job() {
     server_nodes=0
     case $RLVR_SERVERS in
         none | colocated) ;;
-        nodes:*) server_nodes=${RLVR_SERVERS#nodes:} ;;
+        nodes:[1-9]*) server_nodes=$((${RLVR_SERVERS#nodes:})) ;;
         *) echo "error: RLVR_SERVERS is none, colocated or nodes:N, not '$RLVR_SERVERS'" >&2; exit 2 ;;
     esac
     train_nodes=$((${#nodes[@]} - server_nodes))
@@ -81,7 +81,8 @@ describe_job() {
 }
 
 describe_environment() {
-    local kind=${RLVR_ENVIRONMENT%%:*} value=${RLVR_ENVIRONMENT#*:} modules
+    local kind=${RLVR_ENVIRONMENT%%:*} value=${RLVR_ENVIRONMENT#*:} modules folder mounts=$PWD:$PWD
+    for folder in ${RLVR_MOUNTS//,/ }; do mounts+=,$folder:$folder; done
     container=() prefix=()
     case $kind in
         venv) python=$value/bin/python ;;
@@ -92,11 +93,11 @@ describe_environment() {
             ;;
         pyxis)
             python=python3
-            container=(--container-image="$value" --container-workdir="$PWD" --container-mounts="$PWD${RLVR_MOUNTS:+,$RLVR_MOUNTS}")
+            container=(--container-image="$value" --container-workdir="$PWD" --container-mounts="$mounts")
             ;;
         apptainer)
             python=python3
-            prefix=(apptainer exec --nv --pwd "$PWD" --bind "$PWD${RLVR_MOUNTS:+,$RLVR_MOUNTS}" "$value")
+            prefix=(apptainer exec --nv --pwd "$PWD" --bind "$mounts" "$value")
             ;;
         *) echo "error: RLVR_ENVIRONMENT begins with venv:, module:, pyxis: or apptainer:, not '$kind'" >&2; exit 2 ;;
     esac
@@ -113,9 +114,9 @@ source examples/slurm/attempts.sh
 # Check every node before training; a bad one is named, and left out of the next attempt.
 preflight() {
     local status=0
-    start_step --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --wait=0 "${container[@]}" "${prefix[@]}" \
-        "$python" -m megatron_rlvr.cluster.preflight --nodes="$(IFS=, && echo "${nodes[*]}")" \
-        --endpoint="$head:$((port + 1))"         --train-nodes="$train_nodes" --processes-per-node="$RLVR_PROCESSES_PER_NODE" \
+    start_step --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --wait=0 "${container[@]}" \
+        "${prefix[@]}" "$python" -m megatron_rlvr.cluster.preflight --nodes="$(IFS=, && echo "${nodes[*]}")" \
+        --train-nodes="$train_nodes" --processes-per-node="$RLVR_PROCESSES_PER_NODE" --endpoint="$head:$((port + 1))" \
         --report="$attempt/preflight" --seconds="$RLVR_PREFLIGHT_SECONDS" -- "$@"
     wait_step || status=$?
     [ -z "$asked" ] || stopped
@@ -127,7 +128,8 @@ preflight() {
             echo "69 $head did not run the preflight, other nodes did" > "$verdict"
             echo "$head" > "$attempt/preflight/bad_nodes"
         else
-            fail 2 "the preflight ran on no node: does RLVR_ENVIRONMENT=$RLVR_ENVIRONMENT exist there? Its output is above"
+            fail 1 "the preflight ended with status $status and no verdict (its output is in the job's): does" \
+                "RLVR_ENVIRONMENT=$RLVR_ENVIRONMENT work on the nodes?"
         fi
     fi
     read -r status reason < "$verdict"
@@ -145,8 +147,9 @@ start_servers() {
     [ "$RLVR_SERVERS" != none ] || return 0
     local count=$train_nodes first=0 deadline urls
     [ "$server_nodes" = 0 ] || count=$server_nodes first=$train_nodes
-    start_step --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --relative="$first" --output="$attempt/servers-%N.log" \
-        "${container[@]}" "${prefix[@]}" "$python" -m megatron_rlvr.cluster.serve --folder="$attempt/servers" "$@"
+    start_step --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --relative="$first" \
+        --output="$attempt/servers-%N.log" "${container[@]}" "${prefix[@]}" \
+        "$python" -m megatron_rlvr.cluster.serve --folder="$attempt/servers" "$@"
     if [ -n "$RLVR_DRY_RUN" ]; then
         server_override=(rollout.engine=sglang "rollout.sglang.urls=[http://HOST:PORT,...]")
         return
@@ -155,8 +158,10 @@ start_servers() {
     deadline=$((SECONDS + RLVR_SERVER_SECONDS))
     until [ "$(find "$attempt" -path "*/servers/*.urls" | wc -l)" = "$count" ]; do
         [ -z "$asked" ] || stopped
-        kill -0 "$server_step" 2> /dev/null || fail 1 "the SGLang servers ended: $(tail -qn1 "$attempt"/servers-*.log | tail -n1)"
-        [ $SECONDS -lt $deadline ] || fail 1 "the SGLang servers did not answer in RLVR_SERVER_SECONDS=$RLVR_SERVER_SECONDS s"
+        kill -0 "$server_step" 2> /dev/null ||
+            fail 1 "the SGLang servers ended: $(cat "$attempt"/servers-*.log | tail -n 1)"
+        [ $SECONDS -lt $deadline ] ||
+            fail 1 "the SGLang servers did not answer in RLVR_SERVER_SECONDS=$RLVR_SERVER_SECONDS s"
         sleep 0.5
     done
     urls=$(cat "$attempt"/servers/*.urls | paste -sd,)
@@ -166,8 +171,8 @@ start_servers() {
 
 # Run Python on the training nodes, under torchrun; what became of it is then in status and reason.
 launch() {
-    local program=("$python" -m megatron_rlvr.cluster.torchrun --nnodes="$train_nodes" --nproc-per-node="$RLVR_PROCESSES_PER_NODE"
-        --rdzv-id="$SLURM_JOB_ID.$restart" --rdzv-endpoint="$head:$port" --logs="$attempt")
+    local program=("$python" -m megatron_rlvr.cluster.torchrun --nnodes="$train_nodes"
+        --nproc-per-node="$RLVR_PROCESSES_PER_NODE" --rdzv-id="$SLURM_JOB_ID.$restart" --rdzv-endpoint="$head:$port" --logs="$attempt")
     start_step --nodes="$train_nodes" --ntasks="$train_nodes" --ntasks-per-node=1 --relative=0 --kill-on-bad-exit=1 \
         "${container[@]}" "${prefix[@]}" "${program[@]}" -- "$@"
     if [ -n "$RLVR_DRY_RUN" ]; then

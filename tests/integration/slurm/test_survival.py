@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.integration.slurm.cluster import Cluster
 from tests.integration.slurm.jobs import Job, wait_until
 
 STEPS = 16
+SCRIPT = ROOT / "examples" / "slurm" / "quickstart-cpu.sbatch"
 
 
 @pytest.fixture(scope="module")
@@ -24,25 +26,24 @@ def uninterrupted(cluster: Cluster, settings, tmp_path_factory: pytest.TempPathF
         from tests.integration.slurm.conftest import set_job_environment
 
         set_job_environment(patch)
-        script = ROOT / "examples" / "slurm" / "quickstart-cpu.sbatch"
-        job = Job(cluster, script, tmp_path_factory.mktemp("uninterrupted") / "run", settings.overrides())
+        job = Job(cluster, SCRIPT, tmp_path_factory.mktemp("uninterrupted") / "run", settings.overrides())
         began = time.monotonic()
         job.submit(f"steps={STEPS}")
         job.wait_for_steps(1)
         first = time.monotonic() - began
         assert job.finish() == "COMPLETED"
     preflight = float(re.search(r"preflight: all nodes are fit \((.*) s\)", cluster.output(job.id))[1])  # type: ignore[index]
-    print(f"from sbatch to the first step {first:.1f} s, of which preflight {preflight:.1f} s")
+    print(f"\nfrom sbatch to the first step {first:.1f} s, of which preflight {preflight:.1f} s")
     assert first < 60 and preflight < 15
     return job
 
 
-def test_it_runs_and_says_how_it_is_doing(uninterrupted: Job) -> None:
+def test_it_runs_and_says_how_it_is_doing(uninterrupted: Job, job_environment: None) -> None:
     assert [record["step"] for record in uninterrupted.metrics()] == list(range(STEPS))
     status = read_status(uninterrupted.run)
     assert (status.state, status.step, status.checkpoint) == ("done", STEPS, STEPS)
     assert status.slurm_job == uninterrupted.id
-    table = uninterrupted.cluster.run(_python(), ROOT / "tools" / "status.py", uninterrupted.run)
+    table = uninterrupted.cluster.run(sys.executable, ROOT / "tools" / "status.py", uninterrupted.run)
     assert re.search(rf"done +{STEPS}/{STEPS} .* step_{STEPS} .* done$", table.strip())
     logs = uninterrupted.run / "slurm" / f"{uninterrupted.id}.0"
     assert "step  1/16" in (logs / "rank_0.log").read_text() and (logs / "rank_1.log").is_file()
@@ -95,12 +96,6 @@ def test_evaluation_of_a_checkpoint(uninterrupted: Job, tmp_path: Path, job_envi
     assert '"step": 16' in (uninterrupted.run / "evaluation_step_16.json").read_text()
 
 
-def _python() -> str:
-    import sys
-
-    return sys.executable
-
-
 # What needs no training: a Python that pretends ----------------------------------------------------------------------
 
 PRETENDER = """#!/bin/bash
@@ -115,12 +110,12 @@ esac
 
 
 @pytest.fixture
-def pretender(quickstart: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+def pretender(cluster: Cluster, tmp_path: Path, job_environment: None, monkeypatch: pytest.MonkeyPatch) -> Job:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(PRETENDER)
     (tmp_path / "bin" / "python").chmod(0o755)
     monkeypatch.setenv("RLVR_ENVIRONMENT", f"venv:{tmp_path}")
-    return quickstart
+    return Job(cluster, SCRIPT, tmp_path / "run", ["model.path=none"])
 
 
 def test_crash_loop_ends_with_the_reason(pretender: Job) -> None:
