@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SGLANG_VENV := .venv-sglang
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge shellcheck
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sglang quickstart study test lint format clean
+.PHONY: help setup sglang slurm slurm-soak quickstart study test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +33,16 @@ $(SGLANG_VENV)/.installed: examples/sglang/requirements.txt examples/sglang/sgl_
 	cp examples/sglang/sgl_kernel.py "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 
+slurm:  ## Debian's Slurm and shellcheck, for tests/integration/slurm; installed where this is root on Debian
+	@missing=; for program in slurmctld slurmd munged sbatch shellcheck; do command -v $$program >/dev/null || missing=1; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null; \
+	else echo "not root on Debian, so not installed: $(SLURM_PACKAGES); the tests on a real Slurm will be skipped"; fi
+
+slurm-soak: $(STAMP) slurm  ## 10 random interruptions of a job on a virtual cluster, each to its end (about 10 minutes)
+	$(BIN)/python -m tests.integration.slurm.soak $(ARGS)
+
 quickstart: $(STAMP)  ## RLVR on Countdown in minutes; ARGS="key=value ..." overrides quickstart.yaml
 	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
 	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
@@ -42,7 +53,7 @@ study: $(STAMP)  ## every strategy on the quickstart's task, 5 seeds each (about
 	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
 	$(BIN)/python examples/entropy_study/study.py run && $(BIN)/python examples/entropy_study/study.py report
 
-test: $(STAMP) lint  ## everything CI runs
+test: $(STAMP) slurm lint  ## everything CI runs
 	$(BIN)/python -m pytest tests
 
 lint: $(STAMP)  ## ruff and mypy

@@ -83,6 +83,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         with timer.part("checkpoint"):
             state = {"schedule": schedule.state_dict(), "objective": objective.state_dict(), "tokens_seen": tokens_seen}
             checkpoints.save(step, policy, state)
+        report.saved(step)
 
     for step in range(first, config.steps):
         if step == 0 or (config.evaluation.every and step % config.evaluation.every == 0):

@@ -24,7 +24,11 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of 64 prompts in the small model's language."""
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    return write_problems(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+def write_problems(path: Path) -> Path:
+    """Write a JSONL file of 64 prompts in the small model's language."""
     rng = random.Random(7)
     rows = []
     for _ in range(64):

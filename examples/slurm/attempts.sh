@@ -1,0 +1,187 @@
+#!/usr/bin/env bash
+# How a job survives: signals, attempts and what became of them, requeueing, and an end to crash loops. Sourced by
+# common.sh, which names the job.
+
+# --- Steps and signals -------------------------------------------------------------------------------------------------
+# Before the time limit Slurm sends USR1 to this script alone (--signal=B:USR1@SECONDS), which hands it to the step that
+# runs: the ranks finish their step, save, and end with status 75. TERM means that Slurm is ending the job (scancel,
+# preemption, a node that failed) and tells the ranks itself: what they can save until they are killed is saved.
+asked='' interrupted='' step=''
+# Of the job, set by common.sh: for scontrol; which attempt; the first node; why the last step ended.
+job='' restart=0 head='' reason=''
+
+on_usr1() {
+    asked=USR1 interrupted=1
+    say "asked to stop (USR1): the step in progress will be finished and saved"
+    [ -z "$step" ] || kill -USR1 "$step" 2> /dev/null || true
+}
+
+on_term() {
+    asked=TERM interrupted=1
+    [ -z "${attempt:-}" ] || touch "$attempt/ended"
+    say "Slurm is ending this job"
+}
+
+# What this script did not expect is an attempt that failed, too.
+on_error() {
+    [ "$BASH_SUBSHELL" = 0 ] || exit 1
+    trap - ERR
+    fail 1 "the batch script failed at line $1 of ${2##*/}"
+}
+
+# Start srun with these arguments in the background, or print what would be started.
+start_step() {
+    local command=(srun --overlap "$@")
+    if [ -n "$RLVR_DRY_RUN" ]; then
+        printf '%q ' "${command[@]}"
+        printf '\n\n'
+        return
+    fi
+    "${command[@]}" &
+    step=$!
+}
+
+# Wait for the step started last; signals are handled meanwhile.
+wait_step() {
+    local status=0
+    [ -z "$RLVR_DRY_RUN" ] || return 0
+    while :; do
+        interrupted=''
+        wait "$step" && status=0 || status=$?
+        [ -n "$interrupted" ] || break
+    done
+    step=''
+    return "$status"
+}
+
+# --- Attempts: what became of them stands in RUN_DIRECTORY/slurm/history -----------------------------------------------
+record() {
+    say "$*"
+    echo "$(date +%FT%T) job $SLURM_JOB_ID attempt $restart: $*" >> "$RUN_DIRECTORY/slurm/history"
+}
+
+begin_attempt() {
+    describe_job
+    describe_environment
+    attempt=$RUN_DIRECTORY/slurm/$SLURM_JOB_ID.$restart
+    [ -z "$RLVR_DRY_RUN" ] || return 0
+    mkdir -p "$attempt"
+    trap on_usr1 USR1
+    trap on_term TERM
+    trap 'on_error $LINENO "${BASH_SOURCE[0]}"' ERR
+    local checkpoint before=none tries=0
+    checkpoint=$(newest_checkpoint)
+    if [ -f "$RUN_DIRECTORY/slurm/tries" ]; then
+        read -r tries before < "$RUN_DIRECTORY/slurm/tries"
+        [ "$before" = "$checkpoint" ] || tries=0
+    fi
+    if [ "$tries" -ge "$RLVR_MAX_TRIES" ]; then
+        record "gave up: $tries attempts from $checkpoint ended without a new checkpoint, the last because of:" \
+            "$(cat "$RUN_DIRECTORY/slurm/reason" 2> /dev/null || echo 'no reason was left; see the logs beside this file')"
+        # A submission by hand starts counting again.
+        rm -f "$RUN_DIRECTORY/slurm/tries"
+        end_attempt 1
+    fi
+    tries=$((tries + 1))
+    set_tries "$tries" "$checkpoint"
+    record "try $tries from $checkpoint on $SLURM_JOB_NODELIST"
+    srun --overlap --cpus-per-task=1 --nodes=1 --ntasks=1 --nodelist="$head" --gres=none \
+        bash -c "$(declare -f guard); guard '$attempt' '$job'" >> "$attempt/guard.log" 2>&1 &
+    guard_step=$!
+}
+
+set_tries() {
+    echo "$*" > "$RUN_DIRECTORY/slurm/tries.partial"
+    mv "$RUN_DIRECTORY/slurm/tries.partial" "$RUN_DIRECTORY/slurm/tries"
+}
+
+# A step of its own that outlives this script by the seconds Slurm takes to end a job. If the script was killed (by
+# SIGKILL, or for memory), nobody else would ask for another attempt.
+guard() {
+    trap 'kill $! 2> /dev/null' TERM
+    sleep infinity &
+    wait $!
+    for _ in $(seq 20); do
+        [ ! -e "$1/ended" ] || exit 0
+        if scontrol show job -o "$2" | grep -q ' ExitCode=0:[1-9]'; then
+            echo "the batch script was killed; asking for another attempt"
+            exec scontrol requeue "$2"
+        fi
+        sleep 0.5
+    done
+}
+
+end_attempt() {
+    touch "$attempt/ended"
+    [ -z "${guard_step:-}" ] || kill "$guard_step" 2> /dev/null || true
+    exit "$1"
+}
+
+# What Slurm knows of this job; its controller may be away for a moment.
+job_record() {
+    for _ in $(seq 30); do
+        if scontrol show job -o "$job"; then return; fi
+        sleep 2
+    done
+    return 1
+}
+
+# Ask Slurm for another attempt, without the nodes in $1. Only the attempt that Slurm believes in may do so: one that
+# outlived its node must not end its successor.
+requeue() {
+    local found left_out
+    found=$(job_record)
+    if [[ $found != *" Restarts=$restart "* ]]; then
+        record "Slurm has started another attempt already"
+        end_attempt 75
+    fi
+    if [[ $found != *" Requeue=1 "* ]]; then
+        record "this job may not be requeued (--no-requeue): submit it again to go on"
+        end_attempt 75
+    fi
+    touch "$attempt/ended"
+    trap '' TERM # requeueing ends this script, too
+    scontrol requeue "$job" || true
+    # A job's nodes can be left out only while it waits for its next attempt.
+    if [ -n "$1" ]; then
+        left_out=$(sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p' <<< "$found")
+        for _ in $(seq 20); do
+            if scontrol update JobId="$job" ExcNodeList="${left_out:+$left_out,}$1"; then
+                record "the next attempt leaves out ${left_out:+$left_out,}$1"
+                break
+            fi
+            sleep 0.2
+        done
+    fi
+    end_attempt 75
+}
+
+fail() { # STATUS REASON: what the next attempt, or the last, will name
+    echo "${*:2}" > "$RUN_DIRECTORY/slurm/reason"
+    case $1 in
+        2)
+            record "refused: ${*:2}"
+            end_attempt 2
+            ;;
+        *)
+            record "failed: ${*:2}"
+            [ "$asked" != TERM ] || end_attempt 75
+            requeue ""
+            ;;
+    esac
+}
+
+newest_checkpoint() { cat "$RUN_DIRECTORY/checkpoints/latest" 2> /dev/null || echo "the beginning"; }
+
+stopped() {
+    if [ -n "$asked" ]; then
+        set_tries 0 "$(newest_checkpoint)" # nothing is wrong with the run
+    else
+        echo "$reason" > "$RUN_DIRECTORY/slurm/reason"
+    fi
+    record "stopped (${asked:-$reason}); the newest checkpoint is $(newest_checkpoint)"
+    if [ "$asked" = TERM ] && [[ $(job_record) != *Reason=TimeLimit* ]]; then
+        end_attempt 75 # cancelled, preempted or lost a node: Slurm knows whether there is another attempt
+    fi
+    requeue ""
+}

@@ -1,0 +1,129 @@
+"""What a node can check of itself before training: environment, GPUs, model and data, the shared file system."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_rlvr.config import Config
+from megatron_rlvr.errors import UserError
+
+_PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "numpy", "transformer-engine")
+_NVIDIA_SMI_TIMEOUT_S = 20
+
+
+@dataclass
+class NodeReport:
+    """What a node found.
+
+    Attributes:
+        versions: what must be the same on all nodes.
+        gpus: name and memory (MiB) of each, as nvidia-smi lists them.
+        problems: what keeps the run from training here, one line each.
+    """
+
+    node: str
+    versions: dict[str, str] = field(default_factory=dict)
+    gpus: list[tuple[str, int]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def check_node(node: str, config: Config, processes: int, trains: bool, folder: Path) -> NodeReport:
+    """Check this node for a run and leave the report in `folder`, which proves that the run directory can be written.
+
+    Args:
+        processes: that will train on it.
+        trains: whether it trains; a node of SGLang servers needs no data.
+        folder: of the reports, in the run directory.
+    """
+    report = NodeReport(node, versions())
+    report.gpus = visible_gpus(report)
+    wanted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if trains and wanted and len(report.gpus) < processes:
+        report.problems.append(f"{len(report.gpus)} GPUs are seen where {processes} processes are to train")
+    if len(report.gpus) and "+cpu" in report.versions["torch"]:
+        report.problems.append(f"torch {report.versions['torch']} cannot use the GPUs: install a CUDA build")
+    data = [config.data.train, config.data.heldout] if trains else []
+    try:
+        for file in [*model_files(Path(config.model.path)), *(Path(name) for name in data if name)]:
+            check_readable(file)
+    except UserError as error:
+        report.problems.append(str(error))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{node}.json").write_text(json.dumps(report.__dict__))
+    except OSError as error:
+        report.problems.append(f"the run directory cannot be written: {error.strerror} ({folder})")
+    return report
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, with a digest of this package's own sources and compiled operators."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parents[1]
+    for path in sorted(p for pattern in ("*.py", "*.so") for p in package.rglob(pattern)):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return found | {"megatron_rlvr": digest.hexdigest()[:12]}
+
+
+def visible_gpus(report: NodeReport) -> list[tuple[str, int]]:
+    """Name and memory (MiB) of this node's GPUs; the driver's version goes into the report."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S)
+    except FileNotFoundError:
+        return []
+    except subprocess.TimeoutExpired:
+        report.problems.append(f"nvidia-smi did not answer in {_NVIDIA_SMI_TIMEOUT_S} s")
+        return []
+    if done.returncode:
+        report.problems.append(f"nvidia-smi failed: {(done.stdout + done.stderr).strip().splitlines()[-1:]}")
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    report.versions["driver"] = ", ".join(sorted({row[2] for row in rows}))
+    return [(row[0], int(row[1])) for row in rows]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """config.json and every shard of the weights that the model's index names."""
+    index = folder / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    return [folder / "config.json", *(folder / shard for shard in sorted(set(shards)))]
+
+
+def check_readable(path: Path) -> None:
+    """Read a file's first byte.
+
+    Raises:
+        UserError: when it cannot be read, or is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise UserError(f"{path} is empty")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def differing_versions(reports: list[NodeReport]) -> dict[str, list[str]]:
+    """Nodes whose versions are not those of the most nodes, each with what differs."""
+    found: dict[str, list[str]] = {}
+    for name in sorted({name for report in reports for name in report.versions}):
+        values = [report.versions.get(name, "missing") for report in reports]
+        common = max(dict.fromkeys(values), key=values.count)
+        for report, value in zip(reports, values, strict=True):
+            if value != common:
+                found.setdefault(report.node, []).append(f"{name} {value} instead of {common}")
+    return found

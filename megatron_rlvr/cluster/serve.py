@@ -1,0 +1,85 @@
+"""The SGLang servers of one node: ``python -m megatron_rlvr.cluster.serve --folder DIR CONFIG [key=value ...]``.
+
+Starts ``rollout.sglang.servers`` servers, each on GPUs of its own, starts those again that die or hang, and stops them
+when it is told to stop or dies itself. ``DIR/NODE.urls`` holds their addresses, comma-separated, once all of them
+answer; ``DIR/NODE/server_N.log`` their output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_rlvr.backend import device
+from megatron_rlvr.cluster.torchrun import die_with_parent
+from megatron_rlvr.config import Config, load_config
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
+from megatron_rlvr.rollout.sglang.server import ServerPool
+
+_WATCH_PERIOD_S = 0.5
+
+
+def node_pool(config: Config, logs: Path) -> ServerPool:
+    """The servers of this node, not started yet: reachable from other nodes, each with GPUs of its own."""
+    # A node's own address would do for most clusters, but a host may have another name on the compute network.
+    sglang = replace(config.rollout.sglang, server={"host": "0.0.0.0", **config.rollout.sglang.server})
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.on_gpu() else "float32"
+    pool = ServerPool(sglang, Path(config.model.path).resolve(), dtype, logs)
+    arguments = {name.replace("-", "_"): value for name, value in sglang.server.items()}
+    width = int(arguments.get("tensor_parallel_size") or arguments.get("tp_size") or arguments.get("tp") or 1)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    if device.on_gpu() and len(visible) < width * len(pool.servers):
+        raise UserError(
+            f"{len(pool.servers)} servers (rollout.sglang.servers) of {width} GPUs each need more than the "
+            f"{len(visible)} GPUs of this node"
+        )
+    for number, server in enumerate(pool.servers):
+        if device.on_gpu():
+            server.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number * width : (number + 1) * width])
+    return pool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("config", help="YAML file of training")
+    parser.add_argument("overrides", nargs="*", help="key=value, as for training")
+    options = parser.parse_args(arguments)
+    node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    stop = threading.Event()
+    # The servers' processes are bound to this thread; it must end by itself, so that they are stopped in order.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    # Slurm's signal before the time limit is for the ranks, whose last step still needs the servers.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    die_with_parent()
+    try:
+        pool = node_pool(load_config(options.config, options.overrides), options.folder / node)
+        with pool:
+            ready = options.folder / f"{node}.partial"
+            ready.write_text(",".join(pool.urls) + "\n")
+            ready.replace(options.folder / f"{node}.urls")
+            while not stop.wait(_WATCH_PERIOD_S):
+                if pool.failure:
+                    raise UserError(pool.failure)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

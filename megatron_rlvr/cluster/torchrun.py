@@ -1,0 +1,187 @@
+"""torchrun of one node, as a batch system wants it: ``python -m megatron_rlvr.cluster.torchrun OPTIONS -- COMMAND``.
+
+COMMAND is what Python is given, such as ``-m megatron_rlvr.train run.yaml``. The ranks are started by torchrun itself,
+with c10d rendezvous at the first node. Beyond torchrun,
+
+- SIGUSR1, SIGTERM and SIGINT are handed to the ranks, which finish their step and save; torchrun would kill them;
+- the ranks' exit status becomes this program's (torchrun's is 1 whatever happened), and the reason is written beside
+  the logs, where the batch script finds it;
+- no rank outlives this process, and this process no parent: not after a SIGKILL of either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from megatron_rlvr.cluster.rank import log_path
+from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
+
+_SHIM = Path(__file__).with_name("rank.py")
+_JOIN_TIMEOUT_S = 300
+_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_TELLING = re.compile(r"^(\[rank\d+\]: ?)?(error( \(rank \d+\))?: |[\w.]*(Error|Exception|Interrupt)\b)")
+
+
+class StopRequest:
+    """Hands signals that ask for a stop to the ranks; before there are any, ends this process as stopped."""
+
+    def __init__(self) -> None:
+        import psutil  # here, because a dry run happens on a login node, with whatever Python that has
+
+        self.received: int | None = None
+        self._this = psutil.Process()
+        for number in _STOP_SIGNALS:
+            signal.signal(number, self._forward)
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        ranks = self._this.children()
+        if not ranks:
+            raise SystemExit(EXIT_STOPPED)
+        for rank in ranks:
+            # It may end meanwhile.
+            if rank.is_running():
+                rank.send_signal(number)
+
+
+def die_with_parent() -> None:
+    """End this process within a second of its parent's death, by a thread that watches.
+
+    The kernel's own signal for that (which binds the ranks to this process) comes when the parent's *thread* ends, and
+    nobody promises that the thread of a batch system's daemon that forked us stays.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(128 + signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def rank_command(command: Sequence[str], logs: Path, parent: int | str) -> list[str]:
+    """What torchrun starts for every rank: the shim that binds it to `parent` and keeps its log, then Python."""
+    return [sys.executable, str(_SHIM), str(parent), str(logs), sys.executable, "-u", *command]
+
+
+def exit_status(codes: Sequence[int], asked: bool) -> int:
+    """The status of a node from those of its ranks that did not return 0.
+
+    Args:
+        codes: exit codes; negative for a signal.
+        asked: whether a stop was asked for, so that a rank which died of the signal itself, because it had not come
+            to where it heeds signals, has stopped well.
+    """
+    stopped = {EXIT_STOPPED, *(-number for number in _STOP_SIGNALS if asked)}
+    others = [code for code in codes if code not in stopped]
+    if not others:
+        return EXIT_STOPPED if codes else EXIT_DONE
+    if EXIT_USER_ERROR in others:
+        return EXIT_USER_ERROR
+    return others[0] if others[0] > 0 else 128 - others[0]
+
+
+def last_words(log: Path) -> str:
+    """The line of a rank's log that says best why it ended: the last that names an error, else the last."""
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-400:] if line.strip()]
+    except OSError:
+        return "it left no log"
+    telling = [line for line in lines if _TELLING.match(line)]
+    return (telling or lines or ["its log is empty"])[-1]
+
+
+def describe(codes: Mapping[int, int], logs: Path) -> str:
+    """Which rank ended first, how, and its last words; one line."""
+    rank, code = min(codes.items(), key=lambda item: (item[1] == EXIT_STOPPED, item[0]))
+    how = f"with status {code}" if code >= 0 else f"of {signal.Signals(-code).name}"
+    return f"rank {rank} on {_node()} ended {how}: {last_words(log_path(logs, rank))}"
+
+
+def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) -> tuple[int, str]:
+    """Run this node's ranks to their end; the exit status, and the reason when it is not 0."""
+    # Of what torchrun logs as a warning, the loss of the rendezvous when another node ends first is what is seen.
+    quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
+    if quiet:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    logging.getLogger("torch.distributed.elastic.rendezvous").setLevel(logging.ERROR)
+    # Imported here: it takes seconds, in which signals must be heeded already.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args
+    from torch.distributed.run import run as torchrun
+
+    if quiet:  # torch has read it; the ranks may warn
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
+
+    arguments = [f"--nnodes={options.nnodes}", f"--nproc-per-node={options.nproc_per_node}", "--max-restarts=0"]
+    arguments += ["--rdzv-backend=c10d", f"--rdzv-id={options.rdzv_id}", f"--rdzv-endpoint={options.rdzv_endpoint}"]
+    # torchrun numbers nodes in the order of their addresses; by default that is what the system calls this machine.
+    arguments += [f"--local-addr={_node()}"]
+    arguments += [f"--rdzv-conf=join_timeout={_JOIN_TIMEOUT_S}", "--signals-to-handle=SIGQUIT", "--no-python"]
+    try:
+        torchrun(parse_args([*arguments, *rank_command(command, options.logs, os.getpid())]))
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        return exit_status(list(codes.values()), stop.received is not None), describe(codes, options.logs)
+    except SystemExit:
+        return EXIT_STOPPED, "asked to stop before any rank had started"
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        return 1, f"torchrun on {_node()} failed: {type(error).__name__}: {first_line}"
+    return EXIT_DONE, ""
+
+
+def print_commands(options: argparse.Namespace, command: Sequence[str]) -> None:
+    """What every rank of the job will run, in full."""
+    nodes = options.dry_run.split(",")
+    size, local = len(nodes) * options.nproc_per_node, options.nproc_per_node
+    words = shlex.join(rank_command(command, options.logs, "LAUNCHER_PID"))
+    for rank in range(size):
+        node = nodes[rank // local]
+        variables = f"RANK={rank} LOCAL_RANK={rank % local} WORLD_SIZE={size} LOCAL_WORLD_SIZE={local}"
+        print(f"rank {rank} on {node}: {variables} MASTER_ADDR={nodes[0]} {words}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nnodes", type=int, required=True)
+    parser.add_argument("--nproc-per-node", type=int, required=True)
+    parser.add_argument("--rdzv-id", required=True)
+    parser.add_argument("--rdzv-endpoint", required=True, help="HOST:PORT on the first node")
+    parser.add_argument("--logs", type=Path, required=True, help="folder of the ranks' logs and this node's outcome")
+    parser.add_argument("--dry-run", metavar="NODE,NODE...", help="print the command of every rank, start nothing")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and what Python is given")
+    options = parser.parse_args(arguments)
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if options.dry_run:
+        print_commands(options, command)
+        return EXIT_DONE
+    stop = StopRequest()
+    die_with_parent()
+    options.logs.mkdir(parents=True, exist_ok=True)
+    status, reason = run(options, command, stop)
+    outcome = options.logs / f"outcome.{_node()}"
+    outcome.with_suffix(".partial").write_text(f"{status} {reason}\n")
+    outcome.with_suffix(".partial").replace(outcome)
+    return status
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+if __name__ == "__main__":
+    sys.exit(main())

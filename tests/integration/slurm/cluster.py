@@ -1,0 +1,249 @@
+"""A real Slurm on this machine, for tests: slurmctld, munge, and a slurmd for each of several virtual nodes.
+
+Every virtual node has a host name and an /etc/hosts of its own (UTS and mount namespaces), and GPUs that are character
+devices and nothing more. Nothing outside `root` is changed. Needs root and Debian's slurmctld, slurmd and munge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MARK = "RLVR_TEST_MARK"
+_DAEMONS = ("slurmctld", "slurmd", "munged", "unshare", "nsenter")
+_GPUS, _CPUS = 8, 96
+_CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={root}/munge/socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/slurmd-%n.pid
+SlurmctldLogFile={root}/log/slurmctld.log
+SlurmdLogFile={root}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=1024
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=100000,batch_sched_delay=0,requeue_delay=1,sched_max_job_start=0
+MinJobAge=3600
+KillWait=5
+ReturnToService=2
+SlurmctldTimeout=30
+SlurmdTimeout=300
+InactiveLimit=0
+JobRequeue=1
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+GresTypes=gpu
+NodeName=n[1-{nodes}] NodeHostname=n[1-{nodes}] NodeAddr=127.0.0.1 Port={first}-{last} CPUs={cpus} Sockets=1 \
+CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=262144 Gres=gpu:h100:{gpus} State=UNKNOWN
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 OverSubscribe=NO State=UP
+"""
+
+
+def why_not() -> str | None:
+    """What keeps this machine from running the virtual cluster, or None."""
+    missing = [name for name in _DAEMONS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    if missing:
+        return f"no {', '.join(missing)}: `make slurm` installs Debian's Slurm, as root"
+    if os.geteuid():
+        return "virtual Slurm nodes need root (host names and /etc/hosts of their own)"
+    return None
+
+
+@dataclass
+class Cluster:
+    """A running virtual cluster of nodes n1, n2, ..."""
+
+    root: Path
+    size: int
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def run(self, *command: object, check: bool = True, timeout: float = 60) -> str:
+        """Run a command against this cluster; its output, both streams."""
+        done = subprocess.run(
+            [str(word) for word in command],
+            env=os.environ | self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}"
+        return done.stdout
+
+    def submit(self, script: Path, *arguments: object, options: Sequence[str] = (), **variables: str) -> str:
+        """sbatch a script of the project with a fresh mark in its environment; the job's id."""
+        environment = os.environ | self.environment | {MARK: "1"} | variables
+        done = subprocess.run(
+            ["sbatch", "--parsable", f"--output={self.root}/out-%j.txt", *options, str(script), *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            cwd=script.parents[2],
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def output(self, job: str) -> str:
+        path = self.root / f"out-{job}.txt"
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    def job(self, job: str) -> dict[str, str]:
+        """The fields that scontrol shows of a job."""
+        text = self.run("scontrol", "show", "job", "-o", job)
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def wait(self, job: str, *states: str, timeout: float = 120) -> dict[str, str]:
+        """Wait until a job is in one of the states; its fields."""
+        deadline = time.monotonic() + timeout
+        while (found := self.job(job))["JobState"] not in states:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job} is {found['JobState']}, not {states}:\n{self.output(job)[-6000:]}")
+            time.sleep(0.1)
+        return found
+
+    def finished(self, job: str, timeout: float = 120) -> dict[str, str]:
+        """Wait until a job has ended for good."""
+        return self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=timeout)
+
+    def wait_for_output(self, job: str, pattern: str, count: int = 1, timeout: float = 120) -> None:
+        """Wait until the job's output has so many matches of a regular expression."""
+        deadline = time.monotonic() + timeout
+        while len(re.findall(pattern, self.output(job))) < count:
+            state = self.job(job)["JobState"]
+            over = state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+            if over or time.monotonic() > deadline:
+                raise TimeoutError(f"no {count} x {pattern!r} of job {job}, {state}:\n{self.output(job)[-6000:]}")
+            time.sleep(0.05)
+
+    def processes(self, job: str, pattern: str = "", node: str = "") -> list[int]:
+        """Living processes that carry the job's environment, on one node or all, whose command line matches."""
+        wanted = {f"SLURM_JOB_ID={job}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
+        if node:
+            wanted.add(f"SLURMD_NODENAME={node}")
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                variables = set((entry / "environ").read_bytes().decode(errors="replace").split("\0"))
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                # slurmstepd takes over the environment of its job, and ends with it.
+                if wanted <= variables and re.search(pattern, command) and "slurmstepd" not in command:
+                    found.append(int(entry.name))
+        return found
+
+    def orphans(self, job: str, timeout: float = 10) -> list[str]:
+        """Processes of a job that are still there so long after its end, as ps shows them."""
+        deadline = time.monotonic() + timeout
+        while (found := self.processes(job)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return [self.run("ps", "-o", "pid,ppid,args", "-p", pid, check=False) for pid in found]
+
+    def on_node(self, node: str, *command: object) -> str:
+        """Run a command in a node's namespaces."""
+        pid = (self.root / "run" / f"slurmd-{node}.pid").read_text().strip()
+        return self.run("nsenter", "-t", pid, "--mount", "--uts", *command)
+
+    def power_off(self, node: str, job: str) -> None:
+        """End a node: every process of the job on it and its slurmd at once; Slurm then finds it down."""
+        slurmd = int((self.root / "run" / f"slurmd-{node}.pid").read_text())
+        for pid in [slurmd, *self.processes(job, node=node)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd."""
+        (self.root / "spool" / node).mkdir(parents=True, exist_ok=True)
+        script = f"hostname {node}; mount --bind {self.root}/hosts /etc/hosts; exec slurmd -N {node}"
+        self.run("unshare", "--mount", "--uts", "--propagation", "private", "bash", "-c", script)
+
+    def wait_for_nodes(self, timeout: float = 30) -> None:
+        """Wait until every node is idle."""
+        deadline = time.monotonic() + timeout
+        while (states := self.run("sinfo", "-h", "-N", "-o", "%T").split()).count("idle") != self.size:
+            assert time.monotonic() < deadline, f"{states}; {self.run('sinfo', '-R')}"
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
+    """Start a cluster of `size` nodes under `root`, stop it and all its jobs at the end."""
+    for name in ("state", "log", "spool", "run", "dev", "munge"):
+        (root / name).mkdir(parents=True)
+    for folder in (root, *root.parents[:2], root / "munge"):
+        folder.chmod(0o755)  # munge refuses a socket whose folders others could not reach
+    port = _free_ports(size + 1)
+    host = socket.gethostname().split(".")[0]
+    settings = {"root": root, "host": host, "port": port, "first": port + 1, "last": port + size}
+    settings |= {"nodes": size, "cpus": _CPUS, "gpus": _GPUS}
+    (root / "slurm.conf").write_text(_CONFIGURATION.format(**settings))
+    devices = f"File={root}/dev/gpu[0-{_GPUS - 1}]"
+    (root / "gres.conf").write_text(f"AutoDetect=off\nNodeName=n[1-{size}] Name=gpu Type=h100 {devices}\n")
+    for gpu in range(_GPUS):  # plain files would give the tasks an empty CUDA_VISIBLE_DEVICES
+        os.mknod(root / "dev" / f"gpu{gpu}", 0o020666, os.makedev(1, 3))
+    names = "".join(f"127.0.0.1 n{i}\n" for i in range(1, size + 1))
+    (root / "hosts").write_text(Path("/etc/hosts").read_text() + names)
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    cluster = Cluster(root, size, {"SLURM_CONF": str(root / "slurm.conf"), "PATH": path})
+    munge = root / "munge"
+    (munge / "key").touch(0o600)
+    (munge / "key").write_bytes(os.urandom(128))
+    files = [f"--{name}-file={munge}/{name}" for name in ("key", "pid", "log", "seed")]
+    try:
+        cluster.run("munged", f"--socket={munge}/socket", *files, "--num-threads=2")
+        cluster.run("slurmctld", "-c")
+        for i in range(1, size + 1):
+            cluster.start_node(f"n{i}")
+        cluster.wait_for_nodes()
+        yield cluster
+    finally:
+        cluster.run("scancel", "--state=PENDING", "--state=RUNNING", "--user=root", check=False)
+        deadline = time.monotonic() + 15
+        while cluster.run("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        daemons = [int(file.read_text()) for file in (*(root / "run").glob("*.pid"), munge / "pid") if file.is_file()]
+        for pid in daemons:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        while any(Path(f"/proc/{pid}").exists() for pid in daemons) and time.monotonic() < deadline + 15:
+            time.sleep(0.1)
+
+
+def _free_ports(count: int) -> int:
+    """The first of so many free ports in a row, below those that the system hands out."""
+    for _ in range(100):
+        first = random.Random().randrange(12000, 19000)
+        with contextlib.ExitStack() as probes:
+            try:
+                for port in range(first, first + count):
+                    probes.enter_context(socket.socket()).bind(("", port))
+            except OSError:
+                continue
+        return first
+    raise RuntimeError(f"no {count} free ports in a row between 12000 and 19000")

@@ -1,0 +1,114 @@
+"""Interrupt the two-node quickstart job at random, over and over, and hold every run to the uninterrupted one.
+
+    python -m tests.integration.slurm.soak [--interruptions 10] [--seed 0]      # make slurm-soak
+
+Starts a virtual cluster (root, Debian's Slurm). The job trains on two nodes and generates on a server on a third, the
+tests' deterministic stand-in for SGLang. Every interruption is a job of its own, interrupted once at a random moment
+and waited for to its end; it must end COMPLETED with the metrics of the uninterrupted job, bit for bit, and leave no
+process behind. Exit status 1 if any does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, make_small_model, write_problems
+from tests.integration.slurm.cluster import Cluster, virtual_cluster, why_not
+from tests.integration.slurm.conftest import NODES, set_job_environment
+from tests.integration.slurm.jobs import Job, Settings, wait_until, with_stand_in_servers
+
+STEPS = 16
+SCRIPT = ROOT / "examples" / "slurm" / "quickstart-cpu.sbatch"
+
+
+def kinds(job: Job, rng: random.Random) -> dict[str, Callable[[], None]]:
+    """What can happen to a job that runs."""
+    trainers = job.nodes()[:2]
+    return {
+        "USR1 before the time limit": job.signal_before_the_limit,
+        "requeued by Slurm": job.requeue,
+        "kill -9 of a rank": lambda: job.kill_rank(rng.choice(trainers)),
+        "kill -9 of a server": job.kill_server,
+        "kill -9 of the batch script": job.kill_batch_script,
+        "kill -9 of a launcher": lambda: job.kill_launcher(rng.choice(trainers)),
+        "a training node lost": lambda: job.lose_node(rng.choice(trainers)),
+        "the server node lost": lambda: job.lose_node(job.nodes()[2]),
+    }
+
+
+def interrupt(cluster: Cluster, job: Job, kind: str, rng: random.Random) -> None:
+    """Submit a job and do this to it at a random moment between its first steps and its last."""
+    job.submit(f"steps={STEPS}", options=["--nodes=3"], RLVR_SERVERS="nodes:1")
+    job.wait_for_steps(rng.randrange(1, STEPS - 4), timeout=300)
+    time.sleep(rng.random() / 2)
+    before = set(job.nodes())
+    kinds(job, rng)[kind]()
+    state = job.finish(timeout=600)
+    assert state == "COMPLETED", f"{state}\n{job.history()}\n{cluster.output(job.id)[-3000:]}"
+    for node in sorted(before):
+        if not Path(f"/proc/{(cluster.root / 'run' / f'slurmd-{node}.pid').read_text().strip()}").exists():
+            cluster.start_node(node)
+            cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+    wait_until(lambda: cluster.run("sinfo", "-h", "-N", "-o", "%T").split().count("idle") == NODES, "idle nodes")
+
+
+def soak(cluster: Cluster, root: Path, count: int, seed: int) -> int:
+    """The whole of it; the number of interruptions that were not survived."""
+    model = make_small_model(root / "model")
+    settings = Settings(model, write_problems(root / "train.jsonl"))
+
+    def job(name: str) -> Job:
+        return with_stand_in_servers(Job(cluster, SCRIPT, root / name, settings.overrides()))
+
+    rng = random.Random(seed)
+    began = time.monotonic()
+    whole = job("uninterrupted").submit(f"steps={STEPS}", options=["--nodes=3"], RLVR_SERVERS="nodes:1")
+    assert whole.finish(timeout=600) == "COMPLETED", cluster.output(whole.id)
+    expected = whole.metrics()
+    print(f"uninterrupted: {len(expected)} steps in {time.monotonic() - began:.0f} s", flush=True)
+    names = list(kinds(whole, rng)) if whole.nodes() else []
+    # Every kind once, the rest by chance, in random order.
+    chosen = [names[i] if i < len(names) else rng.choice(names) for i in range(count)]
+    rng.shuffle(chosen)
+    failed = 0
+    for number, kind in enumerate(chosen):
+        one, began = job(f"interrupted_{number}"), time.monotonic()
+        try:
+            interrupt(cluster, one, kind, rng)
+            equal = one.metrics() == expected
+            verdict = "equal" if equal else "DIFFERENT"
+        except (AssertionError, TimeoutError) as error:
+            equal, verdict = False, f"FAILED: {error}"
+            cluster.run("scancel", one.id, check=False)
+        failed += not equal
+        attempts = one.history().count(": try ")
+        seconds = time.monotonic() - began
+        print(f"{number + 1:2d}  {kind:28}  {attempts} attempts  {seconds:4.0f} s  {verdict}", flush=True)
+    print(f"{count - failed} of {count} interruptions survived, no process left behind", flush=True)
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--interruptions", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if reason := why_not():
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="slurm-soak-") as folder:
+        set_job_environment(patch)
+        with virtual_cluster(Path(folder) / "cluster", NODES) as cluster:
+            return 1 if soak(cluster, Path(folder), options.interruptions, options.seed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

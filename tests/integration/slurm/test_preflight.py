@@ -1,0 +1,77 @@
+"""What the preflight refuses, and which node it names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.cluster.node_checks import NodeReport, differing_versions
+from megatron_rlvr.cluster.preflight import BadNodesError, judge, pairs
+from megatron_rlvr.errors import UserError
+from tests.integration.slurm.jobs import Job
+
+
+def test_a_job_that_cannot_run_is_refused_with_the_reason(quickstart: Job, tmp_path: Path) -> None:
+    quickstart.submit("model.path=/nowhere", "steps=1")
+    assert quickstart.finish() == "FAILED"
+    job = quickstart.cluster.job(quickstart.id)
+    assert job["ExitCode"] == "2:0" and job["Restarts"] == "0"
+    reason = "/nowhere/config.json cannot be read: No such file or directory (on all 2 nodes)"
+    assert quickstart.history().rstrip().endswith(f"refused: preflight: {reason}")
+
+
+def test_a_layout_that_does_not_divide_is_refused(quickstart: Job) -> None:
+    quickstart.submit("parallel.tensor=4", "steps=1")
+    assert quickstart.finish() == "FAILED"
+    assert re.search(r"refused: preflight: parallel\.tensor x .* does not divide the 2", quickstart.history())
+
+
+def test_a_bad_node_is_named_and_left_out(quickstart: Job, tmp_path: Path) -> None:
+    cluster = quickstart.cluster
+    cluster.wait_for_nodes()
+    model = next(word for word in quickstart.overrides if word.startswith("model.path=")).partition("=")[2]
+    (tmp_path / "empty").mkdir()
+    cluster.on_node("n2", "mount", "--bind", tmp_path / "empty", model)
+    try:
+        quickstart.submit("steps=2", options=["--nodelist=n2", "--nodes=2"])
+        cluster.wait_for_output(quickstart.id, "the next attempt leaves out n2")
+        cluster.run("scontrol", "update", f"JobId={quickstart.id}", "ReqNodeList=")
+        assert quickstart.finish() == "COMPLETED"
+    finally:
+        cluster.on_node("n2", "umount", model)
+    history = quickstart.history()
+    assert re.search(r"attempt 0: preflight: n2: .*config\.json cannot be read", history)
+    assert re.search(r"attempt 1: try 2 from the beginning on n\[1,3\]", history)
+
+
+def test_what_is_wrong_everywhere_is_no_nodes_fault() -> None:
+    good = NodeReport("n1", {"torch": "2.13.0"})
+    judge([good, NodeReport("n2", {"torch": "2.13.0"})])
+    everywhere = [NodeReport(f"n{i}", {"torch": "2.13.0"}, problems=["no data"]) for i in (1, 2)]
+    with pytest.raises(UserError, match=r"no data \(on all 2 nodes\)"):
+        judge(everywhere)
+    with pytest.raises(BadNodesError, match="n2: no data") as caught:
+        judge([good, everywhere[1]])
+    assert caught.value.nodes == ["n2"]
+
+
+def test_a_node_with_another_version_is_named() -> None:
+    reports = [NodeReport(f"n{i}", {"torch": "2.13.0", "driver": "580"}) for i in range(3)]
+    reports[1].versions["driver"] = "570"
+    assert differing_versions(reports) == {"n1": ["driver 570 instead of 580"]}
+    with pytest.raises(BadNodesError, match="n1: driver 570 instead of 580"):
+        judge(reports)
+
+
+@pytest.mark.parametrize("nodes", [3, 4, 7, 16])
+def test_every_node_has_two_different_partners(nodes: int) -> None:
+    partners: dict[int, set[int]] = {}
+    for shift in (0, 1):
+        groups = pairs(nodes, shift)
+        assert sorted(i for group in groups for i in group) == list(range(nodes))
+        for group in groups:
+            for i in group:
+                partners.setdefault(i, set()).update(set(group) - {i})
+    assert all(len(found) >= 2 for found in partners.values())

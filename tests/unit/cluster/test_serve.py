@@ -1,0 +1,37 @@
+"""Which GPUs a node's SGLang servers get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.backend import device
+from megatron_rlvr.cluster.serve import node_pool
+from megatron_rlvr.config import Config
+from megatron_rlvr.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    config = Config(run_directory=str(tmp_path))
+    config.model.path = str(tmp_path)
+    config.rollout.sglang.server = {"tensor-parallel-size": 4}
+    return config
+
+
+def test_each_server_has_gpus_of_its_own_and_can_be_reached(config: Config, tmp_path: Path) -> None:
+    config.rollout.sglang.servers = 2
+    pool = node_pool(config, tmp_path / "logs")
+    assert [server.environment["CUDA_VISIBLE_DEVICES"] for server in pool.servers] == ["0,1,2,3", "4,5,6,7"]
+    assert {server.host for server in pool.servers} == {"0.0.0.0"}
+    assert pool.servers[0].url != pool.servers[1].url and "0.0.0.0" not in pool.servers[0].url
+    assert pool.servers[0].arguments["dtype"] == "bfloat16"
+
+
+def test_more_servers_than_gpus_are_refused(config: Config, tmp_path: Path) -> None:
+    config.rollout.sglang.servers = 3
+    with pytest.raises(UserError, match=r"3 servers .* of 4 GPUs each need more than the 8 GPUs"):
+        node_pool(config, tmp_path / "logs")

@@ -1,0 +1,106 @@
+"""The launcher of a node: exit statuses, signals, and that nothing outlives it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.cluster.torchrun import describe, exit_status, last_words
+from tests.conftest import environment
+
+RANK = """
+import os, signal, sys, time
+asked = []
+signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
+print("ready", flush=True)
+end = time.monotonic() + float(sys.argv[1])
+while time.monotonic() < end and not asked:
+    time.sleep(0.02)
+if asked:
+    sys.exit(75)
+if sys.argv[2] != "0":
+    print("error: nothing to learn from", file=sys.stderr)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "asked", "status"),
+    [
+        ([], False, 0),
+        ([75, 75], False, 75),
+        ([-signal.SIGUSR1, 75], True, 75),
+        ([-signal.SIGUSR1, 75], False, 128 + signal.SIGUSR1),
+        ([1, 2, 75], True, 2),
+        ([-signal.SIGKILL, 75], True, 137),
+        ([75, 1], False, 1),
+    ],
+)
+def test_exit_status(codes: list[int], asked: bool, status: int) -> None:
+    assert exit_status(codes, asked) == status
+
+
+def test_reason_names_the_rank_that_crashed_and_its_error(tmp_path: Path) -> None:
+    (tmp_path / "rank_3.log").write_text("Traceback:\n  File x\nValueError: too hot\n[W] a warning at exit\n")
+    assert describe({1: 75, 3: 1}, tmp_path).endswith(" ended with status 1: ValueError: too hot")
+    assert "rank 3 on" in describe({1: 75, 3: 1}, tmp_path)
+    assert last_words(tmp_path / "rank_4.log") == "it left no log"
+
+
+def _start(tmp_path: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    (tmp_path / "rank.py").write_text(RANK)
+    options = ["--nnodes=1", "--nproc-per-node=2", "--rdzv-id=1", "--rdzv-endpoint=localhost:0"]
+    options += [f"--logs={tmp_path / 'logs'}", "--", str(tmp_path / "rank.py"), *arguments]
+    command = [sys.executable, "-m", "megatron_rlvr.cluster.torchrun", *options]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _ranks(tmp_path: Path) -> list[int]:
+    """Process ids of living ranks, once both have said that they are ready."""
+    deadline = time.monotonic() + 60
+    logs = [tmp_path / "logs" / f"rank_{rank}.log" for rank in (0, 1)]
+    while not all(log.is_file() and "ready" in log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return _alive(tmp_path)
+
+
+def _alive(tmp_path: Path) -> list[int]:
+    found = subprocess.run(["pgrep", "-f", "--", f"-u {tmp_path / 'rank.py'}"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def _outcome(tmp_path: Path) -> str:
+    return next((tmp_path / "logs").glob("outcome.*")).read_text()
+
+
+def test_status_and_reason_of_the_ranks_come_through(tmp_path: Path) -> None:
+    assert _start(tmp_path, "0.5", "2").wait(60) == 2
+    assert _outcome(tmp_path).startswith("2 rank ")
+    assert _outcome(tmp_path).endswith("error: nothing to learn from\n")
+
+
+def test_a_signal_reaches_the_ranks(tmp_path: Path) -> None:
+    launcher = _start(tmp_path, "100", "0")
+    assert len(_ranks(tmp_path)) == 2
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait(60) == 75
+    assert _outcome(tmp_path).startswith("75 ")
+
+
+def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
+    launcher = _start(tmp_path, "100", "0")
+    ranks = _ranks(tmp_path)
+    assert len(ranks) == 2
+    os.kill(launcher.pid, signal.SIGKILL)
+    launcher.wait(10)
+    deadline = time.monotonic() + 5
+    while _alive(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _alive(tmp_path)

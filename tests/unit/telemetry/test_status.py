@@ -1,0 +1,70 @@
+"""status.json, and the table of many runs that tools/status.py makes of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.telemetry.status import STATUS_FILE, StatusWriter, read_status
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import status as tool
+
+RECORD = {"step": 4, "reward": 0.5, "entropy": 0.25, "control/target": 0.3, "tokens": 1000}
+
+
+def test_a_step_is_told_whole(tmp_path: Path) -> None:
+    writer = StatusWriter(tmp_path, "run", 10, first_step=4)
+    assert read_status(tmp_path).checkpoint == 4
+    writer.step(RECORD)
+    writer.saved(5)
+    found = read_status(tmp_path)
+    assert (found.step, found.steps, found.reward, found.entropy, found.entropy_target) == (5, 10, 0.5, 0.25, 0.3)
+    assert found.checkpoint == 5 and found.state == "running"
+    assert found.tokens_per_second == pytest.approx(1000 / found.step_seconds)
+    assert found.seconds_left == pytest.approx(5 * found.step_seconds)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_numbers_that_are_none_stay_json(tmp_path: Path) -> None:
+    StatusWriter(tmp_path, "run", 10, 0).step({"step": 0, "reward": float("nan"), "entropy": float("inf")})
+    text = (tmp_path / STATUS_FILE).read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert read_status(tmp_path).reward is None
+
+
+def test_table_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two", "queued"):
+        (tmp_path / name).mkdir()
+    one = StatusWriter(tmp_path / "one", "one", 10, 0)
+    one.step(RECORD)
+    one.phase("updating")
+    StatusWriter(tmp_path / "two", "two", 10, 0).ended("failed", "ValueError: too hot")
+    (tmp_path / "queued" / "slurm").mkdir()
+    (tmp_path / "queued" / "slurm" / "history").write_text("first\nexcluded n2\n")
+    assert tool.main([str(tmp_path / name) for name in ("one", "two", "queued")]) == 0
+    heading, first, second, third = capsys.readouterr().out.splitlines()
+    assert heading.split()[:4] == ["run", "state", "step", "reward"]
+    assert first.split()[1:6] == ["updating", "5/10", "0.500", "0.250", "0.300"]
+    assert "failed" in second and "too hot" in second
+    assert "waiting" in third and third.endswith("excluded n2")
+
+
+def test_a_run_that_says_nothing_is_silent(tmp_path: Path) -> None:
+    status = StatusWriter(tmp_path, "run", 10, 0).status
+    assert tool.state(status, 60.0) == "starting"
+    assert tool.state(status, 600.0) == "silent"
+    status.step_seconds = 300.0
+    assert tool.state(status, 600.0) == "starting"
+
+
+def test_no_run_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="no status"):
+        read_status(tmp_path)
+    assert tool.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: no status.json")
