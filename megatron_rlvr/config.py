@@ -69,19 +69,31 @@ class SGLangConfig:
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the servers, on top of the trainer's."""
     concurrency: int = 256
-    """Requests that one data-parallel rank keeps open at one server."""
-    weight_sync: str = "disk"
-    """``disk``: a Hugging Face folder in the run directory, which the servers must see under the same path."""
+    """Completions that one data-parallel rank has under way at one server; those of one prompt travel together."""
+    weight_sync: str = "auto"
+    """``tensor``: through shared memory (CUDA IPC on a GPU), for servers on the main process's machine.
+    ``distributed``: broadcasts in a process group with the servers (NCCL, gloo on the CPU).
+    ``disk``: a Hugging Face folder in the run directory, which the servers must see under the same path.
+    ``auto``: ``tensor`` for servers that the trainer starts, ``disk`` for `urls`."""
+    bucket_mb: int = 256
+    """Mebibytes of weights that ``tensor`` and ``distributed`` send at once."""
+    recovery_copy: bool = True
+    """Beside ``tensor`` and ``distributed``, write the weights to disk in the background, for servers that are lost and
+    come back before the next update; without it they stay out until then."""
+    check_weights: bool = False
+    """After ``tensor`` and ``distributed``, compare checksums of the norms' weights (servers on the CPU)."""
     start_timeout_seconds: float = 900.0
     """Longest wait for a server to become ready, and for any server to come back when none is left."""
     request_timeout_seconds: float = 1800.0
-    """Longest time for one completion."""
+    """Longest time for the completions of one prompt."""
     update_timeout_seconds: float = 600.0
     """Longest time for one server to load new weights."""
     health_timeout_seconds: float = 10.0
     """A server that does not answer a health check for this long is hung: its requests go to others."""
     attempts: int = 10
-    """Servers that may die under one completion before the run ends with an error."""
+    """Servers that may die under one prompt before the run ends with an error."""
+    when_all_lost: str = "stop"
+    """No server left for `start_timeout_seconds`: ``stop`` with a checkpoint and status 75, or ``wait`` for one."""
 
 
 @dataclass
@@ -299,7 +311,8 @@ def check(config: Config) -> None:
     _one_of("rollout.engine", rollout.engine, ("local", "sglang", "recorded"))
     _one_of("algorithm.advantage", algorithm.advantage, ("grpo", "grpo-no-std", "rloo"))
     _one_of("algorithm.aggregation", algorithm.aggregation, ("token-mean", "sequence-mean", "constant"))
-    _one_of("rollout.sglang.weight_sync", rollout.sglang.weight_sync, ("disk",))
+    _one_of("rollout.sglang.weight_sync", rollout.sglang.weight_sync, ("auto", "disk", "tensor", "distributed"))
+    _one_of("rollout.sglang.when_all_lost", rollout.sglang.when_all_lost, ("stop", "wait"))
     positive = {
         "steps": config.steps,
         "rollout.prompts_per_step": rollout.prompts_per_step,
@@ -312,6 +325,7 @@ def check(config: Config) -> None:
         "rollout.sglang.request_timeout_seconds": rollout.sglang.request_timeout_seconds,
         "rollout.sglang.update_timeout_seconds": rollout.sglang.update_timeout_seconds,
         "rollout.sglang.health_timeout_seconds": rollout.sglang.health_timeout_seconds,
+        "rollout.sglang.bucket_mb": rollout.sglang.bucket_mb,
         "rollout.sglang.attempts": rollout.sglang.attempts,
         "algorithm.minibatches": algorithm.minibatches,
         "algorithm.epochs": algorithm.epochs,

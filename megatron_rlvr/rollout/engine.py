@@ -48,13 +48,24 @@ class Completion:
         token_ids: response tokens, the stop token included.
         logprobs: their log-probabilities (natural logarithm) under the sampling temperature.
         finish_reason: ``stop`` or ``length``.
-        weight_version: optimizer state that generated it: the step whose weights the engine held.
+        weight_version: optimizer state that generated its last token: the step whose weights the engine held.
+        version_spans: (version, tokens) from the first token to the last, where weights changed on the way; else empty.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     weight_version: int
+    version_spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def oldest_version(self) -> int:
+        """The version that generated its first token."""
+        return self.version_spans[0][0] if self.version_spans else self.weight_version
+
+
+class EngineLostError(Exception):
+    """Nothing can generate any more, for reasons outside this run: save what there is and stop, to be started again."""
 
 
 class RolloutEngine(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -13,9 +14,13 @@ from megatron_rlvr.backend.policy import Policy
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engine import Completion, SamplingPolicy
-from megatron_rlvr.rollout.sglang.client import Client, Weights
+from megatron_rlvr.rollout.sglang.buckets import buckets
+from megatron_rlvr.rollout.sglang.client import Client, Finished
+from megatron_rlvr.rollout.sglang.endpoint import Endpoint, ServerLostError, Weights
+from megatron_rlvr.rollout.sglang.folders import WeightFolders
 from megatron_rlvr.rollout.sglang.server import ServerPool
-from megatron_rlvr.rollout.sglang.weights import WeightFolders, load_everywhere
+from megatron_rlvr.rollout.sglang.transfer import BroadcastTransfer, Receiver, SharedMemoryTransfer, Transfer
+from megatron_rlvr.rollout.sglang.weights import load_everywhere, stream_everywhere
 
 
 class SGLangEngine:
@@ -39,26 +44,43 @@ class SGLangEngine:
         self.layout = policy.layout
         directory = Path(config.run_directory).resolve() / "sglang"
         self.context_length: int = policy.bridge.hf_config.max_position_embeddings
-        self.folders = WeightFolders(directory / "weights", policy.bridge)
-        self.weights = Weights(0, policy.bridge.path.resolve())
+        self.folders = WeightFolders(directory / "weights", policy.bridge, self._published)
+        base = policy.bridge.path.resolve()
+        self.weights = Weights(0, base)
         self.pool: ServerPool | None = None
         urls = list(self.config.urls)
         if not urls:
             if self.layout.is_main:
                 self._check_host()
                 dtype = str(policy.bridge.dtype).removeprefix("torch.")
-                self.pool = resources.enter_context(
-                    ServerPool(self.config, self.weights.folder, dtype, directory / "logs")
-                )
+                self.pool = resources.enter_context(ServerPool(self.config, base, dtype, directory / "logs"))
             urls = parallel.share_with_job(self.pool.urls if self.pool else None)
         self.urls = urls
+        way = self.config.weight_sync
+        if way == "auto":
+            way = "disk" if self.config.urls else "tensor"
+        self.transfer: Transfer | None = None
+        if way == "distributed":
+            self.transfer = BroadcastTransfer(self.config.update_timeout_seconds)
+        elif way == "tensor":
+            self.transfer = SharedMemoryTransfer()
         if self.config.urls:  # who knows what weights they hold
-            self._load()
+            if self.layout.is_main:
+                with asyncio.Runner() as runner:
+                    self._load(runner, [Endpoint(url, self.config) for url in self.urls])
+            parallel.any_rank(False)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingPolicy,
+        seeds: Sequence[int],
+        finished: Finished | None = None,
     ) -> list[Completion]:
-        """See `RolloutEngine.generate`; the same seed draws the same completion only on a deterministic server."""
+        """See `RolloutEngine.generate`; the same seed draws the same completion only on a deterministic server.
+
+        With `finished`, prompts that it no longer wants are aborted and missing in what is returned.
+        """
         longest = max(len(prompt) for prompt in prompts)
         if longest + sampling.max_tokens > self.context_length:
             raise UserError(
@@ -67,37 +89,77 @@ class SGLangEngine:
             )
 
         async def ask() -> list[Completion]:
-            async with self._client() as client:
-                return await client.generate(prompts, sampling, seeds)
+            failure = lambda: self.pool.failure if self.pool else None  # noqa: E731
+            async with Client(self.urls, self.config, self.weights, failure) as client:
+                return await client.generate(prompts, sampling, seeds, finished)
 
         return asyncio.run(ask())
 
     def update_weights(self, version: int) -> None:
-        """See `RolloutEngine.update_weights`: the weights go through a Hugging Face folder in the run directory."""
-        folder = self.folders.write(self.policy, version)
-        self.weights = Weights(version, folder)
-        self._load()
-        if self.layout.is_main:
-            self.folders.keep_only(folder)
-
-    def _load(self) -> None:
-        """Give all servers the current weights; the other processes wait for the main one, which does it."""
-        if self.layout.is_main:
-            with self.pool.changing_weights() if self.pool else nullcontext():
-                if self.pool:
-                    self.pool.weights = (self.weights.folder, self.weights.version)
-
-                async def load() -> list[str]:
-                    async with self._client() as client:
-                        return await load_everywhere(client, self.policy.bridge.hf_config)
-
-                lost = asyncio.run(load())
-            if len(lost) == len(self.urls) and not self.pool:
-                raise UserError(f"no server of rollout.sglang.urls can be used: {'; '.join(lost)}")
+        """See `RolloutEngine.update_weights`: the way is that of ``rollout.sglang.weight_sync``."""
+        main = self.layout.is_main
+        copied = self.transfer is None or self.config.recovery_copy
+        folder = self.folders.folder(version) if copied else None
+        if self.transfer is None:
+            self.folders.write(self.policy, version)
+        elif not main:
+            for _ in self.policy.bridge.export(self.policy.model):
+                pass
+        self.weights.version, self.weights.folder, self.weights.written_here = version, folder, main
+        if main:
+            with self.pool.changing_weights() if self.pool else nullcontext(), asyncio.Runner() as runner:
+                endpoints = [Endpoint(url, self.config) for url in self.urls]
+                if self.transfer is None:
+                    self._load(runner, endpoints)
+                else:
+                    self._stream(runner, endpoints, self.transfer, version)
         parallel.any_rank(False)
 
-    def _client(self) -> Client:
-        return Client(self.urls, self.config, self.weights, lambda: self.pool.failure if self.pool else None)
+    def _stream(self, runner: asyncio.Runner, endpoints: list[Endpoint], transfer: Transfer, version: int) -> None:
+        """Give all servers the weights from memory; those that cannot take them that way, from the copy on disk."""
+        receivers = runner.run(self._receivers(endpoints))
+        tensors = self.policy.bridge.export(self.policy.model)
+        stream = buckets(tensors, self.config.bucket_mb * 2**20, transfer.allocate)
+        if self.config.recovery_copy:
+            stream = self.folders.copying(stream, version)
+        checked = self.config.check_weights
+        failure = stream_everywhere(runner, receivers, transfer, stream, version, flush=True, checked=checked)
+        if failure is None and len(receivers) == len(endpoints):
+            return
+        took = [receiver.endpoint for receiver in receivers] if failure is None else []
+        others = [endpoint for endpoint in endpoints if endpoint not in took]
+        reason = failure or "a server does not answer"
+        if not self.config.recovery_copy:
+            if not took:
+                raise UserError(f"no SGLang server took the weights of step {version}: {reason}")
+            return
+        print(f"warning: weights of step {version} go through the disk this time: {reason}", file=sys.stderr)
+        self.folders.wait()
+        self._load(runner, others)
+
+    async def _receivers(self, endpoints: list[Endpoint]) -> list[Receiver]:
+        """The servers that answer, and over how many ranks each spreads its model."""
+        starts = [server.starts for server in self.pool.servers] if self.pool else [0] * len(endpoints)
+
+        async def ask(endpoint: Endpoint, times: int) -> Receiver | None:
+            try:
+                return Receiver(endpoint, await endpoint.tensor_parallel_size(), times)
+            except ServerLostError:
+                return None
+
+        found = await asyncio.gather(*[ask(e, n) for e, n in zip(endpoints, starts, strict=True)])
+        return [receiver for receiver in found if receiver is not None]
+
+    def _load(self, runner: asyncio.Runner, endpoints: list[Endpoint]) -> None:
+        """Give servers the current weights from their folder."""
+        lost = runner.run(load_everywhere(endpoints, self.weights, self.policy.bridge.hf_config, flush=True))
+        if len(lost) == len(self.urls) and not self.pool:
+            raise UserError(f"no server of rollout.sglang.urls can be used: {'; '.join(lost)}")
+
+    def _published(self, folder: Path, version: int) -> None:
+        """What servers are started with from now on."""
+        if self.pool:
+            self.pool.weights = (folder, version)
 
     def _check_host(self) -> None:
         machines = int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
