@@ -47,6 +47,7 @@ class RolloutBatch:
         rewards: float32 [N].
         truncated: bool [N], stopped by the token limit.
         group_size: G.
+        penalty: float32 [N], added to the rewards before advantages are formed (overlong shaping).
     """
 
     tokens: Tensor
@@ -56,6 +57,7 @@ class RolloutBatch:
     rewards: Tensor
     truncated: Tensor
     group_size: int
+    penalty: Tensor
 
     @classmethod
     def from_completions(
@@ -82,6 +84,7 @@ class RolloutBatch:
             rewards=torch.tensor(rewards, dtype=torch.float32),
             truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
             group_size=group_size,
+            penalty=torch.zeros(len(rewards)),
         )
 
     @property

@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engine import Completion, EngineLostError, SamplingPolicy
+from megatron_rlvr.rollout.engine import Completion, EngineLostError, Finished, SamplingPolicy
 from megatron_rlvr.rollout.sglang.endpoint import Endpoint, ServerLostError, Weights
 from megatron_rlvr.rollout.sglang.protocol import generate_body, read_completions
 
 _PROBE_PERIOD_S = 1.0
-
-Finished = Callable[[int, list[Completion]], Awaitable[bool]]
-"""Called with a prompt's index and its completions as soon as they are complete; True: no others are needed."""
 
 
 class Client:

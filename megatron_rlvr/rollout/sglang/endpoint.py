@@ -25,24 +25,21 @@ class Weights:
     Attributes:
         version: of them.
         folder: Hugging Face folder from which a server that lost them is given them; None where there is none.
-        written_here: whether `folder` appears on this machine's disk when it is complete.
         staleness: how many versions older a completion's tokens may be.
-        changing: whether servers are given new ones at this moment, so that some may already answer with these.
+        changing: whether servers are given them at this moment, and need not answer.
     """
 
     version: int
     folder: Path | None
-    written_here: bool = False
     staleness: int = 0
     changing: bool = False
 
     def complete(self) -> bool:
         """Whether the folder can be loaded: it appears under its name when every file is whole."""
-        return self.folder is not None and (not self.written_here or self.folder.is_dir())
+        return self.folder is not None and self.folder.is_dir()
 
     def accept(self, completion: Completion) -> bool:
-        newest = self.version + (1 if self.changing else 0)
-        return self.version - self.staleness <= completion.oldest_version and completion.weight_version <= newest
+        return self.version - self.staleness <= completion.oldest_version and completion.weight_version <= self.version
 
 
 @dataclass
@@ -112,11 +109,11 @@ class Endpoint:
         if reply.status >= 500:
             raise ServerLostError(f"{path}: status {reply.status} ({reply.excerpt()})")
         try:
-            content = reply.json() if reply.body else {}
-            succeeded = reply.status == 200 and content.get("success", True) is True
-        except (ValueError, AttributeError):
-            succeeded = False
-        if not succeeded:
+            content = reply.json() if reply.body else None  # most orders say nothing but the status
+            refused = isinstance(content, dict) and content.get("success", True) is not True
+        except ValueError:
+            refused = True
+        if refused or reply.status != 200:
             raise UserError(f"{self.url} did not {what}: it answered {reply.excerpt()}")
 
     async def check_health(self) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from megatron_rlvr.backend import parallel
 from megatron_rlvr.backend.policy import Policy
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engine import Completion, SamplingPolicy
+from megatron_rlvr.rollout.engine import Completion, Finished, SamplingPolicy
 from megatron_rlvr.rollout.sglang.buckets import buckets
-from megatron_rlvr.rollout.sglang.client import Client, Finished
+from megatron_rlvr.rollout.sglang.client import Client
 from megatron_rlvr.rollout.sglang.endpoint import Endpoint, ServerLostError, Weights
 from megatron_rlvr.rollout.sglang.folders import WeightFolders
 from megatron_rlvr.rollout.sglang.server import ServerPool
@@ -46,7 +48,11 @@ class SGLangEngine:
         self.context_length: int = policy.bridge.hf_config.max_position_embeddings
         self.folders = WeightFolders(directory / "weights", policy.bridge, self._published)
         base = policy.bridge.path.resolve()
-        self.weights = Weights(0, base)
+        self.weights = Weights(0, base, staleness=config.rollout.max_staleness)
+        self.failure: str | None = None  # why no server can be used until the next update
+        self.under_way = 0
+        self._settled = threading.Condition()
+        self._resting = ExitStack()
         self.pool: ServerPool | None = None
         urls = list(self.config.urls)
         if not urls:
@@ -67,7 +73,9 @@ class SGLangEngine:
         if self.config.urls:  # who knows what weights they hold
             if self.layout.is_main:
                 with asyncio.Runner() as runner:
-                    self._load(runner, [Endpoint(url, self.config) for url in self.urls])
+                    lost = self._load(runner, [Endpoint(url, self.config) for url in self.urls], flush=True)
+                if len(lost) == len(self.urls):
+                    raise UserError(f"no server of rollout.sglang.urls can be used: {'; '.join(lost)}")
             parallel.any_rank(False)
 
     def generate(
@@ -77,10 +85,7 @@ class SGLangEngine:
         seeds: Sequence[int],
         finished: Finished | None = None,
     ) -> list[Completion]:
-        """See `RolloutEngine.generate`; the same seed draws the same completion only on a deterministic server.
-
-        With `finished`, prompts that it no longer wants are aborted and missing in what is returned.
-        """
+        """See `StreamingEngine.generate`; the same seed draws the same completion only on a deterministic server."""
         longest = max(len(prompt) for prompt in prompts)
         if longest + sampling.max_tokens > self.context_length:
             raise UserError(
@@ -89,33 +94,97 @@ class SGLangEngine:
             )
 
         async def ask() -> list[Completion]:
-            failure = lambda: self.pool.failure if self.pool else None  # noqa: E731
-            async with Client(self.urls, self.config, self.weights, failure) as client:
+            async with Client(self.urls, self.config, self.weights, self._failure) as client:
                 return await client.generate(prompts, sampling, seeds, finished)
 
-        return asyncio.run(ask())
+        with self._settled:
+            self.under_way += 1
+        try:
+            return asyncio.run(ask())
+        finally:
+            with self._settled:
+                self.under_way -= 1
+                self._settled.notify_all()
+
+    def rest(self) -> None:
+        """See `RolloutEngine.rest`: with ``rollout.sglang.release_memory`` servers give up their memory until then."""
+        if self.config.release_memory:
+            parallel.any_rank(False)  # until every rank has its rollout
+            if self.layout.is_main:
+                if self.pool:
+                    self._resting.enter_context(self.pool.changing_weights())
+                with asyncio.Runner() as runner:
+                    self._tell(runner, "/release_memory_occupation", {}, "release its memory")
 
     def update_weights(self, version: int) -> None:
-        """See `RolloutEngine.update_weights`: the way is that of ``rollout.sglang.weight_sync``."""
+        """See `RolloutEngine.update_weights`: the way is that of ``rollout.sglang.weight_sync``.
+
+        With ``rollout.max_staleness`` completions may be under way, which ``rollout.sglang.interrupt`` decides on.
+        """
         main = self.layout.is_main
-        copied = self.transfer is None or self.config.recovery_copy
-        folder = self.folders.folder(version) if copied else None
+        if self.config.interrupt == "finish":
+            with self._settled:
+                self._settled.wait_for(lambda: self.under_way == 0)
+        folder = self.folders.folder(version)
+        if main:
+            self.folders.discard(version)  # of a run that came as far before it was killed
         if self.transfer is None:
             self.folders.write(self.policy, version)
-        elif not main:
-            for _ in self.policy.bridge.export(self.policy.model):
-                pass
-        self.weights.version, self.weights.folder, self.weights.written_here = version, folder, main
+        self.failure = None
+        self.weights.changing = True
+        self.weights.version = version
+        self.weights.folder = folder if self.transfer is None or self.config.recovery_copy else None
+        if self.weights.staleness:
+            parallel.any_rank(False)  # until no rank takes a silent server for a hung one
         if main:
             with self.pool.changing_weights() if self.pool else nullcontext(), asyncio.Runner() as runner:
-                endpoints = [Endpoint(url, self.config) for url in self.urls]
-                if self.transfer is None:
-                    self._load(runner, endpoints)
-                else:
-                    self._stream(runner, endpoints, self.transfer, version)
-        parallel.any_rank(False)
+                self._give(runner, version)
+        elif self.transfer is not None:
+            for _ in self.policy.bridge.export(self.policy.model):
+                pass
+        if parallel.any_rank(self.failure is not None):
+            self.failure = self.failure or "the main process could not give any the weights"
+        self.weights.changing = False
 
-    def _stream(self, runner: asyncio.Runner, endpoints: list[Endpoint], transfer: Transfer, version: int) -> None:
+    def _failure(self) -> str | None:
+        return self.failure or (self.pool.failure if self.pool else None)
+
+    def _give(self, runner: asyncio.Runner, version: int) -> None:
+        """Give all servers the weights; on the main process, between what must stand before and after."""
+        endpoints = [Endpoint(url, self.config) for url in self.urls]
+        interrupted = self.weights.staleness > 0 and self.config.interrupt != "finish"
+        flush = not interrupted or self.config.interrupt == "retract"  # a cache in use cannot be dropped
+        if self.config.release_memory:
+            self._tell(runner, "/resume_memory_occupation", {"tags": ["weights"]}, "resume its memory")
+        if interrupted:
+            self._tell(runner, "/pause_generation", {"mode": self.config.interrupt}, "pause")
+        try:
+            if self.transfer is None:
+                self._load(runner, endpoints, flush)
+            else:
+                self._stream(runner, endpoints, self.transfer, version, flush)
+        finally:
+            if interrupted:
+                self._tell(runner, "/continue_generation", {}, "go on")
+        if self.config.release_memory:
+            self._tell(runner, "/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, "resume its memory")
+            self._resting.close()
+
+    def _tell(self, runner: asyncio.Runner, path: str, body: dict[str, Any], what: str) -> None:
+        """Order every server something; one that is lost is none the worse for missing it."""
+
+        async def tell(endpoint: Endpoint) -> None:
+            with suppress(ServerLostError):
+                await endpoint.order(path, body, what)
+
+        async def tell_all() -> None:
+            await asyncio.gather(*[tell(Endpoint(url, self.config)) for url in self.urls])
+
+        runner.run(tell_all())
+
+    def _stream(
+        self, runner: asyncio.Runner, endpoints: list[Endpoint], transfer: Transfer, version: int, flush: bool
+    ) -> None:
         """Give all servers the weights from memory; those that cannot take them that way, from the copy on disk."""
         receivers = runner.run(self._receivers(endpoints))
         tensors = self.policy.bridge.export(self.policy.model)
@@ -123,19 +192,18 @@ class SGLangEngine:
         if self.config.recovery_copy:
             stream = self.folders.copying(stream, version)
         checked = self.config.check_weights
-        failure = stream_everywhere(runner, receivers, transfer, stream, version, flush=True, checked=checked)
+        failure = stream_everywhere(runner, receivers, transfer, stream, version, flush, checked)
         if failure is None and len(receivers) == len(endpoints):
             return
         took = [receiver.endpoint for receiver in receivers] if failure is None else []
         others = [endpoint for endpoint in endpoints if endpoint not in took]
         reason = failure or "a server does not answer"
         if not self.config.recovery_copy:
-            if not took:
-                raise UserError(f"no SGLang server took the weights of step {version}: {reason}")
+            self.failure = None if took else f"none took the weights of step {version} ({reason})"
             return
         print(f"warning: weights of step {version} go through the disk this time: {reason}", file=sys.stderr)
         self.folders.wait()
-        self._load(runner, others)
+        self._load(runner, others, flush)
 
     async def _receivers(self, endpoints: list[Endpoint]) -> list[Receiver]:
         """The servers that answer, and over how many ranks each spreads its model."""
@@ -150,11 +218,12 @@ class SGLangEngine:
         found = await asyncio.gather(*[ask(e, n) for e, n in zip(endpoints, starts, strict=True)])
         return [receiver for receiver in found if receiver is not None]
 
-    def _load(self, runner: asyncio.Runner, endpoints: list[Endpoint]) -> None:
-        """Give servers the current weights from their folder."""
-        lost = runner.run(load_everywhere(endpoints, self.weights, self.policy.bridge.hf_config, flush=True))
-        if len(lost) == len(self.urls) and not self.pool:
-            raise UserError(f"no server of rollout.sglang.urls can be used: {'; '.join(lost)}")
+    def _load(self, runner: asyncio.Runner, endpoints: list[Endpoint], flush: bool) -> list[str]:
+        """Give servers the current weights from their folder; returns why those did not take them that do not answer.
+
+        They are given them when they are back.
+        """
+        return runner.run(load_everywhere(endpoints, self.weights, self.policy.bridge.hf_config, flush))
 
     def _published(self, folder: Path, version: int) -> None:
         """What servers are started with from now on."""

@@ -35,6 +35,11 @@ class WeightFolders:
     def folder(self, version: int) -> Path:
         return self.root / f"step_{version:06d}"
 
+    def discard(self, version: int) -> None:
+        """Remove a folder of that version, which would be of other weights."""
+        self.wait()
+        shutil.rmtree(self.folder(version), ignore_errors=True)
+
     def write(self, policy: Policy, version: int) -> None:
         """Write the present weights. Collective over the job; the main process touches the disk."""
         if policy.layout.is_main:

@@ -49,7 +49,7 @@ class Connections:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        self.host, self.prefix = parts.hostname or "", parts.path.rstrip("/")
+        self.host, self.netloc, self.prefix = parts.hostname or "", parts.netloc, parts.path.rstrip("/")
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
 
@@ -61,7 +61,7 @@ class Connections:
                 tells the server to stop working on it.
         """
         head = (
-            f"{method} {self.prefix}{path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n"
+            f"{method} {self.prefix}{path} HTTP/1.1\r\nHost: {self.netloc}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         ).encode()
         try:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class ServerPool:
         logs.mkdir(parents=True, exist_ok=True)
         self.servers = [Server(config, dtype, logs / f"server_{i}.log") for i in range(config.servers)]
         self.failure: str | None = None
-        self._steady = threading.Lock()  # held while weights change: a server that loads them may not answer
+        self._steady = threading.RLock()  # held while weights change: a server that loads them may not answer
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="sglang-watcher", daemon=True)
 
@@ -152,13 +153,14 @@ class ServerPool:
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
+        self.failure = self.failure or "the run is over"
         if self._watcher.is_alive():
             self._watcher.join(timeout=self.config.health_timeout_seconds + 5.0)
         for server in self.servers:
             server.kill()
 
-    def changing_weights(self) -> threading.Lock:
-        """Hold this while servers load new weights: no health check then."""
+    def changing_weights(self) -> AbstractContextManager[object]:
+        """Hold this while servers load new weights or have given up their memory: no health check then."""
         return self._steady
 
     def _wait_until_ready(self, server: Server) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -57,12 +58,16 @@ def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytes
     servers.weights = (policy.bridge.path, 0)
 
 
+def _scores(policy, prompts: list[list[int]], completions: list[Completion]) -> torch.Tensor:
+    """Log-probs of completions in the trainer's scoring pass, one after the other."""
+    batch = RolloutBatch.from_completions(prompts, completions, [0.0] * len(completions), padding=109)
+    return policy.score(batch, torch.zeros(len(completions))).logprob
+
+
 def _difference(policy, prompts: list[list[int]], completions: list[Completion]) -> float:
     """The largest distance between the engine's log-probs and those of the trainer's scoring pass."""
-    batch = RolloutBatch.from_completions(prompts, completions, [0.0] * len(completions), padding=109)
-    scores = policy.score(batch, torch.zeros(len(completions)))
     engine = torch.tensor([value for completion in completions for value in completion.logprobs])
-    return (scores.logprob - engine).abs().max().item()
+    return (_scores(policy, prompts, completions) - engine).abs().max().item()
 
 
 def _change(policy, seed: int) -> None:
@@ -125,6 +130,91 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
     assert len(completions) == 384 and {len(c.token_ids) for c in completions} == {40}
     assert {c.weight_version for c in completions} == {7}
     assert _difference(policy, prompts, completions) < 1e-4  # each answer belongs to its prompt, under the new weights
+
+
+@pytest.mark.parametrize(
+    ("engine", "interrupt"),
+    [
+        ({"weight_sync": "tensor"}, "retract"),
+        ({"weight_sync": "disk"}, "in_place"),
+        ({"weight_sync": "tensor"}, "finish"),
+    ],
+    indirect=["engine"],
+    ids=["retract", "in_place", "finish"],
+)
+def test_weights_change_under_completions(interrupt: str, policy, engine, servers) -> None:
+    """Each token has the version that drew it; after a retract all that follows is what the new weights say."""
+    engine.weights.staleness, engine.config.interrupt = 1, interrupt
+    prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(24)]
+    sampling = SamplingPolicy(samples=8, max_tokens=50, temperature=TEMPERATURE)
+    log, found = servers.servers[0].log, []
+    log_end = len(log.read_bytes())
+    thread = threading.Thread(target=lambda: found.extend(engine.generate(prompts, sampling, list(range(192)))))
+    thread.start()
+    deadline = time.monotonic() + 60
+    while b"Decode batch" not in log.read_bytes()[log_end:] and time.monotonic() < deadline:
+        time.sleep(0.005)
+    before = {name: value.clone() for name, value in policy.model.state_dict().items() if value is not None}
+    _change(policy, seed=9)
+    engine.update_weights(1)
+    thread.join(timeout=120)
+    assert len(found) == 192 and {len(c.token_ids) for c in found} == {50}
+    changed = [c for c in found if c.version_spans]
+    if interrupt == "finish":
+        assert not changed and {c.weight_version for c in found} == {0}
+    else:
+        assert changed, "no completion was under way"
+        assert all([version for version, _ in c.version_spans] == [0, 1] for c in changed)
+    sampled = torch.tensor([value for c in found for value in c.logprobs])
+    drawn_by = torch.tensor(
+        [v for c in found for v, n in (c.version_spans or ((c.weight_version, 50),)) for _ in range(n)]
+    )
+    new = _scores(policy, prompts, found)
+    policy.model.load_state_dict(before, strict=False)
+    old = _scores(policy, prompts, found)
+    assert (sampled - old)[drawn_by == 0].abs().max() < 1e-4
+    if interrupt == "retract":
+        assert (sampled - new)[drawn_by == 1].abs().max() < 1e-4
+    assert (sampled - new)[drawn_by == 0].abs().max() > 1e-2
+
+
+def test_surplus_is_aborted_at_the_server(engine, servers) -> None:
+    """Ten of forty prompts are enough: the others stop at once, and the server is free again."""
+    prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(40)]
+    done: list[int] = []
+
+    async def finished(index: int, completions: list[Completion]) -> bool:
+        done.append(index)
+        return len(done) >= 10
+
+    sampling = SamplingPolicy(samples=4, max_tokens=50, temperature=TEMPERATURE)
+    engine.config.concurrency = 4 * 15
+    completions = engine.generate(prompts, sampling, list(range(160)), finished)
+    assert 10 <= len(done) <= 15 and len(completions) == 4 * len(done)
+    began = time.monotonic()
+    engine.generate(prompts[:1], sampling, list(range(4)))
+    assert time.monotonic() - began < 5
+    deadline = time.monotonic() + 5
+    while (load := _running(servers.urls[0])) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert load == 0
+
+
+def _running(url: str) -> int:
+    """Requests that a server has running or waiting."""
+    loads = httpx.get(f"{url}/v1/loads?include=core", timeout=10.0).json()["loads"]
+    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+
+def test_memory_is_given_up_and_taken_back(policy, engine) -> None:
+    """On the CPU both calls change nothing but must be answered; weights and log-probs are right afterwards."""
+    engine.config.release_memory = True
+    engine.rest()
+    _change(policy, seed=4)
+    engine.update_weights(3)
+    completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
+    assert {c.weight_version for c in completions} == {3}
+    assert _difference(policy, PROMPTS, completions) < 1e-4
 
 
 def test_context_is_too_short(engine) -> None:

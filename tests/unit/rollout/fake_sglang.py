@@ -20,6 +20,7 @@ class FakeServer:
         self.version = "0"
         self.delay = 0.0
         self.healthy = True
+        self.gone = False  # hangs up on every request
         self.answer: Callable[[dict[str, Any]], Reply] = self.completion
         self.prompts: list[list[int]] = []
         self.loads: list[dict[str, Any]] = []
@@ -51,12 +52,18 @@ class FakeServer:
         return 200, {"success": True, "message": ""}
 
     def reply(self, path: str, body: dict[str, Any]) -> Reply:
+        if self.gone:
+            return 0, None
         if path == "/generate":
             return self.generate(body)
         if path == "/update_weights_from_disk":
             return self.load(body)
         if path == "/model_info":
-            return 200, {"weight_version": self.version, "model_type": "qwen2"}
+            return 200, {
+                "weight_version": self.version,
+                "model_type": "qwen2",
+                "architectures": ["Qwen2ForCausalLM"],
+            }
         if path != "/health_generate":
             return self.control(path, body)
         while not self.healthy:  # a hung server keeps the connection and says nothing
