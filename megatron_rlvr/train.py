@@ -88,7 +88,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
 
         report.phase("rolling out")
         try:
-            batch, rolled = rollouts.collect(step)
+            batch, rolled = rollouts.collect(step, report.phase)
         except EngineLostError:
             save(step)
             raise

@@ -1,16 +1,13 @@
-"""A step's rollout: draw prompts, have them completed, verify, and hand the batch to the model's other processes."""
+"""A step's rollout and the evaluation: gather groups, hand them to the model's other processes, measure them."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import sys
-import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from megatron_rlvr.backend import parallel
 from megatron_rlvr.config import Config
@@ -19,47 +16,15 @@ from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.objectives.advantages import overlong_penalty
 from megatron_rlvr.rollout.ahead import RolloutsAhead
-from megatron_rlvr.rollout.engine import Completion, EngineLostError, RolloutEngine, SamplingPolicy, StreamingEngine
+from megatron_rlvr.rollout.engine import Completion, EngineLostError, RolloutEngine, SamplingPolicy
+from megatron_rlvr.rollout.groups import GroupSource, RolledOut
 from megatron_rlvr.rollout.mismatch import MismatchAlarm
-from megatron_rlvr.rollout.recording import record, replay
+from megatron_rlvr.rollout.recording import record
 from megatron_rlvr.rollout.sampling import sample_seed
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.verifiers import Verdict, VerifierPool, check_answers
 
 EVALUATION_SEED = 2**31  # no training step reaches this number, so evaluation never draws a training sample's numbers
-_CHOICE = 2**31  # nor a completion this one, which says what prompt replaces an uninformative one
-
-
-@dataclass
-class Group:
-    """A prompt with its verified completions.
-
-    Attributes:
-        slot: its place among the step's prompts, from which its seeds come; replacements have places beyond them.
-        example: index in the training data.
-        texts: of the completions; only where they were verified.
-    """
-
-    slot: int
-    example: int
-    completions: list[Completion]
-    verdicts: list[Verdict]
-    texts: list[str] = field(default_factory=list)
-
-    @property
-    def informative(self) -> bool:
-        """Whether the rewards differ: otherwise no advantage is left, and no gradient (DAPO, arXiv 2503.14476)."""
-        return len({verdict.reward for verdict in self.verdicts}) > 1
-
-
-@dataclass
-class RolledOut:
-    """What a rank rolled out for a step: the groups to train on, how many there were in all, and their rewards' sum."""
-
-    groups: list[Group]
-    generated: int
-    reward: float
-    verify_seconds: float
 
 
 @dataclass(frozen=True)
@@ -94,8 +59,6 @@ class RolloutCollector:
         self.sampling = SamplingPolicy.for_training(config.rollout, tokenization.stops(config.rollout.stop))
         threshold = 0.0 if config.rollout.engine == "recorded" else config.rollout.mismatch_alarm
         self.alarm = MismatchAlarm(threshold, config.rollout.mismatch_patience, layout.is_main)
-        self.ahead = RolloutsAhead(self._roll_out, config.rollout.max_staleness, config.steps)
-        self._judging = threading.Lock()
         self.train = self._load(config.data.train)
         self.heldout = self._load(config.data.heldout, config.evaluation.prompts) if config.data.heldout else None
         self.sampler = PromptSampler(len(self.train[0]), config.rollout.prompts_per_step, config.seed)
@@ -110,14 +73,19 @@ class RolloutCollector:
             for start in range(0, config.rollout.prompts_per_step, a_minibatch)
             for slot in range(start + layout.data_rank, start + a_minibatch, layout.data_size)
         ]
+        self.source = GroupSource(
+            config, layout, engine, tokenization, verifiers, self.slots, self.train, self.sampling, self.sampler
+        )
+        self.ahead = RolloutsAhead(self.source.roll_out, config.rollout.max_staleness, config.steps)
 
-    def collect(self, step: int) -> tuple[RolloutBatch, RolloutReport]:
-        """This rank's rollouts of a step. Collective over the job.
+    def collect(self, step: int, tell: Callable[[str], None] = lambda _: None) -> tuple[RolloutBatch, RolloutReport]:
+        """This rank's rollouts of a step; `tell` hears how far they are. Collective over the job.
 
         Raises:
             EngineLostError: on every process, when nothing can generate for one of them any more.
         """
         began = time.perf_counter()
+        self.source.tell = tell
         rolled: RolledOut | None = None
         lost = ""
         if self.engine.collective or self.layout.is_leader:
@@ -177,93 +145,6 @@ class RolloutCollector:
             found["staleness/interrupted_fraction"] = total["interrupted"] / total["sequences"]
         return found
 
-    # One step of this rank, on its leader; on every process of the replica where the engine wants them all ----------
-
-    def _roll_out(self, step: int) -> RolledOut:
-        """Complete and verify prompts until there are enough groups to train on."""
-        rollout, wanted = self.config.rollout, len(self.slots)
-        indices = self.sampler.indices(step)
-        kept: list[Group] = []
-        uninformative: list[Group] = []
-        seconds, extras = 0.0, 0
-        for turn in range(1 + rollout.refill_rounds if rollout.dynamic_sampling else 1):
-            missing = wanted - len(kept)
-            candidates = [(slot, indices[slot]) for slot in self.slots] if turn == 0 else []
-            if rollout.dynamic_sampling:
-                ask = math.ceil(missing * rollout.over_sampling)
-                while len(candidates) < ask:
-                    candidates.append(self._replacement(step, extras))
-                    extras += 1
-            groups, verifying = self._complete(step, candidates, missing)
-            seconds += verifying
-            for group in groups:
-                (kept if group.informative or not rollout.dynamic_sampling else uninformative).append(group)
-            if len(kept) >= wanted:
-                break
-        every = kept + uninformative
-        reward = math.fsum(v.reward for group in every for v in group.verdicts)
-        return RolledOut(every[:wanted], len(every), reward, seconds)
-
-    def _replacement(self, step: int, number: int) -> tuple[int, int]:
-        """(slot, example) of the `number`-th prompt beyond this rank's own: a function of the run's seed and these."""
-        slot = self.config.rollout.prompts_per_step * (1 + number // len(self.slots))
-        slot += self.slots[number % len(self.slots)]
-        return slot, sample_seed(self.config.seed, step, slot, _CHOICE) % len(self.train[0])
-
-    def _complete(self, step: int, candidates: Sequence[tuple[int, int]], enough: int) -> tuple[list[Group], float]:
-        """Groups of these prompts, and seconds of verifying.
-
-        Under dynamic sampling, an engine that is not collective verifies each group as it is complete and drops what
-        is under way once `enough` are informative.
-        """
-        rollout, (examples, prompts) = self.config.rollout, self.train
-        samples = self.sampling.samples
-        seeds = [sample_seed(self.config.seed, step, slot, s) for slot, _ in candidates for s in range(samples)]
-        heads = [prompts[example] for _, example in candidates]
-        groups: list[Group] = []
-        seconds = 0.0
-
-        def keep(candidate: tuple[int, int], completions: list[Completion]) -> Group:
-            nonlocal seconds
-            slot, example = candidate
-            began = time.perf_counter()
-            texts, verdicts = self._judge([examples[example]], samples, completions)
-            seconds += time.perf_counter() - began
-            groups.append(Group(slot, example, completions, verdicts, texts))
-            return groups[-1]
-
-        if rollout.dynamic_sampling and not self.engine.collective:
-
-            async def finished(index: int, completions: list[Completion]) -> bool:
-                await asyncio.to_thread(keep, candidates[index], completions)
-                return sum(group.informative for group in groups) >= enough
-
-            cast(StreamingEngine, self.engine).generate(heads, self.sampling, seeds, finished)
-            return list(groups), seconds  # a thread that nobody waits for may still add to the first
-        if rollout.engine == "recorded":
-            completions = replay(Path(rollout.recording or ""), step, self.slots, samples)
-        else:
-            completions = self.engine.generate(heads, self.sampling, seeds)
-        began = time.perf_counter()
-        texts: list[str] = []
-        verdicts: list[Verdict] = []
-        if self.layout.is_leader:
-            texts, verdicts = self._judge([examples[example] for _, example in candidates], samples, completions)
-        if self.engine.collective:
-            # Replicas of the same weights each generated for themselves; the leader's word is taken.
-            completions, verdicts = parallel.share_with_model_peers((completions, verdicts))
-        for place, (slot, example) in enumerate(candidates):
-            own = slice(place * samples, (place + 1) * samples)
-            groups.append(Group(slot, example, completions[own], verdicts[own], texts[own]))
-        return groups, time.perf_counter() - began
-
-    def _judge(
-        self, examples: Sequence[Example], samples: int, completions: Sequence[Completion]
-    ) -> tuple[list[str], list[Verdict]]:
-        with self._judging:  # rollouts of several steps may be under way
-            texts = self.tokenization.decode(completions)
-            return texts, self.verifiers.verify(texts, [e.answer for e in examples for _ in range(samples)])
-
     def evaluate(self) -> dict[str, float]:
         """pass@k for k = 1, 2, 4 ... on held-out prompts, with the same seeds every time. Collective over the job.
 
@@ -295,7 +176,7 @@ class RolloutCollector:
             print(f"warning: no evaluation: {lost or 'no server is left, says another rank'}", file=sys.stderr)
             return {}
         if self.layout.is_leader:
-            _, verdicts = self._judge([examples[i] for i in mine], settings.samples, completions)
+            _, verdicts = self.source.judge([examples[i] for i in mine], settings.samples, completions)
         completions, verdicts = parallel.share_with_model_peers((completions, verdicts))
         solved = [
             sum(v.reward > 0.5 for v in verdicts[g : g + settings.samples])

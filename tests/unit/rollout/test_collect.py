@@ -84,7 +84,7 @@ def collector(layout, small_model: Path, problems: Path):
         check(config)
         tokenization = Tokenization(small_model, 2**20)
         collector = RolloutCollector(config, layout, engine, tokenization, VerifierPool(lambda completion, answer: 0.0))
-        collector._judge = lambda examples, samples, completions: (  # type: ignore[method-assign]
+        collector.source.judge = lambda examples, samples, completions: (  # type: ignore[method-assign]
             [""] * len(completions),
             [Verdict(float(c.token_ids[0] == 11), "ok") for c in completions],
         )
@@ -95,7 +95,7 @@ def collector(layout, small_model: Path, problems: Path):
 
 def test_completions_that_could_not_be_verified_are_counted(collector) -> None:
     one = collector(Engine(True))
-    one._judge = lambda examples, samples, completions: (  # type: ignore[method-assign]
+    one.source.judge = lambda examples, samples, completions: (  # type: ignore[method-assign]
         [""] * len(completions),
         [Verdict(0.0, "timeout" if len(c.token_ids) == 1 else "ok") for c in completions],
     )
@@ -227,8 +227,8 @@ def test_stop_texts_are_single_tokens(small_model: Path) -> None:
 
 def test_replacements_have_seeds_of_their_own(collector) -> None:
     one = collector(Engine(True))
-    places = [one._replacement(2, number) for number in range(40)]
+    places = [one.source._replacement(2, number) for number in range(40)]
     assert len({slot for slot, _ in places}) == 40 and min(slot for slot, _ in places) == 8
     assert len({example for _, example in places}) > 25
-    assert places == [one._replacement(2, number) for number in range(40)]
+    assert places == [one.source._replacement(2, number) for number in range(40)]
     assert sample_seed(0, 2, places[0][0], 0) != sample_seed(0, 2, 0, 0)
