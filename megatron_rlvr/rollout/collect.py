@@ -112,9 +112,7 @@ class RolloutCollector:
         batch = RolloutBatch.from_completions(heads, completions, rewards, self.tokenization.padding)
         if rollout.overlong_buffer:
             batch.penalty = overlong_penalty(batch.response_lengths, rollout.max_tokens, rollout.overlong_buffer)
-        verify = (
-            0.0 if rollout.max_staleness else rolled.verify_seconds
-        )  # else it went by while the step before trained
+        verify = rolled.verify_seconds if self.engine.collective else 0.0  # else it goes by while others are generated
         return batch, RolloutReport(seconds - verify, verify, self._metrics(step, rolled, batch))
 
     def _metrics(self, step: int, rolled: RolledOut, batch: RolloutBatch) -> dict[str, float]:

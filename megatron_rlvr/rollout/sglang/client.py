@@ -177,6 +177,8 @@ class Client:
 
     async def adopt(self, endpoint: Endpoint) -> None:
         """Make sure that a server answers and holds the current weights; give them to it where it does not."""
+        if self.weights.staleness:  # it may have been lost while it was paused for an update
+            await endpoint.order("/continue_generation", {}, "go on")
         await endpoint.check_health()
         if await endpoint.weight_version() != str(self.weights.version):
             await endpoint.load_folder(self.weights)

@@ -52,6 +52,7 @@ class SGLangEngine:
         self.failure: str | None = None  # why no server can be used until the next update
         self.under_way = 0
         self._settled = threading.Condition()
+        self._at_rest = False
         self._resting = ExitStack()
         self.pool: ServerPool | None = None
         urls = list(self.config.urls)
@@ -110,6 +111,7 @@ class SGLangEngine:
         """See `RolloutEngine.rest`: with ``rollout.sglang.release_memory`` servers give up their memory until then."""
         if self.config.release_memory:
             parallel.any_rank(False)  # until every rank has its rollout
+            self._at_rest = True
             if self.layout.is_main:
                 if self.pool:
                     self._resting.enter_context(self.pool.changing_weights())
@@ -154,7 +156,7 @@ class SGLangEngine:
         endpoints = [Endpoint(url, self.config) for url in self.urls]
         interrupted = self.weights.staleness > 0 and self.config.interrupt != "finish"
         flush = not interrupted or self.config.interrupt == "retract"  # a cache in use cannot be dropped
-        if self.config.release_memory:
+        if self._at_rest:
             self._tell(runner, "/resume_memory_occupation", {"tags": ["weights"]}, "resume its memory")
         if interrupted:
             self._tell(runner, "/pause_generation", {"mode": self.config.interrupt}, "pause")
@@ -166,9 +168,10 @@ class SGLangEngine:
         finally:
             if interrupted:
                 self._tell(runner, "/continue_generation", {}, "go on")
-        if self.config.release_memory:
+        if self._at_rest:
             self._tell(runner, "/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, "resume its memory")
             self._resting.close()
+            self._at_rest = False
 
     def _tell(self, runner: asyncio.Runner, path: str, body: dict[str, Any], what: str) -> None:
         """Order every server something; one that is lost is none the worse for missing it."""
@@ -225,10 +228,12 @@ class SGLangEngine:
         """
         return runner.run(load_everywhere(endpoints, self.weights, self.policy.bridge.hf_config, flush))
 
-    def _published(self, folder: Path, version: int) -> None:
-        """What servers are started with from now on."""
-        if self.pool:
-            self.pool.weights = (folder, version)
+    def _published(self, folder: Path, version: int) -> set[Path]:
+        """A folder is complete: servers are started with it from now on; returns those that some are starting with."""
+        if self.pool is None:
+            return set()
+        self.pool.weights = (folder, version)
+        return self.pool.folders_in_use()
 
     def _check_host(self) -> None:
         machines = int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -24,10 +24,11 @@ class WeightFolders:
     Args:
         root: folder of the folders.
         bridge: of the policy.
-        published: called with each folder when it is complete; from a thread, where it was written in the background.
+        published: called with each folder and version when it is complete, from a thread where that was written in the
+            background; returns older folders that are still needed.
     """
 
-    def __init__(self, root: Path, bridge: PolicyBridge, published: Callable[[Path, int], None]):
+    def __init__(self, root: Path, bridge: PolicyBridge, published: Callable[[Path, int], set[Path]]):
         self.root, self.bridge, self.published = root, bridge, published
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -87,7 +88,7 @@ class WeightFolders:
             raise self._failure
 
     def _publish(self, version: int) -> None:
-        self.published(self.folder(version), version)
+        needed = self.published(self.folder(version), version) | {self.folder(version)}
         for other in self.root.iterdir():
-            if other != self.folder(version):
+            if other not in needed:
                 shutil.rmtree(other)

@@ -61,6 +61,7 @@ class Server:
         self.url = f"http://{reachable}:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = False
+        self.model: Path | None = None
         self.began = 0.0
         self.failed_starts = 0
         self.starts = 0
@@ -70,6 +71,7 @@ class Server:
         python = shutil.which(self.config.python or sys.executable)
         if python is None:
             raise UserError(f"rollout.sglang.python={self.config.python} is no program: give the path of a Python")
+        self.ready, self.model, self.began = False, model, time.monotonic()
         command = [python, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(self.port)]
         command += ["--weight-version", str(version), "--skip-tokenizer-init", *command_line(self.arguments)]
         guard = [sys.executable, str(_BOUND_TO_PARENT), str(os.getpid())]
@@ -82,7 +84,6 @@ class Server:
                 env=self.environment,
                 start_new_session=True,
             )
-        self.ready, self.began = False, time.monotonic()
         self.starts += 1
 
     def answers(self, timeout: float) -> bool:
@@ -162,6 +163,10 @@ class ServerPool:
     def changing_weights(self) -> AbstractContextManager[object]:
         """Hold this while servers load new weights or have given up their memory: no health check then."""
         return self._steady
+
+    def folders_in_use(self) -> set[Path]:
+        """The folders that servers which are not ready yet read their weights from."""
+        return {server.model for server in self.servers if server.model is not None and not server.ready}
 
     def _wait_until_ready(self, server: Server) -> None:
         while not server.answers(self.config.health_timeout_seconds):

@@ -215,10 +215,11 @@ class BroadcastTransfer:
                 task.cancel()
 
     def abandon(self) -> None:
-        if self.group is not None:
-            self.group.abort()
-            distributed_c10d._world.pg_group_ranks.pop(self.group, None)
-        self.group, self.members = None, []
+        group, self.group, self.members = self.group, None, []
+        if group is not None:
+            if self.backend == "nccl":
+                group.abort()
+            dist.destroy_process_group(group)  # closes its connections: servers that wait in it fail at once
 
 
 def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:

@@ -51,13 +51,14 @@ def stream_everywhere(
     Raises:
         UserError: when a server names another version afterwards, or the checksums differ that `checked` asks for.
     """
-    failure: str | None = None
+    failure = None if receivers else "no server answers"
     sums: dict[str, str] = {}
     last: dict[str, Any] = {"weight_version": str(version), "flush_cache": flush}
-    try:
-        runner.run(_begin(receivers, transfer))
-    except ServerLostError as error:
-        failure = str(error)
+    if failure is None:
+        try:
+            runner.run(_begin(receivers, transfer))
+        except ServerLostError as error:
+            failure = str(error)
     for bucket in stream:
         if checked:
             sums |= {name: checksum(tensor) for name, tensor in bucket.tensors() if is_norm(name)}
