@@ -20,6 +20,7 @@ from megatron_rlvr.rollout.sglang.buckets import buckets
 from megatron_rlvr.rollout.sglang.client import Client
 from megatron_rlvr.rollout.sglang.endpoint import Endpoint, ServerLostError, Weights
 from megatron_rlvr.rollout.sglang.folders import WeightFolders
+from megatron_rlvr.rollout.sglang.identity import check_model
 from megatron_rlvr.rollout.sglang.server import ServerPool
 from megatron_rlvr.rollout.sglang.transfer import BroadcastTransfer, Receiver, SharedMemoryTransfer, Transfer
 from megatron_rlvr.rollout.sglang.weights import load_everywhere, stream_everywhere
@@ -209,11 +210,12 @@ class SGLangEngine:
         self._load(runner, others, flush)
 
     async def _receivers(self, endpoints: list[Endpoint]) -> list[Receiver]:
-        """The servers that answer, and over how many ranks each spreads its model."""
+        """The servers that answer, all with the trained model, and over how many ranks each spreads it."""
         starts = [server.starts for server in self.pool.servers] if self.pool else [0] * len(endpoints)
 
         async def ask(endpoint: Endpoint, times: int) -> Receiver | None:
             try:
+                check_model(endpoint.url, await endpoint.model_info(), self.policy.bridge.hf_config)
                 return Receiver(endpoint, await endpoint.tensor_parallel_size(), times)
             except ServerLostError:
                 return None
