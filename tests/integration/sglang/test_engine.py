@@ -178,6 +178,22 @@ def test_weights_change_under_completions(interrupt: str, policy, engine, server
     assert (sampled - new)[drawn_by == 0].abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("engine", [{"weight_sync": "distributed", "update_timeout_seconds": 30.0}], indirect=True)
+def test_broadcast_that_a_server_refuses(policy, engine, capsys) -> None:
+    """A server that has forgotten the group is given the copy on disk, and joins a new group for the next update."""
+    _change(policy, seed=11)
+    engine.update_weights(1)
+    body = {"group_name": engine.transfer.name}
+    assert httpx.post(f"{engine.urls[0]}/destroy_weights_update_group", json=body, timeout=30.0).status_code == 200
+    for version in (2, 3):
+        _change(policy, seed=11 + version)
+        engine.update_weights(version)
+        completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
+        assert {c.weight_version for c in completions} == {version}
+        assert _difference(policy, PROMPTS, completions) < 1e-4
+        assert ("weights of step 2 go through the disk this time" in capsys.readouterr().err) == (version == 2)
+
+
 def test_surplus_is_aborted_at_the_server(engine, servers) -> None:
     """Ten of forty prompts are enough: the others stop at once, and the server is free again."""
     prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(40)]
