@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SGLANG_VENV := .venv-sglang
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge shellcheck
+# Its tests use the environment that SGLANG_PYTHON names, if it does.
+SGLANG_READY := $(if $(SGLANG_PYTHON),,$(SGLANG_VENV)/.installed)
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
@@ -53,7 +55,7 @@ study: $(STAMP)  ## every strategy on the quickstart's task, 5 seeds each (about
 	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
 	$(BIN)/python examples/entropy_study/study.py run && $(BIN)/python examples/entropy_study/study.py report
 
-test: $(STAMP) slurm lint  ## everything CI runs
+test: $(STAMP) slurm $(SGLANG_READY) lint  ## everything CI runs, also on the real SGLang (the first time 2 minutes and 3 GB)
 	$(BIN)/python -m pytest tests
 
 lint: $(STAMP)  ## ruff and mypy

@@ -73,19 +73,36 @@ class SGLangConfig:
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the servers, on top of the trainer's."""
     concurrency: int = 256
-    """Requests that one data-parallel rank keeps open at one server."""
-    weight_sync: str = "disk"
-    """``disk``: a Hugging Face folder in the run directory, which the servers must see under the same path."""
+    """Completions that one data-parallel rank has under way at one server; those of one prompt travel together."""
+    weight_sync: str = "auto"
+    """``tensor``: through shared memory (CUDA IPC on a GPU), for servers on the main process's machine.
+    ``distributed``: broadcasts in a process group with the servers (NCCL, gloo on the CPU).
+    ``disk``: a Hugging Face folder in the run directory, which the servers must see under the same path.
+    ``auto``: ``tensor`` for servers that the trainer starts, ``disk`` for `urls`."""
+    bucket_mb: int = 256
+    """Mebibytes of weights that ``tensor`` and ``distributed`` send at once."""
+    recovery_copy: bool = True
+    """Beside ``tensor`` and ``distributed``, write the weights to disk in the background, for servers that are lost and
+    come back before the next update; without it they stay out until then."""
+    interrupt: str = "retract"
+    """What becomes of completions under way when weights change (`max_staleness` > 0): ``retract`` computes their cache
+    anew under the new weights and goes on, ``in_place`` goes on with the old cache, ``finish`` lets them end before."""
+    release_memory: bool = False
+    """Servers on the trainer's GPUs give up their memory while the policy trains (set server.enable_memory_saver)."""
+    check_weights: bool = False
+    """After ``tensor`` and ``distributed``, compare checksums of the norms' weights (servers on the CPU)."""
     start_timeout_seconds: float = 900.0
     """Longest wait for a server to become ready, and for any server to come back when none is left."""
     request_timeout_seconds: float = 1800.0
-    """Longest time for one completion."""
+    """Longest time for the completions of one prompt."""
     update_timeout_seconds: float = 600.0
     """Longest time for one server to load new weights."""
     health_timeout_seconds: float = 10.0
     """A server that does not answer a health check for this long is hung: its requests go to others."""
     attempts: int = 10
-    """Servers that may die under one completion before the run ends with an error."""
+    """Servers that may die under one prompt before the run ends with an error."""
+    when_all_lost: str = "stop"
+    """No server left for `start_timeout_seconds`: ``stop`` with a checkpoint and status 75, or ``wait`` for one."""
 
 
 @dataclass
@@ -102,6 +119,24 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps the whole vocabulary."""
+    stop: list[str] = field(default_factory=list)
+    """Texts, one token each, that end a completion beside the end of sequence."""
+    dynamic_sampling: bool = False
+    """Train on groups whose rewards differ only: the others are dropped and other prompts drawn instead (DAPO)."""
+    over_sampling: float = 1.0
+    """Prompts drawn for every group that dynamic sampling still needs; SGLang drops the surplus under way, which
+    favours short responses."""
+    refill_rounds: int = 3
+    """Times that dynamic sampling draws again; what is missing then is filled with groups it would have dropped."""
+    overlong_buffer: int = 0
+    """Tokens before `max_tokens` over which a penalty grows to 1, for the advantages alone (DAPO); 0 is none."""
+    max_staleness: int = 0
+    """0 rolls out with the weights that train; n lets SGLang generate the rollouts of the next n steps meanwhile, whose
+    tokens are at most n versions old."""
+    mismatch_alarm: float = 0.1
+    """KL(rollout || train), nats a token, above which a step is warned of; 0 never."""
+    mismatch_patience: int = 3
+    """So many such steps in a row end the run, with a checkpoint."""
     ignore_eos: bool = False
     """Generate `max_tokens` tokens whatever they are (for benchmarks)."""
     local_batch: int = 1024
@@ -170,6 +205,10 @@ class EvaluationConfig:
     samples: int = 16
     """Completions a held-out prompt; pass@k is estimated for k = 1, 2, 4 ... up to this."""
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int | None = None
+    """Longest response; as long as in training by default."""
 
 
 @dataclass
@@ -303,19 +342,23 @@ def check(config: Config) -> None:
     _one_of("rollout.engine", rollout.engine, ("local", "sglang", "recorded"))
     _one_of("algorithm.advantage", algorithm.advantage, ("grpo", "grpo-no-std", "rloo"))
     _one_of("algorithm.aggregation", algorithm.aggregation, ("token-mean", "sequence-mean", "constant"))
-    _one_of("rollout.sglang.weight_sync", rollout.sglang.weight_sync, ("disk",))
+    _one_of("rollout.sglang.weight_sync", rollout.sglang.weight_sync, ("auto", "disk", "tensor", "distributed"))
+    _one_of("rollout.sglang.interrupt", rollout.sglang.interrupt, ("retract", "in_place", "finish"))
+    _one_of("rollout.sglang.when_all_lost", rollout.sglang.when_all_lost, ("stop", "wait"))
     positive = {
         "steps": config.steps,
         "rollout.prompts_per_step": rollout.prompts_per_step,
         "rollout.max_tokens": rollout.max_tokens,
         "rollout.temperature": rollout.temperature,
         "rollout.local_batch": rollout.local_batch,
+        "rollout.mismatch_patience": rollout.mismatch_patience,
         "rollout.sglang.servers": rollout.sglang.servers,
         "rollout.sglang.concurrency": rollout.sglang.concurrency,
         "rollout.sglang.start_timeout_seconds": rollout.sglang.start_timeout_seconds,
         "rollout.sglang.request_timeout_seconds": rollout.sglang.request_timeout_seconds,
         "rollout.sglang.update_timeout_seconds": rollout.sglang.update_timeout_seconds,
         "rollout.sglang.health_timeout_seconds": rollout.sglang.health_timeout_seconds,
+        "rollout.sglang.bucket_mb": rollout.sglang.bucket_mb,
         "rollout.sglang.attempts": rollout.sglang.attempts,
         "algorithm.minibatches": algorithm.minibatches,
         "algorithm.epochs": algorithm.epochs,
@@ -348,6 +391,9 @@ def check(config: Config) -> None:
         raise UserError(
             "rollout.engine=recorded needs rollout.recording: the rollouts/ folder of a run with rollout.record=true"
         )
+    if config.rollout.dynamic_sampling and config.data.stratify_key is not None:
+        raise UserError("rollout.dynamic_sampling replaces prompts that data.stratify_key has spread: set only one")
+    _check_sampling(rollout, config.evaluation)
     _check_sglang(rollout.sglang)
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1: set it false or raise parallel.tensor")
@@ -356,6 +402,38 @@ def check(config: Config) -> None:
         build_objective(**algorithm.objective)
     if parallel.context > 1:
         raise UserError("parallel.context > 1 is not supported yet: set it to 1")
+
+
+def _check_sampling(rollout: RolloutConfig, evaluation: EvaluationConfig) -> None:
+    if not 0 < evaluation.top_p <= 1:
+        raise UserError(f"evaluation.top_p must lie in (0, 1], not {evaluation.top_p}")
+    if evaluation.max_tokens is not None and evaluation.max_tokens < 1:
+        raise UserError(f"evaluation.max_tokens must be greater than 0, not {evaluation.max_tokens}")
+    if not 0 <= rollout.overlong_buffer < rollout.max_tokens:
+        raise UserError(
+            f"rollout.overlong_buffer={rollout.overlong_buffer} must be less than rollout.max_tokens="
+            f"{rollout.max_tokens}"
+        )
+    if rollout.over_sampling < 1:
+        raise UserError(f"rollout.over_sampling must be at least 1, not {rollout.over_sampling}")
+    for key, number in {
+        "refill_rounds": rollout.refill_rounds,
+        "max_staleness": rollout.max_staleness,
+        "mismatch_alarm": rollout.mismatch_alarm,
+    }.items():
+        if number < 0:
+            raise UserError(f"rollout.{key} must not be negative, but is {number}")
+    if rollout.engine == "recorded" and rollout.dynamic_sampling:
+        raise UserError("rollout.engine=recorded replays groups that were chosen before: set dynamic_sampling=false")
+    if rollout.engine != "sglang" and rollout.max_staleness:
+        raise UserError(
+            f"rollout.max_staleness={rollout.max_staleness} needs rollout.engine=sglang: the {rollout.engine} engine "
+            "generates in the processes that train"
+        )
+    if rollout.max_staleness and rollout.sglang.release_memory:
+        raise UserError(
+            "rollout.sglang.release_memory=true needs rollout.max_staleness=0: servers must not generate then"
+        )
 
 
 def _check_sglang(sglang: SGLangConfig) -> None:
@@ -375,6 +453,11 @@ def warnings_of(config: Config) -> list[str]:
         found.append(
             "algorithm.minibatches x algorithm.epochs = 1: with one update per rollout the importance ratio is 1 and "
             "every clip threshold is inert; raise one of the two to let a schedule act"
+        )
+    if config.rollout.max_staleness and not config.algorithm.objective.get("importance_cap"):
+        found.append(
+            f"rollout.max_staleness={config.rollout.max_staleness} without algorithm.objective.importance_cap: tokens "
+            "of older weights count as if the present ones had drawn them; set it, for example to 2.0"
         )
     return found
 

@@ -61,6 +61,8 @@ def measure_rollout(
         # k3 of KL(rollout || train), from tokens that the rollout policy drew: r - 1 - ln r with r = train / rollout.
         "kl_rollout": (difference.expm1() - difference).sum(dtype=torch.float64),
         "mismatch/mean": difference.abs().sum(dtype=torch.float64),
+        "importance": difference.exp().sum(dtype=torch.float64),
+        "importance_squared": difference.mul(2).exp().sum(dtype=torch.float64),
         **{f"response/{i}": value for i, value in enumerate(response)},
     }
     rolled: dict[str, float | Tensor] = {
@@ -89,6 +91,8 @@ def measure_rollout(
         "entropy_standard_error": standard_error,
         "kl_rollout": total["kl_rollout"] / tokens,
         "mismatch/mean": total["mismatch/mean"] / tokens,
+        # Kish's effective sample size of the tokens under importance weights train / rollout, as a share of them.
+        "mismatch/effective_sample_size": total["importance"] ** 2 / (tokens * total["importance_squared"]),
         "mismatch/max": parallel.max_over_job({"largest": largest})["largest"],
     }
     steering = SteeringResponse.from_sums([total[f"response/{i}"] for i in range(4)])

@@ -36,10 +36,11 @@ from megatron_rlvr.backend.checkpoint import Checkpoints  # noqa: E402
 from megatron_rlvr.backend.policy import Policy, UpdateReport, learning_rate  # noqa: E402
 from megatron_rlvr.rollout.build import build_engine  # noqa: E402
 from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
+from megatron_rlvr.rollout.engine import EngineLostError  # noqa: E402
 from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
 from megatron_rlvr.step_metrics import entropy_shift, measure_rollout, update_metrics  # noqa: E402
 from megatron_rlvr.telemetry.reporter import Reporter  # noqa: E402
-from megatron_rlvr.verifiers import VerifierPool, build_verifier, check_answers  # noqa: E402
+from megatron_rlvr.verifiers import VerifierPool, build_verifier  # noqa: E402
 
 
 def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
@@ -55,9 +56,6 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     tokenization = Tokenization(config.model.path, policy.bridge.vocab_size)
     engine = build_engine(config, policy, resources)
     rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
-    for examples in (rollouts.train, rollouts.heldout):
-        if examples is not None:
-            check_answers(verifier, [e.answer for e in examples[0]])
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
     checkpoints.check(policy)
     stop = StopSignal()
@@ -76,7 +74,8 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         if rollouts.heldout is not None:
             report.phase("evaluating")
             with timer.part("evaluate"):
-                report.evaluation({"step": step, **rollouts.evaluate()})
+                if scores := rollouts.evaluate():
+                    report.evaluation({"step": step, **scores})
 
     def save(step: int) -> None:
         report.phase("saving")
@@ -90,10 +89,14 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             evaluate(step)
 
         report.phase("rolling out")
-        batch, times = rollouts.collect(step)
-        timer.add("generate", times.generate)
-        timer.add("verify", times.verify)
-        rewards = batch.rewards.view(-1, batch.group_size)
+        try:
+            batch, rolled = rollouts.collect(step, report.phase)
+        except EngineLostError:
+            save(step)
+            raise
+        timer.add("generate", rolled.generate)
+        timer.add("verify", rolled.verify)
+        rewards = (batch.rewards + batch.penalty).view(-1, batch.group_size)
         advantage = group_advantages(rewards, algorithm.advantage).flatten()
 
         report.phase("scoring")
@@ -101,6 +104,9 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             scores = policy.score(batch, advantage)
         weight = token_weights(config, batch, layout)
         measured = measure_rollout(batch, weight, scores, policy.reports, layout.is_leader)
+        if problem := rollouts.alarm.observe(step, measured.record):
+            save(step)
+            raise UserError(problem)
         rate = learning_rate(config.optimizer, step, config.steps)
         schedule.observe(
             step,
@@ -138,7 +144,12 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
 
         stopping = parallel.any_rank(stop.received is not None)
         finished = step + 1 == config.steps
-        record = {"step": step, **measured.record, **update_metrics(updates, algorithm.epochs, policy.reports)}
+        record = {
+            "step": step,
+            **measured.record,
+            **rolled.metrics,
+            **update_metrics(updates, algorithm.epochs, policy.reports),
+        }
         predicted = measured.response.predicted(statistics.mean(steering)) / algorithm.minibatches
         record |= {
             "entropy_change/predicted": predicted,
@@ -186,9 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 save_config(config, resolved)
             layout = resources.enter_context(parallel.parallel_groups(config.parallel, config.seed))
             return train(config, layout, resources)
-    except UserError as error:
+    except (UserError, EngineLostError) as error:
         print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_STOPPED
 
 
 if __name__ == "__main__":

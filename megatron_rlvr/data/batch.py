@@ -47,6 +47,7 @@ class RolloutBatch:
         rewards: float32 [N].
         truncated: bool [N], stopped by the token limit.
         group_size: G.
+        penalty: float32 [N], added to the rewards before advantages are formed (overlong shaping).
         slots: int64 [N / G], which of the step's P prompts the rank's are; None where prompts were not stratified.
         strata: float64 [P], the number by which each prompt of the step was stratified; None likewise.
     """
@@ -58,6 +59,7 @@ class RolloutBatch:
     rewards: Tensor
     truncated: Tensor
     group_size: int
+    penalty: Tensor
     slots: Tensor | None = None
     strata: Tensor | None = None
 
@@ -86,6 +88,7 @@ class RolloutBatch:
             rewards=torch.tensor(rewards, dtype=torch.float32),
             truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
             group_size=group_size,
+            penalty=torch.zeros(len(rewards)),
         )
 
     @property

@@ -1,10 +1,11 @@
-"""A step's rollout: draw prompts, have them completed, verify, and hand the batch to the model's other processes."""
+"""A step's rollout and the evaluation: gather groups, hand them to the model's other processes, measure them."""
 
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,21 +16,26 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.data import Example, PromptSampler, load_examples
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engine import Completion, RolloutEngine, SamplingPolicy
-from megatron_rlvr.rollout.recording import record, replay
+from megatron_rlvr.objectives.advantages import overlong_penalty
+from megatron_rlvr.rollout.ahead import RolloutsAhead
+from megatron_rlvr.rollout.engine import Completion, EngineLostError, RolloutEngine, SamplingPolicy
+from megatron_rlvr.rollout.groups import GroupSource, RolledOut
+from megatron_rlvr.rollout.mismatch import MismatchAlarm
+from megatron_rlvr.rollout.recording import record
 from megatron_rlvr.rollout.sampling import sample_seed
 from megatron_rlvr.rollout.tokenization import Tokenization
-from megatron_rlvr.verifiers import Verdict, VerifierPool
+from megatron_rlvr.verifiers import Verdict, VerifierPool, check_answers
 
 EVALUATION_SEED = 2**31  # no training step reaches this number, so evaluation never draws a training sample's numbers
 
 
 @dataclass(frozen=True)
-class RolloutTimes:
-    """Seconds that a rollout spent in the engine and in the verifier."""
+class RolloutReport:
+    """Seconds that a step waited for the engine and for the verifier; metrics of the whole job."""
 
     generate: float
     verify: float
+    metrics: dict[str, float]
 
 
 class RolloutCollector:
@@ -52,7 +58,9 @@ class RolloutCollector:
     ):
         self.config, self.layout, self.engine = config, layout, engine
         self.tokenization, self.verifiers = tokenization, verifiers
-        self.sampling = SamplingPolicy.for_training(config.rollout, tokenization.stop_token_ids)
+        self.sampling = SamplingPolicy.for_training(config.rollout, tokenization.stops(config.rollout.stop))
+        threshold = 0.0 if config.rollout.engine == "recorded" else config.rollout.mismatch_alarm
+        self.alarm = MismatchAlarm(threshold, config.rollout.mismatch_patience, layout.is_main)
         self.train = self._load(config.data.train, stratify_key=config.data.stratify_key)
         self.heldout = self._load(config.data.heldout, config.evaluation.prompts) if config.data.heldout else None
         strata = None if config.data.stratify_key is None else [e.stratum or 0.0 for e in self.train[0]]
@@ -68,44 +76,113 @@ class RolloutCollector:
             for start in range(0, config.rollout.prompts_per_step, a_minibatch)
             for slot in range(start + layout.data_rank, start + a_minibatch, layout.data_size)
         ]
+        self.source = GroupSource(
+            config, layout, engine, tokenization, verifiers, self.slots, self.train, self.sampling, self.sampler
+        )
+        self.ahead = RolloutsAhead(self.source.roll_out, config.rollout.max_staleness, config.steps)
 
-    def collect(self, step: int) -> tuple[RolloutBatch, RolloutTimes]:
-        """This rank's rollouts of a step, under the weights the engine holds. Collective over the model replica."""
+    def collect(self, step: int, tell: Callable[[str], None] = lambda _: None) -> tuple[RolloutBatch, RolloutReport]:
+        """This rank's rollouts of a step; `tell` hears how far they are. Collective over the job.
+
+        Raises:
+            EngineLostError: on every process, when nothing can generate for one of them any more.
+        """
+        began = time.perf_counter()
+        self.source.tell = tell
+        rolled: RolledOut | None = None
+        lost = ""
+        if self.engine.collective or self.layout.is_leader:
+            try:
+                rolled = self.ahead.take(step)
+            except EngineLostError as error:
+                lost = str(error)
+        if not self.engine.collective:
+            rolled = parallel.share_with_model_peers(rolled)
+            if parallel.any_rank(bool(lost)):
+                raise EngineLostError(lost or "no SGLang server is left, says another rank")
+        assert rolled is not None
+        self.engine.rest()
+        seconds = time.perf_counter() - began
+        rollout, groups = self.config.rollout, rolled.groups
         examples, prompts = self.train
-        indices = self.sampler.indices(step)
-        chosen = [indices[slot] for slot in self.slots]
-        heads = [prompts[i] for i in chosen]
-        samples = self.sampling.samples
-        seeds = [sample_seed(self.config.seed, step, slot, s) for slot in self.slots for s in range(samples)]
-        if self.config.rollout.engine == "recorded":
-            folder = Path(self.config.rollout.recording or "")
-            generate = lambda: replay(folder, step, self.slots, samples)  # noqa: E731
-        else:
-            generate = lambda: self.engine.generate(heads, self.sampling, seeds)  # noqa: E731
-        completions, texts, verdicts, times = self._verified([examples[i] for i in chosen], samples, generate)
-        rewards = [v.reward for v in verdicts]
-        if self.config.rollout.record and self.layout.is_leader:
+        completions = [c for group in groups for c in group.completions]
+        rewards = [v.reward for group in groups for v in group.verdicts]
+        if rollout.record and self.layout.is_leader:
+            texts = [text for group in groups for text in group.texts]
             folder = Path(self.config.run_directory) / "rollouts"
-            record(folder, step, self.slots, [examples[i].prompt for i in chosen], completions, texts, rewards)
+            record(folder, step, self.slots, [examples[g.example].prompt for g in groups], completions, texts, rewards)
+        heads = [prompts[group.example] for group in groups]
         batch = RolloutBatch.from_completions(heads, completions, rewards, self.tokenization.padding)
         if self.sampler.stratified:
+            drawn = self.sampler.indices(step)
             batch.slots = torch.tensor(self.slots)
-            batch.strata = torch.tensor([examples[i].stratum for i in indices], dtype=torch.float64)
-        return batch, times
+            batch.strata = torch.tensor([examples[i].stratum for i in drawn], dtype=torch.float64)
+        if rollout.overlong_buffer:
+            batch.penalty = overlong_penalty(batch.response_lengths, rollout.max_tokens, rollout.overlong_buffer)
+        verify = rolled.verify_seconds if self.engine.collective else 0.0  # else it goes by while others are generated
+        return batch, RolloutReport(seconds - verify, verify, self._metrics(step, rolled, batch))
+
+    def _metrics(self, step: int, rolled: RolledOut, batch: RolloutBatch) -> dict[str, float]:
+        """Completions that could not be verified, and what only some configurations have to tell. Collective."""
+        rollout, samples = self.config.rollout, self.sampling.samples
+        failed = sum(verdict.status != "ok" for group in rolled.groups for verdict in group.verdicts)
+        sums: dict[str, float] = {"failed": failed, "sequences": len(batch.rewards)}
+        if rollout.dynamic_sampling:
+            sums |= {"generated": rolled.generated, "reward": rolled.reward, "groups": len(rolled.groups)}
+            sums["unfilled"] = sum(not group.informative for group in rolled.groups)
+        if rollout.overlong_buffer:
+            sums["penalty"] = float(batch.penalty.sum())
+        if rollout.max_staleness:
+            completions = [c for group in rolled.groups for c in group.completions]
+            spans = [s for c in completions for s in c.version_spans or ((c.weight_version, len(c.token_ids)),)]
+            sums |= {"stale": sum((step - version) * tokens for version, tokens in spans), "tokens": batch.token_count}
+            sums["interrupted"] = sum(bool(c.version_spans) for c in completions)
+        total = parallel.sum_over_job(sums, contributes=self.layout.is_leader)
+        found = {"verifier/failed_fraction": total["failed"] / total["sequences"]}
+        if rollout.dynamic_sampling:
+            found["sampling/generated_groups"] = total["generated"] / total["groups"]
+            found["sampling/unfilled_fraction"] = total["unfilled"] / total["groups"]
+            found["sampling/reward"] = total["reward"] / (total["generated"] * samples)
+        if rollout.overlong_buffer:
+            found["overlong_penalty"] = total["penalty"] / total["sequences"]
+        if rollout.max_staleness:
+            found["staleness/mean"] = total["stale"] / total["tokens"]
+            found["staleness/interrupted_fraction"] = total["interrupted"] / total["sequences"]
+        return found
 
     def evaluate(self) -> dict[str, float]:
-        """pass@k for k = 1, 2, 4 ... on held-out prompts, with the same seeds every time. Collective over the job."""
+        """pass@k for k = 1, 2, 4 ... on held-out prompts, with the same seeds every time. Collective over the job.
+
+        Empty when nothing can generate any more: the next rollout decides whether to go on.
+        """
         assert self.heldout is not None
         examples, prompts = self.heldout
         settings = self.config.evaluation
         mine = range(self.layout.data_rank, len(examples), self.layout.data_size)
-        sampling = replace(self.sampling, samples=settings.samples, temperature=settings.temperature)
+        sampling = replace(
+            self.sampling,
+            samples=settings.samples,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            max_tokens=settings.max_tokens or self.sampling.max_tokens,
+        )
         seeds = [sample_seed(self.config.seed, EVALUATION_SEED, i, s) for i in mine for s in range(settings.samples)]
 
-        def generate() -> list[Completion]:
-            return self.engine.generate([prompts[i] for i in mine], sampling, seeds)
-
-        completions, _, verdicts, _ = self._verified([examples[i] for i in mine], settings.samples, generate)
+        completions: list[Completion] = []
+        verdicts: list[Verdict] = []
+        lost = ""
+        if self.engine.collective or self.layout.is_leader:
+            try:
+                completions = self.engine.generate([prompts[i] for i in mine], sampling, seeds)
+            except EngineLostError as error:
+                lost = str(error)
+        if not self.engine.collective and parallel.any_rank(bool(lost)):
+            print(f"warning: no evaluation: {lost or 'no server is left, says another rank'}", file=sys.stderr)
+            return {}
+        if self.layout.is_leader:
+            _, verdicts = self.source.judge([examples[i] for i in mine], settings.samples, completions)
+        completions, verdicts = parallel.share_with_model_peers((completions, verdicts))
         solved = [
             sum(v.reward > 0.5 for v in verdicts[g : g + settings.samples])
             for g in range(0, len(verdicts), settings.samples)
@@ -117,31 +194,13 @@ class RolloutCollector:
         totals = parallel.sum_over_job(sums, contributes=self.layout.is_leader)
         return {name: total / len(examples) for name, total in totals.items()}
 
-    def _verified(
-        self, examples: Sequence[Example], samples: int, generate: Callable[[], list[Completion]]
-    ) -> tuple[list[Completion], list[str], list[Verdict], RolloutTimes]:
-        """Generate where the engine wants it, verify on the leader, share with the replica's other processes."""
-        began = time.perf_counter()
-        completions: list[Completion] = []
-        texts: list[str] = []
-        verdicts: list[Verdict] = []
-        if self.engine.collective or self.layout.is_leader:
-            completions = generate()
-        generated = time.perf_counter()
-        if self.layout.is_leader:
-            texts = self.tokenization.decode(completions)
-            verdicts = self.verifiers.verify(texts, [e.answer for e in examples for _ in range(samples)])
-        shared = (None if self.engine.collective else completions, verdicts)
-        received, verdicts = parallel.share_with_model_peers(shared if self.layout.is_leader else None)
-        times = RolloutTimes(generated - began, time.perf_counter() - generated)
-        return (completions if received is None else received), texts, verdicts, times
-
     def _load(
         self, path: str, limit: int | None = None, stratify_key: str | None = None
     ) -> tuple[list[Example], list[list[int]]]:
         data = self.config.data
         keys = {} if data.prompt_key is None else {"prompt_key": data.prompt_key}
         examples = load_examples(path, answer_key=data.answer_key, stratify_key=stratify_key, limit=limit, **keys)
+        check_answers(self.verifiers.verifier, [e.answer for e in examples])
         return examples, self.tokenization.encode_all(examples, data.max_prompt_tokens)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -48,13 +48,28 @@ class Completion:
         token_ids: response tokens, the stop token included.
         logprobs: their log-probabilities (natural logarithm) under the sampling temperature.
         finish_reason: ``stop`` or ``length``.
-        weight_version: optimizer state that generated it: the step whose weights the engine held.
+        weight_version: optimizer state that generated its last token: the step whose weights the engine held.
+        version_spans: (version, tokens) from the first token to the last, where weights changed on the way; else empty.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     weight_version: int
+    version_spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def oldest_version(self) -> int:
+        """The version that generated its first token."""
+        return self.version_spans[0][0] if self.version_spans else self.weight_version
+
+
+Finished = Callable[[int, list[Completion]], Awaitable[bool]]
+"""Called with a prompt's index and its completions as soon as they are complete; True: no others are needed."""
+
+
+class EngineLostError(Exception):
+    """Nothing can generate any more, for reasons outside this run: save what there is and stop, to be started again."""
 
 
 class RolloutEngine(Protocol):
@@ -76,6 +91,28 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Nothing is generated until the next `update_weights`, unless ahead of its step. Collective over the job."""
+        ...
+
     def update_weights(self, version: int) -> None:
         """Serve the policy's present weights from now on, under this version. Collective over the job."""
+        ...
+
+
+class StreamingEngine(RolloutEngine, Protocol):
+    """An engine that is not collective: it tells of each prompt when it is complete, and can stop before the others."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingPolicy,
+        seeds: Sequence[int],
+        finished: Finished | None = None,
+    ) -> list[Completion]:
+        """See `RolloutEngine.generate`; prompts that `finished` no longer wants are aborted, and missing in the result.
+
+        Raises:
+            EngineLostError: when no server is left.
+        """
         ...

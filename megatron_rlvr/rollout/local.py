@@ -40,6 +40,9 @@ class LocalEngine:
         if len(self.attentions) != len(model.decoder.layers):
             raise UserError("rollout.engine=local needs model.layer_spec=local: set it, or choose another engine")
 
+    def rest(self) -> None:
+        pass
+
     def update_weights(self, version: int) -> None:
         self.version = version
 

@@ -35,6 +35,8 @@ def record(
             c = completions[i]
             row = {"prompt": prompt, "completion": texts[i], "reward": rewards[i], "finish_reason": c.finish_reason}
             row |= {"token_ids": c.token_ids, "logprobs": c.logprobs, "weight_version": c.weight_version}
+            if c.version_spans:
+                row["version_spans"] = c.version_spans
             lines.append(json.dumps(row))
         path.write_text("\n".join(lines) + "\n")
 
@@ -53,7 +55,8 @@ def replay(folder: Path, step: int, slots: Sequence[int], samples: int) -> list[
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         if len(rows) != samples:
             raise UserError(f"{path} holds {len(rows)} completions, rollout.samples_per_prompt asks for {samples}")
-        completions += [
-            Completion(r["token_ids"], r["logprobs"], r["finish_reason"], r["weight_version"]) for r in rows
-        ]
+        for row in rows:
+            spans = tuple((version, tokens) for version, tokens in row.get("version_spans", []))
+            values = row["token_ids"], row["logprobs"], row["finish_reason"], row["weight_version"]
+            completions.append(Completion(*values, spans))
     return completions

@@ -50,6 +50,23 @@ class Tokenization:
         pad = self.tokenizer.pad_token_id
         self.padding: int = self.stop_token_ids[0] if pad is None else pad
 
+    def stops(self, texts: Sequence[str]) -> tuple[int, ...]:
+        """The end-of-sequence tokens and those of `texts`.
+
+        Raises:
+            UserError: for a text that is not one token.
+        """
+        found = set(self.stop_token_ids)
+        for text in texts:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) != 1:
+                raise UserError(
+                    f"rollout.stop: {text!r} is {len(ids)} tokens of this tokenizer, but completions end with one: "
+                    "give a text that is a single token"
+                )
+            found.add(ids[0])
+        return tuple(sorted(found))
+
     def encode(self, example: Example) -> list[int]:
         """Token ids of a prompt: text as it is, messages through the tokenizer's chat template."""
         if isinstance(example.prompt, str):

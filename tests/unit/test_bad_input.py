@@ -55,7 +55,7 @@ def test_override_is_refused(override: str, expected: str, run_yaml: Path, capsy
 
 def test_nobody_at_the_url(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = _refused(capsys, run_yaml, "rollout.engine=sglang", "rollout.sglang.urls=[http://127.0.0.1:9]")
-    assert "no server of rollout.sglang.urls can be used: http://127.0.0.1:9: /model_info: ConnectError" in line
+    assert "no server of rollout.sglang.urls can be used: http://127.0.0.1:9: /model_info: cannot connect" in line
 
 
 def test_python_without_sglang(run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from megatron_rlvr.backend import parallel
 from megatron_rlvr.backend.policy import Policy
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engine import Completion, SamplingPolicy
-from megatron_rlvr.rollout.sglang.client import Client, Weights
+from megatron_rlvr.rollout.engine import Completion, Finished, SamplingPolicy
+from megatron_rlvr.rollout.sglang.buckets import buckets
+from megatron_rlvr.rollout.sglang.client import Client
+from megatron_rlvr.rollout.sglang.endpoint import Endpoint, ServerLostError, Weights
+from megatron_rlvr.rollout.sglang.folders import WeightFolders
+from megatron_rlvr.rollout.sglang.identity import check_model
 from megatron_rlvr.rollout.sglang.server import ServerPool
-from megatron_rlvr.rollout.sglang.weights import WeightFolders, load_everywhere
+from megatron_rlvr.rollout.sglang.transfer import BroadcastTransfer, Receiver, SharedMemoryTransfer, Transfer
+from megatron_rlvr.rollout.sglang.weights import load_everywhere, stream_everywhere
 
 
 class SGLangEngine:
@@ -39,26 +47,47 @@ class SGLangEngine:
         self.layout = policy.layout
         directory = Path(config.run_directory).resolve() / "sglang"
         self.context_length: int = policy.bridge.hf_config.max_position_embeddings
-        self.folders = WeightFolders(directory / "weights", policy.bridge)
-        self.weights = Weights(0, policy.bridge.path.resolve())
+        self.folders = WeightFolders(directory / "weights", policy.bridge, self._published)
+        base = policy.bridge.path.resolve()
+        self.weights = Weights(0, base, staleness=config.rollout.max_staleness)
+        self.failure: str | None = None  # why no server can be used until the next update
+        self.under_way = 0
+        self._settled = threading.Condition()
+        self._at_rest = False
+        self._resting = ExitStack()
         self.pool: ServerPool | None = None
         urls = list(self.config.urls)
         if not urls:
             if self.layout.is_main:
                 self._check_host()
                 dtype = str(policy.bridge.dtype).removeprefix("torch.")
-                self.pool = resources.enter_context(
-                    ServerPool(self.config, self.weights.folder, dtype, directory / "logs")
-                )
+                self.pool = resources.enter_context(ServerPool(self.config, base, dtype, directory / "logs"))
             urls = parallel.share_with_job(self.pool.urls if self.pool else None)
         self.urls = urls
+        way = self.config.weight_sync
+        if way == "auto":
+            way = "disk" if self.config.urls else "tensor"
+        self.transfer: Transfer | None = None
+        if way == "distributed":
+            self.transfer = BroadcastTransfer(self.config.update_timeout_seconds)
+        elif way == "tensor":
+            self.transfer = SharedMemoryTransfer()
         if self.config.urls:  # who knows what weights they hold
-            self._load()
+            if self.layout.is_main:
+                with asyncio.Runner() as runner:
+                    lost = self._load(runner, [Endpoint(url, self.config) for url in self.urls], flush=True)
+                if len(lost) == len(self.urls):
+                    raise UserError(f"no server of rollout.sglang.urls can be used: {'; '.join(lost)}")
+            parallel.any_rank(False)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingPolicy,
+        seeds: Sequence[int],
+        finished: Finished | None = None,
     ) -> list[Completion]:
-        """See `RolloutEngine.generate`; the same seed draws the same completion only on a deterministic server."""
+        """See `StreamingEngine.generate`; the same seed draws the same completion only on a deterministic server."""
         longest = max(len(prompt) for prompt in prompts)
         if longest + sampling.max_tokens > self.context_length:
             raise UserError(
@@ -67,37 +96,146 @@ class SGLangEngine:
             )
 
         async def ask() -> list[Completion]:
-            async with self._client() as client:
-                return await client.generate(prompts, sampling, seeds)
+            async with Client(self.urls, self.config, self.weights, self._failure) as client:
+                return await client.generate(prompts, sampling, seeds, finished)
 
-        return asyncio.run(ask())
+        with self._settled:
+            self.under_way += 1
+        try:
+            return asyncio.run(ask())
+        finally:
+            with self._settled:
+                self.under_way -= 1
+                self._settled.notify_all()
+
+    def rest(self) -> None:
+        """See `RolloutEngine.rest`: with ``rollout.sglang.release_memory`` servers give up their memory until then."""
+        if self.config.release_memory:
+            parallel.any_rank(False)  # until every rank has its rollout
+            self._at_rest = True
+            if self.layout.is_main:
+                if self.pool:
+                    self._resting.enter_context(self.pool.changing_weights())
+                with asyncio.Runner() as runner:
+                    self._tell(runner, "/release_memory_occupation", {}, "release its memory")
 
     def update_weights(self, version: int) -> None:
-        """See `RolloutEngine.update_weights`: the weights go through a Hugging Face folder in the run directory."""
-        folder = self.folders.write(self.policy, version)
-        self.weights = Weights(version, folder)
-        self._load()
-        if self.layout.is_main:
-            self.folders.keep_only(folder)
+        """See `RolloutEngine.update_weights`: the way is that of ``rollout.sglang.weight_sync``.
 
-    def _load(self) -> None:
-        """Give all servers the current weights; the other processes wait for the main one, which does it."""
-        if self.layout.is_main:
-            with self.pool.changing_weights() if self.pool else nullcontext():
-                if self.pool:
-                    self.pool.weights = (self.weights.folder, self.weights.version)
+        With ``rollout.max_staleness`` completions may be under way, which ``rollout.sglang.interrupt`` decides on.
+        """
+        main = self.layout.is_main
+        if self.config.interrupt == "finish":
+            with self._settled:
+                self._settled.wait_for(lambda: self.under_way == 0)
+        folder = self.folders.folder(version)
+        if main:
+            self.folders.discard(version)  # of a run that came as far before it was killed
+        if self.transfer is None:
+            self.folders.write(self.policy, version)
+        self.failure = None
+        self.weights.changing = True
+        self.weights.version = version
+        self.weights.folder = folder if self.transfer is None or self.config.recovery_copy else None
+        if self.weights.staleness:
+            parallel.any_rank(False)  # until no rank takes a silent server for a hung one
+        if main:
+            with self.pool.changing_weights() if self.pool else nullcontext(), asyncio.Runner() as runner:
+                self._give(runner, version)
+        elif self.transfer is not None:
+            for _ in self.policy.bridge.export(self.policy.model):
+                pass
+        if parallel.any_rank(self.failure is not None):
+            self.failure = self.failure or "the main process could not give any the weights"
+        self.weights.changing = False
 
-                async def load() -> list[str]:
-                    async with self._client() as client:
-                        return await load_everywhere(client, self.policy.bridge.hf_config)
+    def _failure(self) -> str | None:
+        return self.failure or (self.pool.failure if self.pool else None)
 
-                lost = asyncio.run(load())
-            if len(lost) == len(self.urls) and not self.pool:
-                raise UserError(f"no server of rollout.sglang.urls can be used: {'; '.join(lost)}")
-        parallel.any_rank(False)
+    def _give(self, runner: asyncio.Runner, version: int) -> None:
+        """Give all servers the weights; on the main process, between what must stand before and after."""
+        endpoints = [Endpoint(url, self.config) for url in self.urls]
+        interrupted = self.weights.staleness > 0 and self.config.interrupt != "finish"
+        flush = not interrupted or self.config.interrupt == "retract"  # a cache in use cannot be dropped
+        if self._at_rest:
+            self._tell(runner, "/resume_memory_occupation", {"tags": ["weights"]}, "resume its memory")
+        if interrupted:
+            self._tell(runner, "/pause_generation", {"mode": self.config.interrupt}, "pause")
+        try:
+            if self.transfer is None:
+                self._load(runner, endpoints, flush)
+            else:
+                self._stream(runner, endpoints, self.transfer, version, flush)
+        finally:
+            if interrupted:
+                self._tell(runner, "/continue_generation", {}, "go on")
+        if self._at_rest:
+            self._tell(runner, "/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, "resume its memory")
+            self._resting.close()
+            self._at_rest = False
 
-    def _client(self) -> Client:
-        return Client(self.urls, self.config, self.weights, lambda: self.pool.failure if self.pool else None)
+    def _tell(self, runner: asyncio.Runner, path: str, body: dict[str, Any], what: str) -> None:
+        """Order every server something; one that is lost is none the worse for missing it."""
+
+        async def tell(endpoint: Endpoint) -> None:
+            with suppress(ServerLostError):
+                await endpoint.order(path, body, what)
+
+        async def tell_all() -> None:
+            await asyncio.gather(*[tell(Endpoint(url, self.config)) for url in self.urls])
+
+        runner.run(tell_all())
+
+    def _stream(
+        self, runner: asyncio.Runner, endpoints: list[Endpoint], transfer: Transfer, version: int, flush: bool
+    ) -> None:
+        """Give all servers the weights from memory; those that cannot take them that way, from the copy on disk."""
+        receivers = runner.run(self._receivers(endpoints))
+        tensors = self.policy.bridge.export(self.policy.model)
+        stream = buckets(tensors, self.config.bucket_mb * 2**20, transfer.allocate)
+        if self.config.recovery_copy:
+            stream = self.folders.copying(stream, version)
+        checked = self.config.check_weights
+        failure = stream_everywhere(runner, receivers, transfer, stream, version, flush, checked)
+        if failure is None and len(receivers) == len(endpoints):
+            return
+        took = [receiver.endpoint for receiver in receivers] if failure is None else []
+        others = [endpoint for endpoint in endpoints if endpoint not in took]
+        reason = failure or "a server does not answer"
+        if not self.config.recovery_copy:
+            self.failure = None if took else f"none took the weights of step {version} ({reason})"
+            return
+        print(f"warning: weights of step {version} go through the disk this time: {reason}", file=sys.stderr)
+        self.folders.wait()
+        self._load(runner, others, flush)
+
+    async def _receivers(self, endpoints: list[Endpoint]) -> list[Receiver]:
+        """The servers that answer, all with the trained model, and over how many ranks each spreads it."""
+        starts = [server.starts for server in self.pool.servers] if self.pool else [0] * len(endpoints)
+
+        async def ask(endpoint: Endpoint, times: int) -> Receiver | None:
+            try:
+                check_model(endpoint.url, await endpoint.model_info(), self.policy.bridge.hf_config)
+                return Receiver(endpoint, await endpoint.tensor_parallel_size(), times)
+            except ServerLostError:
+                return None
+
+        found = await asyncio.gather(*[ask(e, n) for e, n in zip(endpoints, starts, strict=True)])
+        return [receiver for receiver in found if receiver is not None]
+
+    def _load(self, runner: asyncio.Runner, endpoints: list[Endpoint], flush: bool) -> list[str]:
+        """Give servers the current weights from their folder; returns why those did not take them that do not answer.
+
+        They are given them when they are back.
+        """
+        return runner.run(load_everywhere(endpoints, self.weights, self.policy.bridge.hf_config, flush))
+
+    def _published(self, folder: Path, version: int) -> set[Path]:
+        """A folder is complete: servers are started with it from now on; returns those that some are starting with."""
+        if self.pool is None:
+            return set()
+        self.pool.weights = (folder, version)
+        return self.pool.folders_in_use()
 
     def _check_host(self) -> None:
         machines = int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

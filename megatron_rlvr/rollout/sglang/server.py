@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ class Server:
         self.url = f"http://{reachable}:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = False
+        self.model: Path | None = None
         self.began = 0.0
         self.failed_starts = 0
         self.starts = 0
@@ -69,6 +71,7 @@ class Server:
         python = shutil.which(self.config.python or sys.executable)
         if python is None:
             raise UserError(f"rollout.sglang.python={self.config.python} is no program: give the path of a Python")
+        self.ready, self.model, self.began = False, model, time.monotonic()
         command = [python, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(self.port)]
         command += ["--weight-version", str(version), "--skip-tokenizer-init", *command_line(self.arguments)]
         guard = [sys.executable, str(_BOUND_TO_PARENT), str(os.getpid())]
@@ -81,7 +84,6 @@ class Server:
                 env=self.environment,
                 start_new_session=True,
             )
-        self.ready, self.began = False, time.monotonic()
         self.starts += 1
 
     def answers(self, timeout: float) -> bool:
@@ -125,7 +127,7 @@ class ServerPool:
         logs.mkdir(parents=True, exist_ok=True)
         self.servers = [Server(config, dtype, logs / f"server_{i}.log") for i in range(config.servers)]
         self.failure: str | None = None
-        self._steady = threading.Lock()  # held while weights change: a server that loads them may not answer
+        self._steady = threading.RLock()  # held while weights change: a server that loads them may not answer
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="sglang-watcher", daemon=True)
 
@@ -152,14 +154,19 @@ class ServerPool:
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
+        self.failure = self.failure or "the run is over"
         if self._watcher.is_alive():
             self._watcher.join(timeout=self.config.health_timeout_seconds + 5.0)
         for server in self.servers:
             server.kill()
 
-    def changing_weights(self) -> threading.Lock:
-        """Hold this while servers load new weights: no health check then."""
+    def changing_weights(self) -> AbstractContextManager[object]:
+        """Hold this while servers load new weights or have given up their memory: no health check then."""
         return self._steady
+
+    def folders_in_use(self) -> set[Path]:
+        """The folders that servers which are not ready yet read their weights from."""
+        return {server.model for server in self.servers if server.model is not None and not server.ready}
 
     def _wait_until_ready(self, server: Server) -> None:
         while not server.answers(self.config.health_timeout_seconds):

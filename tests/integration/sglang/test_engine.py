@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -21,9 +22,11 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engine import Completion, SamplingPolicy
 from tests.conftest import make_small_model
 
+WAYS = ("disk", "tensor", "distributed")
 TEMPERATURE = 0.8
+STOPS = (*range(8), 108)  # 108 is the model's end of sequence, at which SGLang stops in any case
 PROMPTS = [[3, 4, 5, 105, 9, 106], [7, 8, 9, 10, 105, 50, 106]]
-SAMPLING = SamplingPolicy(samples=6, max_tokens=12, temperature=TEMPERATURE, stop_token_ids=tuple(range(0, 8)))
+SAMPLING = SamplingPolicy(samples=6, max_tokens=12, temperature=TEMPERATURE, stop_token_ids=STOPS)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +44,13 @@ def policy(layout: parallel.Layout, small_model: Path):
 
 
 @pytest.fixture
-def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path):
+def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytest.FixtureRequest):
     """An engine of this test's own on the shared server, which it watches over as if it had started it."""
     from megatron_rlvr.rollout.sglang.engine import SGLangEngine
 
     config = Config(run_directory=str(tmp_path / "run"))
-    config.rollout = RolloutConfig(sglang=dataclasses.replace(sglang, urls=servers.urls))
+    settings = {"bucket_mb": 1, "check_weights": True, **getattr(request, "param", {})}
+    config.rollout = RolloutConfig(sglang=dataclasses.replace(sglang, urls=servers.urls, **settings))
     with ExitStack() as resources:
         engine = SGLangEngine(config, policy, resources)
         engine.pool = servers
@@ -54,12 +58,16 @@ def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path):
     servers.weights = (policy.bridge.path, 0)
 
 
+def _scores(policy, prompts: list[list[int]], completions: list[Completion]) -> torch.Tensor:
+    """Log-probs of completions in the trainer's scoring pass, one after the other."""
+    batch = RolloutBatch.from_completions(prompts, completions, [0.0] * len(completions), padding=109)
+    return policy.score(batch, torch.zeros(len(completions))).logprob
+
+
 def _difference(policy, prompts: list[list[int]], completions: list[Completion]) -> float:
     """The largest distance between the engine's log-probs and those of the trainer's scoring pass."""
-    batch = RolloutBatch.from_completions(prompts, completions, [0.0] * len(completions), padding=109)
-    scores = policy.score(batch, torch.zeros(len(completions)))
     engine = torch.tensor([value for completion in completions for value in completion.logprobs])
-    return (scores.logprob - engine).abs().max().item()
+    return (_scores(policy, prompts, completions) - engine).abs().max().item()
 
 
 def _change(policy, seed: int) -> None:
@@ -69,15 +77,16 @@ def _change(policy, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def test_logprobs_are_the_trainer_s_before_and_after_each_sync(policy, engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [{"weight_sync": way} for way in WAYS], indirect=True, ids=WAYS)
+def test_logprobs_are_the_trainer_s_before_and_after_each_sync(policy, engine, tmp_path: Path, capsys) -> None:
     completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
     assert len(completions) == 12 and {c.weight_version for c in completions} == {0}
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     for completion in completions:
         ids = completion.token_ids
-        assert (ids[-1] < 8) == (completion.finish_reason == "stop") and all(token >= 8 for token in ids[:-1])
+        assert (ids[-1] in STOPS) == (completion.finish_reason == "stop") and not set(ids[:-1]) & set(STOPS)
         assert completion.finish_reason == "stop" or len(ids) == 12
-    assert len({tuple(c.token_ids) for c in completions}) == 12
+    assert len({tuple(c.token_ids) for c in completions}) > 6  # a short one may come twice
     assert _difference(policy, PROMPTS, completions) < 1e-4
     for version in (1, 2):
         _change(policy, seed=version)
@@ -86,7 +95,9 @@ def test_logprobs_are_the_trainer_s_before_and_after_each_sync(policy, engine, t
         completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
         assert {c.weight_version for c in completions} == {version}
         assert _difference(policy, PROMPTS, completions) < 1e-4
+    engine.folders.wait()
     assert [folder.name for folder in (tmp_path / "run" / "sglang" / "weights").iterdir()] == ["step_000002"]
+    assert "through the disk this time" not in capsys.readouterr().err
 
 
 def test_top_k_leaves_logprobs_of_the_whole_vocabulary(policy, engine) -> None:
@@ -119,6 +130,107 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
     assert len(completions) == 384 and {len(c.token_ids) for c in completions} == {40}
     assert {c.weight_version for c in completions} == {7}
     assert _difference(policy, prompts, completions) < 1e-4  # each answer belongs to its prompt, under the new weights
+
+
+@pytest.mark.parametrize(
+    ("engine", "interrupt"),
+    [
+        ({"weight_sync": "tensor"}, "retract"),
+        ({"weight_sync": "disk"}, "in_place"),
+        ({"weight_sync": "tensor"}, "finish"),
+    ],
+    indirect=["engine"],
+    ids=["retract", "in_place", "finish"],
+)
+def test_weights_change_under_completions(interrupt: str, policy, engine, servers) -> None:
+    """Each token has the version that drew it; after a retract all that follows is what the new weights say."""
+    engine.weights.staleness, engine.config.interrupt = 1, interrupt
+    prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(24)]
+    sampling = SamplingPolicy(samples=8, max_tokens=50, temperature=TEMPERATURE)
+    log, found = servers.servers[0].log, []
+    log_end = len(log.read_bytes())
+    thread = threading.Thread(target=lambda: found.extend(engine.generate(prompts, sampling, list(range(192)))))
+    thread.start()
+    deadline = time.monotonic() + 60
+    while b"Decode batch" not in log.read_bytes()[log_end:] and time.monotonic() < deadline:
+        time.sleep(0.005)
+    before = {name: value.clone() for name, value in policy.model.state_dict().items() if value is not None}
+    _change(policy, seed=9)
+    engine.update_weights(1)
+    thread.join(timeout=120)
+    assert len(found) == 192 and {len(c.token_ids) for c in found} == {50}
+    changed = [c for c in found if c.version_spans]
+    if interrupt == "finish":
+        assert not changed and {c.weight_version for c in found} == {0}
+    else:
+        assert changed, "no completion was under way"
+        assert all([version for version, _ in c.version_spans] == [0, 1] for c in changed)
+    sampled = torch.tensor([value for c in found for value in c.logprobs])
+    drawn_by = torch.tensor(
+        [v for c in found for v, n in (c.version_spans or ((c.weight_version, 50),)) for _ in range(n)]
+    )
+    new = _scores(policy, prompts, found)
+    policy.model.load_state_dict(before, strict=False)
+    old = _scores(policy, prompts, found)
+    assert (sampled - old)[drawn_by == 0].abs().max() < 1e-4
+    if interrupt == "retract":
+        assert (sampled - new)[drawn_by == 1].abs().max() < 1e-4
+    assert (sampled - new)[drawn_by == 0].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("engine", [{"weight_sync": "distributed", "update_timeout_seconds": 30.0}], indirect=True)
+def test_broadcast_that_a_server_refuses(policy, engine, capsys) -> None:
+    """A server that has forgotten the group is given the copy on disk, and joins a new group for the next update."""
+    _change(policy, seed=11)
+    engine.update_weights(1)
+    body = {"group_name": engine.transfer.name}
+    assert httpx.post(f"{engine.urls[0]}/destroy_weights_update_group", json=body, timeout=30.0).status_code == 200
+    for version in (2, 3):
+        _change(policy, seed=11 + version)
+        engine.update_weights(version)
+        completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
+        assert {c.weight_version for c in completions} == {version}
+        assert _difference(policy, PROMPTS, completions) < 1e-4
+        assert ("weights of step 2 go through the disk this time" in capsys.readouterr().err) == (version == 2)
+
+
+def test_surplus_is_aborted_at_the_server(engine, servers) -> None:
+    """Ten of forty prompts are enough: the others stop at once, and the server is free again."""
+    prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(40)]
+    done: list[int] = []
+
+    async def finished(index: int, completions: list[Completion]) -> bool:
+        done.append(index)
+        return len(done) >= 10
+
+    sampling = SamplingPolicy(samples=4, max_tokens=50, temperature=TEMPERATURE)
+    engine.config.concurrency = 4 * 15
+    completions = engine.generate(prompts, sampling, list(range(160)), finished)
+    assert 10 <= len(done) <= 15 and len(completions) == 4 * len(done)
+    began = time.monotonic()
+    engine.generate(prompts[:1], sampling, list(range(4)))
+    assert time.monotonic() - began < 5
+    deadline = time.monotonic() + 5
+    while (load := _running(servers.urls[0])) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert load == 0
+
+
+def _running(url: str) -> int:
+    """Requests that a server has running or waiting."""
+    loads = httpx.get(f"{url}/v1/loads?include=core", timeout=10.0).json()["loads"]
+    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+
+def test_memory_is_given_up_and_taken_back(policy, engine) -> None:
+    """On the CPU both calls change nothing but must be answered; weights and log-probs are right afterwards."""
+    engine.config.release_memory = True
+    engine.rest()
+    _change(policy, seed=4)
+    engine.update_weights(3)
+    completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
+    assert {c.weight_version for c in completions} == {3}
+    assert _difference(policy, PROMPTS, completions) < 1e-4
 
 
 def test_context_is_too_short(engine) -> None:

@@ -43,6 +43,30 @@ def test_three_steps(name: str, run_yaml: Path, servers, tmp_path: Path) -> None
     assert (run / "huggingface" / "model.safetensors").is_file()
 
 
+def test_rollouts_ahead_of_training(run_yaml: Path, servers, tmp_path: Path) -> None:
+    """Steps overlap, surplus prompts are dropped, and no token is more than one version old."""
+    settings = [
+        "rollout.engine=sglang",
+        f"rollout.sglang.urls=[{servers.urls[0]}]",
+        "rollout.sglang.weight_sync=tensor",
+    ]
+    settings += ["rollout.max_staleness=1", "algorithm.objective.importance_cap=2.0", "steps=5", "rollout.record=true"]
+    settings += ["rollout.dynamic_sampling=true", "rollout.over_sampling=1.5", "rollout.max_tokens=40"]
+    with servers.changing_weights():
+        run_trainer(run_yaml, *settings, "data.heldout=null")
+    run = tmp_path / "run"
+    metrics = read_metrics(run)
+    assert len(metrics) == 5 and metrics[0]["staleness/mean"] == 0
+    assert all(0 < r["staleness/mean"] <= 1 for r in metrics[1:])
+    assert all(1 <= r["sampling/generated_groups"] < 2 for r in metrics)
+    for step in range(5):
+        files = sorted((run / "rollouts" / f"step_{step:06d}").glob("*.jsonl"))
+        assert len(files) == 8
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        spans = [row.get("version_spans", [[row["weight_version"], len(row["token_ids"])]]) for row in rows]
+        assert {version for span in spans for version, _ in span} <= {max(0, step - 1), step}
+
+
 def test_run_survives_the_death_of_its_only_server(run_yaml: Path, sglang: SGLangConfig, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ["rollout.engine=sglang", f"rollout.sglang.python={sglang.python}", "steps=3", "rollout.record=true"]

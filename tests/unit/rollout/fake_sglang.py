@@ -14,32 +14,36 @@ Reply = tuple[int, Any]
 
 
 class FakeServer:
-    """Answers ``/generate`` with the sum of the prompt, so that a reply tells whose it is."""
+    """Answers each prompt of ``/generate`` with its sum, so that a reply tells whose it is."""
 
     def __init__(self) -> None:
         self.version = "0"
         self.delay = 0.0
         self.healthy = True
+        self.gone = False  # hangs up on every request
         self.answer: Callable[[dict[str, Any]], Reply] = self.completion
         self.prompts: list[list[int]] = []
         self.loads: list[dict[str, Any]] = []
+        self.control: Callable[[str, dict[str, Any]], Reply] = lambda path, body: (404, {})
         self.running = self.most_running = 0
         self.url = ""
         self._lock = threading.Lock()
 
     def completion(self, body: dict[str, Any]) -> Reply:
-        token = sum(body["input_ids"])
-        meta = {"finish_reason": {"type": "length"}, "output_token_logprobs": [[-0.5, token, None]]}
-        return 200, {"output_ids": [token], "meta_info": meta | {"weight_version": self.version}}
+        completions = []
+        for token in map(sum, body["input_ids"]):
+            meta = {"finish_reason": {"type": "length"}, "output_token_logprobs": [[-0.5, token, None]]}
+            completions.append({"output_ids": [token], "meta_info": meta | {"weight_version": self.version}})
+        return 200, completions
 
     def generate(self, body: dict[str, Any]) -> Reply:
         with self._lock:
-            self.prompts.append(body["input_ids"])
-            self.running += 1
+            self.prompts += body["input_ids"]
+            self.running += len(body["input_ids"])
             self.most_running = max(self.most_running, self.running)
         time.sleep(self.delay)
         with self._lock:
-            self.running -= 1
+            self.running -= len(body["input_ids"])
         return self.answer(body)
 
     def load(self, body: dict[str, Any]) -> Reply:
@@ -48,12 +52,20 @@ class FakeServer:
         return 200, {"success": True, "message": ""}
 
     def reply(self, path: str, body: dict[str, Any]) -> Reply:
+        if self.gone:
+            return 0, None
         if path == "/generate":
             return self.generate(body)
         if path == "/update_weights_from_disk":
             return self.load(body)
         if path == "/model_info":
-            return 200, {"weight_version": self.version, "model_type": "qwen2"}
+            return 200, {
+                "weight_version": self.version,
+                "model_type": "qwen2",
+                "architectures": ["Qwen2ForCausalLM"],
+            }
+        if path != "/health_generate":
+            return self.control(path, body)
         while not self.healthy:  # a hung server keeps the connection and says nothing
             time.sleep(0.05)
         return 200, {}

@@ -14,13 +14,16 @@ from fake_sglang import FakeServer, fake_server
 
 from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engine import Completion, SamplingPolicy
-from megatron_rlvr.rollout.sglang.client import Client, Weights, sampling_parameters
+from megatron_rlvr.rollout.engine import Completion, EngineLostError, SamplingPolicy
+from megatron_rlvr.rollout.sglang.client import Client
+from megatron_rlvr.rollout.sglang.endpoint import Endpoint, Weights
+from megatron_rlvr.rollout.sglang.protocol import sampling_parameters
 from megatron_rlvr.rollout.sglang.weights import load_everywhere
 
 CONFIG = SGLangConfig(
-    concurrency=5, start_timeout_seconds=5, request_timeout_seconds=20, health_timeout_seconds=0.5, attempts=3
+    concurrency=10, start_timeout_seconds=5, request_timeout_seconds=20, health_timeout_seconds=0.5, attempts=3
 )
+FOLDER = Path(__file__).parent
 SAMPLING = SamplingPolicy(samples=4, max_tokens=1)
 PROMPTS = [[100 * p, p] for p in range(1, 21)]
 
@@ -41,7 +44,7 @@ def _generate(
     urls: Sequence[str], config: SGLangConfig = CONFIG, version: int = 0, prompts: Sequence[list[int]] = PROMPTS
 ) -> list[Completion]:
     async def ask() -> list[Completion]:
-        async with Client(urls, config, Weights(version, Path("/weights"))) as client:
+        async with Client(urls, config, Weights(version, FOLDER)) as client:
             return await client.generate(prompts, SAMPLING, list(range(len(prompts) * SAMPLING.samples)))
 
     return asyncio.run(ask())
@@ -55,7 +58,7 @@ def _check(completions: list[Completion], version: int = 0) -> None:
 def test_concurrency_is_bounded_and_used(fake: FakeServer) -> None:
     fake.delay = 0.02
     _check(_generate([fake.url]))
-    assert fake.most_running == 5
+    assert fake.most_running == 8  # two prompts of four samples
     assert len(fake.prompts) == 80
 
 
@@ -70,15 +73,15 @@ def test_samples_of_a_prompt_go_to_one_server(fake: FakeServer, other: FakeServe
 def test_server_that_hangs_up_loses_nothing(fake: FakeServer, other: FakeServer) -> None:
     answered: list[int] = []
 
-    def die_after_ten(body: dict[str, Any]) -> tuple[int, Any]:
-        if len(answered) >= 10:
+    def die_after_five(body: dict[str, Any]) -> tuple[int, Any]:
+        if len(answered) >= 5:
             return 0, None
         answered.append(1)
         return fake.completion(body)
 
-    fake.answer = die_after_ten
+    fake.answer = die_after_five
     _check(_generate([fake.url, other.url], dataclasses.replace(CONFIG, attempts=50)))
-    assert len(answered) == 10 and len(other.prompts) >= 70
+    assert len(answered) == 5 and len(other.prompts) >= 60
 
 
 def test_hung_server_is_found_by_its_health(fake: FakeServer, other: FakeServer) -> None:
@@ -97,7 +100,7 @@ def test_completion_that_takes_too_long_is_asked_again(fake: FakeServer) -> None
     slow = [True]
 
     def first_one_slow(body: dict[str, Any]) -> tuple[int, Any]:
-        if body["input_ids"] == PROMPTS[0] and slow:
+        if body["input_ids"][0] == PROMPTS[0] and slow:
             slow.pop()
             time.sleep(3)
         return fake.completion(body)
@@ -106,19 +109,19 @@ def test_completion_that_takes_too_long_is_asked_again(fake: FakeServer) -> None
     began = time.monotonic()
     _check(_generate([fake.url], dataclasses.replace(CONFIG, request_timeout_seconds=1.0)))
     assert time.monotonic() - began < 2.8
-    assert fake.prompts.count(PROMPTS[0]) == 5
+    assert fake.prompts.count(PROMPTS[0]) == 8
 
 
 def test_completion_that_kills_servers_ends_the_run(fake: FakeServer) -> None:
     fake.answer = lambda body: (0, None)
-    with pytest.raises(UserError, match="3 SGLang servers were lost under one completion"):
+    with pytest.raises(UserError, match="3 SGLang servers were lost under one prompt"):
         _generate([fake.url])
 
 
 def test_old_weights_are_replaced_before_anything_is_asked(fake: FakeServer) -> None:
     _check(_generate([fake.url], version=4), version=4)
     assert [load["weight_version"] for load in fake.loads] == ["4"]
-    assert fake.loads[0]["model_path"] == "/weights" and fake.loads[0]["flush_cache"] is True
+    assert fake.loads[0]["model_path"] == str(FOLDER) and fake.loads[0]["flush_cache"] is True
 
 
 def test_server_restarted_behind_our_back_gets_the_weights_again(fake: FakeServer) -> None:
@@ -126,7 +129,7 @@ def test_server_restarted_behind_our_back_gets_the_weights_again(fake: FakeServe
     forgot = []
 
     def forget(body: dict[str, Any]) -> tuple[int, Any]:
-        if len(fake.prompts) == 30 and not forgot:
+        if len(fake.prompts) >= 30 and not forgot:
             forgot.append(1)
             fake.version = "default"
         return fake.completion(body)
@@ -144,7 +147,7 @@ def test_version_that_does_not_take(fake: FakeServer) -> None:
 
 def test_refused_weights(fake: FakeServer) -> None:
     fake.load = lambda body: (400, {"success": False, "message": "no such folder"})  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"did not take the weights in /weights .*no such folder"):
+    with pytest.raises(UserError, match=r"did not take the weights in /.* .*no such folder"):
         _generate([fake.url], version=4)
 
 
@@ -153,8 +156,7 @@ def test_another_model_is_refused_before_it_gets_weights(fake: FakeServer) -> No
         model_type, architectures = "llama", None
 
     async def load() -> list[str]:
-        async with Client([fake.url], CONFIG, Weights(1, Path("/weights"))) as client:
-            return await load_everywhere(client, Trained)
+        return await load_everywhere([Endpoint(fake.url, CONFIG)], Weights(1, FOLDER), Trained, flush=True)
 
     with pytest.raises(UserError, match="model_type=qwen2 instead of llama"):
         asyncio.run(load())
@@ -163,7 +165,7 @@ def test_another_model_is_refused_before_it_gets_weights(fake: FakeServer) -> No
 
 def test_nobody_at_the_address() -> None:
     config = dataclasses.replace(CONFIG, start_timeout_seconds=1.5)
-    with pytest.raises(UserError, match=r"no SGLang server is left: http://127.0.0.1:9: .*ConnectError"):
+    with pytest.raises(EngineLostError, match=r"no SGLang server is left: http://127.0.0.1:9: .*cannot connect"):
         _generate(["http://127.0.0.1:9"], config)
 
 
@@ -174,11 +176,15 @@ GOOD = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-1.0, 5, N
     ("reply", "expected"),
     [
         ((200, "<html>"), "malformed reply"),
-        ((200, {"output_ids": [5]}), "malformed reply .*meta_info"),
-        ((200, {"output_ids": [6], "meta_info": GOOD}), "of other tokens"),
-        ((200, {"output_ids": [5, 5], "meta_info": GOOD}), "2 tokens with log-probs of 1"),
-        ((200, {"output_ids": [5], "meta_info": GOOD | {"finish_reason": {"type": "bored"}}}), "'bored'"),
-        ((200, {"output_ids": [5], "meta_info": GOOD | {"output_token_logprobs": [[float("nan"), 5]]}}), "no number"),
+        ((200, [GOOD]), "malformed reply .*a list of 4 completions"),
+        ((200, [{"output_ids": [5]}] * 4), "malformed reply .*meta_info"),
+        ((200, [{"output_ids": [6], "meta_info": GOOD}] * 4), "of other tokens"),
+        ((200, [{"output_ids": [5, 5], "meta_info": GOOD}] * 4), "2 tokens with log-probs of 1"),
+        ((200, [{"output_ids": [5], "meta_info": GOOD | {"finish_reason": {"type": "bored"}}}] * 4), "'bored'"),
+        (
+            (200, [{"output_ids": [5], "meta_info": GOOD | {"output_token_logprobs": [[float("nan"), 5]]}}] * 4),
+            "no number",
+        ),
         ((400, {"error": {"message": "longer than the context"}}), "status 400: .*longer than the context"),
     ],
 )

@@ -1,0 +1,62 @@
+"""Weights on their way, a bucket at a time: many tensors of one dtype, end to end in one flat buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Bucket:
+    """Whole Hugging Face tensors in one buffer.
+
+    Attributes:
+        flat: uint8 [bytes].
+        dtype: of all of them.
+        names, shapes: of each; they follow each other in `flat` without gaps.
+        last: whether no bucket follows.
+    """
+
+    flat: Tensor
+    dtype: torch.dtype
+    names: list[str] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+    last: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by name, as a view of the buffer."""
+        start = 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            end = start + shape.numel() * self.dtype.itemsize
+            yield name, self.flat[start:end].view(self.dtype).view(shape)
+            start = end
+
+
+def buckets(tensors: Iterable[tuple[str, Tensor]], size: int, allocate: Callable[[int], Tensor]) -> Iterator[Bucket]:
+    """Copy tensors into buckets of at most `size` bytes (a larger tensor has one of its own), in order.
+
+    Args:
+        tensors: by name; a tensor may change once the next is taken.
+        size: bytes of a bucket.
+        allocate: gives a uint8 buffer of so many bytes.
+    """
+    bucket: Bucket | None = None
+    buffer = torch.empty(0, dtype=torch.uint8)
+    used = 0
+    for name, tensor in tensors:
+        if bucket is None or bucket.dtype != tensor.dtype or used + tensor.nbytes > len(buffer):
+            if bucket is not None:
+                bucket.flat = buffer[:used]
+                yield bucket
+            buffer, used = allocate(max(size, tensor.nbytes)), 0
+            bucket = Bucket(buffer, tensor.dtype)
+        buffer[used : used + tensor.nbytes].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+        used += tensor.nbytes
+        bucket.names.append(name)
+        bucket.shapes.append(tensor.shape)
+    if bucket is not None:
+        bucket.flat, bucket.last = buffer[:used], True
+        yield bucket

@@ -1,0 +1,80 @@
+"""Runs that end early: every server gone, an engine that computes another policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_sglang import FakeServer, fake_server
+
+from megatron_rlvr.backend import device
+
+device.install()
+
+from megatron_rlvr.train import main  # noqa: E402
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with fake_server() as server:
+        yield server
+
+
+@pytest.fixture
+def command(fake: FakeServer, run_yaml: Path) -> list[str]:
+    """A run of four steps on a server that always draws one of two tokens."""
+    drawn = [0]
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        completions = []
+        for _ in body["input_ids"]:
+            drawn[0] += 1
+            token = 10 + drawn[0] % 2
+            meta = {"finish_reason": {"type": "length"}, "output_token_logprobs": [[-0.5, token, None]]}
+            completions.append({"output_ids": [token], "meta_info": meta | {"weight_version": fake.version}})
+        return 200, completions
+
+    fake.answer = answer
+    settings = ["steps=4", "data.heldout=null", "checkpoint.export_huggingface=false", "checkpoint.every=0"]
+    engine = ["engine=sglang", f"sglang.urls=[{fake.url}]", "sglang.start_timeout_seconds=1", "mismatch_alarm=0"]
+    return [str(run_yaml), *settings, *[f"rollout.{setting}" for setting in engine]]
+
+
+def _steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_all_servers_gone_leaves_a_checkpoint_and_a_run_that_goes_on(
+    fake: FakeServer, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = fake.answer
+
+    def die(body: dict[str, Any]) -> tuple[int, Any]:
+        if fake.version == "2":
+            fake.gone = True
+            return 0, None
+        return answer(body)
+
+    fake.answer = die
+    assert main(command) == 75
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: no SGLang server is left: http")] == lines[-1:]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_2"
+    assert _steps(tmp_path / "run") == [0, 1]
+    fake.answer, fake.gone = answer, False
+    assert main(command) == 0
+    assert _steps(tmp_path / "run") == [0, 1, 2, 3]
+    assert [load["weight_version"] for load in fake.loads] == ["0", "1", "2", "0", "2", "3", "4"]
+
+
+def test_engine_that_computes_another_policy_stops_the_run(
+    fake: FakeServer, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "rollout.mismatch_alarm=0.1", "rollout.mismatch_patience=2"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("warning: KL(rollout || train) of step 0") == 1
+    assert "error: KL(rollout || train) of step 1 is" in errors and "2th" not in errors
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_1"
