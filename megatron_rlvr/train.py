@@ -58,7 +58,6 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         if examples is not None:
             check_answers(verifier, [e.answer for e in examples[0]])
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
-    checkpoints.check(policy)
     stop = StopSignal()
 
     first = tokens_seen = 0
