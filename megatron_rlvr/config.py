@@ -148,12 +148,15 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    """Ranks that share every sequence of a data-parallel rank."""
     sequence: bool = False
     """Sequence parallelism; needs tensor > 1."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks."""
     microbatch_sequences: int = 0
-    """Sequences in one forward pass of training; 0 takes the minibatch in one."""
+    """Sequences in one forward pass of training, padded to one width; 0 takes the minibatch in one."""
+    microbatch_tokens: int = 0
+    """Tokens in one forward pass of training, its sequences packed without padding; 0 pads them instead."""
     timeout_minutes: float = 30.0
     """Longest wait in a collective before the job fails with an error that names it."""
 
@@ -350,8 +353,16 @@ def check(config: Config) -> None:
     with mendable():
         build_schedule(algorithm.schedule, config.steps)
         build_objective(**algorithm.objective)
-    if parallel.context > 1:
-        raise UserError("parallel.context > 1 is not supported yet: set it to 1")
+    longest = config.data.max_prompt_tokens + rollout.max_tokens
+    if parallel.microbatch_tokens and parallel.microbatch_sequences:
+        raise UserError(
+            "parallel.microbatch_tokens packs sequences, parallel.microbatch_sequences pads them: set one of the two"
+        )
+    if parallel.microbatch_tokens and parallel.microbatch_tokens < longest:
+        raise UserError(
+            f"parallel.microbatch_tokens={parallel.microbatch_tokens} is less than data.max_prompt_tokens + "
+            f"rollout.max_tokens = {longest}: a sequence of that length must fit into a microbatch"
+        )
 
 
 def _check_sglang(sglang: SGLangConfig) -> None:

@@ -80,6 +80,8 @@ class PolicyBridge:
             # megatron-core's own scaling takes the factor alone; a model may have other wavelengths, too.
             frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](self.hf_config, device.device())
             model.rotary_pos_emb.inv_freq = frequencies
+        # Under context parallelism a microbatch says which positions it holds, so the angles of all are asked for.
+        model.rotary_pos_emb.cp_group = None
         for parameter in model.parameters():
             # Gradient norms and exports ask every parameter whether it is split over tensor-parallel ranks.
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

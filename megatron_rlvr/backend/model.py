@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor
@@ -23,6 +24,7 @@ class PolicyModel(GPTModel):
         *,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        packed: PackedSeqParams | None = None,
         hidden_only: bool = False,
     ) -> Tensor:
         """Run this pipeline stage.
@@ -31,18 +33,25 @@ class PolicyModel(GPTModel):
             tokens: int64 [b, s].
             rows: int64 [T], indices into the flattened [s * b] positions (``position * b + sequence``) that get logits;
                 None takes all. Read by the last stage.
-            positions: int64 [b, s] rotary positions; None means 0 .. s-1 for every sequence.
+            positions: int64 [b, s] rotary positions, or [s] of every sequence; None means 0 .. s-1 for every sequence.
             attention_mask: bool [b, 1, s, keys], True hides a key; None is causal.
+            packed: where the packed sequences (b = 1) begin and end; None if padded.
             hidden_only: the last stage returns the final hidden states [T, h] for the fused head instead of logits.
 
         Returns:
             hidden states [s, b, h] before the last stage; on it logits [T, V / tp] or hidden states [T, h].
         """
-        decoder_input, rotary, *_ = self._preprocess(tokens, positions)
+        decoder_input, rotary, *_ = self._preprocess(tokens, positions, packed_seq_params=packed)
         if positions is not None:
             longest = int(positions.max()) + 1
-            rotary = self.rotary_pos_emb(longest)[:, 0, 0][positions].transpose(0, 1).unsqueeze(2)  # [s, b, 1, d]
-        hidden = self.decoder(hidden_states=decoder_input, attention_mask=attention_mask, rotary_pos_emb=rotary)
+            angles = self.rotary_pos_emb(longest)[:, 0, 0][positions]  # [b, s, d] or [s, d]
+            rotary = angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1).unsqueeze(2)
+        hidden = self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary,
+            packed_seq_params=packed,
+        )
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
@@ -72,6 +81,21 @@ class PolicyModel(GPTModel):
             sequence_parallel=False,
             tp_group=self.pg_collection.tp,
         )
+
+
+def packed_sequences(boundaries: Tensor | None, device: torch.device) -> PackedSeqParams | None:
+    """What megatron-core wants to know of packed sequences, from int32 [n + 1] where they begin and end."""
+    if boundaries is None:
+        return None
+    longest = int(boundaries.diff().max())
+    boundaries = boundaries.to(device)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -18,10 +18,11 @@ from torch import Tensor
 from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.backend.head import LOSS_SUMS, Head, MinibatchLoss, TokenScores
 from megatron_rlvr.backend.huggingface import PolicyBridge
-from megatron_rlvr.backend.model import PolicyModel
+from megatron_rlvr.backend.model import PolicyModel, packed_sequences
 from megatron_rlvr.config import Config, OptimizerConfig
 from megatron_rlvr.control import ClipThresholds, SteeringResponse
-from megatron_rlvr.data.batch import Microbatch, RolloutBatch
+from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.microbatch import Cut, Microbatch, microbatch, partition
 from megatron_rlvr.objectives import PolicyObjective
 
 
@@ -46,13 +47,17 @@ class Policy:
 
     def __init__(self, config: Config, layout: parallel.Layout):
         self.layout = layout
-        # Scoring a whole rollout in one pass would move more memory than its minibatches one by one.
-        self.microbatch_sequences = config.parallel.microbatch_sequences or (
-            config.rollout.prompts_per_step
+        self.cut = Cut(
+            # Scoring a whole rollout in one pass would move more memory than its minibatches one by one.
+            sequences=config.parallel.microbatch_sequences
+            or config.rollout.prompts_per_step
             * config.rollout.samples_per_prompt
-            // (config.algorithm.minibatches * layout.data_size)
+            // (config.algorithm.minibatches * layout.data_size),
+            tokens=config.parallel.microbatch_tokens,
+            width_multiple=config.parallel.tensor if config.parallel.sequence else 1,
+            context_size=config.parallel.context,
+            context_rank=parallel_state.get_context_parallel_rank(),
         )
-        self.width_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self.bridge = PolicyBridge(config.model.path, config.model, config.parallel)
         self.model: PolicyModel = self.bridge.build()
         self.bridge.load(self.model)
@@ -86,8 +91,12 @@ class Policy:
         megatron.finalize_model_grads_func = finalize_model_grads
         self._forward_backward = get_forward_backward_func()
         self.head = Head(self.model, config.rollout.temperature, parallel.tensor_group(), config.algorithm.fused_linear)
-        # Of the last stage's tensor-parallel ranks, which all know the same sums, one reports them.
-        self.reports = layout.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+        # Of the last stage's tensor- and context-parallel ranks, which all know the same sums, one reports them.
+        self.reports = (
+            layout.is_last_stage
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
 
     def set_learning_rate(self, value: float) -> None:
         for group in self.optimizer.param_groups:
@@ -134,8 +143,9 @@ class Policy:
             response: of this step's tokens to region steering.
             objective: the token objective.
         """
-        # megatron-core averages gradients over data-parallel ranks; our weights already make the plain sum right.
-        scale = float(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+        # megatron-core averages gradients over data- and context-parallel ranks; our weights already make the plain sum
+        # right. Its schedule multiplies by the context-parallel ones itself.
+        scale = float(self.layout.data_size)
         loss = MinibatchLoss(
             head=self.head,
             batch=batch,
@@ -145,7 +155,7 @@ class Policy:
             thresholds=thresholds,
             response=response,
             objective=objective,
-            gradient_scale=scale,
+            gradient_scale=scale * self.cut.context_size,
             sums=torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=device.device()),
             ratio_max=torch.zeros((), device=device.device()),
         )
@@ -167,13 +177,18 @@ class Policy:
         forward_only: bool,
     ) -> None:
         """Drive megatron-core's schedule over the microbatches of `sequences`; `loss` sees the last stage's output."""
-        parts = list(batch.microbatches(sequences, self.microbatch_sequences, self.width_multiple))
+        parts = [microbatch(batch, members, self.cut) for members in partition(batch, sequences, self.cut)]
+        here = device.device()
 
         def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module):
             part = next(iterator)
             with device.without_shim():
                 output = model(
-                    part.tokens.to(device.device()), part.rows.to(device.device()), hidden_only=self.head.fused
+                    part.tokens.to(here),
+                    part.rows.to(here),
+                    positions=None if part.positions is None else part.positions.to(here),
+                    packed=packed_sequences(part.boundaries, here),
+                    hidden_only=self.head.fused,
                 )
             return output, lambda output: measure(output, part)
 
@@ -188,7 +203,7 @@ class Policy:
             data_iterator=iter(parts),
             model=[self._wrapped],
             num_microbatches=len(parts),
-            seq_length=parts[0].tokens.size(1),
+            seq_length=parts[0].tokens.size(1) * self.cut.context_size,
             micro_batch_size=parts[0].tokens.size(0),
             forward_only=forward_only,
         )

@@ -124,7 +124,9 @@ class RolloutCollector:
         if self.layout.is_leader:
             texts = self.tokenization.decode(completions)
             verdicts = self.verifiers.verify(texts, [e.answer for e in examples for _ in range(samples)])
-        shared = (None if self.engine.collective else completions, verdicts)
+        # Context-parallel ranks hold the same weights: each generates for itself, and the leader's word is taken.
+        known = self.engine.collective and self.config.parallel.context == 1
+        shared = (None if known else completions, verdicts)
         received, verdicts = parallel.share_with_model_peers(shared if self.layout.is_leader else None)
         times = RolloutTimes(generated - began, time.perf_counter() - generated)
         return (completions if received is None else received), texts, verdicts, times

@@ -19,9 +19,18 @@ LAYOUTS = {
     "tp2-sp-fused": (2, ["parallel.tensor=2", "parallel.sequence=true", "algorithm.fused_linear=true"]),
     "pp2": (2, ["parallel.pipeline=2"]),
     "pp2-microbatches": (2, ["parallel.pipeline=2", "parallel.microbatch_sequences=3"]),
+    "dp2-packed": (2, ["parallel.microbatch_tokens=70"]),
+    "pp2-packed-fused": (2, ["parallel.pipeline=2", "parallel.microbatch_tokens=80", "algorithm.fused_linear=true"]),
+    "tp2-sp-packed": (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.microbatch_tokens=90"]),
+    "cp2": (2, ["parallel.context=2"]),
+    "cp2-fused": (2, ["parallel.context=2", "algorithm.fused_linear=true"]),
+    "cp2-packed": (2, ["parallel.context=2", "parallel.microbatch_tokens=100"]),
     "dp2-zero": (2, ["parallel.distributed_optimizer=true"]),
     "tp2-dp2": (4, ["parallel.tensor=2"]),
     "tp2-pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "cp2-tp2-sp": (4, ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]),
+    "cp2-pp2-packed": (4, ["parallel.context=2", "parallel.pipeline=2", "parallel.microbatch_tokens=100"]),
+    "cp2-dp2": (4, ["parallel.context=2", "parallel.microbatch_sequences=3"]),
     "pp2-dp2-zero": (4, ["parallel.pipeline=2", "parallel.distributed_optimizer=true"]),
 }
 # Runs of LAYOUTS that are taken back to the checkpoint of their third step and resumed by two processes.
@@ -30,7 +39,7 @@ RESUMED = {
     "dp2-zero": ["parallel.distributed_optimizer=true"],
     "pp2-dp2-zero": ["parallel.tensor=2", "parallel.distributed_optimizer=true"],
 }
-GENERATING = ("dp2", "tp2", "pp2")
+GENERATING = ("dp2", "tp2", "pp2", "cp2")
 EXACT = ("reward", "tokens", "lr", "clip/upper_intercept", "clip/lower_slope")
 CLOSE = ("loss", "grad_norm", "entropy", "entropy_change/predicted", "entropy_change/measured", "ratio_max")
 
@@ -47,7 +56,7 @@ seed: 1
 run_directory: unset
 threads: 1
 model: {{path: {small_model}}}
-data: {{train: {problems}}}
+data: {{train: {problems}, max_prompt_tokens: 32}}
 verifier: {{name: "tests.rewards:letter_sum"}}
 rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_tokens: 10, temperature: 0.9}}
 algorithm: {{epochs: 2, minibatches: 2, schedule: {{name: increase-then-decrease}}}}
