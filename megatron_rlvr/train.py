@@ -150,7 +150,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
 
     if config.checkpoint.export_huggingface:
         report.phase("exporting")
-        policy.bridge.save(policy.model, directory / "huggingface", write=layout.is_main)
+        policy.bridge.save(policy.parts, directory / "huggingface", write=layout.is_main)
     report.finish()
     return EXIT_DONE
 

@@ -106,7 +106,8 @@ class Checkpoints:
             remedy="set model.path to its model, or choose another run_directory",
         )
         loaded = dist_checkpointing.load(self._sharded_state(policy, loading=True), str(folder))
-        policy.model.load_state_dict(loaded["model"])
+        for number, part in enumerate(policy.parts):
+            part.load_state_dict(loaded[f"model{number}" if number else "model"])
         optimizer_state.load(policy.optimizer, loaded["optimizer"])
         return record
 
@@ -119,8 +120,12 @@ class Checkpoints:
 
     @staticmethod
     def _sharded_state(policy: Policy, loading: bool) -> dict[str, Any]:
-        model = policy.model.sharded_state_dict()
-        return {"model": model, "optimizer": optimizer_state.sharded_state(policy.optimizer, model, loading)}
+        # Of any number of parts, tensors are named by their place in the whole model.
+        model = {
+            f"model{number}" if number else "model": part.sharded_state_dict()
+            for number, part in enumerate(policy.parts)
+        }
+        return model | {"optimizer": optimizer_state.sharded_state(policy.optimizer, model, loading)}
 
 
 def fingerprint(bridge: PolicyBridge) -> dict[str, Any]:
@@ -135,6 +140,8 @@ def fingerprint(bridge: PolicyBridge) -> dict[str, Any]:
         "num_key_value_heads",
         "vocab_size",
         "tie_word_embeddings",
+        "num_experts",
+        "moe_intermediate_size",
     )
     return {name: getattr(config, name, None) for name in names} | {"dtype": str(bridge.dtype)}
 

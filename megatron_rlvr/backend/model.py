@@ -25,6 +25,7 @@ class PolicyModel(GPTModel):
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
         packed: PackedSeqParams | None = None,
+        padding: Tensor | None = None,
         hidden_only: bool = False,
     ) -> Tensor:
         """Run this pipeline stage.
@@ -36,6 +37,7 @@ class PolicyModel(GPTModel):
             positions: int64 [b, s] rotary positions, or [s] of every sequence; None means 0 .. s-1 for every sequence.
             attention_mask: bool [b, 1, s, keys], True hides a key; None is causal.
             packed: where the packed sequences (b = 1) begin and end; None if padded.
+            padding: bool [b, s], tokens that the router of a mixture of experts leaves out of its balance.
             hidden_only: the last stage returns the final hidden states [T, h] for the fused head instead of logits.
 
         Returns:
@@ -51,6 +53,7 @@ class PolicyModel(GPTModel):
             attention_mask=attention_mask,
             rotary_pos_emb=rotary,
             packed_seq_params=packed,
+            padding_mask=self._own_padding(padding),
         )
         if not self.post_process:
             return hidden
@@ -62,6 +65,12 @@ class PolicyModel(GPTModel):
         if rows is not None:
             hidden = hidden.index_select(0, rows)
         return hidden if hidden_only else self.project(hidden)
+
+    def _own_padding(self, padding: Tensor | None) -> Tensor | None:
+        """What sequence parallelism leaves to this rank, [b, s / tp]."""
+        if padding is None or not self.config.sequence_parallel:
+            return padding
+        return padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
 
     def output_weight(self) -> Tensor:
         """The vocabulary projection of this tensor-parallel rank, [V / tp, h]."""

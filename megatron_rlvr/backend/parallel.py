@@ -59,6 +59,12 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
             f"parallel.tensor x parallel.pipeline x parallel.context = {model_size} does not divide the {world_size} "
             f"processes: start a multiple of {model_size} (torchrun --nproc-per-node) or lower one of the three"
         )
+    expert_size = config.expert_tensor * config.expert * config.pipeline
+    if world_size % expert_size:
+        raise UserError(
+            f"parallel.expert_tensor x parallel.expert x parallel.pipeline = {expert_size} does not divide the "
+            f"{world_size} processes: start a multiple of {expert_size} or lower one of the three"
+        )
     device.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -71,11 +77,15 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
     else:
         timeout = datetime.timedelta(minutes=config.timeout_minutes)
         dist.init_process_group(device.collective_backend(), timeout=timeout)
+    device.without_cuda_generators()
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
             context_parallel_size=config.context,
+            expert_model_parallel_size=config.expert,
+            expert_tensor_parallel_size=config.expert_tensor,
             create_gloo_process_groups=False,
         )
         # The inference tracker's fork() and add() do nothing, so no CUDA generator is touched; dropout is off in RLVR.

@@ -22,6 +22,7 @@ class Cut:
         tokens: most tokens of a microbatch, its sequences packed one behind the other; 0 pads instead.
         width_multiple: the width is a multiple of this: sequence parallelism splits it over tensor-parallel ranks.
         context_size, context_rank: of the context-parallel group, which splits every sequence.
+        mark_padding: say which tokens are padding, to a router that balances its experts.
     """
 
     sequences: int = 0
@@ -29,6 +30,7 @@ class Cut:
     width_multiple: int = 1
     context_size: int = 1
     context_rank: int = 0
+    mark_padding: bool = False
 
     @property
     def unit(self) -> int:
@@ -50,6 +52,7 @@ class Microbatch:
         here: int64 [R], the targets that this context-parallel rank predicts; None means all.
         positions: int64 [s], where the tokens stand in their sequences; None means 0 .. s-1.
         boundaries: int32 [n + 1], where the packed sequences begin and end in the whole width; None if padded.
+        padding: bool [b, s], which tokens are none; None unless asked for.
     """
 
     tokens: Tensor
@@ -61,6 +64,7 @@ class Microbatch:
     here: Tensor | None = None
     positions: Tensor | None = None
     boundaries: Tensor | None = None
+    padding: Tensor | None = None
 
 
 def zigzag(boundaries: Sequence[int], size: int, rank: int) -> Tensor:
@@ -121,6 +125,7 @@ def microbatch(batch: RolloutBatch, sequences: Tensor, cut: Cut) -> Microbatch:
         sequences=sequences,
     )
     whole = cut.unit * cut.width_multiple
+    real = position < lengths[:, None]
     if not len(sequences):
         found.tokens = torch.zeros(1, width, dtype=torch.int64)
     if cut.tokens:
@@ -129,12 +134,18 @@ def microbatch(batch: RolloutBatch, sequences: Tensor, cut: Cut) -> Microbatch:
         ends = padded.cumsum(0)
         starts = ends - padded
         found.tokens = torch.zeros(1, int(ends[-1]), dtype=torch.int64)
-        row, column = (position < lengths[:, None]).nonzero(as_tuple=True)
+        row, column = real.nonzero(as_tuple=True)
         found.tokens[0, starts[row] + column] = tokens[row, column]
         found.rows = starts[sequence] + at
         found.boundaries = torch.cat([starts[:1], ends]).int()
     elif found.tokens.size(1) % whole:
         found.tokens = torch.nn.functional.pad(found.tokens, (0, -found.tokens.size(1) % whole))
+    if cut.mark_padding:
+        found.padding = torch.ones_like(found.tokens, dtype=torch.bool)
+        if cut.tokens:
+            found.padding[0, starts[row] + column] = False
+        else:
+            found.padding[: len(real), :width] = ~real
     if cut.context_size > 1:
         _keep_own_part(found, cut)
     return found
@@ -152,4 +163,6 @@ def _keep_own_part(part: Microbatch, cut: Cut) -> None:
     part.here = (local[at] >= 0).nonzero()[:, 0]
     part.rows = (local[at] * count + sequence)[part.here]
     part.tokens = part.tokens[:, own]
+    if part.padding is not None:
+        part.padding = part.padding[:, own]
     part.positions = own if part.boundaries is None else None

@@ -88,12 +88,17 @@ def model_stages(config: Config, world_size: int) -> tuple[ModelShape, torch.dty
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=parallel.tensor,
                 pipeline_model_parallel_size=parallel.pipeline,
+                virtual_pipeline_model_parallel_size=parallel.virtual_pipeline
+                if parallel.virtual_pipeline > 1
+                else None,
                 context_parallel_size=parallel.context,
+                expert_model_parallel_size=parallel.expert,
+                expert_tensor_parallel_size=parallel.expert_tensor,
                 create_gloo_process_groups=False,
             )
             bridge = PolicyBridge(config.model.path, model_config, parallel)
-            model = bridge.build(shapes_only=True)
-            named = list(model.named_parameters())
+            parts = bridge.build(shapes_only=True)
+            named = [(f"{i}.{name}", p) for i, part in enumerate(parts) for name, p in part.named_parameters()]
             split = {n: parallel.tensor if getattr(p, "tensor_model_parallel", False) else 1 for n, p in named}
             # mbridge gathers one megatron tensor: the embedding, or gate and up projection as one.
             largest = max(p.numel() * split[name] for name, p in named)
@@ -101,7 +106,7 @@ def model_stages(config: Config, world_size: int) -> tuple[ModelShape, torch.dty
             stages.append(
                 Stage(
                     index=index,
-                    layers=len(model.decoder.layers),
+                    layers=sum(len(part.decoder.layers) for part in parts),
                     parameters=tuple(p.numel() for _, p in reversed(named)),
                     shared_embedding=shared[0] if shared else 0,
                     largest_tensor=largest,

@@ -25,21 +25,32 @@ LAYOUTS = {
     "cp2": (2, ["parallel.context=2"]),
     "cp2-fused": (2, ["parallel.context=2", "algorithm.fused_linear=true"]),
     "cp2-packed": (2, ["parallel.context=2", "parallel.microbatch_tokens=100"]),
+    "pp2-interleaved": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.microbatch_sequences=3"]),
+    "tp2-sp-recompute": (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.recompute=full"]),
+    "cp2-packed-recompute": (
+        2,
+        ["parallel.context=2", "parallel.microbatch_tokens=100", "parallel.recompute=selective"],
+    ),
     "dp2-zero": (2, ["parallel.distributed_optimizer=true"]),
     "tp2-dp2": (4, ["parallel.tensor=2"]),
     "tp2-pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "cp2-tp2-sp": (4, ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]),
     "cp2-pp2-packed": (4, ["parallel.context=2", "parallel.pipeline=2", "parallel.microbatch_tokens=100"]),
+    "pp2-interleaved-dp2-zero": (
+        4,
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.distributed_optimizer=true"],
+    ),
     "cp2-dp2": (4, ["parallel.context=2", "parallel.microbatch_sequences=3"]),
     "pp2-dp2-zero": (4, ["parallel.pipeline=2", "parallel.distributed_optimizer=true"]),
 }
 # Runs of LAYOUTS that are taken back to the checkpoint of their third step and resumed by two processes.
 RESUMED = {
+    "pp2-interleaved": ["parallel.tensor=2"],
     "tp2-pp2": [],
     "dp2-zero": ["parallel.distributed_optimizer=true"],
     "pp2-dp2-zero": ["parallel.tensor=2", "parallel.distributed_optimizer=true"],
 }
-GENERATING = ("dp2", "tp2", "pp2", "cp2")
+GENERATING = ("dp2", "tp2-sp", "pp2-interleaved", "cp2")
 EXACT = ("reward", "tokens", "lr", "clip/upper_intercept", "clip/lower_slope")
 CLOSE = ("loss", "grad_norm", "entropy", "entropy_change/predicted", "entropy_change/measured", "ratio_max")
 

@@ -29,7 +29,7 @@ class WeightFolders:
         folder = self.root / f"step_{version:06d}"
         if policy.layout.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
-        self.bridge.save(policy.model, folder, write=policy.layout.is_main)
+        self.bridge.save(policy.parts, folder, write=policy.layout.is_main)
         return folder
 
     def keep_only(self, folder: Path) -> None:
