@@ -46,6 +46,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama3-untied": {"model_type": "llama", "rope_parameters": _LLAMA3},
     "llama3-tied": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": _LLAMA3_PUBLISHED},
     "llama-wide-heads": {"model_type": "llama", "head_dim": 24},
+    "qwen2-tied-odd-vocabulary": {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": VOCABULARY + 1},
+    "qwen3-odd-vocabulary": {"model_type": "qwen3", "head_dim": 8, "vocab_size": VOCABULARY + 1},
 }
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3-moe": {
@@ -149,7 +151,7 @@ def reference(folder: Path) -> Measurement:
     """The same by transformers in float64; at ratio 1 the clipped objective's gradient is that of A ln p."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
     weights = single_experts({name: tensor.clone() for name, tensor in model.state_dict().items()})
     model = model.double()
     batch = make_batch()

@@ -99,14 +99,24 @@ def _keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def without_cuda_generators() -> None:
-    """Where there is no GPU, recomputation neither saves nor restores the state of its random numbers."""
+def finish() -> None:
+    """Tell megatron-core, once it is imported, what no function mode can: on a GPU nothing.
+
+    Recomputation saves and restores the state of CUDA's random numbers, of which there are none; and the dispatcher of
+    experts' tokens makes arrays of its counts only on their way from a GPU, but hands them on as if they came from one.
+    """
     if _installed is None:
         return
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
     random._get_cuda_rng_state = lambda *_args, **_kwargs: None
     random._set_cuda_rng_state = lambda *_args, **_kwargs: None
+
+    def as_on_a_gpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = as_on_a_gpu
 
 
 def without_shim() -> AbstractContextManager:

@@ -69,6 +69,7 @@ class Head:
             "temperature": self.temperature,
             "group": self.group,
             "second_moments": second_moments,
+            "vocabulary": self.model.vocabulary,
         }
         if not self.fused:
             return ops.token_statistics(output, targets, **settings)
@@ -142,6 +143,7 @@ class MinibatchLoss:
                 token_weight=weight if steering is None else weight * steering,
                 temperature=self.head.temperature,
                 group=self.head.group,
+                vocabulary=self.head.model.vocabulary,
                 loss_scale=self.gradient_scale,
             )
             loss, logprob, entropy = fused.loss, fused.logprob, fused.entropy

@@ -52,6 +52,9 @@ class PolicyBridge:
         if model.router_aux_loss and not is_mixture(self.hf_config):
             raise UserError(f"model.router_aux_loss={model.router_aux_loss} but {path} has no experts: set it to 0")
         self._bridge = _open(self.hf_config, model, self.dtype, self.spec_name, parallel)
+        # What mbridge pads on the way in and cuts off on the way out.
+        self._bridge.make_vocab_size_divisible_by = parallel.tensor
+        self._bridge.vocab_size, self._bridge.padded_vocab_size = self.vocab_size, self.padded_vocabulary
 
     @property
     def config(self) -> TransformerConfig:
@@ -61,6 +64,12 @@ class PolicyBridge:
     @property
     def vocab_size(self) -> int:
         return self.hf_config.vocab_size
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of the embedding: tensor-parallel ranks hold equal parts of them."""
+        ranks = self.config.tensor_model_parallel_size
+        return -(-self.vocab_size // ranks) * ranks
 
     def build(self, shapes_only: bool = False) -> list[PolicyModel]:
         """This rank's parts of the model on its device, weights not yet loaded: one, or one a virtual pipeline stage.
@@ -76,7 +85,7 @@ class PolicyBridge:
             model = PolicyModel(
                 config=self.config,
                 transformer_layer_spec=layer_spec.layer_spec(self.config, self.spec_name, vp_stage),
-                vocab_size=self.vocab_size,
+                vocab_size=self.padded_vocabulary,
                 max_sequence_length=self.hf_config.max_position_embeddings,
                 pre_process=parallel_state.is_pipeline_first_stage(**where),
                 post_process=parallel_state.is_pipeline_last_stage(**where),
@@ -89,6 +98,7 @@ class PolicyBridge:
             # megatron-core's own scaling takes the factor alone; a model may have other wavelengths, too.
             frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](self.hf_config, device.device())
             model.rotary_pos_emb.inv_freq = frequencies
+        model.vocabulary = self.vocab_size
         # Under context parallelism a microbatch says which positions it holds, so the angles of all are asked for.
         model.rotary_pos_emb.cp_group = None
         for parameter in model.parameters():
@@ -203,7 +213,6 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
     divisible = {
         "attention heads": hf_config.num_attention_heads,
         "key/value heads": hf_config.num_key_value_heads,
-        "vocabulary": hf_config.vocab_size,
     }
     for what, count in divisible.items():
         if count % parallel.tensor:

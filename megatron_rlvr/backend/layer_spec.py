@@ -7,12 +7,17 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlvr.backend import device
 from megatron_rlvr.backend.attention import SDPAttention
 from megatron_rlvr.errors import UserError
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # megatron-core 0.16 defines it where Transformer Engine is installed only, and asks for it everywhere.
+    moe_utils.te_general_gemm = None
 
 
 class RMSNorm(torch.nn.RMSNorm):

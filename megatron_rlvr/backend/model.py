@@ -73,18 +73,21 @@ class PolicyModel(GPTModel):
         return padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
 
     def output_weight(self) -> Tensor:
-        """The vocabulary projection of this tensor-parallel rank, [V / tp, h]."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        """The vocabulary projection of this tensor-parallel rank, [V / tp, h], without the rows that pad it."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        own = self.vocabulary - len(weight) * self.pg_collection.tp.rank()
+        return weight if own >= len(weight) else weight[:own]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits [T, V / tp] of hidden states [T, h]."""
+        weight = self.output_weight()
         return linear_with_grad_accumulation_and_async_allreduce(
             input=hidden,
-            weight=self.output_weight(),
+            weight=weight,
             bias=None,
-            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
+            # A part of the weight has no gradient buffer of its own to be added to.
+            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion and weight.is_leaf,
             # Under sequence parallelism the gather's backward already adds the partial gradients.
             allreduce_dgrad=self.config.tensor_model_parallel_size > 1 and not self.config.sequence_parallel,
             sequence_parallel=False,

@@ -65,6 +65,11 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
             f"parallel.expert_tensor x parallel.expert x parallel.pipeline = {expert_size} does not divide the "
             f"{world_size} processes: start a multiple of {expert_size} or lower one of the three"
         )
+    if config.expert > 1 and config.expert_tensor > 1 and not device.on_gpu():
+        raise UserError(
+            f"parallel.expert={config.expert} with parallel.expert_tensor={config.expert_tensor} needs NCCL, for gloo "
+            "gathers no parts of different sizes: set parallel.expert_tensor=1"
+        )
     device.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -77,7 +82,7 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
     else:
         timeout = datetime.timedelta(minutes=config.timeout_minutes)
         dist.init_process_group(device.collective_backend(), timeout=timeout)
-    device.without_cuda_generators()
+    device.finish()
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class Phases:
     Attributes:
         activations: kept for the backward pass by the microbatches in flight.
         head: logits and what the operators need beside them.
-        cache: key/value cache of generation by the training weights.
+        cache: key/value cache of generation by the training weights; of SGLang servers their weights, which stay there.
         sync: the tensor that an export or a weight update gathers.
     """
 
@@ -53,31 +54,40 @@ class Phases:
     def generation(self) -> int:
         return self.cache + self.sync
 
-    @property
-    def peak(self) -> int:
-        return max(self.update, self.generation)
-
 
 def static_memory(stage: Stage, config: Config, dtype: torch.dtype, data_parallel: int) -> Static:
     """Weights, float32 gradients and Adam's state, as megatron-core allocates them.
 
-    Two float32 moments a parameter and, for bfloat16 weights, a float32 master copy. The distributed optimizer keeps
-    1 / data_parallel of these, and pads its buffers: every parameter to 64 elements, a bucket to lcm(ranks, 128).
+    Two float32 moments a parameter and, for bfloat16 weights, a float32 master copy. The distributed optimizer spreads
+    these over data- and context-parallel ranks, those of experts over the ranks that hold the same ones, and pads its
+    buffers: every parameter to 64 elements, a bucket to lcm(ranks, 128).
     """
+    parallel = config.parallel
+    ranks = data_parallel * parallel.context
+    holders = max(1, ranks * parallel.tensor // (parallel.expert * parallel.expert_tensor))
     states = 8 if dtype == torch.float32 else 12
-    count = stage.count
-    if config.parallel.distributed_optimizer:
-        count = _padded_buffer(stage, data_parallel)
-    shards = data_parallel if config.parallel.distributed_optimizer else 1
-    return Static(weights=count * dtype.itemsize, gradients=count * 4, optimizer=count * states // shards)
+    found = Static(0, 0, 0)
+    for parameters, shards in ((stage.parameters, ranks), (stage.experts, holders)):
+        count = sum(parameters)
+        if not parallel.distributed_optimizer:
+            shards = 1
+        else:
+            count = _padded_buffer(parameters, stage.shared_embedding, shards)
+        found = Static(
+            found.weights + count * dtype.itemsize,
+            found.gradients + count * 4,
+            found.optimizer + count * states // shards,
+        )
+    offloaded = int(found.optimizer * config.optimizer.cpu_offload)
+    return Static(found.weights, found.gradients, found.optimizer - offloaded)
 
 
-def _padded_buffer(stage: Stage, data_parallel: int) -> int:
-    divisor = math.lcm(data_parallel, 128)
+def _padded_buffer(parameters: Sequence[int], shared_embedding: int, ranks: int) -> int:
+    divisor = math.lcm(ranks, 128)
     end = 0
-    for numel in stage.parameters:
+    for numel in parameters:
         end = _round_up(end, 64) + numel
-        if stage.shared_embedding == numel:  # a bucket of its own
+        if shared_embedding == numel:  # a bucket of its own
             end = _round_up(end, divisor)
     return _round_up(end, divisor)
 
@@ -91,13 +101,30 @@ def layer_activation_bytes(shape: ModelShape, tokens: int, config: Config, items
 
     Per token: both residual inputs and their norms' outputs (4 h, split under sequence parallelism), rotated queries,
     keys and values, the attention output with its float32 logsumexp, and gate, up and their product (3 f); queries and
-    keys before their norms where a family has those.
+    keys before their norms where a family has those. A mixture of experts keeps, for every expert of a token, its input
+    and output (2 h) and 3 f of the expert instead, and the router's float32 probabilities; spread evenly over experts.
     """
     tensor = config.parallel.tensor
     sequence = tensor if config.parallel.sequence else 1
     attention = 2 * shape.query + 2 * shape.key_value + (shape.query + shape.key_value if shape.query_norm else 0)
-    split = (attention + 3 * shape.feed_forward) * itemsize + 4 * shape.heads
-    return tokens * (4 * shape.hidden * itemsize // sequence + split // tensor)
+    kept = (4 * shape.hidden * itemsize) // sequence + (attention * itemsize + 4 * shape.heads) // tensor
+    if not shape.experts:
+        return tokens * (kept + 3 * shape.feed_forward * itemsize // tensor)
+    a_choice = (2 * shape.hidden + 3 * shape.expert_feed_forward // config.parallel.expert_tensor) * itemsize
+    # Ranks that split an expert all see the tokens of their group.
+    routed = shape.chosen * a_choice * config.parallel.expert_tensor // sequence
+    return tokens * (kept + routed + 4 * shape.experts // sequence)
+
+
+def layers_in_flight(stage: Stage, config: Config, microbatches: int) -> int:
+    """Layers times microbatches whose activations a stage holds at once, under 1F1B or the interleaved schedule."""
+    parallel = config.parallel
+    parts = parallel.virtual_pipeline
+    if parts == 1:
+        return stage.layers * min(parallel.pipeline - stage.index, microbatches)
+    # Narayanan et al., arXiv 2104.04473: warm-up of 2 (p - rank - 1) + (v - 1) p parts, and the one that is computed.
+    warm = 2 * (parallel.pipeline - stage.index - 1) + (parts - 1) * parallel.pipeline + 1
+    return stage.layers * min(warm, microbatches * parts) // parts
 
 
 def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int, data_parallel: int) -> Phases:
@@ -105,9 +132,13 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
     parallel, rollout = config.parallel, config.rollout
     sequences, microbatches = microbatch(config, data_parallel)
     width = config.data.max_prompt_tokens + rollout.max_tokens
-    tokens, answered = sequences * width, sequences * rollout.max_tokens
-    in_flight = min(parallel.pipeline - stage.index, microbatches)
-    activations = in_flight * stage.layers * layer_activation_bytes(shape, tokens, config, itemsize)
+    whole = parallel.microbatch_tokens or sequences * width
+    tokens, answered = whole // parallel.context, whole * rollout.max_tokens // width // parallel.context
+    layer = layer_activation_bytes(shape, tokens, config, itemsize)
+    a_layer = layer
+    if parallel.recompute == "full":
+        a_layer = tokens * shape.hidden * itemsize // (parallel.tensor if parallel.sequence else 1)
+    activations = layers_in_flight(stage, config, microbatches) * a_layer + (layer if a_layer < layer else 0)
     head = 0
     last = stage.index == parallel.pipeline - 1
     if last:
@@ -119,16 +150,33 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
         else:
             # logits, over which the operator writes their gradient
             head = 2 * hidden + answered * shard * itemsize
+    sync = 2 * stage.largest_tensor * itemsize
+    if rollout.engine == "sglang":
+        return Phases(activations, head, server_weights(shape, config, itemsize), sync)
     cached = min(rollout.local_batch, rollout.prompts_per_step * rollout.samples_per_prompt // data_parallel)
     cache = cached * width * stage.layers * 2 * shape.key_value // parallel.tensor * itemsize
     if last:
         cache += cached * shape.vocabulary * 4
-    return Phases(activations, head, cache, sync=2 * stage.largest_tensor * itemsize)
+    return Phases(activations, head, cache, sync)
+
+
+def server_size(config: Config) -> int:
+    """Tensor-parallel GPUs of one SGLang server."""
+    given = {name.replace("-", "_"): value for name, value in config.rollout.sglang.server.items()}
+    return int(given.get("tensor_parallel_size", given.get("tp_size", given.get("tp", 1))))
+
+
+def server_weights(shape: ModelShape, config: Config, itemsize: int) -> int:
+    """Bytes of the weights of an SGLang server on one of its GPUs; 0 for servers on machines of their own."""
+    return 0 if config.rollout.sglang.urls else shape.parameters * itemsize // server_size(config)
 
 
 def microbatch(config: Config, data_parallel: int) -> tuple[int, int]:
     """Sequences of a microbatch, and microbatches of a minibatch on one data-parallel rank."""
-    rollout = config.rollout
+    rollout, budget = config.rollout, config.parallel.microbatch_tokens
     mine = rollout.prompts_per_step * rollout.samples_per_prompt // (config.algorithm.minibatches * data_parallel)
+    if budget:
+        sequences = max(1, min(mine, budget // (config.data.max_prompt_tokens + rollout.max_tokens)))
+        return sequences, -(-mine // sequences)
     sequences = min(config.parallel.microbatch_sequences or mine, mine)
     return sequences, -(-mine // sequences)

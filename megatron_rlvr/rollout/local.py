@@ -174,9 +174,12 @@ class LocalEngine:
             dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
             return None
         if self.config.tensor_model_parallel_size > 1:
-            shards = [torch.empty_like(output) for _ in range(self.config.tensor_model_parallel_size)]
-            dist.all_gather(shards, output.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-            output = torch.cat(shards, dim=-1)
+            ranks = self.config.tensor_model_parallel_size
+            missing = -(-part.vocabulary // ranks) - output.size(-1)  # of the last shard, if ranks do not divide it
+            output = torch.nn.functional.pad(output, (0, missing))
+            shards = [torch.empty_like(output) for _ in range(ranks)]
+            dist.all_gather(shards, output, group=parallel_state.get_tensor_model_parallel_group())
+            output = torch.cat(shards, dim=-1)[:, : part.vocabulary]
         return output
 
     def _draw(self, logits: Tensor | None, uniform: np.ndarray, sampling: SamplingPolicy) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
-from tests.conftest import run_trainer, run_trainers
+from tests.conftest import make_small_model, run_trainers
 
 LAYOUTS = {
     "dp2": (2, []),
@@ -43,8 +43,14 @@ LAYOUTS = {
     "cp2-dp2": (4, ["parallel.context=2", "parallel.microbatch_sequences=3"]),
     "pp2-dp2-zero": (4, ["parallel.pipeline=2", "parallel.distributed_optimizer=true"]),
 }
+MIXTURES = {
+    "moe-ep2-zero": (2, ["parallel.expert=2", "parallel.distributed_optimizer=true"]),
+    "moe-ep2-packed": (2, ["parallel.expert=2", "parallel.microbatch_tokens=60"]),
+    "moe-tp2-ep2": (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"]),
+}
 # Runs of LAYOUTS that are taken back to the checkpoint of their third step and resumed by two processes.
 RESUMED = {
+    "moe-ep2-zero": ["parallel.pipeline=2", "parallel.distributed_optimizer=true"],
     "pp2-interleaved": ["parallel.tensor=2"],
     "tp2-pp2": [],
     "dp2-zero": ["parallel.distributed_optimizer=true"],
@@ -76,11 +82,23 @@ telemetry: {{tensorboard: false, plots: false}}
 checkpoint: {{every: 3, keep: 9, export_huggingface: false}}
 """
     )
-    run_trainer(config, f"run_directory={folder / 'one'}", "rollout.record=true")
-    replay = ["rollout.engine=recorded", f"rollout.recording={folder / 'one' / 'rollouts'}"]
+    mixture = make_small_model(folder / "mixture", mixture=True)
+    moe = f"model.path={mixture}"
+    firsts = [[config, f"run_directory={folder / 'one'}"], [config, f"run_directory={folder / 'moe-one'}", moe]]
+    run_trainers([[*first, "rollout.record=true"] for first in firsts])
+    replays = {
+        name: [
+            f"run_directory={folder / name}",
+            "rollout.engine=recorded",
+            f"rollout.recording={first}/rollouts",
+            *more,
+        ]
+        for layouts, first, more in ((LAYOUTS, folder / "one", []), (MIXTURES, folder / "moe-one", [moe]))
+        for name in layouts
+    }
     jobs: dict[int, list[list[object]]] = {}
-    for name, (processes, overrides) in LAYOUTS.items():
-        jobs.setdefault(processes, []).append([config, f"run_directory={folder / name}", *replay, *overrides])
+    for name, (processes, overrides) in (LAYOUTS | MIXTURES).items():
+        jobs.setdefault(processes, []).append([config, *replays[name], *overrides])
     for name in GENERATING:
         processes, overrides = LAYOUTS[name]
         directory = f"run_directory={folder / f'{name}-generated'}"
@@ -91,19 +109,19 @@ checkpoint: {{every: 3, keep: 9, export_huggingface: false}}
     for name, overrides in RESUMED.items():
         directory = shutil.copytree(folder / name, folder / f"{name}-resumed")
         shutil.rmtree(directory / "checkpoints" / "step_4")
-        resumed.append([config, f"run_directory={directory}", *replay, *overrides])
+        resumed.append([config, *replays[name], f"run_directory={directory}", *overrides])
     run_trainers(resumed, processes=2)
     return folder
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUTS | MIXTURES)
 def test_layout_equals_one_process(name: str, runs: Path) -> None:
-    agree(runs / "one", runs / name)
+    agree(runs / ("moe-one" if name in MIXTURES else "one"), runs / name)
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_in_another_layout(name: str, runs: Path) -> None:
-    agree(runs / "one", runs / f"{name}-resumed")
+    agree(runs / ("moe-one" if name in MIXTURES else "one"), runs / f"{name}-resumed")
     steps = sorted(p.name for p in (runs / f"{name}-resumed" / "checkpoints").glob("step_*"))
     assert steps == ["step_3", "step_4"]
 
