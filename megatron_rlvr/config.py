@@ -191,6 +191,12 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved. 0 saves at the end only."""
     keep: int = 2
     """Newest checkpoints that stay on disk."""
+    keep_hours: float = 0.0
+    """Of older ones, one for every so many hours stays, too; 0 keeps none."""
+    keep_best: str | None = None
+    """The checkpoint with the largest value of this metric stays, too: ``reward``, ``evaluation/pass@1`` ..."""
+    asynchronous: bool = False
+    """Go on training while a checkpoint is written, from a copy in the host's memory."""
     export_huggingface: bool = True
     """Write the final policy as a Hugging Face folder ``huggingface/``."""
 
@@ -380,6 +386,8 @@ def check(config: Config) -> None:
         )
     if config.model.router_aux_loss < 0:
         raise UserError(f"model.router_aux_loss must not be negative, found {config.model.router_aux_loss}")
+    if config.checkpoint.keep_hours < 0:
+        raise UserError(f"checkpoint.keep_hours must not be negative, found {config.checkpoint.keep_hours}")
     if not 0 <= config.optimizer.cpu_offload <= 1:
         raise UserError(f"optimizer.cpu_offload must lie in [0, 1], not {config.optimizer.cpu_offload}")
     if config.optimizer.cpu_offload and not parallel.distributed_optimizer:

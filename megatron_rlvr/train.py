@@ -57,7 +57,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     for examples in (rollouts.train, rollouts.heldout):
         if examples is not None:
             check_answers(verifier, [e.answer for e in examples[0]])
-    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
     stop = StopSignal()
 
     first = tokens_seen = 0
@@ -69,18 +69,21 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         engine.update_weights(first)
     report = resources.enter_context(Reporter(config, first, active=layout.is_main))
     timer = StepTimer()
+    latest: dict[str, float] = {}
 
     def evaluate(step: int) -> None:
         if rollouts.heldout is not None:
             report.phase("evaluating")
             with timer.part("evaluate"):
-                report.evaluation({"step": step, **rollouts.evaluate()})
+                found = rollouts.evaluate()
+            report.evaluation({"step": step, **found})
+            latest.update({f"evaluation/{name}": value for name, value in found.items()})
 
     def save(step: int) -> None:
         report.phase("saving")
         with timer.part("checkpoint"):
             state = {"schedule": schedule.state_dict(), "objective": objective.state_dict(), "tokens_seen": tokens_seen}
-            checkpoints.save(step, policy, state)
+            checkpoints.save(step, policy, state, latest)
 
     for step in range(first, config.steps):
         if step == 0 or (config.evaluation.every and step % config.evaluation.every == 0):
@@ -142,8 +145,12 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             evaluate(config.steps)
         # The line first: a resume cuts a line too many, but could not make up for one that is missing.
         report.step(record | timer.metrics())
+        latest.update(record)
+        checkpoints.poll()
         if stopping or finished or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
             save(step + 1)
+        if stopping or finished:
+            checkpoints.finish()
         if stopping and not finished:
             report.message(f"stopped by {stop.received or 'another rank'} after step {step}; start again to go on")
             return EXIT_STOPPED

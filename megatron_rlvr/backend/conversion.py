@@ -52,7 +52,7 @@ def to_megatron(bridge: PolicyBridge, target: Path, main: bool, say: Progress, v
         dist_checkpointing.save(
             {"model": model.sharded_state_dict()},
             str(partial),
-            sharded_strategy=DirectSave("torch_dist", 1, thread_count=1),
+            sharded_strategy=DirectSave(),
         )
         if main:
             record = {"step": 0, "model": fingerprint(bridge), "source": str(bridge.path)}
