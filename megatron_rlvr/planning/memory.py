@@ -37,18 +37,20 @@ class Phases:
     Attributes:
         activations: kept for the backward pass by the microbatches in flight.
         head: logits and what the operators need beside them.
+        working: gradients on their way through one feed-forward layer; the head's are gone by then.
         cache: key/value cache of generation by the training weights; of SGLang servers their weights, which stay there.
         sync: the tensor that an export or a weight update gathers.
     """
 
     activations: int
     head: int
+    working: int
     cache: int
     sync: int
 
     @property
     def update(self) -> int:
-        return self.activations + self.head
+        return self.activations + max(self.head, self.working)
 
     @property
     def generation(self) -> int:
@@ -97,23 +99,50 @@ def _round_up(number: int, divisor: int) -> int:
 
 
 def layer_activation_bytes(shape: ModelShape, tokens: int, config: Config, itemsize: int) -> int:
-    """What one layer keeps of one microbatch without recomputation, with fused norms, rotary embedding and attention.
+    """What one layer keeps of one microbatch without recomputation.
 
-    Per token: both residual inputs and their norms' outputs (4 h, split under sequence parallelism), rotated queries,
-    keys and values, the attention output with its float32 logsumexp, and gate, up and their product (3 f); queries and
-    keys before their norms where a family has those. A mixture of experts keeps, for every expert of a token, its input
-    and output (2 h) and 3 f of the expert instead, and the router's float32 probabilities; spread evenly over experts.
+    Per token with Transformer Engine, whose norms, rotary embedding and attention are fused: both residual inputs and
+    their norms' outputs (4 h, split under sequence parallelism), rotated queries, keys and values, the attention output
+    with its float32 logsumexp, and gate, up and their product (3 f); queries and keys before their norms where a family
+    has those. The local layers keep 6 h, 5 f, 3 q and 3 kv, as counted on the CPU. A mixture of experts keeps, for
+    every expert of a token, its input and output (2 h) and 3 f or 5 f of the expert instead, and the router's float32
+    probabilities; spread evenly over experts.
     """
     tensor = config.parallel.tensor
     sequence = tensor if config.parallel.sequence else 1
-    attention = 2 * shape.query + 2 * shape.key_value + (shape.query + shape.key_value if shape.query_norm else 0)
-    kept = (4 * shape.hidden * itemsize) // sequence + (attention * itemsize + 4 * shape.heads) // tensor
+    residual, gated, queries, keys = (6, 5, 3, 3) if is_local(config) else (4, 3, 2, 2)
+    attention = queries * shape.query + keys * shape.key_value
+    if shape.query_norm:
+        attention += shape.query + shape.key_value
+    kept = (residual * shape.hidden * itemsize) // sequence + (attention * itemsize + 4 * shape.heads) // tensor
     if not shape.experts:
-        return tokens * (kept + 3 * shape.feed_forward * itemsize // tensor)
-    a_choice = (2 * shape.hidden + 3 * shape.expert_feed_forward // config.parallel.expert_tensor) * itemsize
+        return tokens * (kept + gated * shape.feed_forward * itemsize // tensor)
+    a_choice = (2 * shape.hidden + gated * shape.expert_feed_forward // config.parallel.expert_tensor) * itemsize
     # Ranks that split an expert all see the tokens of their group.
     routed = shape.chosen * a_choice * config.parallel.expert_tensor // sequence
     return tokens * (kept + routed + 4 * shape.experts // sequence)
+
+
+def working_bytes(shape: ModelShape, tokens: int, config: Config, itemsize: int) -> int:
+    """What the backward pass of one layer needs beside what was kept: the most of two moments of its feed-forward part.
+
+    The gradient of the product has become those of gate and up (2 f a token, and h); or it was just made (f, and 3 h),
+    where the local layers hold the gradient of the weight, f h, too, before it is added to the buffer.
+    """
+    parallel = config.parallel
+    sequence = parallel.tensor if parallel.sequence else 1
+    inner, weight = shape.feed_forward // parallel.tensor, shape.feed_forward // parallel.tensor * shape.hidden
+    if shape.experts:
+        inner = shape.chosen * shape.expert_feed_forward // sequence
+        weight = shape.expert_feed_forward // parallel.expert_tensor * shape.hidden
+    both = tokens * (2 * inner + shape.hidden // sequence)
+    product = tokens * (inner + 3 * shape.hidden // sequence) + (weight if is_local(config) else 0)
+    return max(both, product) * itemsize
+
+
+def is_local(config: Config) -> bool:
+    """Whether layers are megatron-core's own; on a GPU `auto` is Transformer Engine."""
+    return config.model.layer_spec == "local"
 
 
 def layers_in_flight(stage: Stage, config: Config, microbatches: int) -> int:
@@ -139,6 +168,9 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
     if parallel.recompute == "full":
         a_layer = tokens * shape.hidden * itemsize // (parallel.tensor if parallel.sequence else 1)
     activations = layers_in_flight(stage, config, microbatches) * a_layer + (layer if a_layer < layer else 0)
+    if parallel.sequence:  # megatron-core's buffer that split activations are gathered into
+        activations += tokens * shape.hidden * itemsize
+    working = working_bytes(shape, tokens, config, itemsize)
     head = 0
     last = stage.index == parallel.pipeline - 1
     if last:
@@ -146,18 +178,21 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
         hidden = (tokens + answered) * shape.hidden * itemsize  # after the final norm: gathered, and the rows asked for
         if config.algorithm.fused_linear:
             # hidden states and their gradient, one chunk of logits, the weight's gradient in float32
-            head = 2 * hidden + DEFAULT_CHUNK_BYTES + shard * shape.hidden * 4
+            chunk = min(DEFAULT_CHUNK_BYTES, answered * shard * itemsize)
+            head = 2 * hidden + chunk + shard * shape.hidden * 4
         else:
             # logits, over which the operator writes their gradient
             head = 2 * hidden + answered * shard * itemsize
+            if is_local(config):
+                head += shard * shape.hidden * itemsize  # of the weight, before it is added to the buffer
     sync = 2 * stage.largest_tensor * itemsize
     if rollout.engine == "sglang":
-        return Phases(activations, head, server_weights(shape, config, itemsize), sync)
+        return Phases(activations, head, working, server_weights(shape, config, itemsize), sync)
     cached = min(rollout.local_batch, rollout.prompts_per_step * rollout.samples_per_prompt // data_parallel)
     cache = cached * width * stage.layers * 2 * shape.key_value // parallel.tensor * itemsize
     if last:
         cache += cached * shape.vocabulary * 4
-    return Phases(activations, head, cache, sync)
+    return Phases(activations, head, working, cache, sync)
 
 
 def server_size(config: Config) -> int:

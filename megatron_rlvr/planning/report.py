@@ -70,6 +70,7 @@ class Plan:
             "optimizer": static.optimizer,
             "activations": phases.activations,
             "logits and head": phases.head,
+            "gradients of a layer": phases.working,
         }
         if self.config.rollout.engine == "sglang":
             parts["server weights"] = phases.cache
@@ -149,7 +150,7 @@ def describe(plan: Plan) -> str:
         f"layout: {layout_name(plan)}; {microbatches} microbatches of {sequences} sequences of up to "
         f"{width} tokens, {recompute} recomputation, {head} head",
         "",
-        "GiB of a rank    weights  gradients  optimizer | activations   head | "
+        "GiB of a rank    weights  gradients  optimizer | activations   head  working | "
         f"{'  server' if served else 'kv cache'}  gathered | context |    peak",
     ]
     for index, (stage, (static, phases)) in enumerate(zip(plan.stages, plan.memory, strict=True)):
@@ -159,7 +160,8 @@ def describe(plan: Plan) -> str:
             f"{static.gradients / GIB:10.2f}",
             f"{static.optimizer / GIB:10.2f} |",
             f"{phases.activations / GIB:11.2f}",
-            f"{phases.head / GIB:6.2f} |",
+            f"{phases.head / GIB:6.2f}",
+            f"{phases.working / GIB:8.2f} |",
             f"{phases.cache / GIB:8.2f}",
             f"{phases.sync / GIB:9.2f} |",
             f"{CONTEXT_BYTES / GIB:7.2f} |",
@@ -169,7 +171,7 @@ def describe(plan: Plan) -> str:
     available = plan.hardware.memory_bytes / GIB
     verdict = "fits" if plan.fits else "does NOT fit"
     spare = abs(plan.spare_bytes) / GIB
-    turns = "update (activations, head) and generation (cache, gathered tensor) take turns"
+    turns = "update (activations, head or working) and generation (cache, gathered tensor) take turns"
     if served:
         turns = "SGLang servers keep their weights beside the policy; update and gathered tensor take turns"
     lines += [

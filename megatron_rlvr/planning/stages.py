@@ -85,7 +85,7 @@ def model_stages(config: Config, world_size: int) -> tuple[ModelShape, torch.dty
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron_rlvr.backend.huggingface import PolicyBridge
+    from megatron_rlvr.backend.huggingface import PolicyBridge, is_tied
 
     # The job runs on GPUs: what `auto` would be there.
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
@@ -137,6 +137,9 @@ def model_stages(config: Config, world_size: int) -> tuple[ModelShape, torch.dty
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
     megatron = bridge.config
+    total -= (
+        (bridge.padded_vocabulary - bridge.vocab_size) * megatron.hidden_size * (1 if is_tied(bridge.hf_config) else 2)
+    )
     shape = ModelShape(
         layers=megatron.num_layers,
         hidden=megatron.hidden_size,

@@ -46,11 +46,14 @@ LAYOUTS = {
 MIXTURES = {
     "moe-ep2-zero": (2, ["parallel.expert=2", "parallel.distributed_optimizer=true"]),
     "moe-ep2-packed": (2, ["parallel.expert=2", "parallel.microbatch_tokens=60"]),
+    "moe-pp2": (2, ["parallel.pipeline=2"]),
     "moe-tp2-ep2": (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"]),
 }
 # Runs of LAYOUTS that are taken back to the checkpoint of their third step and resumed by two processes.
 RESUMED = {
     "moe-ep2-zero": ["parallel.pipeline=2", "parallel.distributed_optimizer=true"],
+    "moe-ep2-packed": ["parallel.pipeline=2"],
+    "moe-pp2": ["parallel.expert=2"],
     "pp2-interleaved": ["parallel.tensor=2"],
     "tp2-pp2": [],
     "dp2-zero": ["parallel.distributed_optimizer=true"],
