@@ -91,7 +91,8 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
             context_parallel_size=config.context,
             expert_model_parallel_size=config.expert,
             expert_tensor_parallel_size=config.expert_tensor,
-            create_gloo_process_groups=False,
+            # The distributed optimizer's state is gathered over these when it is saved: in the host's memory.
+            create_gloo_process_groups=config.distributed_optimizer,
         )
         # The inference tracker's fork() and add() do nothing, so no CUDA generator is touched; dropout is off in RLVR.
         model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)

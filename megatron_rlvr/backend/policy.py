@@ -95,7 +95,7 @@ class Policy:
                 **_offload(config.optimizer),
             ),
             self._wrapped,
-            use_gloo_process_groups=False,
+            use_gloo_process_groups=config.parallel.distributed_optimizer,
         )
         megatron.grad_scale_func = self.optimizer.scale_loss if half else None
         megatron.finalize_model_grads_func = finalize_model_grads

@@ -195,6 +195,12 @@ def describe(plan: Plan) -> str:
             f"the spare memory of a server holds keys and values of {plan.spare_bytes / a_token:.0f} tokens: "
             f"{plan.spare_bytes / a_token / width:.1f} of the longest sequences"
         )
+    if config.parallel.distributed_optimizer:
+        gathered = 12 * max(stage.count for stage in plan.stages) / GIB
+        lines.append(
+            f"a checkpoint gathers {gathered:.1f} GiB of optimizer state in the host memory of every first "
+            "data-parallel rank, and as much on every rank when it is loaded"
+        )
     if width > shape.positions:
         lines.append(
             f"warning: prompt and response of up to {width} tokens exceed the {shape.positions} positions of the model "

@@ -79,8 +79,9 @@ def step_time(
 ) -> StepTime:
     """Time of a step whose responses have `response_share` of the longest length, every group with a gradient.
 
-    Generation: every token reads the rank's weights and the cache so far; pipeline stages take turns. Scoring is one
-    forward pass, the update three, `epochs` times, stretched by the pipeline's bubble; attention is causal.
+    Generation: a batch ends with its longest response, and each of its steps reads the weights; every token reads the
+    cache so far; pipeline stages take turns. Scoring is one forward pass, the update three, or four with full
+    recomputation, `epochs` times, stretched by the pipeline's bubble; attention is causal.
     """
     parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt / data_parallel
@@ -97,7 +98,7 @@ def step_time(
     weights = max(stage.count for stage in stages) * itemsize
     cache = sequences * (prompt + response / 2) * shape.layers * 2 * shape.key_value * itemsize / model_ranks
     batches = max(1.0, sequences / rollout.local_batch)
-    decode = parallel.pipeline * response * (batches * weights + cache) / memory
+    decode = parallel.pipeline * (rollout.max_tokens * batches * weights + response * cache) / memory
     # enough sequences at once make decoding compute-bound
     generate = max(decode, forward * parallel.pipeline / flops)
     if rollout.engine == "sglang":
@@ -105,7 +106,7 @@ def step_time(
         size = server_size(config)
         served = sequences * size / model_ranks
         cache = served * (prompt + response / 2) * shape.layers * 2 * shape.key_value * itemsize
-        decode = response * (shape.parameters * itemsize + cache) / size / memory
+        decode = (rollout.max_tokens * shape.parameters * itemsize + response * cache) / size / memory
         generate = max(decode, forward / flops)
 
     tensor_rate = hardware.nvlink_rate if parallel.tensor <= gpus_per_node else hardware.network_rate
