@@ -56,8 +56,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     tokenization = Tokenization(config.model.path, policy.bridge.vocab_size)
     engine = build_engine(config, policy, resources)
     rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
-    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
-    checkpoints.check(policy)
+    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
     stop = StopSignal()
 
     first = tokens_seen = 0
@@ -69,19 +68,22 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         engine.update_weights(first)
     report = resources.enter_context(Reporter(config, first, active=layout.is_main))
     timer = StepTimer()
+    latest: dict[str, float] = {}
 
     def evaluate(step: int) -> None:
         if rollouts.heldout is not None:
             report.phase("evaluating")
             with timer.part("evaluate"):
-                if scores := rollouts.evaluate():
-                    report.evaluation({"step": step, **scores})
+                found = rollouts.evaluate()
+            if found:
+                report.evaluation({"step": step, **found})
+                latest.update({f"evaluation/{name}": value for name, value in found.items()})
 
     def save(step: int) -> None:
         report.phase("saving")
         with timer.part("checkpoint"):
             state = {"schedule": schedule.state_dict(), "objective": objective.state_dict(), "tokens_seen": tokens_seen}
-            checkpoints.save(step, policy, state)
+            checkpoints.save(step, policy, state, latest)
         report.saved(step)
 
     for step in range(first, config.steps):
@@ -162,15 +164,19 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             evaluate(config.steps)
         # The line first: a resume cuts a line too many, but could not make up for one that is missing.
         report.step(record | timer.metrics())
+        latest.update(record)
+        checkpoints.poll()
         if stopping or finished or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
             save(step + 1)
+        if stopping or finished:
+            checkpoints.finish()
         if stopping and not finished:
             report.message(f"stopped by {stop.received or 'another rank'} after step {step}; start again to go on")
             return EXIT_STOPPED
 
     if config.checkpoint.export_huggingface:
         report.phase("exporting")
-        policy.bridge.save(policy.model, directory / "huggingface", write=layout.is_main)
+        policy.bridge.save(policy.parts, directory / "huggingface", write=layout.is_main)
     report.finish()
     return EXIT_DONE
 

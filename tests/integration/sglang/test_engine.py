@@ -73,7 +73,7 @@ def _difference(policy, prompts: list[list[int]], completions: list[Completion])
 def _change(policy, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in policy.model.parameters():
+        for parameter in policy.parts[-1].parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
