@@ -130,7 +130,7 @@ def run(names: Sequence[str], seeds: int, steps: int, jobs: int, hours: float) -
             print(f"{'done' if process.returncode == 0 else 'FAILED'}  {label}", flush=True)
             if process.returncode:
                 failed.append(label)
-        if not running and time.monotonic() >= deadline:
+        if waiting and not running and time.monotonic() >= deadline:
             print(f"time limit reached with {len(waiting)} runs left: start the same command again", flush=True)
             break
         time.sleep(0.5)
