@@ -50,7 +50,7 @@ quickstart: $(STAMP)  ## RLVR on Countdown in minutes; ARGS="key=value ..." over
 	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
 	$(BIN)/python -m megatron_rlvr.train examples/quickstart/quickstart.yaml $(ARGS)
 
-study: $(STAMP)  ## every strategy on the quickstart's task, 5 seeds each (about 2 hours), into docs/entropy_study.md
+study: $(STAMP)  ## every strategy on the quickstart's task, 5 seeds each (2 hours, resumable), into docs/entropy_study.md
 	test -f runs/study/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py --output runs/study/data
 	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
 	$(BIN)/python examples/entropy_study/study.py run && $(BIN)/python examples/entropy_study/study.py report

@@ -74,8 +74,8 @@ def measure_rollout(
         "mixed_groups": informative_groups(groups).sum(),
     }
     total = parallel.sum_over_job({k: float(v) for k, v in scored.items()}, contributes=reports)
-    squared = _squares(torch.stack([group_entropy, group_tokens]), batch, reports)
     count = parallel.sum_over_job({k: float(v) for k, v in rolled.items()}, contributes=leader)
+    squared = _squares(torch.stack([group_entropy, group_tokens]), batch, int(count["groups"]), reports)
     largest = float(difference.abs().max()) if reports and len(difference) else 0.0
     tokens = count["tokens"]
     entropy = total["entropy"] / tokens
@@ -99,8 +99,8 @@ def measure_rollout(
     return RolloutMeasure(entropy, standard_error, steering, record)
 
 
-def _squares(groups: Tensor, batch: RolloutBatch, reports: bool) -> dict[str, float]:
-    """Sums over the job of squares and products of its groups' (entropy, tokens), given as [2, P / D]: ee, et, tt.
+def _squares(groups: Tensor, batch: RolloutBatch, count: int, reports: bool) -> dict[str, float]:
+    """Sums of squares and products of the job's ``count`` groups' (entropy, tokens), here [2, P / D]: ee, et, tt.
 
     They are the variances of the sums over groups, but for the mean. Of stratified groups half the squared differences
     of neighbours count, since only what differs within strata is left to chance (successive differences; Wolter,
@@ -109,10 +109,10 @@ def _squares(groups: Tensor, batch: RolloutBatch, reports: bool) -> dict[str, fl
     """
     if batch.strata is None or batch.slots is None:
         return parallel.sum_over_job(_products(groups), contributes=reports)
-    every = torch.zeros(2, len(batch.strata), dtype=torch.float64)
-    every[:, batch.slots] = groups
+    every = torch.zeros(3, count, dtype=torch.float64)
+    every[:, batch.slots] = torch.cat([groups, batch.strata[None]])
     every = parallel.sum_tensor_over_job(every, contributes=reports)
-    steps = every[:, batch.strata.argsort(stable=True)].diff(dim=1)
+    steps = every[:2, every[2].argsort(stable=True)].diff(dim=1)
     return _products(steps * math.sqrt(every.shape[1] / (2 * max(1, steps.shape[1]))))
 
 

@@ -28,7 +28,7 @@ class RolloutBatch:
         group_size: G.
         penalty: float32 [N], added to the rewards before advantages are formed (overlong shaping).
         slots: int64 [N / G], which of the step's P prompts the rank's are; None where prompts were not stratified.
-        strata: float64 [P], the number by which each prompt of the step was stratified; None likewise.
+        strata: float64 [N / G], the number by which each of these prompts was stratified; None likewise.
     """
 
     tokens: Tensor

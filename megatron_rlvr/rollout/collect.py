@@ -114,9 +114,8 @@ class RolloutCollector:
         heads = [prompts[group.example] for group in groups]
         batch = RolloutBatch.from_completions(heads, completions, rewards, self.tokenization.padding)
         if self.sampler.stratified:
-            drawn = self.sampler.indices(step)
             batch.slots = torch.tensor(self.slots)
-            batch.strata = torch.tensor([examples[i].stratum for i in drawn], dtype=torch.float64)
+            batch.strata = torch.tensor([examples[g.example].stratum for g in groups], dtype=torch.float64)
         if rollout.overlong_buffer:
             batch.penalty = overlong_penalty(batch.response_lengths, rollout.max_tokens, rollout.overlong_buffer)
         verify = rolled.verify_seconds if self.engine.collective else 0.0  # else it goes by while others are generated
