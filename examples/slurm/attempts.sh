@@ -7,8 +7,8 @@
 # runs: the ranks finish their step, save, and end with status 75. TERM means that Slurm is ending the job (scancel,
 # preemption, a node that failed) and tells the ranks itself: what they can save until they are killed is saved.
 asked='' interrupted='' step=''
-# Of the job, set by common.sh: for scontrol; which attempt; the first node; why the last step ended.
-job='' restart=0 head='' reason=''
+# Of the job, set by common.sh: for scontrol; which attempt; the first node; how and why training ended.
+job='' restart=0 head='' status='' reason=''
 
 on_usr1() {
     asked=USR1 interrupted=1
@@ -174,12 +174,15 @@ fail() { # STATUS REASON: what the next attempt, or the last, will name
 newest_checkpoint() { cat "$RUN_DIRECTORY/checkpoints/latest" 2> /dev/null || echo "the beginning"; }
 
 stopped() {
-    if [ -n "$asked" ]; then
-        set_tries 0 "$(newest_checkpoint)" # nothing is wrong with the run
-    else
-        echo "$reason" > "$RUN_DIRECTORY/slurm/reason"
-    fi
-    record "stopped (${asked:-$reason}); the newest checkpoint is $(newest_checkpoint)"
+    case $asked:$status in
+        TERM:* | USR1: | USR1:75) # nothing is wrong with the run
+            set_tries 0 "$(newest_checkpoint)"
+            reason=''
+            ;;
+        USR1:*) reason="the time limit came before a step was finished and saved: raise the seconds of --signal" ;;
+    esac
+    [ -z "$reason" ] || echo "$reason" > "$RUN_DIRECTORY/slurm/reason"
+    record "stopped (${asked:-by itself}${reason:+: $reason}); the newest checkpoint is $(newest_checkpoint)"
     if [ "$asked" = TERM ] && [[ $(job_record) != *Reason=TimeLimit* ]]; then
         end_attempt 75 # cancelled, preempted or lost a node: Slurm knows whether there is another attempt
     fi

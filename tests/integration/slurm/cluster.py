@@ -117,7 +117,7 @@ class Cluster:
         text = self.run("scontrol", "show", "job", "-o", job)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait(self, job: str, *states: str, timeout: float = 120) -> dict[str, str]:
+    def wait(self, job: str, *states: str, timeout: float = 300) -> dict[str, str]:
         """Wait until a job is in one of the states; its fields."""
         deadline = time.monotonic() + timeout
         while (found := self.job(job))["JobState"] not in states:
@@ -126,11 +126,11 @@ class Cluster:
             time.sleep(0.1)
         return found
 
-    def finished(self, job: str, timeout: float = 120) -> dict[str, str]:
+    def finished(self, job: str, timeout: float = 500) -> dict[str, str]:
         """Wait until a job has ended for good."""
         return self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=timeout)
 
-    def wait_for_output(self, job: str, pattern: str, count: int = 1, timeout: float = 120) -> None:
+    def wait_for_output(self, job: str, pattern: str, count: int = 1, timeout: float = 300) -> None:
         """Wait until the job's output has so many matches of a regular expression."""
         deadline = time.monotonic() + timeout
         while len(re.findall(pattern, self.output(job))) < count:

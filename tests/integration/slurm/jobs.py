@@ -58,11 +58,11 @@ class Job:
         self.id = self.cluster.submit(self.script, *everything, options=options, **self.variables, **variables)
         return self
 
-    def wait_for_steps(self, steps: int, timeout: float = 120) -> None:
+    def wait_for_steps(self, steps: int, timeout: float = 300) -> None:
         """Wait until the job's attempts have told of so many steps in all."""
         self.cluster.wait_for_output(self.id, r"(?m)^step +\d+/", steps, timeout)
 
-    def finish(self, timeout: float = 200) -> str:
+    def finish(self, timeout: float = 500) -> str:
         """Wait for the end of the job and of its processes; its state."""
         state = self.cluster.finished(self.id, timeout)["JobState"]
         assert not (left := self.cluster.orphans(self.id)), left

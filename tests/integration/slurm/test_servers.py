@@ -6,7 +6,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.integration.slurm.jobs import Job, with_stand_in_servers
+
+pytestmark = pytest.mark.timeout(900)
 
 STEPS = 5
 
