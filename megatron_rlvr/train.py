@@ -146,20 +146,11 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
 
         stopping = parallel.any_rank(stop.received is not None)
         finished = step + 1 == config.steps
-        record = {
-            "step": step,
-            **measured.record,
-            **rolled.metrics,
-            **update_metrics(updates, algorithm.epochs, policy.reports),
-        }
-        predicted = measured.response.predicted(statistics.mean(steering)) / algorithm.minibatches
-        record |= {
-            "entropy_change/predicted": predicted,
-            **thresholds.metrics(),
-            **schedule.metrics(),
-            **objective.metrics(),
-            "lr": rate,
-        }
+        record = {"step": step, **measured.record, **rolled.metrics, "lr": rate}
+        record |= update_metrics(updates, algorithm.epochs, policy.reports)
+        predicted = measured.response.predicted(statistics.mean(steering))
+        record["entropy_change/predicted"] = predicted / algorithm.minibatches
+        record |= thresholds.metrics() | schedule.metrics() | objective.metrics()
         if finished:
             evaluate(config.steps)
         # The line first: a resume cuts a line too many, but could not make up for one that is missing.

@@ -52,6 +52,7 @@ class Server:
         self.environment.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
         if not device.on_gpu():
             defaults |= {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 65536}
+            defaults["sleep_on_idle"] = True  # else an idle server takes a core from the trainer
             self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
         self.environment |= config.environment
         self.arguments = defaults | {name.replace("-", "_"): value for name, value in config.server.items()}

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -21,13 +22,16 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def servers_of(trainer: int) -> list[psutil.Process]:
-    """The first process of every server."""
+    """The first process of every server that listens; one killed three times before it does ends the run by design."""
     found = []
     for process in psutil.Process(trainer).children(recursive=True):
         try:
-            if "sglang.launch_server" in process.cmdline():
+            words = process.cmdline()
+            if "sglang.launch_server" not in words:
+                continue
+            with socket.create_connection(("127.0.0.1", int(words[words.index("--port") + 1])), timeout=1.0):
                 found.append(process)
-        except psutil.Error:
+        except (psutil.Error, OSError):
             continue
     return found
 
@@ -51,6 +55,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "examples" / "quickstart" / "quickstart.yaml")
     parser.add_argument("--python", type=Path, default=ROOT / ".venv-sglang" / "bin" / "python")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--pause", type=float, default=12.0, help="longest time between two kills, in seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--prompts", type=int, default=32)
@@ -72,7 +77,7 @@ def main() -> None:
     began, kills, metrics = time.monotonic(), 0, run / "metrics.jsonl"
     try:
         while trainer.poll() is None and time.monotonic() - began < given.limit:
-            time.sleep(draw.uniform(0.5, 12.0))
+            time.sleep(draw.uniform(0.2, given.pause))
             alive = [] if not metrics.is_file() or trainer.poll() is not None else servers_of(trainer.pid)
             if alive and kills < given.kills:
                 victim = draw.choice(alive)

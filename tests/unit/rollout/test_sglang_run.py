@@ -78,3 +78,29 @@ def test_engine_that_computes_another_policy_stops_the_run(
     assert errors.count("warning: KL(rollout || train) of step 0") == 1
     assert "error: KL(rollout || train) of step 1 is" in errors and "2th" not in errors
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_1"
+
+
+@pytest.mark.parametrize("interrupt", ["retract", "in_place", "finish"])
+def test_rollouts_ahead_of_training(fake: FakeServer, command: list[str], tmp_path: Path, interrupt: str) -> None:
+    """Servers are paused around each update, and no token that is trained on is more than one version old."""
+    asked: list[str] = []
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        asked.append(path if path != "/pause_generation" else f"{path} {body['mode']}")
+        return 200, {"status": "ok"}
+
+    fake.control, fake.delay = control, 0.1
+    settings = ["max_staleness=1", f"sglang.interrupt={interrupt}", "record=true", "sglang.concurrency=8"]
+    settings += ["dynamic_sampling=true", "over_sampling=1.5"]
+    assert main([*command, *[f"rollout.{setting}" for setting in settings]]) == 0
+    run = tmp_path / "run"
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["staleness/mean"] == 0 and max(r["staleness/mean"] for r in metrics) > 0
+    assert all(r["staleness/mean"] <= 1 for r in metrics)
+    for step in range(4):
+        files = sorted((run / "rollouts" / f"step_{step:06d}").glob("*.jsonl"))
+        versions = {json.loads(line)["weight_version"] for file in files for line in file.read_text().splitlines()}
+        assert len(files) == 8 and versions <= {max(0, step - 1), step}
+    pauses = [path for path in asked if path.startswith("/pause")]
+    assert pauses == ([] if interrupt == "finish" else [f"/pause_generation {interrupt}"] * 4)
+    assert asked.count("/continue_generation") >= len(pauses)
