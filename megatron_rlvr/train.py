@@ -57,7 +57,6 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     engine = build_engine(config, policy, resources)
     rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
-    checkpoints.check(policy)
     stop = StopSignal()
 
     first = tokens_seen = 0

@@ -18,10 +18,10 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_torch
 
+from megatron_rlvr.backend import optimizer_state
 from megatron_rlvr.backend.huggingface import PolicyBridge
 from megatron_rlvr.backend.policy import Policy
 from megatron_rlvr.errors import UserError
@@ -60,21 +60,6 @@ class Checkpoints:
 
     folder: Path
     keep: int
-
-    @staticmethod
-    def check(policy: Policy) -> None:
-        """Refuse an optimizer whose state would be read back wrongly.
-
-        Raises:
-            UserError: for the distributed optimizer over torch's Adam, whose step count megatron-core 0.16 loses.
-        """
-        inner = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
-        sharded = [o.optimizer for o in inner if isinstance(o, DistributedOptimizer)]
-        if any(type(o).__module__.startswith("torch.") for o in sharded):
-            raise UserError(
-                "parallel.distributed_optimizer=true needs the Adam of Transformer Engine or of an Apex built from "
-                "source: torch's would resume from a checkpoint with its step count lost; set it false, or install one"
-            )
 
     def save(self, step: int, policy: Policy, state: dict[str, Any]) -> Path:
         """Write the state after `step` steps and drop the oldest beyond `keep`."""
@@ -122,7 +107,7 @@ class Checkpoints:
         )
         loaded = dist_checkpointing.load(self._sharded_state(policy, loading=True), str(folder))
         policy.model.load_state_dict(loaded["model"])
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        optimizer_state.load(policy.optimizer, loaded["optimizer"])
         return record
 
     def steps(self) -> list[int]:
@@ -135,7 +120,7 @@ class Checkpoints:
     @staticmethod
     def _sharded_state(policy: Policy, loading: bool) -> dict[str, Any]:
         model = policy.model.sharded_state_dict()
-        return {"model": model, "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading)}
+        return {"model": model, "optimizer": optimizer_state.sharded_state(policy.optimizer, model, loading)}
 
 
 def fingerprint(bridge: PolicyBridge) -> dict[str, Any]:

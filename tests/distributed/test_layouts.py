@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.telemetry.metrics import read_metrics
+from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
 from tests.conftest import run_trainer, run_trainers
 
 LAYOUTS = {
@@ -18,7 +19,16 @@ LAYOUTS = {
     "tp2-sp-fused": (2, ["parallel.tensor=2", "parallel.sequence=true", "algorithm.fused_linear=true"]),
     "pp2": (2, ["parallel.pipeline=2"]),
     "pp2-microbatches": (2, ["parallel.pipeline=2", "parallel.microbatch_sequences=3"]),
+    "dp2-zero": (2, ["parallel.distributed_optimizer=true"]),
     "tp2-dp2": (4, ["parallel.tensor=2"]),
+    "tp2-pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "pp2-dp2-zero": (4, ["parallel.pipeline=2", "parallel.distributed_optimizer=true"]),
+}
+# Runs of LAYOUTS that are taken back to the checkpoint of their third step and resumed by two processes.
+RESUMED = {
+    "tp2-pp2": [],
+    "dp2-zero": ["parallel.distributed_optimizer=true"],
+    "pp2-dp2-zero": ["parallel.tensor=2", "parallel.distributed_optimizer=true"],
 }
 GENERATING = ("dp2", "tp2", "pp2")
 EXACT = ("reward", "tokens", "lr")
@@ -35,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_model: Path, problems: 
     config = folder / "run.yaml"
     config.write_text(
         f"""
-steps: 3
+steps: 4
 seed: 1
 run_directory: unset
 threads: 1
@@ -46,6 +56,7 @@ rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_tokens: 10, temperatu
 algorithm: {{epochs: 2, minibatches: 2, schedule: {{name: target-entropy}}}}
 optimizer: {{learning_rate: 1.0e-3}}
 telemetry: {{tensorboard: false, plots: false}}
+checkpoint: {{every: 3, keep: 9, export_huggingface: false}}
 """
     )
     run_trainer(config, f"run_directory={folder / 'one'}", "rollout.record=true")
@@ -59,19 +70,42 @@ telemetry: {{tensorboard: false, plots: false}}
         jobs[processes].append([config, directory, "rollout.record=true", "steps=1", *overrides])
     for processes, arguments in jobs.items():
         run_trainers(arguments, processes)
+    resumed = []
+    for name, overrides in RESUMED.items():
+        directory = shutil.copytree(folder / name, folder / f"{name}-resumed")
+        shutil.rmtree(directory / "checkpoints" / "step_4")
+        resumed.append([config, f"run_directory={directory}", *replay, *overrides])
+    run_trainers(resumed, processes=2)
     return folder
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(name: str, runs: Path) -> None:
-    expected, found = read_metrics(runs / "one"), read_metrics(runs / name)
-    assert len(found) == len(expected) == 3
-    for one, other in zip(expected, found, strict=True):
-        assert one["grad_norm"] > 1e-3
-        assert [other[key] for key in EXACT] == [one[key] for key in EXACT]
+    agree(runs / "one", runs / name)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_in_another_layout(name: str, runs: Path) -> None:
+    agree(runs / "one", runs / f"{name}-resumed")
+    steps = sorted(p.name for p in (runs / f"{name}-resumed" / "checkpoints").glob("step_*"))
+    assert steps == ["step_3", "step_4"]
+
+
+def test_resumed_distributed_optimizer_is_bit_equal(runs: Path) -> None:
+    whole, resumed = (read_metrics(runs / name) for name in ("dp2-zero", "dp2-zero-resumed"))
+    assert [deterministic(r) for r in resumed] == [deterministic(r) for r in whole]
+
+
+def agree(one: Path, other: Path) -> None:
+    """The metrics of two runs are the same but for the order of float32 sums."""
+    expected, found = read_metrics(one), read_metrics(other)
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(expected, found, strict=True):
+        assert ours["grad_norm"] > 1e-3
+        assert [theirs[key] for key in EXACT] == [ours[key] for key in EXACT]
         for key in CLOSE:
             # The loss near ratio 1 and the drift of entropies are differences of nearly equal numbers: absolute there.
-            assert other[key] == pytest.approx(one[key], rel=1e-5, abs=2e-6), (one["step"], key)
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-5, abs=2e-6), (ours["step"], key)
 
 
 @pytest.mark.parametrize("name", GENERATING)

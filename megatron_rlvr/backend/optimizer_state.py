@@ -1,0 +1,70 @@
+"""The optimizer's state in a checkpoint, in terms of whole parameters, so that another layout can load it.
+
+megatron-core keeps the state of its distributed optimizer in flat buffers of which every data-parallel rank has a
+slice. Its ``fully_reshardable`` format cuts them into parameters again. Over torch's Adam, which keeps its step count
+beside the moments of each parameter, that format reads wrongly in three places; `prepare` and `load` go around them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of dense and of expert parameters, or the one there is."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether the state is spread over data-parallel ranks."""
+    return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
+
+
+def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> dict[str, Any]:
+    """megatron-core's description of the state, to be saved or to be filled by loading. Collective."""
+    if loading:
+        for part in parts(optimizer):
+            if _over_torch(part):
+                _prepare(part)
+    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=METADATA)
+
+
+def load(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
+    """Take over a loaded state."""
+    chain = parts(optimizer)
+    if not any(_over_torch(part) for part in chain):
+        optimizer.load_state_dict(state)
+        return
+    for part, own in zip(chain, [state] if len(chain) == 1 else [state[key] for key in sorted(state)], strict=True):
+        if not _over_torch(part):
+            part.load_state_dict(own)
+            continue
+        part.load_state_dict({key: value for key, value in own.items() if not key.startswith("param_state")})
+        # The step count came with the parameter groups, as one tensor that all parameters share: every one of them
+        # would advance it. megatron-core's reader of moments takes whatever is there for a moment.
+        steps = {parameter: slot.pop("step") for parameter, slot in part.optimizer.state.items()}
+        part.load_parameter_state_from_fully_reshardable(own["param_state"])
+        for parameter, step in steps.items():
+            part.optimizer.state[parameter]["step"] = step.clone()
+
+
+def _over_torch(part: MegatronOptimizer) -> bool:
+    return isinstance(part, DistributedOptimizer) and type(part.optimizer).__module__.startswith("torch.")
+
+
+def _prepare(part: DistributedOptimizer) -> None:
+    """Give torch's Adam the state that it otherwise has after its first step only."""
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            if not part.optimizer.state[parameter]:
+                part.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
