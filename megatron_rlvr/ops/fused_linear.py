@@ -66,7 +66,7 @@ class _Vocabulary:
 
     def gradient_over(self, logits: Tensor, targets: Tensor, state: Tensor, g: Tensor, h: Tensor) -> None:
         """Write the gradient of a chunk's logits over them."""
-        start = self.shard.rank * logits.shape[1]
+        start = self.shard.start
         torch.ops.megatron_rlvr.logits_gradient_(logits, targets, state, g, h, start, self.inverse_temperature)
 
 
@@ -95,6 +95,7 @@ def fused_linear_statistics(
     second_moments: bool = False,
     sequence_parallel: bool = False,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    vocabulary: int | None = None,
 ) -> TokenStatistics:
     """Log-prob and entropy of softmax(hidden weight^T / temperature), without gradient and without all the logits.
 
@@ -110,6 +111,7 @@ def fused_linear_statistics(
             second_moments=second_moments,
             sequence_parallel=sequence_parallel,
             chunk_bytes=chunk_bytes,
+            vocabulary=vocabulary,
         )
 
 
@@ -123,11 +125,13 @@ def fused_linear_token_statistics(
     second_moments: bool = False,
     sequence_parallel: bool = False,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    vocabulary: int | None = None,
 ) -> TokenStatistics:
     """``token_statistics(hidden @ weight.T, ...)``, differentiable, with the logits of one chunk at a time.
 
     Shapes: ``hidden`` [T, h] ([T/tp, h] under ``sequence_parallel``, consecutive tokens on consecutive ranks),
-    ``weight`` [V/tp, h] of the same type, ``targets`` int64 [T]. ``chunk_bytes`` bounds the logits held at once. The
+    ``weight`` [V/tp, h] of the same type, ``targets`` int64 [T]; ``vocabulary`` as in
+    :func:`token_statistics`. ``chunk_bytes`` bounds the logits held at once. The
     backward pass computes the logits again. The weight's gradient is summed in float32, into ``weight.main_grad`` where
     there is one (Megatron's data-parallel wrapper makes it), and then nothing arrives in ``weight.grad``.
     Communication over ``group``: forward one all-gather of 4 float32 a token for each chunk; backward one all-reduce
@@ -135,11 +139,11 @@ def fused_linear_token_statistics(
     reduce-scatter instead of the all-reduce. Raises ValueError for arguments that do not fit together.
     """
     check_temperature(temperature)
-    shard = VocabShard.of(group)
+    shard = VocabShard.of(group, weight.shape[0], vocabulary)
     check_projection(hidden, weight, targets, shard, sequence_parallel, chunk_bytes)
     targets = targets.contiguous()
-    vocabulary = _Vocabulary(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes)
-    logprob, entropy, moments = _Statistics.apply(hidden, weight, targets, vocabulary, second_moments)
+    softmax = _Vocabulary(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes)
+    logprob, entropy, moments = _Statistics.apply(hidden, weight, targets, softmax, second_moments)
     return TokenStatistics(logprob, entropy, *(moments.unbind(0) if second_moments else (None, None)))
 
 
@@ -198,6 +202,7 @@ def fused_linear_objective(
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    vocabulary: int | None = None,
     loss_scale: float | None = None,
 ) -> FusedObjective:
     """loss = -sum_t w_t (clipped objective_t + entropy_coefficient * entropy_t) with its gradients, chunk by chunk.
@@ -212,21 +217,21 @@ def fused_linear_objective(
     Raises ValueError for arguments that do not fit together, and RuntimeError for a second backward pass.
     """
     check_temperature(temperature)
-    shard = VocabShard.of(group)
+    shard = VocabShard.of(group, weight.shape[0], vocabulary)
     check_projection(hidden, weight, targets, shard, sequence_parallel, chunk_bytes)
     tokens = {"advantage": advantage, "mask": mask, "token_weight": token_weight}
     check_token_tensors(old_logprob, tokens, first="old_logprob")
     if old_logprob.shape != targets.shape:
         raise ValueError(f"old_logprob: must be [T] with T = {targets.shape[0]}, found {list(old_logprob.shape)}")
     targets = targets.contiguous()
-    vocabulary = _Vocabulary(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes)
+    softmax = _Vocabulary(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes)
     loss, objective, logprob, entropy, counts = _Objective.apply(
         hidden,
         weight,
         targets,
         (old_logprob.detach(), advantage.detach(), mask, None if token_weight is None else token_weight.detach()),
         (four_scalars(thresholds), float(entropy_coefficient), loss_scale),
-        vocabulary,
+        softmax,
     )
     return FusedObjective(loss, objective, logprob, entropy, counts[0], counts[1], counts[2:])
 

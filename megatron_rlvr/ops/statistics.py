@@ -40,12 +40,14 @@ def token_statistics(
     group: dist.ProcessGroup | None = None,
     inplace: bool = True,
     second_moments: bool = False,
+    vocabulary: int | None = None,
 ) -> TokenStatistics:
     """Log-prob of each target and entropy of each row's softmax(logits / temperature), exact over the whole vocabulary.
 
     Shapes: ``logits`` [T, V/tp] in float32, bfloat16 or float16, any row stride, unit column stride, read where they
     lie; ``targets`` int64 [T], ids of the whole vocabulary, or -100 for a row without target (log-prob 0). Ranks of the
-    tensor-parallel ``group`` hold equal consecutive shards of the vocabulary; None means that it is not sharded.
+    tensor-parallel ``group`` hold equal consecutive shards of the vocabulary; None means that it is not sharded. Where
+    the ranks do not divide it, ``vocabulary`` is its size and the last shard is shorter than ceil(V/tp).
     Communication: one all-gather of 4 (6 with ``second_moments``) float32 a row in the forward pass, none backward.
 
     Only four numbers a row are saved. With ``inplace`` the backward pass writes the gradient over the logits' own
@@ -60,7 +62,7 @@ def token_statistics(
     """
     _check_arguments(logits, targets, temperature, inplace)
     check_device(logits.device)
-    shard = VocabShard.of(group)
+    shard = VocabShard.of(group, logits.shape[1], vocabulary)
     arguments = (logits, targets.contiguous(), 1.0 / temperature, shard, group, second_moments)
     if torch.compiler.is_compiling():
         logprob, entropy, moments = _traceable(*arguments)
@@ -114,11 +116,10 @@ def statistics_of_shard(
     second_moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob, entropy, row state and second moments, without gradient: two kernels and one all-gather between."""
-    width = logits.shape[1]
-    start, vocabulary = shard.rank * width, shard.count * width
+    start, vocabulary = shard.start, shard.vocabulary
     ops = torch.ops.megatron_rlvr
     partials = ops.row_statistics(logits, targets, start, vocabulary, inverse_temperature, second_moments)
-    gathered = gather_partials(partials, shard, group, width, inverse_temperature)
+    gathered = gather_partials(partials, shard, group, inverse_temperature)
     return ops.combine_statistics(gathered, targets, vocabulary, inverse_temperature)
 
 
@@ -131,14 +132,13 @@ def _traceable(
     second_moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward pass as registered operators only, whose autograd formula torch.compile can trace."""
-    width = logits.shape[1]
-    start = shard.rank * width
+    start = shard.start
     partials = torch.ops.megatron_rlvr.row_statistics(
-        logits.detach(), targets, start, shard.count * width, inverse_temperature, second_moments
+        logits.detach(), targets, start, shard.vocabulary, inverse_temperature, second_moments
     )
-    gathered = gather_partials(partials, shard, group, width, inverse_temperature)
+    gathered = gather_partials(partials, shard, group, inverse_temperature)
     logprob, entropy, _, moments = torch.ops.megatron_rlvr.token_statistics(
-        logits, targets, gathered, start, shard.count * width, inverse_temperature
+        logits, targets, gathered, start, shard.vocabulary, inverse_temperature
     )
     return logprob, entropy, moments
 
@@ -162,7 +162,7 @@ class _TokenStatistics(torch.autograd.Function):
         )
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, targets, state)
-            ctx.vocab_start, ctx.inverse_temperature = shard.rank * logits.shape[1], inverse_temperature
+            ctx.vocab_start, ctx.inverse_temperature = shard.start, inverse_temperature
             ctx.inplace, ctx.consumed = inplace, False
         ctx.mark_non_differentiable(moments)
         return logprob, entropy, moments

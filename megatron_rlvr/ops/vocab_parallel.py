@@ -11,30 +11,50 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which shard of the vocabulary this process holds: shard ``rank`` of ``count`` equal ones."""
+    """Which shard of the vocabulary this process holds: shard ``rank`` of ``count``, each of ``width`` entries.
+
+    The last shard is shorter where ``count`` does not divide the ``vocabulary``.
+    """
 
     rank: int
     count: int
+    width: int
+    vocabulary: int
+
+    @property
+    def start(self) -> int:
+        """The first entry of this shard."""
+        return self.rank * self.width
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None) -> VocabShard:
-        """The shard of this process in a tensor-parallel ``group``; None means that the vocabulary is whole here.
+    def of(cls, group: dist.ProcessGroup | None, entries: int, vocabulary: int | None = None) -> VocabShard:
+        """The shard of ``entries`` of this process in a tensor-parallel ``group``; None: the vocabulary is whole here.
 
-        Raises ValueError when this process is not a member of the group.
+        Raises ValueError when this process is not a member of the group, or its shard of the ``vocabulary`` has not as
+        many entries.
         """
-        if group is None:
-            return cls(0, 1)
-        rank = dist.get_rank(group)
+        rank, count = 0, 1
+        if group is not None:
+            rank, count = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:
             raise ValueError(
                 "group: this process (global rank "
                 f"{dist.get_rank()}) is not one of its members; pass the tensor-parallel group this process belongs to"
             )
-        return cls(rank, dist.get_world_size(group))
+        if vocabulary is None:
+            return cls(rank, count, entries, count * entries)
+        width = -(-vocabulary // count)
+        expected = min(width, vocabulary - rank * width)
+        if entries != expected:
+            raise ValueError(
+                f"vocabulary: shard {rank} of {count} of {vocabulary} entries has {expected}, found {entries}; cut off "
+                "what pads it"
+            )
+        return cls(rank, count, width, vocabulary)
 
 
 def gather_partials(
-    partials: Tensor, shard: VocabShard, group: dist.ProcessGroup | None, width: int, inverse_temperature: float
+    partials: Tensor, shard: VocabShard, group: dist.ProcessGroup | None, inverse_temperature: float
 ) -> Tensor:
     """All shards' partials: float32 [T, K] to [W, T, K].
 
@@ -48,7 +68,7 @@ def gather_partials(
     checked = partials.device.type == "cpu" and not torch.compiler.is_compiling()
     if checked:
         holds = torch.zeros(1, columns)
-        holds[0, 0], holds[0, 1] = width, inverse_temperature
+        holds[0, 0], holds[0, 1] = shard.width, inverse_temperature
         partials = torch.cat([partials, holds])
     gathered = partials.new_empty((shard.count * partials.shape[0], columns))
     dist.all_gather_into_tensor(gathered, partials, group=group)
@@ -66,6 +86,6 @@ def gather_partials(
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum ``tensor`` over the group, in place: one all-reduce."""
-    if VocabShard.of(group).count > 1:
+    if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
     return tensor

@@ -132,10 +132,10 @@ class Thresholds:
     lower: Affine = field(default_factory=lambda: Affine(0.3, -0.13))
 
 
-def check_fused(rank, world, sequence_parallel):
+def check_fused(rank, world, sequence_parallel, vocabulary):
     """The fused forms over shards equal the plain path over the whole vocabulary, gradients included."""
     generator = torch.Generator().manual_seed(world)
-    tokens, width, vocabulary = 32, 16, 240
+    tokens, width = 32, 16
     hidden = torch.randn(tokens, width, generator=generator)
     weight = torch.randn(vocabulary, width, generator=generator) * 0.5
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
@@ -147,8 +147,15 @@ def check_fused(rank, world, sequence_parallel):
     loss = -(clipped.objective + 0.1 * whole.entropy).sum()
     loss.backward()
     rows = slice(rank * tokens // world, (rank + 1) * tokens // world) if sequence_parallel else slice(None)
-    columns = slice(rank * vocabulary // world, (rank + 1) * vocabulary // world)
-    options = {"group": dist.group.WORLD, "sequence_parallel": sequence_parallel, "chunk_bytes": 4 * 240 * 5}
+    entries = -(-vocabulary // world)
+    columns = slice(rank * entries, (rank + 1) * entries)  # the last one may be shorter
+    own = {"group": dist.group.WORLD, "vocabulary": vocabulary}
+    options = {**own, "sequence_parallel": sequence_parallel, "chunk_bytes": 4 * 240 * 5}
+    logits = (hidden @ weight[columns].T).requires_grad_()
+    plain = ops.token_statistics(logits, targets, **own)
+    torch.testing.assert_close(plain.logprob, whole.logprob, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=rf"of {vocabulary + world} entries has \d+, found"):
+        ops.token_statistics(logits, targets, **(own | {"vocabulary": vocabulary + world}))
     for form in ("objective", "statistics"):
         mine, shard = hidden[rows].clone().requires_grad_(), weight[columns].clone().requires_grad_()
         if form == "objective":
@@ -167,9 +174,10 @@ def check_fused(rank, world, sequence_parallel):
             assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max(), form
 
 
+@pytest.mark.parametrize("vocabulary", [240, 237])
 @pytest.mark.parametrize(("world", "sequence_parallel"), [(2, False), (4, False), (2, True), (4, True)])
-def test_fused_forms(world, sequence_parallel):
-    run(check_fused, world, sequence_parallel)
+def test_fused_forms(world, sequence_parallel, vocabulary):
+    run(check_fused, world, sequence_parallel, vocabulary)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
