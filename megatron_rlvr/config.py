@@ -26,6 +26,8 @@ class ModelConfig:
     """``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
     layer_spec: str = "auto"
     """``transformer_engine``, ``local``, or ``auto``: Transformer Engine on a GPU, local layers on the CPU."""
+    router_aux_loss: float = 0.0
+    """Coefficient of the load-balancing loss of a mixture of experts, averaged over microbatches; 0 leaves it out."""
 
 
 @dataclass
@@ -180,19 +182,34 @@ class OptimizerConfig:
     epsilon: float = 1.0e-8
     clip_grad: float = 1.0
     """Largest gradient norm."""
+    cpu_offload: float = 0.0
+    """Share of the optimizer's state that lies in the host's memory, where it is updated, too; on a GPU only."""
 
 
 @dataclass
 class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Parts that every pipeline stage is cut into for the interleaved schedule, which has a smaller bubble."""
     context: int = 1
+    """Ranks that share every sequence of a data-parallel rank."""
+    expert: int = 1
+    """Ranks that share the experts of a layer; out of the tensor, context and data ranks of a pipeline stage."""
+    expert_tensor: int = 1
+    """Ranks that share every expert."""
     sequence: bool = False
     """Sequence parallelism; needs tensor > 1."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks."""
     microbatch_sequences: int = 0
-    """Sequences in one forward pass of training; 0 takes the minibatch in one."""
+    """Sequences in one forward pass of training, padded to one width; 0 takes the minibatch in one."""
+    microbatch_tokens: int = 0
+    """Tokens in one forward pass of training, its sequences packed without padding; 0 pads them instead."""
+    recompute: str = "none"
+    """What the backward pass computes again: ``none``, ``full`` layers, or ``selective``: `recompute_modules`."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """megatron-core's names: core_attn, mlp, layernorm, moe_act, moe; read under ``recompute: selective``."""
     timeout_minutes: float = 30.0
     """Longest wait in a collective before the job fails with an error that names it."""
 
@@ -217,6 +234,12 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved. 0 saves at the end only."""
     keep: int = 2
     """Newest checkpoints that stay on disk."""
+    keep_hours: float = 0.0
+    """Of older ones, one for every so many hours stays, too; 0 keeps none."""
+    keep_best: str | None = None
+    """The checkpoint with the largest value of this metric stays, too: ``reward``, ``evaluation/pass@1`` ..."""
+    asynchronous: bool = False
+    """Go on training while a checkpoint is written, from a copy in the host's memory."""
     export_huggingface: bool = True
     """Write the final policy as a Hugging Face folder ``huggingface/``."""
 
@@ -367,6 +390,9 @@ def check(config: Config) -> None:
         "parallel.tensor": parallel.tensor,
         "parallel.pipeline": parallel.pipeline,
         "parallel.context": parallel.context,
+        "parallel.virtual_pipeline": parallel.virtual_pipeline,
+        "parallel.expert": parallel.expert,
+        "parallel.expert_tensor": parallel.expert_tensor,
         "evaluation.prompts": config.evaluation.prompts,
         "evaluation.samples": config.evaluation.samples,
         "evaluation.temperature": config.evaluation.temperature,
@@ -397,11 +423,40 @@ def check(config: Config) -> None:
     _check_sglang(rollout.sglang)
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1: set it false or raise parallel.tensor")
+    _one_of("parallel.recompute", parallel.recompute, ("none", "selective", "full"))
+    for module in parallel.recompute_modules:
+        _one_of("parallel.recompute_modules", module, ("core_attn", "mlp", "layernorm", "moe_act", "moe"))
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise UserError(
+            "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1: it interleaves the parts of pipeline stages"
+        )
+    if parallel.expert_tensor not in (1, parallel.tensor):
+        raise UserError(
+            f"parallel.expert_tensor={parallel.expert_tensor} must be 1 or parallel.tensor={parallel.tensor}"
+        )
+    if config.model.router_aux_loss < 0:
+        raise UserError(f"model.router_aux_loss must not be negative, found {config.model.router_aux_loss}")
+    if (config.checkpoint.keep_best or "").startswith("evaluation/") and not config.data.heldout:
+        raise UserError(f"checkpoint.keep_best={config.checkpoint.keep_best} needs data.heldout: set it")
+    if config.checkpoint.keep_hours < 0:
+        raise UserError(f"checkpoint.keep_hours must not be negative, found {config.checkpoint.keep_hours}")
+    if not 0 <= config.optimizer.cpu_offload <= 1:
+        raise UserError(f"optimizer.cpu_offload must lie in [0, 1], not {config.optimizer.cpu_offload}")
+    if config.optimizer.cpu_offload and not parallel.distributed_optimizer:
+        raise UserError("optimizer.cpu_offload needs parallel.distributed_optimizer=true: set it, or offload nothing")
     with mendable():
         build_schedule(algorithm.schedule, config.steps)
         build_objective(**algorithm.objective)
-    if parallel.context > 1:
-        raise UserError("parallel.context > 1 is not supported yet: set it to 1")
+    longest = config.data.max_prompt_tokens + rollout.max_tokens
+    if parallel.microbatch_tokens and parallel.microbatch_sequences:
+        raise UserError(
+            "parallel.microbatch_tokens packs sequences, parallel.microbatch_sequences pads them: set one of the two"
+        )
+    if parallel.microbatch_tokens and parallel.microbatch_tokens < longest:
+        raise UserError(
+            f"parallel.microbatch_tokens={parallel.microbatch_tokens} is less than data.max_prompt_tokens + "
+            f"rollout.max_tokens = {longest}: a sequence of that length must fit into a microbatch"
+        )
 
 
 def _check_sampling(rollout: RolloutConfig, evaluation: EvaluationConfig) -> None:

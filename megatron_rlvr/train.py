@@ -56,7 +56,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     tokenization = Tokenization(config.model.path, policy.bridge.vocab_size)
     engine = build_engine(config, policy, resources)
     rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
-    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
     stop = StopSignal()
 
     first = tokens_seen = 0
@@ -67,7 +67,9 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             objective.load_state_dict(state["objective"])
         engine.update_weights(first)
     report = resources.enter_context(Reporter(config, first, active=layout.is_main))
+    checkpoints.tell = report.saved
     timer = StepTimer()
+    latest: dict[str, float] = {}
 
     def evaluate(step: int) -> None:
         if rollouts.heldout is not None:
@@ -75,13 +77,13 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             with timer.part("evaluate"):
                 if scores := rollouts.evaluate():
                     report.evaluation({"step": step, **scores})
+                    latest.update({f"evaluation/{name}": value for name, value in scores.items()})
 
     def save(step: int) -> None:
         report.phase("saving")
         with timer.part("checkpoint"):
             state = {"schedule": schedule.state_dict(), "objective": objective.state_dict(), "tokens_seen": tokens_seen}
-            checkpoints.save(step, policy, state)
-        report.saved(step)
+            checkpoints.save(step, policy, state, latest)
 
     for step in range(first, config.steps):
         if step == 0 or (config.evaluation.every and step % config.evaluation.every == 0):
@@ -92,6 +94,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             batch, rolled = rollouts.collect(step, report.phase)
         except EngineLostError:
             save(step)
+            checkpoints.finish()
             raise
         timer.add("generate", rolled.generate)
         timer.add("verify", rolled.verify)
@@ -105,6 +108,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         measured = measure_rollout(batch, weight, scores, policy.reports, layout.is_leader)
         if problem := rollouts.alarm.observe(step, measured.record):
             save(step)
+            checkpoints.finish()
             raise UserError(problem)
         rate = learning_rate(config.optimizer, step, config.steps)
         schedule.observe(
@@ -161,15 +165,19 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             evaluate(config.steps)
         # The line first: a resume cuts a line too many, but could not make up for one that is missing.
         report.step(record | timer.metrics())
+        latest.update(record)
+        checkpoints.poll()
         if stopping or finished or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
             save(step + 1)
+        if stopping or finished:
+            checkpoints.finish()
         if stopping and not finished:
             report.message(f"stopped by {stop.received or 'another rank'} after step {step}; start again to go on")
             return EXIT_STOPPED
 
     if config.checkpoint.export_huggingface:
         report.phase("exporting")
-        policy.bridge.save(policy.model, directory / "huggingface", write=layout.is_main)
+        policy.bridge.save(policy.parts, directory / "huggingface", write=layout.is_main)
     report.finish()
     return EXIT_DONE
 

@@ -65,17 +65,19 @@ telemetry: {{tensorboard: false, plots: false}}
     return path
 
 
-def make_small_model(folder: Path, seed: int = 0, tied: bool = True, hidden: int = 32) -> Path:
-    """Save a random Qwen2 and the quickstart's tokenizer as a Hugging Face folder."""
+def make_small_model(folder: Path, seed: int = 0, tied: bool = True, hidden: int = 32, mixture: bool = False) -> Path:
+    """Save a random Qwen2, or Qwen3-MoE, and the quickstart's tokenizer as a Hugging Face folder."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
     from make_base_model import TOKEN, VOCABULARY_SIZE, make_tokenizer
 
     make_tokenizer().save_pretrained(folder)
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": hidden, "norm_topk_prob": True}
+    config = AutoConfig.for_model(
+        model_type="qwen3_moe" if mixture else "qwen2",
         vocab_size=VOCABULARY_SIZE,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -86,8 +88,9 @@ def make_small_model(folder: Path, seed: int = 0, tied: bool = True, hidden: int
         tie_word_embeddings=tied,
         eos_token_id=TOKEN["<eos>"],
         pad_token_id=TOKEN["<pad>"],
+        **(experts if mixture else {}),
     )
-    model = Qwen2ForCausalLM(config).float()
+    model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.08)  # biases and norms included: every weight matters

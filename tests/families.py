@@ -1,7 +1,7 @@
 """Small random models of every supported family, and what a policy makes of one: beside transformers in float64.
 
-As a program, under torchrun: ``families.py OUTPUT LAYOUT... -- FOLDER...`` measures every folder in every layout
-(a ParallelConfig as JSON) and saves the measurements as OUTPUT/<layout number>/<folder name>.pt.
+As a program, under torchrun: ``families.py OUTPUT JOB...`` measures every folder of a job, JSON of
+{"name": ..., "layout": fields of ParallelConfig, "folders": [...]}, and saves OUTPUT/<job name>/<folder name>.pt.
 """
 
 from __future__ import annotations
@@ -46,7 +46,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama3-untied": {"model_type": "llama", "rope_parameters": _LLAMA3},
     "llama3-tied": {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": _LLAMA3_PUBLISHED},
     "llama-wide-heads": {"model_type": "llama", "head_dim": 24},
+    "qwen2-tied-odd-vocabulary": {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": VOCABULARY + 1},
+    "qwen3-odd-vocabulary": {"model_type": "qwen3", "head_dim": 8, "vocab_size": VOCABULARY + 1},
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+    }
+}
+ROUTER_AUX_LOSS = 0.02
+MICROBATCH = 3
 
 
 @dataclasses.dataclass
@@ -79,7 +94,7 @@ def make_family(folder: Path, name: str, **changes: Any) -> Path:
         "eos_token_id": 2,
     }
     torch.manual_seed(len(name))
-    config = AutoConfig.for_model(**(settings | FAMILIES[name] | changes))
+    config = AutoConfig.for_model(**(settings | (FAMILIES | MIXTURES)[name] | changes))
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -99,11 +114,12 @@ def make_batch() -> RolloutBatch:
 
 
 def policy_config(folder: Path, layout: ParallelConfig) -> Config:
+    balance = ROUTER_AUX_LOSS if "num_experts" in (folder / "config.json").read_text() else 0.0
     return Config(
-        model=ModelConfig(path=str(folder), dtype="float32", layer_spec="local"),
+        model=ModelConfig(path=str(folder), dtype="float32", layer_spec="local", router_aux_loss=balance),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optimizer=OptimizerConfig(learning_rate=1e-12, clip_grad=1e9),
-        parallel=dataclasses.replace(layout, microbatch_sequences=3),
+        parallel=dataclasses.replace(layout, microbatch_sequences=MICROBATCH),
     )
 
 
@@ -112,19 +128,21 @@ def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tupl
     from megatron_rlvr.backend.policy import Policy
 
     policy = Policy(policy_config(folder, layout), here)
-    weights = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model)}
+    weights = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.parts)}
     batch = make_batch()
     scores = policy.score(batch, ADVANTAGE)
     wide = AffineThreshold(0.2, 0.0)
+    weight = WEIGHT / here.data_size  # every data-parallel rank has the whole batch
     report = policy.update(
-        batch, torch.arange(8), ADVANTAGE, WEIGHT, scores, ClipThresholds(wide, wide), NEUTRAL, build_objective("clip")
+        batch, torch.arange(8), ADVANTAGE, weight, scores, ClipThresholds(wide, wide), NEUTRAL, build_objective("clip")
     )
     with torch.no_grad():
-        kept = [p.clone() for p in policy.model.parameters()]
-        for parameter in policy.model.parameters():
+        parameters = [p for part in policy.parts for p in part.parameters()]
+        kept = [p.clone() for p in parameters]
+        for parameter in parameters:
             parameter.copy_(parameter.main_grad)
-        gradients = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model)}
-        for parameter, value in zip(policy.model.parameters(), kept, strict=True):
+        gradients = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.parts)}
+        for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
     return Measurement(scores.logprob, scores.entropy, report.grad_norm, gradients, weights), policy
 
@@ -133,37 +151,73 @@ def reference(folder: Path) -> Measurement:
     """The same by transformers in float64; at ratio 1 the clipped objective's gradient is that of A ln p."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
+    weights = single_experts({name: tensor.clone() for name, tensor in model.state_dict().items()})
     model = model.double()
     batch = make_batch()
-    taken, entropies = [], []
+    taken, entropies, routed = [], [], []
     for tokens, prompt, response in zip(batch.tokens, batch.prompt_lengths, batch.response_lengths, strict=True):
-        logits = model(tokens[None, : prompt + response]).logits[0, prompt - 1 : -1]
-        logprobs = (logits / TEMPERATURE).log_softmax(-1)
+        output = model(tokens[None, : prompt + response])
+        logprobs = (output.logits[0, prompt - 1 : -1] / TEMPERATURE).log_softmax(-1)
         taken.append(logprobs.gather(1, tokens[prompt : prompt + response, None])[:, 0])
         entropies.append(-(logprobs.exp() * logprobs).sum(1))
+        if hasattr(model.config, "num_experts"):
+            routed.append(model(tokens[None, : prompt + response], output_router_logits=True).router_logits)
     logprob = torch.cat(taken)
     factor = (ADVANTAGE * WEIGHT).double()[batch.sequence_of_token()]
-    (-(factor * logprob).sum()).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    loss = -(factor * logprob).sum()
+    if routed:
+        parts = [routed[i : i + MICROBATCH] for i in range(0, len(routed), MICROBATCH)]
+        loss = loss + ROUTER_AUX_LOSS * sum(map(imbalance, parts)) / len(parts)
+    loss.backward()
+    gradients = single_experts({name: p.grad for name, p in model.named_parameters()})
     norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
     return Measurement(logprob.detach(), torch.cat(entropies).detach(), norm, gradients, weights)
 
 
+def imbalance(sequences: list[tuple[torch.Tensor, ...]], chosen: int = 2) -> torch.Tensor:
+    """Switch Transformer's load-balancing loss (arXiv 2101.03961, equation 4), summed over layers.
+
+    E sum_e f_e P_e with f_e the share of choices that fell on expert e and P_e its mean probability, over all tokens of
+    the sequences, each a tuple of router logits [tokens, E] by layer.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in zip(*sequences, strict=True):
+        probability = torch.cat(layer).softmax(-1)
+        hits = torch.zeros_like(probability).scatter(1, probability.topk(chosen).indices, 1.0)
+        total = total + probability.size(1) * (hits.mean(0) / chosen * probability.mean(0)).sum()
+    return total
+
+
+def single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' stacked experts as the tensors of a model folder."""
+    found = {}
+    for name, tensor in tensors.items():
+        head, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for number, both in enumerate(tensor):
+                for part, half in zip(("gate", "up"), both.chunk(2), strict=True):
+                    found[f"{head}.{number}.{part}_proj.weight"] = half
+        elif last == "down_proj":
+            for number, one in enumerate(tensor):
+                found[f"{head}.{number}.down_proj.weight"] = one
+        else:
+            found[name] = tensor
+    return found
+
+
 def main(arguments: list[str]) -> None:
-    split = arguments.index("--")
-    output, layouts, folders = Path(arguments[0]), arguments[1:split], arguments[split + 1 :]
     torch.set_num_threads(1)
-    for number, text in enumerate(layouts):
+    for number, text in enumerate(arguments[1:]):
+        job = json.loads(text)
         renew(number)
-        layout = ParallelConfig(**json.loads(text))
-        with parallel.parallel_groups(layout, seed=0) as here:
-            for folder in folders:
-                measurement, policy = measure(Path(folder), layout, here)
-                if policy.reports:
-                    (output / str(number)).mkdir(exist_ok=True, parents=True)
-                    torch.save(dataclasses.asdict(measurement), output / str(number) / f"{Path(folder).name}.pt")
+        with parallel.parallel_groups(ParallelConfig(**job["layout"]), seed=0) as here:
+            for folder in map(Path, job["folders"]):
+                measurement, policy = measure(folder, ParallelConfig(**job["layout"]), here)
+                if policy.reports and here.data_rank == 0:
+                    output = Path(arguments[0]) / job["name"]
+                    output.mkdir(exist_ok=True, parents=True)
+                    torch.save(dataclasses.asdict(measurement), output / f"{folder.name}.pt")
 
 
 if __name__ == "__main__":

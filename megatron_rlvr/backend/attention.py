@@ -4,19 +4,28 @@ megatron-core's own `DotProductAttention` materialises the [batch, heads, querie
 grouped queries; this one does neither. It also holds the key/value cache of the local rollout engine, because it is
 the one place that sees keys after the rotary embedding: megatron-core's static cache stores them before it and rotates
 the whole cache again for every new token.
+
+Under context parallelism every rank gathers all keys and values and computes its own queries; on a GPU with Transformer
+Engine its attention does this instead, in the same split.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_rlvr.data.microbatch import zigzag
 
 
 class KeyValueCache:
@@ -48,6 +57,8 @@ class SDPAttention(MegatronModule):
     """softmax(q k^T / sqrt(d)) v on q [s, b, heads, d] and k, v [s, b, key heads, d], giving [s, b, heads * d].
 
     Without a mask attention is causal. A mask is boolean [b, 1, queries, keys], megatron's way round: True hides a key.
+    Packed sequences (thd) come without b, and see themselves only. Under context parallelism s is this rank's part, in
+    the order of `zigzag`; one all-gather of keys and values forward, one reduce-scatter of their gradients backward.
     """
 
     def __init__(
@@ -62,8 +73,6 @@ class SDPAttention(MegatronModule):
         pg_collection: Any = None,
     ):
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise NotImplementedError("SDPAttention does not split a sequence over ranks: set parallel.context to 1")
         if config.attention_dropout:
             raise NotImplementedError("SDPAttention has no dropout: RLVR needs the same probabilities in every pass")
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -79,8 +88,16 @@ class SDPAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        if attention_bias is not None or packed_seq_params is not None:
-            raise NotImplementedError("SDPAttention takes neither an attention bias nor packed (thd) sequences")
+        if attention_bias is not None:
+            raise NotImplementedError("SDPAttention takes no attention bias")
+        if packed_seq_params is not None:
+            boundaries = packed_seq_params.cu_seqlens_q.tolist()
+            return self._segments(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), boundaries).flatten(1)
+        if self.config.context_parallel_size > 1 and self.cache is None:
+            if attention_mask is not None:
+                raise NotImplementedError("under context parallelism SDPAttention is causal and takes no mask")
+            whole = query.size(0) * self.config.context_parallel_size
+            return self._segments(query, key, value, [0, whole]).flatten(2)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.cache is not None:
             k, v = self.cache.append(k, v)
@@ -94,3 +111,39 @@ class SDPAttention(MegatronModule):
             enable_gqa=k.size(1) != q.size(1),
         )
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _segments(self, query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int]) -> Tensor:
+        """Causal attention within each segment of the whole width; all [s, b, heads, d], result too."""
+        size = self.config.context_parallel_size
+        if size > 1:
+            group = parallel_state.get_context_parallel_group()
+            both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=group)
+            held = torch.cat([zigzag(boundaries, size, rank) for rank in range(size)])
+            both = both.index_select(0, held.argsort().to(both.device))
+            key, value = both.split([key.size(-1), value.size(-1)], dim=-1)
+            rank = group.rank()
+        found = []
+        for start, end in pairwise(boundaries):
+            if size == 1:
+                found.append(self._causal(query[start:end], key[start:end], value[start:end]))
+                continue
+            chunk, own = (end - start) // (2 * size), start // size
+            for number in (rank, 2 * size - 1 - rank):
+                seen = slice(start, start + (number + 1) * chunk)
+                found.append(self._causal(query[own : own + chunk], key[seen], value[seen]))
+                own += chunk
+        return torch.cat(found)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of the last queries to all keys before them: [s, b, heads, d]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        queries, keys = q.size(2), k.size(2)
+        mask = None
+        if keys > queries:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        causal = mask is None and queries > 1
+        grouped = k.size(1) != q.size(1)
+        context = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
+        )
+        return context.permute(2, 0, 1, 3)

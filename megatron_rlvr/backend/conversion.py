@@ -37,9 +37,9 @@ def to_megatron(bridge: PolicyBridge, target: Path, main: bool, say: Progress, v
     Raises:
         UserError: when the folder cannot be read, the target not written, or a tensor differs.
     """
-    model = bridge.build()
+    [model] = bridge.build()
     say(f"reading {bridge.path}")
-    bridge.load(model)
+    bridge.load([model])
     partial = target.with_name(target.name + ".partial")
     if main:
         if target.exists():
@@ -52,7 +52,7 @@ def to_megatron(bridge: PolicyBridge, target: Path, main: bool, say: Progress, v
         dist_checkpointing.save(
             {"model": model.sharded_state_dict()},
             str(partial),
-            sharded_strategy=DirectSave("torch_dist", 1, thread_count=1),
+            sharded_strategy=DirectSave(),
         )
         if main:
             record = {"step": 0, "model": fingerprint(bridge), "source": str(bridge.path)}
@@ -66,7 +66,7 @@ def to_megatron(bridge: PolicyBridge, target: Path, main: bool, say: Progress, v
                 parameter.fill_(float("nan"))
         load_weights(bridge, model, partial)
         say("comparing every tensor")
-        compared = compare(bridge.export(model), bridge.path)
+        compared = compare(bridge.export([model]), bridge.path)
     dist.barrier()
     if main:
         partial.rename(target)
@@ -93,16 +93,16 @@ def to_huggingface(
     """
     if target.exists():
         raise UserError(f"{target} exists: remove it or name another output")
-    model = bridge.build()
+    [model] = bridge.build()
     say(f"reading {checkpoint}")
     load_weights(bridge, model, checkpoint)
     say(f"writing {target}")
-    bridge.save(model, target, write=main, shard_bytes=shard_bytes)
+    bridge.save([model], target, write=main, shard_bytes=shard_bytes)
     dist.barrier()
     if not verify:
         return 0
     say("comparing every tensor")
-    return compare(bridge.export(model), target)
+    return compare(bridge.export([model]), target)
 
 
 def load_weights(bridge: PolicyBridge, model: PolicyModel, checkpoint: Path) -> None:

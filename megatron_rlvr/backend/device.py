@@ -37,6 +37,27 @@ class _CudaIsCpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NoStream:
+    """Stands for every stream of a process whose work is done when a call returns."""
+
+    def wait_stream(self, _other: object) -> None:
+        pass
+
+    def record_event(self) -> _NoStream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _NoStream)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_THE_STREAM = _NoStream()
+
+
 def install() -> None:
     """Prepare this process for megatron-core: bind the GPU of the local rank, or read CUDA as the CPU.
 
@@ -56,6 +77,10 @@ def install() -> None:
     _keep_freed_memory()
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
+    # The dispatcher of experts' tokens copies its counts on a stream of its own.
+    torch.cuda.Stream = _NoStream  # type: ignore[misc,assignment]
+    torch.cuda.current_stream = lambda *_args: _THE_STREAM  # type: ignore[assignment]
+    torch.cuda.stream = lambda *_args: nullcontext()  # type: ignore[assignment]
     _installed = _CudaIsCpu()
     _installed.__enter__()
 
@@ -72,6 +97,26 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes; larger tensors are mapped as ever
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def finish() -> None:
+    """Tell megatron-core, once it is imported, what no function mode can: on a GPU nothing.
+
+    Recomputation saves and restores the state of CUDA's random numbers, of which there are none; and the dispatcher of
+    experts' tokens makes arrays of its counts only on their way from a GPU, but hands them on as if they came from one.
+    """
+    if _installed is None:
+        return
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    random._get_cuda_rng_state = lambda *_args, **_kwargs: None
+    random._set_cuda_rng_state = lambda *_args, **_kwargs: None
+
+    def as_on_a_gpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = as_on_a_gpu
 
 
 def without_shim() -> AbstractContextManager:

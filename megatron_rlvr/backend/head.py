@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlvr import ops
+from megatron_rlvr.backend import parallel
 from megatron_rlvr.backend.model import PolicyModel
 from megatron_rlvr.control import ClipThresholds, SteeringResponse
 from megatron_rlvr.control.regions import classify, entropy_change, gradient_norm, steering_weights
-from megatron_rlvr.data.batch import Microbatch, RolloutBatch
+from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.microbatch import Microbatch
 from megatron_rlvr.objectives import PolicyObjective, TokenInputs
 from megatron_rlvr.objectives.tokens import TokenOutputs, beyond_bounds
 
@@ -49,12 +51,25 @@ class Head:
     group: dist.ProcessGroup | None
     fused: bool
 
-    def statistics(self, output: Tensor, targets: Tensor, second_moments: bool = False) -> ops.TokenStatistics:
-        """Differentiable log-probs and entropies, float32 [T]; overwrites logits in the backward pass."""
+    def statistics(self, output: Tensor, part: Microbatch, second_moments: bool = False) -> ops.TokenStatistics:
+        """Differentiable log-probs and entropies, float32 [T]; overwrites logits in the backward pass.
+
+        Collective over the context-parallel group, whose ranks each know the output of some tokens.
+        """
+        targets = part.targets if part.here is None else part.targets[part.here]
+        found = self._own_statistics(output, targets.to(output.device), second_moments)
+        if part.here is None:
+            return found
+        known = [getattr(found, f.name) for f in fields(found)]
+        values = torch.stack([value for value in known if value is not None])
+        return ops.TokenStatistics(*parallel.share_tokens(values, part.here.to(output.device), len(part.targets)))
+
+    def _own_statistics(self, output: Tensor, targets: Tensor, second_moments: bool) -> ops.TokenStatistics:
         settings: dict[str, Any] = {
             "temperature": self.temperature,
             "group": self.group,
             "second_moments": second_moments,
+            "vocabulary": self.model.vocabulary,
         }
         if not self.fused:
             return ops.token_statistics(output, targets, **settings)
@@ -64,7 +79,7 @@ class Head:
     def score(self, output: Tensor, part: Microbatch, advantage: Tensor, scores: TokenScores) -> None:
         """Fill in the scores of a microbatch's tokens; `advantage` is float32 [N]."""
         here = output.device
-        statistics = self.statistics(output, part.targets.to(here), second_moments=True)
+        statistics = self.statistics(output, part, second_moments=True)
         squared, squared_logprob = statistics.sum_squared_prob, statistics.sum_squared_prob_logprob
         assert squared is not None and squared_logprob is not None
         token_advantage = advantage[part.sequences][part.sequence_index].to(here)
@@ -127,7 +142,8 @@ class MinibatchLoss:
         if self.thresholds.steering:
             change = self.scores.entropy_change.to(here)[flat]
             steering = steering_weights(change, self.thresholds.steering, self.response)
-        if self.head.fused and self.objective.is_plain_clip:
+        # Context-parallel ranks share statistics before the loss, so there the loss is not part of the fused operator.
+        if self.head.fused and self.objective.is_plain_clip and part.here is None:
             fused = ops.fused_linear_objective(
                 output,
                 self.head.model.output_weight(),
@@ -138,6 +154,7 @@ class MinibatchLoss:
                 token_weight=weight if steering is None else weight * steering,
                 temperature=self.head.temperature,
                 group=self.head.group,
+                vocabulary=self.head.model.vocabulary,
                 loss_scale=self.gradient_scale,
             )
             loss, logprob, entropy = fused.loss, fused.logprob, fused.entropy
@@ -145,7 +162,7 @@ class MinibatchLoss:
             clipped = beyond_bounds((logprob - old_logprob).exp(), *bounds, advantage)
             outputs = TokenOutputs(fused.objective, *clipped)
         else:
-            statistics = self.head.statistics(output, targets)
+            statistics = self.head.statistics(output, part)
             logprob, entropy = statistics.logprob, statistics.entropy
             outputs = self.objective(
                 TokenInputs(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from megatron_rlvr.backend.model_folder import SHARD_BYTES, tensor_files, write_
 from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.errors import UserError
 
-SUPPORTED = ("qwen2", "qwen3", "llama")
+SUPPORTED = ("qwen2", "qwen3", "llama", "qwen3_moe")
 """Families that the tests hold to transformers; mbridge knows more."""
 
 
@@ -48,7 +49,12 @@ class PolicyBridge:
         check_layout(self.hf_config, parallel)
         self.dtype = resolve_dtype(model.dtype)
         self.spec_name = layer_spec.resolve(model.layer_spec)
-        self._bridge = _open(self.hf_config, self.dtype, self.spec_name, parallel)
+        if model.router_aux_loss and not is_mixture(self.hf_config):
+            raise UserError(f"model.router_aux_loss={model.router_aux_loss} but {path} has no experts: set it to 0")
+        self._bridge = _open(self.hf_config, model, self.dtype, self.spec_name, parallel)
+        # What mbridge pads on the way in and cuts off on the way out.
+        self._bridge.make_vocab_size_divisible_by = parallel.tensor
+        self._bridge.vocab_size, self._bridge.padded_vocab_size = self.vocab_size, self.padded_vocabulary
 
     @property
     def config(self) -> TransformerConfig:
@@ -59,34 +65,49 @@ class PolicyBridge:
     def vocab_size(self) -> int:
         return self.hf_config.vocab_size
 
-    def build(self, shapes_only: bool = False) -> PolicyModel:
-        """This pipeline stage's model on this process's device, weights not yet loaded.
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of the embedding: tensor-parallel ranks hold equal parts of them."""
+        ranks = self.config.tensor_model_parallel_size
+        return -(-self.vocab_size // ranks) * ranks
+
+    def build(self, shapes_only: bool = False) -> list[PolicyModel]:
+        """This rank's parts of the model on its device, weights not yet loaded: one, or one a virtual pipeline stage.
 
         With `shapes_only` the parameters are on the meta device: for counting, at any size.
         """
+        stages = self.config.virtual_pipeline_model_parallel_size
+        return [self._build_part(vp_stage, shapes_only) for vp_stage in (range(stages) if stages else [None])]
+
+    def _build_part(self, vp_stage: int | None, shapes_only: bool) -> PolicyModel:
+        where = {"ignore_virtual": False, "vp_stage": vp_stage}
         with torch.device("meta") if shapes_only else nullcontext():
             model = PolicyModel(
                 config=self.config,
-                transformer_layer_spec=layer_spec.layer_spec(self.config, self.spec_name),
-                vocab_size=self.vocab_size,
+                transformer_layer_spec=layer_spec.layer_spec(self.config, self.spec_name, vp_stage),
+                vocab_size=self.padded_vocabulary,
                 max_sequence_length=self.hf_config.max_position_embeddings,
-                pre_process=parallel_state.is_pipeline_first_stage(),
-                post_process=parallel_state.is_pipeline_last_stage(),
+                pre_process=parallel_state.is_pipeline_first_stage(**where),
+                post_process=parallel_state.is_pipeline_last_stage(**where),
                 share_embeddings_and_output_weights=is_tied(self.hf_config),
                 position_embedding_type="rope",
                 rotary_base=self.hf_config.rope_parameters["rope_theta"],
+                vp_stage=vp_stage,
             )
         if self.hf_config.rope_parameters["rope_type"] == "llama3":
             # megatron-core's own scaling takes the factor alone; a model may have other wavelengths, too.
             frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](self.hf_config, device.device())
             model.rotary_pos_emb.inv_freq = frequencies
+        model.vocabulary = self.vocab_size
+        # Under context parallelism a microbatch says which positions it holds, so the angles of all are asked for.
+        model.rotary_pos_emb.cp_group = None
         for parameter in model.parameters():
             # Gradient norms and exports ask every parameter whether it is split over tensor-parallel ranks.
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         return model if shapes_only else model.to(device.device())
 
-    def load(self, model: PolicyModel, path: str | Path | None = None) -> None:
-        """Fill `model` with the weights of the folder (of `path`, if given). Collective over the job.
+    def load(self, parts: Sequence[PolicyModel], path: str | Path | None = None) -> None:
+        """Fill the parts of `build` with the weights of the folder (of `path`, if given). Collective over the job.
 
         Raises:
             UserError: when a tensor is missing or a file cannot be read.
@@ -96,28 +117,32 @@ class PolicyBridge:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                self._bridge.load_weights([model], str(folder))
+                self._bridge.load_weights(
+                    [_named_for_bridge(part) for part in parts], str(folder), memory_efficient=True
+                )
             except (KeyError, ValueError, OSError, SafetensorError) as error:
                 raise UserError(
                     f"weights of {folder} cannot be read as {self.hf_config.model_type}: {error}"
                 ) from error
 
-    def export(self, model: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
+    def export(self, parts: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every Hugging Face tensor, whole, on every process, one at a time. Collective."""
         seen = set()
         with torch.no_grad():
-            for name, tensor in self._bridge.export_weights([model]):
+            for name, tensor in self._bridge.export_weights([_named_for_bridge(part) for part in parts]):
                 if name not in seen:  # a tied embedding comes from the first and from the last stage
                     seen.add(name)
                     yield name, tensor
 
-    def save(self, model: PolicyModel, folder: str | Path, write: bool, shard_bytes: int = SHARD_BYTES) -> None:
+    def save(
+        self, parts: Sequence[PolicyModel], folder: str | Path, write: bool, shard_bytes: int = SHARD_BYTES
+    ) -> None:
         """Write a complete Hugging Face folder; only the process with `write` touches the disk. Collective.
 
         Raises:
             UserError: when the folder cannot be written.
         """
-        tensors = self.export(model)
+        tensors = self.export(parts)
         if write:
             write_folder(Path(folder), tensors, companions=self.path, shard_bytes=shard_bytes)
         else:
@@ -152,12 +177,17 @@ def is_tied(hf_config: Any) -> bool:
     return bool(getattr(hf_config, "tie_word_embeddings", False))
 
 
+def is_mixture(hf_config: Any) -> bool:
+    """Whether the feed-forward layers are mixtures of experts."""
+    return hf_config.model_type.endswith("_moe")
+
+
 def _check_supported(path: Path, config: Any) -> None:
     """Refuse what would load and compute something else."""
     if config.model_type not in SUPPORTED:
         raise UserError(f"{path}: model_type {config.model_type!r} is not supported: one of {', '.join(SUPPORTED)}")
     rope = config.rope_parameters
-    wrong = {
+    wrong: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "rope_type": (rope["rope_type"], ("default", "llama3")),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
         "hidden_act": (config.hidden_act, ("silu",)),
@@ -165,6 +195,12 @@ def _check_supported(path: Path, config: Any) -> None:
         "attention_bias": (getattr(config, "attention_bias", False), (False,)),
         "mlp_bias": (getattr(config, "mlp_bias", False), (False,)),
     }
+    if is_mixture(config):
+        wrong |= {
+            "norm_topk_prob": (config.norm_topk_prob, (True,)),
+            "decoder_sparse_step": (config.decoder_sparse_step, (1,)),
+            "mlp_only_layers": (config.mlp_only_layers, ([], None)),
+        }
     for key, (found, allowed) in wrong.items():
         if found not in allowed:
             raise UserError(f"{path}/config.json: {key}={found!r} is not supported: {' or '.join(map(repr, allowed))}")
@@ -179,18 +215,38 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
     divisible = {
         "attention heads": hf_config.num_attention_heads,
         "key/value heads": hf_config.num_key_value_heads,
-        "feed-forward size": hf_config.intermediate_size,
-        "vocabulary": hf_config.vocab_size,
     }
     for what, count in divisible.items():
         if count % parallel.tensor:
             raise UserError(
                 f"parallel.tensor={parallel.tensor} does not divide the model's {count} {what}: choose a divisor"
             )
-    if hf_config.num_hidden_layers % parallel.pipeline:
+    mixture = is_mixture(hf_config)
+    inner, ranks = ("moe_intermediate_size", "expert_tensor") if mixture else ("intermediate_size", "tensor")
+    if getattr(hf_config, inner) % getattr(parallel, ranks):
         raise UserError(
-            f"parallel.pipeline={parallel.pipeline} does not divide the model's {hf_config.num_hidden_layers} layers: "
-            "choose a divisor"
+            f"parallel.{ranks}={getattr(parallel, ranks)} does not divide the model's {getattr(hf_config, inner)} "
+            "feed-forward size: choose a divisor"
+        )
+    if parallel.expert > 1 and not mixture:
+        raise UserError(f"parallel.expert={parallel.expert} but the model has no experts: set it to 1")
+    if mixture and hf_config.num_experts % parallel.expert:
+        raise UserError(
+            f"parallel.expert={parallel.expert} does not divide the model's {hf_config.num_experts} experts: choose a "
+            "divisor"
+        )
+    if mixture and parallel.tensor > 1 and not parallel.sequence:
+        raise UserError("a mixture of experts under parallel.tensor > 1 needs parallel.sequence=true: set it")
+    if mixture and parallel.tensor > 1 and parallel.expert == 1 and parallel.expert_tensor != parallel.tensor:
+        raise UserError(
+            f"parallel.expert=1 with parallel.tensor={parallel.tensor} needs parallel.expert_tensor={parallel.tensor}: "
+            "set it, or split the experts with parallel.expert"
+        )
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if hf_config.num_hidden_layers % stages:
+        name = "parallel.pipeline" + (" x parallel.virtual_pipeline" if parallel.virtual_pipeline > 1 else "")
+        raise UserError(
+            f"{name}={stages} does not divide the model's {hf_config.num_hidden_layers} layers: choose a divisor"
         )
 
 
@@ -201,13 +257,17 @@ def resolve_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def _open(hf_config: Any, dtype: torch.dtype, spec_name: str, parallel: ParallelConfig) -> Bridge:
+def _open(hf_config: Any, model: ModelConfig, dtype: torch.dtype, spec_name: str, parallel: ParallelConfig) -> Bridge:
     overrides: dict[str, Any] = {
         "sequence_parallel": parallel.sequence,
         # Microbatches of one pipeline step have different lengths, so stages send shapes along; only then, it costs.
         "variable_seq_lengths": parallel.pipeline > 1,
         "deallocate_pipeline_outputs": False,
-        "batch_p2p_comm": True,
+        # The interleaved schedule hides its many small transfers behind computation.
+        "batch_p2p_comm": parallel.virtual_pipeline == 1,
+        "overlap_p2p_comm": parallel.virtual_pipeline > 1,
+        **_recompute(parallel),
+        **_experts(hf_config, model, spec_name),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }
@@ -225,6 +285,27 @@ def _open(hf_config: Any, dtype: torch.dtype, spec_name: str, parallel: Parallel
     names = (_LocalNames,) if spec_name == "local" else ()
     bases = (_Overrides, *names, family)
     return type(f"Policy{family.__name__}", bases, {"_overrides": overrides})(hf_config, dtype=dtype)
+
+
+def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
+    """megatron-core's settings of what the backward pass computes again instead of keeping."""
+    if parallel.recompute == "none":
+        return {}
+    if parallel.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
+
+
+def _experts(hf_config: Any, model: ModelConfig, spec_name: str) -> dict[str, Any]:
+    """megatron-core's settings of a mixture of experts, where they are not the family's."""
+    if not is_mixture(hf_config):
+        return {}
+    balanced = model.router_aux_loss > 0
+    return {
+        "moe_grouped_gemm": spec_name == "transformer_engine",
+        "moe_router_load_balancing_type": "aux_loss" if balanced else "none",
+        "moe_aux_loss_coeff": model.router_aux_loss,
+    }
 
 
 class _Overrides:
@@ -245,11 +326,37 @@ class _Overrides:
             self._DIRECT_MAPPING["output_layer.weight"] = self._DIRECT_MAPPING["embedding.word_embeddings.weight"]
 
 
+class _GroupedExperts:
+    """A model of single experts under the names that Transformer Engine gives to grouped ones, which mbridge knows."""
+
+    def __init__(self, model: PolicyModel):
+        self.model = model
+        self.decoder = model.decoder
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {self._name(name): tensor for name, tensor in self.model.state_dict().items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((self._name(name), parameter) for name, parameter in self.model.named_parameters())
+
+    @staticmethod
+    def _name(name: str) -> str:
+        return re.sub(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight$", r".experts.\2.weight\1", name)
+
+
+def _named_for_bridge(model: PolicyModel) -> PolicyModel | _GroupedExperts:
+    single = any(".local_experts." in name for name, _ in model.named_parameters())
+    return _GroupedExperts(model) if single else model
+
+
 class _LocalNames:
     """Weight names under the local spec, where norms are modules of their own instead of parts of a fused linear."""
+
+    hf_config: Any
 
     def _weight_name_mapping_mcore_to_hf(self, name: str) -> list[str]:
         if name.startswith("decoder.layers."):
             name = name.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
-            name = name.replace(".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+            if not is_mixture(self.hf_config):
+                name = name.replace(".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
         return super()._weight_name_mapping_mcore_to_hf(name)  # type: ignore[misc]

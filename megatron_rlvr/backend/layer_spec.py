@@ -7,12 +7,17 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlvr.backend import device
 from megatron_rlvr.backend.attention import SDPAttention
 from megatron_rlvr.errors import UserError
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # megatron-core 0.16 defines it where Transformer Engine is installed only, and asks for it everywhere.
+    moe_utils.te_general_gemm = None
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -49,7 +54,9 @@ def layer_spec(config: TransformerConfig, name: str, vp_stage: int | None = None
     """The block spec of this pipeline stage for a resolved `name`."""
     if name == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SDPAttention

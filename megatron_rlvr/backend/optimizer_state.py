@@ -13,7 +13,12 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # Gather on the first data-parallel rank, in the host's memory, instead of on every rank by way of its GPU.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -36,12 +41,24 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], loa
 
 
 def load(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
-    """Take over a loaded state."""
+    """Take over a loaded state, of as many optimizers or of another number.
+
+    Experts have an optimizer of their own only where expert-parallel ranks share them. Tensors are named by their
+    parameter, so they find their place in any case; of the rest only the step count is read.
+    """
     chain = parts(optimizer)
-    if not any(_over_torch(part) for part in chain):
-        optimizer.load_state_dict(state)
-        return
-    for part, own in zip(chain, [state] if len(chain) == 1 else [state[key] for key in sorted(state)], strict=True):
+    for number, part in enumerate(chain):
+        own = state[number] if len(chain) > 1 else {k: v for k, v in state.items() if not isinstance(k, int)}
+        distributed = isinstance(part, DistributedOptimizer)
+        inner = own.setdefault("optimizer", {}) if distributed or "optimizer" in own else own
+        step = _find(state, "step" if distributed else "common_step")
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in part.optimizer.param_groups]
+        for group, given in zip(groups, inner.get("param_groups", [{}] * len(groups)), strict=False):
+            group |= {"params": given["params"]} if "params" in given else {}
+            group |= {"step": step} if distributed and step is not None else {}
+        inner["param_groups"] = groups
+        if not distributed and step is not None:
+            inner["state"]["common_step"] = step
         if not _over_torch(part):
             part.load_state_dict(own)
             continue
@@ -50,8 +67,16 @@ def load(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
         # would advance it. megatron-core's reader of moments takes whatever is there for a moment.
         steps = {parameter: slot.pop("step") for parameter, slot in part.optimizer.state.items()}
         part.load_parameter_state_from_fully_reshardable(own["param_state"])
-        for parameter, step in steps.items():
-            part.optimizer.state[parameter]["step"] = step.clone()
+        for parameter, count in steps.items():
+            part.optimizer.state[parameter]["step"] = count.clone()
+
+
+def _find(state: Any, name: str) -> Any:
+    """The first value under that key, at any depth; None where there is none."""
+    if isinstance(state, dict) and name in state:
+        return state[name]
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    return next((found for part in inner if (found := _find(part, name)) is not None), None)
 
 
 def _over_torch(part: MegatronOptimizer) -> bool:

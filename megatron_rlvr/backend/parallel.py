@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,8 @@ class Layout:
     Attributes:
         rank, world_size: of the whole job.
         data_rank, data_size: data-parallel rank and size; each data-parallel rank owns its own prompts.
-        is_leader: the process of its data-parallel rank that draws prompts and verifies (tensor and pipeline rank 0).
+        is_leader: the process of its data-parallel rank that draws prompts and verifies (tensor, pipeline and context
+            rank 0).
         is_first_stage, is_last_stage: of the pipeline.
     """
 
@@ -59,6 +60,17 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
             f"parallel.tensor x parallel.pipeline x parallel.context = {model_size} does not divide the {world_size} "
             f"processes: start a multiple of {model_size} (torchrun --nproc-per-node) or lower one of the three"
         )
+    expert_size = config.expert_tensor * config.expert * config.pipeline
+    if world_size % expert_size:
+        raise UserError(
+            f"parallel.expert_tensor x parallel.expert x parallel.pipeline = {expert_size} does not divide the "
+            f"{world_size} processes: start a multiple of {expert_size} or lower one of the three"
+        )
+    if config.expert > 1 and config.expert_tensor > 1 and not device.on_gpu():
+        raise UserError(
+            f"parallel.expert={config.expert} with parallel.expert_tensor={config.expert_tensor} needs NCCL, for gloo "
+            "gathers no parts of different sizes: set parallel.expert_tensor=1"
+        )
     device.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -71,12 +83,17 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
     else:
         timeout = datetime.timedelta(minutes=config.timeout_minutes)
         dist.init_process_group(device.collective_backend(), timeout=timeout)
+    device.finish()
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
+            virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
             context_parallel_size=config.context,
-            create_gloo_process_groups=False,
+            expert_model_parallel_size=config.expert,
+            expert_tensor_parallel_size=config.expert_tensor,
+            # The distributed optimizer's state is gathered over these when it is saved: in the host's memory.
+            create_gloo_process_groups=config.distributed_optimizer,
         )
         # The inference tracker's fork() and add() do nothing, so no CUDA generator is touched; dropout is off in RLVR.
         model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)
@@ -86,7 +103,8 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
             world_size=world_size,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
-            is_leader=parallel_state.get_model_parallel_group().rank() == 0,
+            is_leader=parallel_state.get_model_parallel_group().rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0,
             is_first_stage=parallel_state.is_pipeline_first_stage(),
             is_last_stage=parallel_state.is_pipeline_last_stage(),
         )
@@ -104,15 +122,50 @@ def tensor_group() -> dist.ProcessGroup | None:
 
 
 def share_with_model_peers(value: T | None) -> T:
-    """Send the leader's `value` (any picklable object) to the processes that hold other parts of the same model."""
+    """Send the leader's `value` (any picklable object) to the processes that work on the same sequences with it.
+
+    A broadcast over the leader's context-parallel group, then one over the model-parallel group of each of its ranks.
+    """
     from megatron.core import parallel_state
 
-    group = parallel_state.get_model_parallel_group()
-    if group.size() > 1:
-        box = [value]
-        dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group, device=device.device())
-        value = box[0]
+    for group in (parallel_state.get_context_parallel_group(), parallel_state.get_model_parallel_group()):
+        if group.size() > 1:
+            box = [value]
+            source = dist.get_process_group_ranks(group)[0]
+            dist.broadcast_object_list(box, src=source, group=group, device=device.device())
+            value = box[0]
     return value  # type: ignore[return-value]
+
+
+class _ShareTokens(torch.autograd.Function):
+    """Rows of values that context-parallel ranks know of different tokens become rows of all tokens on every rank.
+
+    Every rank then computes the same loss of all tokens, so the gradient of its own ones is all it needs: nothing is
+    exchanged backward. One all-reduce forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, here: torch.Tensor, count: int) -> torch.Tensor:
+        from megatron.core import parallel_state
+
+        ctx.save_for_backward(here)
+        whole = values.new_zeros(len(values), count)
+        whole[:, here] = values
+        dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (here,) = ctx.saved_tensors
+        return gradients[0][:, here], None, None
+
+
+def share_tokens(values: torch.Tensor, here: torch.Tensor, count: int) -> torch.Tensor:
+    """Values [k, R] of this rank's tokens `here` (int64 [R]) to those of all tokens, [k, count]; differentiable.
+
+    Collective over the context-parallel group, whose ranks must compute the same loss from the result.
+    """
+    return _ShareTokens.apply(values, here, count)
 
 
 def share_with_job(value: T | None) -> T:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -18,10 +19,12 @@ from torch import Tensor
 from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.backend.head import LOSS_SUMS, Head, MinibatchLoss, TokenScores
 from megatron_rlvr.backend.huggingface import PolicyBridge
-from megatron_rlvr.backend.model import PolicyModel
+from megatron_rlvr.backend.model import packed_sequences
 from megatron_rlvr.config import Config, OptimizerConfig
 from megatron_rlvr.control import ClipThresholds, SteeringResponse
-from megatron_rlvr.data.batch import Microbatch, RolloutBatch
+from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.microbatch import Cut, Microbatch, microbatch, partition
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.objectives import PolicyObjective
 
 
@@ -42,29 +45,41 @@ class Policy:
     """A PolicyModel under megatron-core's data-parallel wrapper and optimizer.
 
     Collective: every process of the job calls every method together.
+
+    Attributes:
+        parts: this rank's parts of the model, one for each virtual pipeline stage.
+        bridge: carries them to and from Hugging Face folders.
+        reports: whether this process speaks for its data-parallel rank's last stage.
     """
 
     def __init__(self, config: Config, layout: parallel.Layout):
         self.layout = layout
-        # Scoring a whole rollout in one pass would move more memory than its minibatches one by one.
-        self.microbatch_sequences = config.parallel.microbatch_sequences or (
-            config.rollout.prompts_per_step
+        self.cut = Cut(
+            # Scoring a whole rollout in one pass would move more memory than its minibatches one by one.
+            sequences=config.parallel.microbatch_sequences
+            or config.rollout.prompts_per_step
             * config.rollout.samples_per_prompt
-            // (config.algorithm.minibatches * layout.data_size)
+            // (config.algorithm.minibatches * layout.data_size),
+            tokens=config.parallel.microbatch_tokens,
+            width_multiple=config.parallel.tensor if config.parallel.sequence else 1,
+            context_size=config.parallel.context,
+            context_rank=parallel_state.get_context_parallel_rank(),
+            mark_padding=config.model.router_aux_loss > 0,
         )
-        self.width_multiple = config.parallel.tensor if config.parallel.sequence else 1
         self.bridge = PolicyBridge(config.model.path, config.model, config.parallel)
-        self.model: PolicyModel = self.bridge.build()
-        self.bridge.load(self.model)
+        self.parts = self.bridge.build()
+        self.bridge.load(self.parts)
         half = self.bridge.dtype != torch.float32
-        self._wrapped = DistributedDataParallel(
-            self.model.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
-            ),
-            self.model,
+        megatron = self.bridge.config
+        wrapping = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=config.parallel.distributed_optimizer
         )
-        self._wrapped.broadcast_params()
+        self._wrapped = [
+            DistributedDataParallel(megatron, wrapping, part, disable_bucketing=number > 0)
+            for number, part in enumerate(self.parts)
+        ]
+        for wrapped in self._wrapped:
+            wrapped.broadcast_params()
         self.optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -77,17 +92,23 @@ class Policy:
                 bf16=half,
                 params_dtype=self.bridge.dtype,
                 use_distributed_optimizer=config.parallel.distributed_optimizer,
+                **_offload(config.optimizer),
             ),
-            [self._wrapped],
-            use_gloo_process_groups=False,
+            self._wrapped,
+            use_gloo_process_groups=config.parallel.distributed_optimizer,
         )
-        megatron = self.model.config
         megatron.grad_scale_func = self.optimizer.scale_loss if half else None
         megatron.finalize_model_grads_func = finalize_model_grads
         self._forward_backward = get_forward_backward_func()
-        self.head = Head(self.model, config.rollout.temperature, parallel.tensor_group(), config.algorithm.fused_linear)
-        # Of the last stage's tensor-parallel ranks, which all know the same sums, one reports them.
-        self.reports = layout.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+        self.head = Head(
+            self.parts[-1], config.rollout.temperature, parallel.tensor_group(), config.algorithm.fused_linear
+        )
+        # Of the last stage's tensor- and context-parallel ranks, which all know the same sums, one reports them.
+        self.reports = (
+            layout.is_last_stage
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
 
     def set_learning_rate(self, value: float) -> None:
         for group in self.optimizer.param_groups:
@@ -134,8 +155,9 @@ class Policy:
             response: of this step's tokens to region steering.
             objective: the token objective.
         """
-        # megatron-core averages gradients over data-parallel ranks; our weights already make the plain sum right.
-        scale = float(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+        # megatron-core averages gradients over data- and context-parallel ranks; our weights already make the plain sum
+        # right. Its schedule multiplies by the context-parallel ones itself.
+        scale = float(self.layout.data_size)
         loss = MinibatchLoss(
             head=self.head,
             batch=batch,
@@ -145,18 +167,31 @@ class Policy:
             thresholds=thresholds,
             response=response,
             objective=objective,
-            gradient_scale=scale,
+            gradient_scale=scale * self.cut.context_size,
             sums=torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=device.device()),
             ratio_max=torch.zeros((), device=device.device()),
         )
         began = time.perf_counter()
-        self._wrapped.zero_grad_buffer()
+        for wrapped in self._wrapped:
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._run(batch, sequences, lambda output, part: loss(output, part) * scale, forward_only=False)
         passed = time.perf_counter()
         _, grad_norm, _ = self.optimizer.step()
         seconds = passed - began, time.perf_counter() - passed
         return UpdateReport(loss.sums, loss.ratio_max, float(grad_norm), *seconds)
+
+    def _partition(self, batch: RolloutBatch, sequences: Tensor) -> list[Tensor]:
+        """The microbatches of `sequences`, as many as pipeline and expert-parallel ranks agree on."""
+        found = partition(batch, sequences, self.cut)
+        count = len(found)
+        if parallel_state.get_expert_model_parallel_world_size() > 1:
+            # Experts get tokens from every data-parallel rank of their group, at every microbatch of each.
+            count = int(parallel.max_over_job({"microbatches": count})["microbatches"])
+        if len(self.parts) > 1:
+            stages = parallel_state.get_pipeline_model_parallel_world_size()
+            count = -(-count // stages) * stages
+        return found if count == len(found) else partition(batch, sequences, self.cut, at_least=count)
 
     def _run(
         self,
@@ -167,13 +202,19 @@ class Policy:
         forward_only: bool,
     ) -> None:
         """Drive megatron-core's schedule over the microbatches of `sequences`; `loss` sees the last stage's output."""
-        parts = list(batch.microbatches(sequences, self.microbatch_sequences, self.width_multiple))
+        parts = [microbatch(batch, members, self.cut) for members in self._partition(batch, sequences)]
+        here = device.device()
 
         def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module):
             part = next(iterator)
             with device.without_shim():
                 output = model(
-                    part.tokens.to(device.device()), part.rows.to(device.device()), hidden_only=self.head.fused
+                    part.tokens.to(here),
+                    part.rows.to(here),
+                    positions=None if part.positions is None else part.positions.to(here),
+                    packed=packed_sequences(part.boundaries, here),
+                    padding=None if part.padding is None else part.padding.to(here),
+                    hidden_only=self.head.fused,
                 )
             return output, lambda output: measure(output, part)
 
@@ -182,16 +223,35 @@ class Policy:
                 # megatron-core divides by the number of microbatches, ours are parts of one sum
                 return loss(output, part) * len(parts), {}
 
-        self._wrapped.train()
+        for wrapped in self._wrapped:
+            wrapped.train()
         self._forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter(parts),
-            model=[self._wrapped],
+            data_iterator=[iter(parts) for _ in self._wrapped],
+            model=self._wrapped,
             num_microbatches=len(parts),
-            seq_length=parts[0].tokens.size(1),
+            seq_length=parts[0].tokens.size(1) * self.cut.context_size,
             micro_batch_size=parts[0].tokens.size(0),
             forward_only=forward_only,
         )
+
+
+def _offload(config: OptimizerConfig) -> dict[str, Any]:
+    """megatron-core's settings of an optimizer whose state lies, in part, in the memory of the host.
+
+    Raises:
+        UserError: on a machine without a GPU, where there is nothing to offload from.
+    """
+    if not config.cpu_offload:
+        return {}
+    if not device.on_gpu():
+        raise UserError(f"optimizer.cpu_offload={config.cpu_offload} needs a GPU: set it to 0")
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": config.cpu_offload,
+        "use_precision_aware_optimizer": True,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+    }
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -1,8 +1,8 @@
-"""Rollouts as tensors: a step's share of one data-parallel rank, and the microbatches that training cuts from it."""
+"""Rollouts as tensors: a step's share of one data-parallel rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,27 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.rollout.engine import Completion
-
-
-@dataclass
-class Microbatch:
-    """Sequences of one forward pass, padded on the right.
-
-    Attributes:
-        tokens: int64 [b, s].
-        rows: int64 [T], ``position * b + sequence`` of positions that predict a response token, sequence by sequence.
-        targets: int64 [T], the response tokens themselves.
-        flat: int64 [T], where each of them stands in the rank's flat token arrays (`RolloutBatch.rollout_logprob` ...).
-        sequence_index: int64 [T], which of the b sequences a token is of.
-        sequences: int64 [b], which of the rank's sequences these are.
-    """
-
-    tokens: Tensor
-    rows: Tensor
-    targets: Tensor
-    flat: Tensor
-    sequence_index: Tensor
-    sequences: Tensor
 
 
 @dataclass
@@ -108,25 +87,3 @@ class RolloutBatch:
     def minibatches(self, count: int) -> list[Tensor]:
         """Split the sequences into `count` minibatches of whole groups, in order: int64 [N / count] each."""
         return list(torch.arange(len(self.tokens)).chunk(count))
-
-    def microbatches(self, sequences: Tensor, size: int, multiple_of: int = 1) -> Iterator[Microbatch]:
-        """Cut `sequences` (int64 [n]) into parts of at most `size` (0: all), padded to a multiple of `multiple_of`."""
-        offsets = self.offsets
-        for part in sequences.split(size or len(sequences)):
-            prompt, response = self.prompt_lengths[part], self.response_lengths[part]
-            width = int((prompt + response).max())
-            tokens = self.tokens[part, :width]
-            padded = -(-width // multiple_of) * multiple_of
-            if padded > width:
-                tokens = torch.nn.functional.pad(tokens, (0, padded - width))
-            position = torch.arange(width)
-            first = prompt[:, None] - 1  # the last prompt token predicts the first response token
-            sequence, at = ((position >= first) & (position < first + response[:, None])).nonzero(as_tuple=True)
-            yield Microbatch(
-                tokens=tokens,
-                rows=at * len(part) + sequence,
-                targets=tokens[sequence, at + 1],
-                flat=offsets[part][sequence] + at - first[sequence, 0],
-                sequence_index=sequence,
-                sequences=part,
-            )

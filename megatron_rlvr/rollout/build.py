@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 from megatron_rlvr.backend.policy import Policy
 from megatron_rlvr.config import Config
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engine import RolloutEngine
 from megatron_rlvr.rollout.local import LocalEngine
 
@@ -19,4 +20,14 @@ def build_engine(config: Config, policy: Policy, resources: ExitStack) -> Rollou
         from megatron_rlvr.rollout.sglang.engine import SGLangEngine
 
         return SGLangEngine(config, policy, resources)
-    return LocalEngine(policy.model, config.rollout.local_batch)
+    if config.parallel.expert > 1 and config.rollout.engine == "local":
+        raise UserError(
+            f"rollout.engine=local does not generate under parallel.expert={config.parallel.expert}, whose ranks would "
+            "have to end together: set rollout.engine=sglang, or parallel.expert=1"
+        )
+    if config.parallel.expert > 1 and config.data.heldout:
+        raise UserError(
+            f"rollout.engine={config.rollout.engine} evaluates with the local engine, which does not generate under "
+            f"parallel.expert={config.parallel.expert}: set data.heldout=null, or rollout.engine=sglang"
+        )
+    return LocalEngine(policy.parts, config.rollout.local_batch)

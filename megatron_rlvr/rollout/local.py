@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,12 +33,13 @@ class LocalEngine:
 
     collective = True
 
-    def __init__(self, model: PolicyModel, batch: int):
-        self.model = model
+    def __init__(self, parts: Sequence[PolicyModel], batch: int):
+        self.parts = parts
+        self.config = parts[0].config
         self.batch = batch
         self.version = 0
-        self.attentions = [m for m in model.modules() if isinstance(m, SDPAttention)]
-        if len(self.attentions) != len(model.decoder.layers):
+        self.attentions = [m for part in parts for m in part.modules() if isinstance(m, SDPAttention)]
+        if len(self.attentions) != sum(len(part.decoder.layers) for part in parts):
             raise UserError("rollout.engine=local needs model.layer_spec=local: set it, or choose another engine")
 
     def rest(self) -> None:
@@ -56,8 +58,10 @@ class LocalEngine:
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         prompts_a_batch = max(1, self.batch // sampling.samples)
-        was_training = self.model.training
-        self.model.eval()
+        was_training = self.parts[0].training
+        for part in self.parts:
+            part.eval()
+        split = self._without_sequence_parallelism()
         try:
             for start in range(0, len(order), prompts_a_batch):
                 chosen = order[start : start + prompts_a_batch]
@@ -67,8 +71,20 @@ class LocalEngine:
                 for slot, completion in zip(slots, drawn, strict=True):
                     completions[slot] = completion
         finally:
-            self.model.train(was_training)
+            for part in self.parts:
+                part.train(was_training)
+            for owner, name in split:
+                setattr(owner, name, True)
         return completions  # type: ignore[return-value]
+
+    def _without_sequence_parallelism(self) -> list[tuple[Any, str]]:
+        """Switch it off, for one new token cannot be split over ranks; returns what to switch on again."""
+        names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+        owners = [self.config, *(module for part in self.parts for module in part.modules())]
+        found = [(owner, name) for owner in owners for name in names if getattr(owner, name, False) is True]
+        for owner, name in found:
+            setattr(owner, name, False)
+        return found
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: np.ndarray
@@ -117,7 +133,7 @@ class LocalEngine:
         width = max(len(p) for p in prompts)
         padding = torch.tensor([width - len(p) for p in prompts])
         tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-        config = self.model.config
+        config = self.config
         heads = config.num_query_groups // config.tensor_model_parallel_size
         for attention in self.attentions:
             attention.cache = KeyValueCache(
@@ -142,21 +158,31 @@ class LocalEngine:
         tokens, positions = tokens.to(where), positions.to(where)
         mask = mask.to(where) if mask is not None else None
         rows = rows.to(where) if rows is not None else None
-        model, config = self.model, self.model.config
+        for part in self.parts:
+            output = self._through(part, tokens, rows, positions, mask)
+        return output
+
+    def _through(
+        self, part: PolicyModel, tokens: Tensor, rows: Tensor | None, positions: Tensor, mask: Tensor | None
+    ) -> Tensor | None:
+        """One pass through this rank's part of a pipeline stage, from and to its neighbours."""
         group = parallel_state.get_pipeline_model_parallel_group()
-        if not model.pre_process:
-            shape = (tokens.size(1), tokens.size(0), config.hidden_size)
-            received = torch.empty(shape, dtype=config.params_dtype, device=where)
+        if not part.pre_process:
+            shape = (tokens.size(1), tokens.size(0), self.config.hidden_size)
+            received = torch.empty(shape, dtype=self.config.params_dtype, device=tokens.device)
             dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
-            model.set_input_tensor(received)
-        output = model(tokens, rows, positions=positions, attention_mask=mask)
-        if not model.post_process:
+            part.set_input_tensor(received)
+        output = part(tokens, rows, positions=positions, attention_mask=mask)
+        if not part.post_process:
             dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
             return None
-        if config.tensor_model_parallel_size > 1:
-            shards = [torch.empty_like(output) for _ in range(config.tensor_model_parallel_size)]
-            dist.all_gather(shards, output.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-            output = torch.cat(shards, dim=-1)
+        if self.config.tensor_model_parallel_size > 1:
+            ranks = self.config.tensor_model_parallel_size
+            missing = -(-part.vocabulary // ranks) - output.size(-1)  # of the last shard, if ranks do not divide it
+            output = torch.nn.functional.pad(output, (0, missing))
+            shards = [torch.empty_like(output) for _ in range(ranks)]
+            dist.all_gather(shards, output, group=parallel_state.get_tensor_model_parallel_group())
+            output = torch.cat(shards, dim=-1)[:, : part.vocabulary]
         return output
 
     def _draw(self, logits: Tensor | None, uniform: np.ndarray, sampling: SamplingPolicy) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def test_round_trip_in_one_process(tool: ModuleType, tmp_path: Path, capsys: pyt
 
 
 def test_round_trip_through_two_layouts(tmp_path: Path) -> None:
-    source = make_family(tmp_path / "source", "llama3-tied")
+    source = make_family(tmp_path / "source", "qwen2-tied-odd-vocabulary")
     checkpoint, out = str(tmp_path / "checkpoint"), str(tmp_path / "out")
     launch([str(PROGRAM), "to-megatron", str(source), checkpoint, "--pipeline", "2"], 2, check=True)
     options = ["--model", str(source), "--verify", "--tensor", "2"]

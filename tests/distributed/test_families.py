@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,22 +13,43 @@ import torch
 from megatron_rlvr.backend import parallel
 from megatron_rlvr.config import ParallelConfig
 from tests.conftest import ROOT, launch
-from tests.families import FAMILIES, Measurement, make_batch, make_family, measure, reference
+from tests.families import FAMILIES, MIXTURES, Measurement, make_batch, make_family, measure, reference
 
-LAYOUTS = {"tp2": {"tensor": 2}, "tp2-sp": {"tensor": 2, "sequence": True}, "pp2": {"pipeline": 2}}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tensor": 2},
+    "tp2-sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "cp2": {"context": 2},
+}
+MIXTURE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep2": {"expert": 2},
+    "tp2-sp-ep2": {"tensor": 2, "sequence": True, "expert": 2},
+    "tp2-sp-etp2": {"tensor": 2, "sequence": True, "expert_tensor": 2},
+    "moe-pp2": {"pipeline": 2},
+    "cp2-ep2": {"context": 2, "expert": 2},
+    "ep2-recompute": {"expert": 2, "recompute": "full"},
+}
+MIXTURE_LAYOUTS_OF_4: dict[str, dict[str, Any]] = {
+    "pp2-ep2": {"pipeline": 2, "expert": 2},
+    "tp2-ep4": {"tensor": 2, "sequence": True, "expert": 4},
+}
+CASES = [
+    *((family, layout) for family in FAMILIES for layout in LAYOUTS),
+    *((family, layout) for family in MIXTURES for layout in (MIXTURE_LAYOUTS | MIXTURE_LAYOUTS_OF_4)),
+]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
-    for name in FAMILIES:
+    for name in FAMILIES | MIXTURES:
         make_family(folder / name, name)
     return folder
 
 
 @pytest.fixture(scope="module")
 def references(folders: Path) -> dict[str, Measurement]:
-    return {name: reference(folders / name) for name in FAMILIES}
+    return {name: reference(folders / name) for name in FAMILIES | MIXTURES}
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +60,17 @@ def single() -> Iterator[parallel.Layout]:
 
 @pytest.fixture(scope="module")
 def measured(folders: Path) -> Path:
-    """``<layout number>/<family>.pt``, from two processes that went through all of them."""
+    """``<layout>/<family>.pt``, from processes that went through all of them."""
     output = folders / "measured"
-    layouts = [json.dumps(layout) for layout in LAYOUTS.values()]
-    names = [str(folders / name) for name in FAMILIES]
-    launch([str(ROOT / "tests" / "families.py"), str(output), *layouts, "--", *names], 2, check=True)
+    program = [str(ROOT / "tests" / "families.py"), str(output)]
+    for processes, families, layouts in (
+        (2, FAMILIES, LAYOUTS),
+        (2, MIXTURES, MIXTURE_LAYOUTS),
+        (4, MIXTURES, MIXTURE_LAYOUTS_OF_4),
+    ):
+        names = [str(folders / name) for name in families]
+        jobs = [json.dumps({"name": n, "layout": layout, "folders": names}) for n, layout in layouts.items()]
+        launch([*program, *jobs], processes, check=True)
     return output
 
 
@@ -58,7 +86,7 @@ def agree(found: Measurement, expected: Measurement) -> None:
         assert (found.gradients[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES | MIXTURES)
 def test_one_process(
     name: str, folders: Path, references: dict[str, Measurement], single: parallel.Layout, tmp_path: Path
 ) -> None:
@@ -68,19 +96,17 @@ def test_one_process(
     found, policy = measure(folders / name, ParallelConfig(), single)
     agree(found, references[name])
     tokens = make_batch().tokens[:, :40]
-    model = AutoModelForCausalLM.from_pretrained(folders / name).double()
+    model = AutoModelForCausalLM.from_pretrained(folders / name, experts_implementation="eager").double()
     with torch.no_grad():
         expected = model(tokens).logits.transpose(0, 1).flatten(0, 1)
-        policy.bridge.load(policy.model)  # undo the update
-        logits = policy.model(tokens)
+        policy.bridge.load(policy.parts)  # undo the update
+        logits = policy.parts[-1](tokens)
     assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
-    policy.bridge.save(policy.model, tmp_path / "saved", write=True)
+    policy.bridge.save(policy.parts, tmp_path / "saved", write=True)
     saved, given = (load_file(f / "model.safetensors") for f in (tmp_path / "saved", folders / name))
     assert saved.keys() == given.keys() and all(saved[key].equal(given[key]) for key in given)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_layout(name: str, layout: str, measured: Path, references: dict[str, Measurement]) -> None:
-    number = list(LAYOUTS).index(layout)
-    agree(Measurement(**torch.load(measured / str(number) / f"{name}.pt")), references[name])
+    agree(Measurement(**torch.load(measured / layout / f"{name}.pt")), references[name])

@@ -143,7 +143,7 @@ class SGLangEngine:
             with self.pool.changing_weights() if self.pool else nullcontext(), asyncio.Runner() as runner:
                 self._give(runner, version)
         elif self.transfer is not None:
-            for _ in self.policy.bridge.export(self.policy.model):
+            for _ in self.policy.bridge.export(self.policy.parts):
                 pass
         if parallel.any_rank(self.failure is not None):
             self.failure = self.failure or "the main process could not give any the weights"
@@ -191,7 +191,7 @@ class SGLangEngine:
     ) -> None:
         """Give all servers the weights from memory; those that cannot take them that way, from the copy on disk."""
         receivers = runner.run(self._receivers(endpoints))
-        tensors = self.policy.bridge.export(self.policy.model)
+        tensors = self.policy.bridge.export(self.policy.parts)
         stream = buckets(tensors, self.config.bucket_mb * 2**20, transfer.allocate)
         if self.config.recovery_copy:
             stream = self.folders.copying(stream, version)

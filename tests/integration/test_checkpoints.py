@@ -1,0 +1,130 @@
+"""Checkpoints that are written beside training, rotated, damaged, or refused by the disk."""
+
+from __future__ import annotations
+
+import json
+import threading
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed.checkpoint import FileSystemWriter
+
+from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
+from megatron_rlvr.train import Checkpoints, main
+
+
+@pytest.fixture
+def arguments(run_yaml: Path) -> list[str]:
+    return [str(run_yaml), "data.heldout=null", "checkpoint.export_huggingface=false"]
+
+
+def names(run: Path) -> list[str]:
+    return sorted(entry.name for entry in (run / "checkpoints").iterdir())
+
+
+def test_asynchronous_saves_hold_the_step_they_are_of(arguments: list[str], tmp_path: Path) -> None:
+    for name, asynchronous in (("beside", "true"), ("between", "false")):
+        settings = [*arguments, f"run_directory={tmp_path / name}", f"checkpoint.asynchronous={asynchronous}"]
+        assert main([*settings, "steps=3"]) == 0
+        assert names(tmp_path / name) == ["latest", "step_2", "step_3"]
+        assert main([*settings, "steps=5"]) == 0
+    found, expected = read_metrics(tmp_path / "beside"), read_metrics(tmp_path / "between")
+    assert len(expected) == 5 and [deterministic(r) for r in found] == [deterministic(r) for r in expected]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write of step 1 waits until step 3 has begun to save: the steps between did not."""
+    reached, saved = threading.Event(), []
+    save, write = Checkpoints.save, FileSystemWriter.write_data
+
+    def wait(self: FileSystemWriter, *given: object) -> object:
+        assert reached.wait(60)
+        return write(self, *given)  # type: ignore[arg-type]
+
+    def note(self: Checkpoints, step: int, *given: object) -> None:
+        saved.append((step, names(tmp_path / "run") if saved else []))
+        if step == 3:
+            reached.set()
+        save(self, step, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", wait)
+    monkeypatch.setattr(Checkpoints, "save", note)
+    assert main([*arguments, "steps=3", "checkpoint.every=2", "checkpoint.asynchronous=true"]) == 0
+    assert saved == [(2, []), (3, ["step_2.partial"])]
+    assert names(tmp_path / "run") == ["latest", "step_2", "step_3"]
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    asynchronous: str,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = [*arguments, "steps=4", f"checkpoint.asynchronous={asynchronous}", "checkpoint.every=2"]
+    write, calls = FileSystemWriter.write_data, []
+
+    def fill(self: FileSystemWriter, *given: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return write(self, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", fill)
+    assert main(settings) == 2
+    [line] = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
+    assert "step_4 cannot be written" in line and "No space left on device" in line and "untouched" in line
+    assert names(tmp_path / "run") == ["latest", "step_2"]
+    assert main(settings) == 0  # with room again it goes on from there
+    whole = [*arguments, "steps=4", f"run_directory={tmp_path / 'whole'}"]
+    assert main(whole) == 0
+    found, expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
+    assert [deterministic(r) for r in found] == [deterministic(r) for r in expected]
+
+
+def test_what_is_kept(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint an hour after the one before: every third for its time, the best, and the newest."""
+    hours = count()
+    clock = SimpleNamespace(time=lambda: 3600.0 * next(hours))
+    monkeypatch.setattr("megatron_rlvr.backend.checkpoint.time", clock)
+    settings = ["steps=8", "checkpoint.keep=1", "checkpoint.keep_hours=3", "checkpoint.keep_best=reward"]
+    assert main([*arguments, *settings]) == 0
+    run = tmp_path / "run"
+    rewards = {r["step"] + 1: r["reward"] for r in read_metrics(run)}
+    best = max(rewards, key=lambda step: (rewards[step], step))
+    kept = {f"step_{step}" for step in (1, 4, 7, best, 8)}
+    assert set(names(run)) == kept | {"latest"}
+    record = json.loads((run / "checkpoints" / f"step_{best}" / "run.json").read_text())
+    assert record["score"] == rewards[best]
+
+
+def test_an_unknown_metric_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "steps=1", "checkpoint.keep_best=rewrd"]) == 2
+    assert "checkpoint.keep_best=rewrd is no metric of this run: one of " in capsys.readouterr().err
+
+
+def test_the_best_evaluation_is_kept(run_yaml: Path, tmp_path: Path) -> None:
+    best = ["checkpoint.keep=1", "checkpoint.keep_best=evaluation/reward", "evaluation.every=2"]
+    first = [str(run_yaml), "checkpoint.export_huggingface=false", *best]
+    assert main([*first, "steps=2"]) == 0
+    assert main([*first, "steps=3"]) == 0  # resumed, it saves before it evaluates
+    assert "step_3" in names(tmp_path / "run")
+    scores = [json.loads(line)["reward"] for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    record = json.loads((tmp_path / "run" / "checkpoints" / "step_3" / "run.json").read_text())
+    assert record["score"] == scores[-1]
+    assert main([*first, "steps=3", "data.heldout=null", f"run_directory={tmp_path / 'other'}"]) == 2
+
+
+def test_a_damaged_checkpoint_is_passed_over(arguments: list[str], tmp_path: Path) -> None:
+    assert main([*arguments, "steps=4"]) == 0
+    before = [deterministic(r) for r in read_metrics(tmp_path / "run")]
+    data = next((tmp_path / "run" / "checkpoints" / "step_4").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-100])
+    assert main([*arguments, "steps=4"]) == 0
+    assert [deterministic(r) for r in read_metrics(tmp_path / "run")] == before
+    assert names(tmp_path / "run") == ["latest", "step_3", "step_4"]
