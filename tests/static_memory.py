@@ -1,59 +1,123 @@
-"""Bytes that a real policy holds after an optimizer step, beside what the plan computes; under torchrun.
+"""Bytes that a real policy holds after an optimizer step, and at most during one, for the plan to be held to.
 
-``static_memory.py FOLDER OUTPUT LAYOUT...`` with layouts as JSON of {"dtype": ..., **ParallelConfig}; writes
-OUTPUT/<layout number>-<rank>.json.
+``static_memory.py FOLDER OUTPUT LAYOUT...`` under torchrun, with layouts as JSON of {"dtype": ..., **ParallelConfig};
+writes OUTPUT/<layout number>-<rank>.json.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.config import Config, ParallelConfig
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.control.steering import NEUTRAL
+from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.objectives import build_objective
-from tests.families import ADVANTAGE, WEIGHT, make_batch, policy_config
+from megatron_rlvr.rollout.engine import Completion
+from tests.families import ADVANTAGE, VOCABULARY, WEIGHT, policy_config
 from tests.rendezvous import renew
+
+PROMPT, RESPONSE = 48, 32
+
+
+def live_storages() -> dict[int, int]:
+    """Bytes of every storage that any tensor of this process refers to, by its identity."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
 
 
 def live_bytes() -> int:
-    """Bytes of every storage that any tensor of this process refers to."""
-    gc.collect()
-    storages: dict[int, int] = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return sum(live_storages().values())
+
+
+class HighWater(TorchDispatchMode):
+    """The most bytes that lived at once of the storages made inside it, backward passes included."""
+
+    def __enter__(self) -> HighWater:
+        self.before = live_storages()
+        self.living: dict[int, int] = {}
+        self.current = self.peak = 0
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+                self._watch(value.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.living or key in self.before:
+            return
+        self.living[key] = storage.nbytes()
+        self.current += storage.nbytes()
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.current -= self.living.pop(key)
 
 
 def layout_config(folder: Path, settings: dict[str, Any]) -> Config:
     """The configuration of a layout given as its dtype and the fields of ParallelConfig."""
-    config = policy_config(folder, ParallelConfig(**{k: v for k, v in settings.items() if k != "dtype"}))
-    config.model.dtype = settings["dtype"]
+    given = dict(settings)
+    config = policy_config(folder, ParallelConfig())
+    config.model.dtype, config.algorithm.fused_linear = given.pop("dtype"), given.pop("fused", False)
+    config.parallel = ParallelConfig(**{"microbatch_sequences": 8, **given})
+    config.data.max_prompt_tokens, config.rollout.max_tokens = PROMPT, RESPONSE
+    # Every rank of the measurement has the whole batch, so the plan is to see as many prompts as that makes.
+    parallel = config.parallel
+    ranks = 2 // (parallel.tensor * parallel.pipeline * parallel.context)
+    config.rollout.prompts_per_step, config.rollout.samples_per_prompt = 2 * ranks, 4
+    config.algorithm.minibatches = 1
     return config
 
 
-def held(config: Config, here: parallel.Layout) -> int:
-    """Bytes that a policy adds to the process, measured after one update."""
+def longest_batch() -> RolloutBatch:
+    """Eight sequences, all as long as the configuration allows, as the plan assumes."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(0, VOCABULARY, (2, PROMPT), generator=generator).tolist()
+    responses = torch.randint(0, VOCABULARY, (8, RESPONSE), generator=generator).tolist()
+    completions = [Completion(r, [-1.0] * len(r), "length", 0) for r in responses]
+    return RolloutBatch.from_completions(prompts, completions, [0.0] * 8, padding=0)
+
+
+def held_and_peak(config: Config, here: parallel.Layout) -> tuple[int, int]:
+    """Bytes that a policy adds to the process, measured after one update, and the most that it adds during the next."""
     from megatron_rlvr.backend.policy import Policy
 
-    batch = make_batch()
+    batch = longest_batch()
     before = live_bytes()
     policy = Policy(config, here)
+    # megatron-core keeps something of the last microbatch, which is no part of the static memory.
+    wanted, policy.cut = policy.cut, dataclasses.replace(policy.cut, sequences=1, tokens=0)
     scores = policy.score(batch, ADVANTAGE)
     wide = AffineThreshold(0.2, 0.0)
     thresholds, objective = ClipThresholds(wide, wide), build_objective("clip")
-    policy.update(batch, torch.arange(8), ADVANTAGE, WEIGHT, scores, thresholds, NEUTRAL, objective)
-    del scores
-    return live_bytes() - before
+
+    def update() -> None:
+        policy.update(batch, torch.arange(8), ADVANTAGE, WEIGHT, scores, thresholds, NEUTRAL, objective)
+
+    update()
+    policy.cut = wanted
+    held = live_bytes() - before
+    with HighWater() as water:
+        update()
+    return held, held + water.peak
 
 
 def main(folder: Path, output: Path, layouts: list[str]) -> None:
@@ -65,7 +129,8 @@ def main(folder: Path, output: Path, layouts: list[str]) -> None:
         renew(number)
         config = layout_config(folder, json.loads(text))
         with parallel.parallel_groups(config.parallel, seed=0) as here:
-            found = {"stage": parallel_state.get_pipeline_model_parallel_rank(), "bytes": held(config, here)}
+            held, peak = held_and_peak(config, here)
+            found = {"stage": parallel_state.get_pipeline_model_parallel_rank(), "bytes": held, "peak": peak}
             (output / f"{number}-{here.rank}.json").write_text(json.dumps(found))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,48 +37,59 @@ class Phases:
     Attributes:
         activations: kept for the backward pass by the microbatches in flight.
         head: logits and what the operators need beside them.
-        cache: key/value cache of generation by the training weights.
+        working: gradients on their way through one feed-forward layer; the head's are gone by then.
+        cache: key/value cache of generation by the training weights; of SGLang servers their weights, which stay there.
         sync: the tensor that an export or a weight update gathers.
     """
 
     activations: int
     head: int
+    working: int
     cache: int
     sync: int
 
     @property
     def update(self) -> int:
-        return self.activations + self.head
+        return self.activations + max(self.head, self.working)
 
     @property
     def generation(self) -> int:
         return self.cache + self.sync
 
-    @property
-    def peak(self) -> int:
-        return max(self.update, self.generation)
-
 
 def static_memory(stage: Stage, config: Config, dtype: torch.dtype, data_parallel: int) -> Static:
     """Weights, float32 gradients and Adam's state, as megatron-core allocates them.
 
-    Two float32 moments a parameter and, for bfloat16 weights, a float32 master copy. The distributed optimizer keeps
-    1 / data_parallel of these, and pads its buffers: every parameter to 64 elements, a bucket to lcm(ranks, 128).
+    Two float32 moments a parameter and, for bfloat16 weights, a float32 master copy. The distributed optimizer spreads
+    these over data- and context-parallel ranks, those of experts over the ranks that hold the same ones, and pads its
+    buffers: every parameter to 64 elements, a bucket to lcm(ranks, 128).
     """
+    parallel = config.parallel
+    ranks = data_parallel * parallel.context
+    holders = max(1, ranks * parallel.tensor // (parallel.expert * parallel.expert_tensor))
     states = 8 if dtype == torch.float32 else 12
-    count = stage.count
-    if config.parallel.distributed_optimizer:
-        count = _padded_buffer(stage, data_parallel)
-    shards = data_parallel if config.parallel.distributed_optimizer else 1
-    return Static(weights=count * dtype.itemsize, gradients=count * 4, optimizer=count * states // shards)
+    found = Static(0, 0, 0)
+    for parameters, shards in ((stage.parameters, ranks), (stage.experts, holders)):
+        count = sum(parameters)
+        if not parallel.distributed_optimizer:
+            shards = 1
+        else:
+            count = _padded_buffer(parameters, stage.shared_embedding, shards)
+        found = Static(
+            found.weights + count * dtype.itemsize,
+            found.gradients + count * 4,
+            found.optimizer + count * states // shards,
+        )
+    offloaded = int(found.optimizer * config.optimizer.cpu_offload)
+    return Static(found.weights, found.gradients, found.optimizer - offloaded)
 
 
-def _padded_buffer(stage: Stage, data_parallel: int) -> int:
-    divisor = math.lcm(data_parallel, 128)
+def _padded_buffer(parameters: Sequence[int], shared_embedding: int, ranks: int) -> int:
+    divisor = math.lcm(ranks, 128)
     end = 0
-    for numel in stage.parameters:
+    for numel in parameters:
         end = _round_up(end, 64) + numel
-        if stage.shared_embedding == numel:  # a bucket of its own
+        if shared_embedding == numel:  # a bucket of its own
             end = _round_up(end, divisor)
     return _round_up(end, divisor)
 
@@ -87,17 +99,61 @@ def _round_up(number: int, divisor: int) -> int:
 
 
 def layer_activation_bytes(shape: ModelShape, tokens: int, config: Config, itemsize: int) -> int:
-    """What one layer keeps of one microbatch without recomputation, with fused norms, rotary embedding and attention.
+    """What one layer keeps of one microbatch without recomputation.
 
-    Per token: both residual inputs and their norms' outputs (4 h, split under sequence parallelism), rotated queries,
-    keys and values, the attention output with its float32 logsumexp, and gate, up and their product (3 f); queries and
-    keys before their norms where a family has those.
+    Per token with Transformer Engine, whose norms, rotary embedding and attention are fused: both residual inputs and
+    their norms' outputs (4 h, split under sequence parallelism), rotated queries, keys and values, the attention output
+    with its float32 logsumexp, and gate, up and their product (3 f); queries and keys before their norms where a family
+    has those. The local layers keep 6 h, 5 f, 3 q and 3 kv, as counted on the CPU. A mixture of experts keeps, for
+    every expert of a token, its input and output (2 h) and 3 f or 5 f of the expert instead, and the router's float32
+    probabilities; spread evenly over experts.
     """
     tensor = config.parallel.tensor
     sequence = tensor if config.parallel.sequence else 1
-    attention = 2 * shape.query + 2 * shape.key_value + (shape.query + shape.key_value if shape.query_norm else 0)
-    split = (attention + 3 * shape.feed_forward) * itemsize + 4 * shape.heads
-    return tokens * (4 * shape.hidden * itemsize // sequence + split // tensor)
+    residual, gated, queries, keys = (6, 5, 3, 3) if is_local(config) else (4, 3, 2, 2)
+    attention = queries * shape.query + keys * shape.key_value
+    if shape.query_norm:
+        attention += shape.query + shape.key_value
+    kept = (residual * shape.hidden * itemsize) // sequence + (attention * itemsize + 4 * shape.heads) // tensor
+    if not shape.experts:
+        return tokens * (kept + gated * shape.feed_forward * itemsize // tensor)
+    a_choice = (2 * shape.hidden + gated * shape.expert_feed_forward // config.parallel.expert_tensor) * itemsize
+    # Ranks that split an expert all see the tokens of their group.
+    routed = shape.chosen * a_choice * config.parallel.expert_tensor // sequence
+    return tokens * (kept + routed + 4 * shape.experts // sequence)
+
+
+def working_bytes(shape: ModelShape, tokens: int, config: Config, itemsize: int) -> int:
+    """What the backward pass of one layer needs beside what was kept: the most of two moments of its feed-forward part.
+
+    The gradient of the product has become those of gate and up (2 f a token, and h); or it was just made (f, and 3 h),
+    where the local layers hold the gradient of the weight, f h, too, before it is added to the buffer.
+    """
+    parallel = config.parallel
+    sequence = parallel.tensor if parallel.sequence else 1
+    inner, weight = shape.feed_forward // parallel.tensor, shape.feed_forward // parallel.tensor * shape.hidden
+    if shape.experts:
+        inner = shape.chosen * shape.expert_feed_forward // sequence
+        weight = shape.expert_feed_forward // parallel.expert_tensor * shape.hidden
+    both = tokens * (2 * inner + shape.hidden // sequence)
+    product = tokens * (inner + 3 * shape.hidden // sequence) + (weight if is_local(config) else 0)
+    return max(both, product) * itemsize
+
+
+def is_local(config: Config) -> bool:
+    """Whether layers are megatron-core's own; on a GPU `auto` is Transformer Engine."""
+    return config.model.layer_spec == "local"
+
+
+def layers_in_flight(stage: Stage, config: Config, microbatches: int) -> int:
+    """Layers times microbatches whose activations a stage holds at once, under 1F1B or the interleaved schedule."""
+    parallel = config.parallel
+    parts = parallel.virtual_pipeline
+    if parts == 1:
+        return stage.layers * min(parallel.pipeline - stage.index, microbatches)
+    # Narayanan et al., arXiv 2104.04473: warm-up of 2 (p - rank - 1) + (v - 1) p parts, and the one that is computed.
+    warm = 2 * (parallel.pipeline - stage.index - 1) + (parts - 1) * parallel.pipeline + 1
+    return stage.layers * min(warm, microbatches * parts) // parts
 
 
 def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int, data_parallel: int) -> Phases:
@@ -105,9 +161,16 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
     parallel, rollout = config.parallel, config.rollout
     sequences, microbatches = microbatch(config, data_parallel)
     width = config.data.max_prompt_tokens + rollout.max_tokens
-    tokens, answered = sequences * width, sequences * rollout.max_tokens
-    in_flight = min(parallel.pipeline - stage.index, microbatches)
-    activations = in_flight * stage.layers * layer_activation_bytes(shape, tokens, config, itemsize)
+    whole = parallel.microbatch_tokens or sequences * width
+    tokens, answered = whole // parallel.context, whole * rollout.max_tokens // width // parallel.context
+    layer = layer_activation_bytes(shape, tokens, config, itemsize)
+    a_layer = layer
+    if parallel.recompute == "full":
+        a_layer = tokens * shape.hidden * itemsize // (parallel.tensor if parallel.sequence else 1)
+    activations = layers_in_flight(stage, config, microbatches) * a_layer + (layer if a_layer < layer else 0)
+    if parallel.sequence:  # megatron-core's buffer that split activations are gathered into
+        activations += tokens * shape.hidden * itemsize
+    working = working_bytes(shape, tokens, config, itemsize)
     head = 0
     last = stage.index == parallel.pipeline - 1
     if last:
@@ -115,20 +178,40 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
         hidden = (tokens + answered) * shape.hidden * itemsize  # after the final norm: gathered, and the rows asked for
         if config.algorithm.fused_linear:
             # hidden states and their gradient, one chunk of logits, the weight's gradient in float32
-            head = 2 * hidden + DEFAULT_CHUNK_BYTES + shard * shape.hidden * 4
+            chunk = min(DEFAULT_CHUNK_BYTES, answered * shard * itemsize)
+            head = 2 * hidden + chunk + shard * shape.hidden * 4
         else:
             # logits, over which the operator writes their gradient
             head = 2 * hidden + answered * shard * itemsize
+            if is_local(config):
+                head += shard * shape.hidden * itemsize  # of the weight, before it is added to the buffer
+    sync = 2 * stage.largest_tensor * itemsize
+    if rollout.engine == "sglang":
+        return Phases(activations, head, working, server_weights(shape, config, itemsize), sync)
     cached = min(rollout.local_batch, rollout.prompts_per_step * rollout.samples_per_prompt // data_parallel)
     cache = cached * width * stage.layers * 2 * shape.key_value // parallel.tensor * itemsize
     if last:
         cache += cached * shape.vocabulary * 4
-    return Phases(activations, head, cache, sync=2 * stage.largest_tensor * itemsize)
+    return Phases(activations, head, working, cache, sync)
+
+
+def server_size(config: Config) -> int:
+    """Tensor-parallel GPUs of one SGLang server."""
+    given = {name.replace("-", "_"): value for name, value in config.rollout.sglang.server.items()}
+    return int(given.get("tensor_parallel_size", given.get("tp_size", given.get("tp", 1))))
+
+
+def server_weights(shape: ModelShape, config: Config, itemsize: int) -> int:
+    """Bytes of the weights of an SGLang server on one of its GPUs; 0 for servers on machines of their own."""
+    return 0 if config.rollout.sglang.urls else shape.parameters * itemsize // server_size(config)
 
 
 def microbatch(config: Config, data_parallel: int) -> tuple[int, int]:
     """Sequences of a microbatch, and microbatches of a minibatch on one data-parallel rank."""
-    rollout = config.rollout
+    rollout, budget = config.rollout, config.parallel.microbatch_tokens
     mine = rollout.prompts_per_step * rollout.samples_per_prompt // (config.algorithm.minibatches * data_parallel)
+    if budget:
+        sequences = max(1, min(mine, budget // (config.data.max_prompt_tokens + rollout.max_tokens)))
+        return sequences, -(-mine // sequences)
     sequences = min(config.parallel.microbatch_sequences or mine, mine)
     return sequences, -(-mine // sequences)

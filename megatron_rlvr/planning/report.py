@@ -6,7 +6,16 @@ from dataclasses import dataclass, replace
 
 from megatron_rlvr.config import Config, check
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, Phases, Static, microbatch, phase_memory, static_memory
+from megatron_rlvr.planning.memory import (
+    CONTEXT_BYTES,
+    GIB,
+    Phases,
+    Static,
+    microbatch,
+    phase_memory,
+    server_size,
+    static_memory,
+)
 from megatron_rlvr.planning.roofline import Hardware, StepTime, step_time
 from megatron_rlvr.planning.stages import ModelShape, Stage, model_stages
 
@@ -33,7 +42,9 @@ class Plan:
     def stage_bytes(self, index: int) -> int:
         """The largest memory of a rank of this stage, with the assumed context."""
         static, phases = self.memory[index]
-        return static.total + phases.peak + CONTEXT_BYTES
+        if self.config.rollout.engine == "sglang":  # the servers' weights stay while the policy is updated
+            return static.total + phases.cache + max(phases.update, phases.sync) + CONTEXT_BYTES
+        return static.total + max(phases.update, phases.generation) + CONTEXT_BYTES
 
     @property
     def worst(self) -> int:
@@ -59,8 +70,11 @@ class Plan:
             "optimizer": static.optimizer,
             "activations": phases.activations,
             "logits and head": phases.head,
+            "gradients of a layer": phases.working,
         }
-        if phases.generation > phases.update:
+        if self.config.rollout.engine == "sglang":
+            parts["server weights"] = phases.cache
+        elif phases.generation > phases.update:
             parts = {k: v for k, v in parts.items() if k in ("weights", "gradients", "optimizer")}
             parts |= {"key/value cache": phases.cache, "gathered tensor": phases.sync}
         return max(parts, key=lambda name: parts[name])
@@ -127,14 +141,17 @@ def describe(plan: Plan) -> str:
     config, shape = plan.config, plan.shape
     sequences, microbatches = microbatch(config, plan.data_parallel)
     width = config.data.max_prompt_tokens + config.rollout.max_tokens
+    recompute = {"none": "no", "full": "full", "selective": "selective"}[config.parallel.recompute]
+    served = config.rollout.engine == "sglang"
     head = "fused" if config.algorithm.fused_linear else "plain"
     lines = [
         f"{config.name}: {shape.parameters / 1e9:.2f} B parameters on {plan.nodes} x {plan.gpus_per_node} "
         f"{plan.hardware.name}; every number is computed, none measured",
         f"layout: {layout_name(plan)}; {microbatches} microbatches of {sequences} sequences of up to "
-        f"{width} tokens, no recomputation, {head} head",
+        f"{width} tokens, {recompute} recomputation, {head} head",
         "",
-        "GiB of a rank    weights  gradients  optimizer | activations   head | kv cache  gathered | context |    peak",
+        "GiB of a rank    weights  gradients  optimizer | activations   head  working | "
+        f"{'  server' if served else 'kv cache'}  gathered | context |    peak",
     ]
     for index, (stage, (static, phases)) in enumerate(zip(plan.stages, plan.memory, strict=True)):
         numbers = [
@@ -143,7 +160,8 @@ def describe(plan: Plan) -> str:
             f"{static.gradients / GIB:10.2f}",
             f"{static.optimizer / GIB:10.2f} |",
             f"{phases.activations / GIB:11.2f}",
-            f"{phases.head / GIB:6.2f} |",
+            f"{phases.head / GIB:6.2f}",
+            f"{phases.working / GIB:8.2f} |",
             f"{phases.cache / GIB:8.2f}",
             f"{phases.sync / GIB:9.2f} |",
             f"{CONTEXT_BYTES / GIB:7.2f} |",
@@ -153,13 +171,16 @@ def describe(plan: Plan) -> str:
     available = plan.hardware.memory_bytes / GIB
     verdict = "fits" if plan.fits else "does NOT fit"
     spare = abs(plan.spare_bytes) / GIB
+    turns = "update (activations, head or working) and generation (cache, gathered tensor) take turns"
+    if served:
+        turns = "SGLang servers keep their weights beside the policy; update and gathered tensor take turns"
     lines += [
-        "update (activations, head) and generation (cache, gathered tensor) take turns; the context is assumed.",
+        f"{turns}; the context is assumed.",
         f"{verdict}: stage {plan.worst} needs {plan.stage_bytes(plan.worst) / GIB:.1f} of {available:.1f} GiB, "
         f"{spare:.1f} GiB {'spare' if plan.fits else 'too many'}; most of it {plan.dominant}",
     ]
     static, phases = plan.memory[plan.worst]
-    if phases.generation > phases.update and not plan.fits:
+    if phases.generation > phases.update and not plan.fits and not served:
         room = plan.hardware.memory_bytes - static.total - CONTEXT_BYTES - phases.sync
         cached = min(
             config.rollout.local_batch,
@@ -168,6 +189,18 @@ def describe(plan: Plan) -> str:
         fitting = int(room * cached / phases.cache) if room > 0 else 0
         if fitting:
             lines.append(f"rollout.local_batch={fitting} would fit")
+    if served and plan.fits and not config.rollout.sglang.urls:
+        a_token = shape.layers * 2 * shape.key_value * 2 // server_size(config)
+        lines.append(
+            f"the spare memory of a server holds keys and values of {plan.spare_bytes / a_token:.0f} tokens: "
+            f"{plan.spare_bytes / a_token / width:.1f} of the longest sequences"
+        )
+    if config.parallel.distributed_optimizer:
+        gathered = 12 * max(stage.count for stage in plan.stages) / GIB
+        lines.append(
+            f"a checkpoint gathers {gathered:.1f} GiB of optimizer state in the host memory of every first "
+            "data-parallel rank, and as much on every rank when it is loaded"
+        )
     if width > shape.positions:
         lines.append(
             f"warning: prompt and response of up to {width} tokens exceed the {shape.positions} positions of the model "
@@ -176,10 +209,9 @@ def describe(plan: Plan) -> str:
     time = plan.time
     lines += [
         "",
-        f"seconds of a step at {time.response_tokens:.0f} response tokens: {time.total:.0f} = generate "
-        f"{time.generate:.0f}, score {time.score:.0f}, update {time.update:.0f}, tensor-parallel exchange "
-        f"{time.tensor_parallel:.0f}, data-parallel exchange {time.data_parallel:.1f}, optimizer {time.optimizer:.1f}; "
-        f"most of it {time.dominant.replace('_', '-')}",
+        f"seconds of a step at {time.response_tokens:.0f} response tokens: {time.total:.0f} = "
+        + ", ".join(f"{name.replace('_', '-')} {value:.1f}" for name, value in time.parts.items() if value)
+        + f"; most of it {time.dominant.replace('_', '-')}",
         f"from {plan.hardware.flops / 1e12:.0f} TFLOP/s x {plan.hardware.compute_share}, "
         f"{plan.hardware.memory_rate / 1e12:.2f} TB/s x {plan.hardware.memory_share}, links of "
         f"{plan.hardware.nvlink_rate / 1e9:.0f} and {plan.hardware.network_rate / 1e9:.0f} GB/s x "
@@ -192,6 +224,9 @@ def layout_name(plan: Plan) -> str:
     """The layout in a few words."""
     parallel = plan.config.parallel
     words = [f"tensor {parallel.tensor}", f"pipeline {parallel.pipeline}", f"data {plan.data_parallel}"]
+    for name in ("context", "expert", "expert_tensor", "virtual_pipeline"):
+        if (size := getattr(parallel, name)) > 1:
+            words.append(f"{name.replace('_', ' ')} {size}")
     if parallel.sequence:
         words.append("sequence parallel")
     words.append("distributed optimizer" if parallel.distributed_optimizer else "whole optimizer on every data rank")

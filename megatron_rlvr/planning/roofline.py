@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rlvr.config import Config
-from megatron_rlvr.planning.memory import microbatch
+from megatron_rlvr.planning.memory import microbatch, server_size
 from megatron_rlvr.planning.stages import ModelShape, Stage
 
 
@@ -36,17 +36,35 @@ class StepTime:
     score: float
     update: float
     tensor_parallel: float
+    expert_parallel: float
+    context_parallel: float
     data_parallel: float
     optimizer: float
 
     @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by phase, which add up to the step."""
+        return {name: getattr(self, name) for name in _PARTS}
+
+    @property
     def total(self) -> float:
-        return self.generate + self.score + self.update + self.tensor_parallel + self.data_parallel + self.optimizer
+        return sum(self.parts.values())
 
     @property
     def dominant(self) -> str:
-        names = ("generate", "score", "update", "tensor_parallel", "data_parallel", "optimizer")
-        return max(names, key=lambda name: getattr(self, name))
+        return max(_PARTS, key=lambda name: getattr(self, name))
+
+
+_PARTS = (
+    "generate",
+    "score",
+    "update",
+    "tensor_parallel",
+    "expert_parallel",
+    "context_parallel",
+    "data_parallel",
+    "optimizer",
+)
 
 
 def step_time(
@@ -61,44 +79,67 @@ def step_time(
 ) -> StepTime:
     """Time of a step whose responses have `response_share` of the longest length, every group with a gradient.
 
-    Generation: every token reads the rank's weights and the cache so far; pipeline stages take turns. Scoring is one
-    forward pass, the update three, `epochs` times, stretched by the pipeline's bubble; attention is causal.
+    Generation: a batch ends with its longest response, and each of its steps reads the weights; every token reads the
+    cache so far; pipeline stages take turns. Scoring is one forward pass, the update three, or four with full
+    recomputation, `epochs` times, stretched by the pipeline's bubble; attention is causal.
     """
     parallel, rollout, algorithm = config.parallel, config.rollout, config.algorithm
     sequences = rollout.prompts_per_step * rollout.samples_per_prompt / data_parallel
     response = rollout.max_tokens * response_share
     prompt = config.data.max_prompt_tokens * response_share
     width = prompt + response
-    model_ranks = parallel.tensor * parallel.pipeline
+    stage_ranks = parallel.tensor * parallel.context
+    model_ranks = stage_ranks * parallel.pipeline
     flops, memory = hardware.flops * hardware.compute_share, hardware.memory_rate * hardware.memory_share
 
-    forward = sequences * width * (2 * shape.parameters + 2 * shape.layers * shape.query * width) / model_ranks
+    forward = sequences * width * (2 * shape.active + 2 * shape.layers * shape.query * width) / model_ranks
     _, microbatches = microbatch(config, data_parallel)
-    bubble = 1 + (parallel.pipeline - 1) / microbatches
+    bubble = 1 + (parallel.pipeline - 1) / (microbatches * parallel.virtual_pipeline)
     weights = max(stage.count for stage in stages) * itemsize
     cache = sequences * (prompt + response / 2) * shape.layers * 2 * shape.key_value * itemsize / model_ranks
     batches = max(1.0, sequences / rollout.local_batch)
-    decode = parallel.pipeline * response * (batches * weights + cache) / memory
+    decode = parallel.pipeline * (rollout.max_tokens * batches * weights + response * cache) / memory
     # enough sequences at once make decoding compute-bound
     generate = max(decode, forward * parallel.pipeline / flops)
+    if rollout.engine == "sglang":
+        # servers of their own layout on as many GPUs, each with its share of the sequences
+        size = server_size(config)
+        served = sequences * size / model_ranks
+        cache = served * (prompt + response / 2) * shape.layers * 2 * shape.key_value * itemsize
+        decode = (rollout.max_tokens * shape.parameters * itemsize + response * cache) / size / memory
+        generate = max(decode, forward / flops)
 
     tensor_rate = hardware.nvlink_rate if parallel.tensor <= gpus_per_node else hardware.network_rate
-    passes = 1 + 2 * algorithm.epochs
-    moved = passes * 4 * sequences * width * shape.hidden * itemsize * shape.layers / parallel.pipeline
+    again = 1 if parallel.recompute == "full" else 0
+    passes = 1 + (2 + again) * algorithm.epochs
+    layer_tokens = sequences * width * shape.layers / parallel.pipeline / parallel.context
+    moved = passes * 4 * layer_tokens * shape.hidden * itemsize
     exchange = moved * (parallel.tensor - 1) / parallel.tensor / (tensor_rate * hardware.link_share)
+
+    # A token goes to the ranks of its experts and comes back; keys and values of a sequence go to all that share it.
+    group = parallel.expert * parallel.expert_tensor
+    expert_rate = (hardware.nvlink_rate if group <= gpus_per_node else hardware.network_rate) * hardware.link_share
+    sent = layer_tokens / parallel.tensor * shape.chosen * shape.hidden * itemsize * (parallel.expert - 1)
+    experts = passes * 2 * sent / parallel.expert / expert_rate
+    context_rate = hardware.nvlink_rate if stage_ranks <= gpus_per_node else hardware.network_rate
+    gathered = layer_tokens * (parallel.context - 1) * 2 * shape.key_value * itemsize / parallel.tensor
+    context = passes * gathered / (context_rate * hardware.link_share)
 
     updates = algorithm.minibatches * algorithm.epochs
     mine = max(stage.count for stage in stages)
     inside = data_parallel * model_ranks <= gpus_per_node
     data_rate = (hardware.nvlink_rate if inside else hardware.network_rate) * hardware.link_share
-    a_reduction = (4 + (itemsize if parallel.distributed_optimizer else 4)) * mine * (data_parallel - 1) / data_parallel
-    shards = data_parallel if parallel.distributed_optimizer else 1
+    ranks = data_parallel * parallel.context
+    a_reduction = (4 + (itemsize if parallel.distributed_optimizer else 4)) * mine * (ranks - 1) / ranks
+    shards = ranks if parallel.distributed_optimizer else 1
     return StepTime(
         response_tokens=response,
         generate=generate,
         score=forward * bubble / flops,
-        update=3 * forward * algorithm.epochs * bubble / flops,
+        update=(3 + again) * forward * algorithm.epochs * bubble / flops,
         tensor_parallel=exchange * bubble,
+        expert_parallel=experts * bubble,
+        context_parallel=context * bubble,
         data_parallel=updates * a_reduction / data_rate,
         optimizer=updates
         * 30

@@ -1,4 +1,4 @@
-"""The plan's weights, gradients and optimizer state are what a real policy allocates, to one percent."""
+"""The plan's static memory is what a real policy allocates, to one percent, and its peak to ten."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rlvr.planning.memory import static_memory
+from megatron_rlvr.planning.memory import phase_memory, static_memory
 from megatron_rlvr.planning.stages import model_stages
 from tests.conftest import ROOT, launch
 from tests.families import make_family
@@ -22,6 +22,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-sp": {"dtype": "bfloat16", "tensor": 2, "sequence": True},
     "pp2-tied": {"dtype": "bfloat16", "pipeline": 2},
     "pp2-tied-distributed": {"dtype": "float32", "pipeline": 2, "distributed_optimizer": True},
+    "tp2": {"dtype": "float32", "tensor": 2},
+    "pp2-microbatches": {"dtype": "float32", "pipeline": 2, "microbatch_sequences": 2},
+    "cp2": {"dtype": "float32", "context": 2},
+    "dp2-recompute": {"dtype": "float32", "recompute": "full"},
+    "dp2-packed": {"dtype": "float32", "microbatch_sequences": 0, "microbatch_tokens": 640},
 }
 
 
@@ -44,11 +49,15 @@ def measured(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_static_memory(name: str, folder: Path, measured: Path) -> None:
+def test_memory(name: str, folder: Path, measured: Path) -> None:
     config = layout_config(folder, LAYOUTS[name])
-    data_parallel = 2 // (config.parallel.tensor * config.parallel.pipeline)
-    _, dtype, stages = model_stages(config, 2)
+    data_parallel = 2 // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
+    shape, dtype, stages = model_stages(config, 2)
     for rank in range(2):
         found = json.loads((measured / f"{list(LAYOUTS).index(name)}-{rank}.json").read_text())
-        computed = static_memory(stages[found["stage"]], config, dtype, data_parallel).total
-        assert found["bytes"] == pytest.approx(computed, rel=0.01), (rank, found["bytes"] / computed)
+        stage = stages[found["stage"]]
+        static = static_memory(stage, config, dtype, data_parallel).total
+        assert found["bytes"] == pytest.approx(static, rel=0.01), (rank, found["bytes"] / static)
+        update = phase_memory(shape, stage, config, dtype.itemsize, data_parallel).update
+        assert found["peak"] > 1.3 * found["bytes"]  # so that ten percent of the peak say something of what is added
+        assert found["peak"] == pytest.approx(static + update, rel=0.1), (rank, found["peak"] / (static + update))

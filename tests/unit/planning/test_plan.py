@@ -20,12 +20,13 @@ from tests.conftest import ROOT
 from tests.families import FAMILIES, make_family
 
 CONFIGS = ROOT / "examples" / "configs"
-NODES = {"qwen2.5-math-7b": 1, "qwen2.5-32b": 4, "llama3.3-70b": 16, "qwen2.5-72b": 16}
+NODES = {"qwen2.5-math-7b": 1, "qwen2.5-32b": 4, "llama3.3-70b": 16, "qwen2.5-72b": 16, "qwen3-30b-a3b": 4}
 PARAMETERS = {  # of the model cards' safetensors
     "qwen2.5-math-7b": 7_615_616_512,
     "qwen2.5-32b": 32_763_876_352,
     "llama3.3-70b": 70_553_706_496,
     "qwen2.5-72b": 72_706_203_648,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
 
 
@@ -64,9 +65,10 @@ def test_examples_fit(name: str, tool: ModuleType, tmp_path: Path, capsys: pytes
     assert plan.shape.parameters == PARAMETERS[name]
     # the bytes of all ranks: weights and gradients once a data-parallel rank, Adam and master weights once
     ranks = plan.config.parallel.tensor * plan.data_parallel
-    norms = 1 + 1e-3  # every tensor-parallel rank holds the norms
+    norms = 1 + 2e-3  # every tensor-parallel rank holds the norms and routers
     held = sum(static.weights for static, _ in plan.memory) * ranks
-    assert 1 <= held / (2 * PARAMETERS[name] * plan.data_parallel) < norms
+    if not plan.shape.experts:
+        assert 1 <= held / (2 * PARAMETERS[name] * plan.data_parallel) < norms
     optimizer = sum(static.optimizer for static, _ in plan.memory) * ranks
     assert 1 <= optimizer / (12 * PARAMETERS[name]) < norms
 
@@ -135,8 +137,11 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
     phases = phase_memory(shape, stages[0], config, 2, 8)
     tokens = 1024 + 8192
     token_layer = 2 * (4 * h + (2 * h + 2 * kv) + 3 * f) // 8 + 4 * 64 // 8
-    assert phases.activations == 2 * layers * tokens * token_layer  # two microbatches in flight on the first stage
-    assert phase_memory(shape, stages[1], config, 2, 8).activations == layers * tokens * token_layer
+    buffer = tokens * h * 2  # what sequence-parallel activations are gathered into
+    # two microbatches in flight on the first stage
+    assert phases.activations == 2 * layers * tokens * token_layer + buffer
+    assert phase_memory(shape, stages[1], config, 2, 8).activations == layers * tokens * token_layer + buffer
+    assert phases.working == tokens * 2 * (2 * f + h) // 8
     assert phases.cache == 64 * tokens * layers * 2 * 128 * 2  # one key/value head of 128 on every tensor rank
     plain = replace(config, algorithm=replace(config.algorithm, fused_linear=False))
     hidden = 2 * (tokens + 8192) * h * 2
@@ -145,10 +150,58 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
     assert plan.stage_bytes(0) == static.total + max(phases.update, phases.generation) + CONTEXT_BYTES
 
 
+def test_mixture_by_hand(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B at tensor 4, expert 8, data 8: a rank has a quarter of what is dense, and 16 experts of a layer."""
+    config = example("qwen3-30b-a3b", tmp_path)
+    shape, dtype, [stage] = model_stages(config, 32)
+    h, f, q, kv, v, layers = 2048, 768, 4096, 512, 151936, 48
+    assert sum(stage.experts) == layers * 16 * 3 * h * f
+    norms = layers * (2 * h + 2 * 128) + h
+    assert sum(stage.parameters) == 2 * v * h // 4 + norms + layers * (128 * h + (h * q + 2 * kv * h + q * h) // 4)
+    # 8 of 128 experts compute: "3.3B activated" of the model card
+    assert shape.active == shape.parameters - layers * 120 * 3 * h * f and 3.3e9 < shape.active < 3.4e9
+    static = static_memory(stage, config, dtype, 8)
+    assert static.weights == 2 * stage.count
+    # dense state over 8 data-parallel ranks, that of an expert over the 4 ranks that hold it
+    exact = 12 * (sum(stage.parameters) // 8 + sum(stage.experts) // 4)
+    assert exact <= static.optimizer < 1.001 * exact
+    token_layer = 2 * 4 * h // 4 + (2 * (2 * q + 2 * kv + q + kv) + 4 * 32) // 4 + 8 * (2 * h + 3 * f) * 2 // 4 + 128
+    whole = replace(config, parallel=replace(config.parallel, recompute="none"))
+    assert phase_memory(shape, stage, whole, 2, 8).activations == layers * 18432 * token_layer + 18432 * h * 2
+    inputs = layers * 18432 * h * 2 // 4 + 18432 * h * 2
+    assert phase_memory(shape, stage, config, 2, 8).activations == inputs + 18432 * token_layer
+
+
+def test_context_and_interleaving_by_hand(tmp_path: Path) -> None:
+    config = example("qwen2.5-72b", tmp_path)
+    shape, _, stages = model_stages(config, 128)
+    half = replace(config, parallel=replace(config.parallel, context=2))
+    whole, split = (phase_memory(shape, stages[0], c, 2, 4).activations for c in (config, half))
+    assert split == whole // 2
+    buffer = 9216 * 8192 * 2
+    # 4 parts a stage: the first of 2 stages holds 2 + 3 x 2 + 1 parts of 10 layers instead of 2 x 40 layers
+    parts = replace(config, parallel=replace(config.parallel, virtual_pipeline=4))
+    assert phase_memory(shape, stages[0], parts, 2, 8).activations == (whole - buffer) * 9 * 10 // 80 + buffer
+    assert make_plan(parts, 16, 8).time.update < make_plan(config, 16, 8).time.update
+
+
+def test_generation_by_hand(tmp_path: Path) -> None:
+    """Llama 3.3 70B on SGLang servers of 8 GPUs: 16 servers of 256 sequences on 128 GPUs."""
+    config = example("llama3.3-70b", tmp_path)
+    config.rollout.engine, config.rollout.sglang.server = "sglang", {"tensor-parallel-size": 8}
+    weights = 2 * PARAMETERS["llama3.3-70b"] / 8
+    cache = 256 * (512 + 2048) * 80 * 2 * 1024 * 2 / 8  # half of the mean response is there on average
+    plan = make_plan(config, 16, 8)
+    assert plan.time.generate == pytest.approx((8192 * weights + 4096 * cache) / (3.35e12 * 0.6), rel=1e-6)
+    assert plan.memory[0][1].cache == PARAMETERS["llama3.3-70b"] * 2 // 8
+    config.rollout.sglang.urls = ["http://elsewhere:30000"]
+    assert make_plan(config, 16, 8).memory[0][1].cache == 0
+
+
 def test_time_grows_as_it_must(tmp_path: Path) -> None:
     config = example("qwen2.5-math-7b", tmp_path)
     short, long = (make_plan(config, 1, 8, response_share=share).time for share in (0.25, 0.5))
-    assert 1.9 < long.update / short.update < 2.2 and long.generate > 2 * short.generate
+    assert 1.9 < long.update / short.update < 2.2 and long.generate > short.generate
     two = make_plan(config, 2, 8).time
     one = make_plan(config, 1, 8).time
     assert two.update == pytest.approx(one.update / 2, rel=1e-6)
