@@ -307,8 +307,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML that `load_config` reads back."""
+def save_config(config: Config, path: Path, begun: bool = False) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back; over that of a run which has `begun`
+    only if `check_same_run` lets it."""
+    if begun and path.is_file():
+        check_same_run(config, path)
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
@@ -436,6 +439,8 @@ def check(config: Config) -> None:
         )
     if config.model.router_aux_loss < 0:
         raise UserError(f"model.router_aux_loss must not be negative, found {config.model.router_aux_loss}")
+    if (config.checkpoint.keep_best or "").startswith("evaluation/") and not config.data.heldout:
+        raise UserError(f"checkpoint.keep_best={config.checkpoint.keep_best} needs data.heldout: set it")
     if config.checkpoint.keep_hours < 0:
         raise UserError(f"checkpoint.keep_hours must not be negative, found {config.checkpoint.keep_hours}")
     if not 0 <= config.optimizer.cpu_offload <= 1:

@@ -22,7 +22,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import torch
 
 from megatron_rlvr.backend import device, parallel
-from megatron_rlvr.config import Config, check_same_run, load_config, save_config, warnings_of
+from megatron_rlvr.config import Config, load_config, save_config, warnings_of
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.errors import UserError, mendable
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, StopSignal, owned
@@ -67,6 +67,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             objective.load_state_dict(state["objective"])
         engine.update_weights(first)
     report = resources.enter_context(Reporter(config, first, active=layout.is_main))
+    checkpoints.tell = report.saved
     timer = StepTimer()
     latest: dict[str, float] = {}
 
@@ -74,17 +75,15 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         if rollouts.heldout is not None:
             report.phase("evaluating")
             with timer.part("evaluate"):
-                found = rollouts.evaluate()
-            if found:
-                report.evaluation({"step": step, **found})
-                latest.update({f"evaluation/{name}": value for name, value in found.items()})
+                if scores := rollouts.evaluate():
+                    report.evaluation({"step": step, **scores})
+                    latest.update({f"evaluation/{name}": value for name, value in scores.items()})
 
     def save(step: int) -> None:
         report.phase("saving")
         with timer.part("checkpoint"):
             state = {"schedule": schedule.state_dict(), "objective": objective.state_dict(), "tokens_seen": tokens_seen}
             checkpoints.save(step, policy, state, latest)
-        report.saved(step)
 
     for step in range(first, config.steps):
         if step == 0 or (config.evaluation.every and step % config.evaluation.every == 0):
@@ -95,6 +94,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             batch, rolled = rollouts.collect(step, report.phase)
         except EngineLostError:
             save(step)
+            checkpoints.finish()
             raise
         timer.add("generate", rolled.generate)
         timer.add("verify", rolled.verify)
@@ -108,6 +108,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         measured = measure_rollout(batch, weight, scores, policy.reports, layout.is_leader)
         if problem := rollouts.alarm.observe(step, measured.record):
             save(step)
+            checkpoints.finish()
             raise UserError(problem)
         rate = learning_rate(config.optimizer, step, config.steps)
         schedule.observe(
@@ -127,11 +128,9 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         updates: list[UpdateReport] = []
         steering: list[float] = []
         planned = algorithm.epochs * algorithm.minibatches
+        drop = algorithm.drop_zero_advantage and objective.ignores_zero_advantage
         for _ in range(algorithm.epochs):
-            for sequences in batch.minibatches(algorithm.minibatches):
-                if algorithm.drop_zero_advantage and objective.ignores_zero_advantage:
-                    live = sequences[advantage[sequences] != 0]
-                    sequences = live if len(live) else sequences[:1]  # megatron-core needs a microbatch
+            for sequences in batch.minibatches(algorithm.minibatches, advantage != 0 if drop else None):
                 done = policy.update(
                     batch, sequences, advantage, weight, scores, thresholds, measured.response, objective
                 )
@@ -187,11 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rank == 0:
                 for line in warnings_of(config):
                     print(f"warning: {line}", file=sys.stderr)
-                resources.enter_context(owned(Path(config.run_directory)))
-                resolved = Path(config.run_directory) / "config.yaml"
-                if (resolved.parent / "checkpoints" / "latest").is_file() and resolved.is_file():
-                    check_same_run(config, resolved)
-                save_config(config, resolved)
+                directory = resources.enter_context(owned(Path(config.run_directory)))
+                save_config(config, directory / "config.yaml", begun=(directory / "checkpoints" / "latest").is_file())
             layout = resources.enter_context(parallel.parallel_groups(config.parallel, config.seed))
             return train(config, layout, resources)
     except (UserError, EngineLostError) as error:

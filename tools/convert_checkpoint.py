@@ -6,7 +6,8 @@
         --tensor 4 --pipeline 2
 
 A checkpoint is of no layout: it is read under any, so one conversion serves all. One process holds the whole model;
-under torchrun each of tensor x pipeline processes holds its part. A Hugging Face folder is written a shard at a time.
+under torchrun each of tensor x pipeline processes holds its part. Beside it a process holds one tensor of the Hugging
+Face folder that it reads, or one shard of the one that it writes; the peak is printed at the end.
 The outputs are written beside and renamed when whole. `--verify` reads back what was written and compares every tensor
 bit for bit.
 """

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +90,14 @@ class Checkpoints:
     Args:
         folder: ``checkpoints/`` of the run directory.
         config: what stays, and whether the run goes on while a checkpoint is written.
+
+    Attributes:
+        tell: hears the step of every checkpoint once it is whole.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         self.folder, self.config = folder, config
+        self.tell: Callable[[int], None] = lambda _step: None
         self._pending: _Pending | None = None
         self._group: dist.ProcessGroup | None = None
         self._background: ThreadPoolExecutor | None = None
@@ -116,10 +120,12 @@ class Checkpoints:
         partial, main = self.folder / f"step_{step}.partial", policy.layout.is_main
         record = {"step": step, "model": fingerprint(policy.bridge), "saved_at": time.time(), **state}
         if best := self.config.keep_best:
-            if best not in metrics:
-                known = ", ".join(sorted(metrics))
-                raise UserError(f"checkpoint.keep_best={best} is no metric of this run: one of {known}")
-            record["score"] = metrics[best]
+            # Before its first evaluation, as when it has just been resumed, a run has no score yet.
+            known = [name for name in metrics if name.startswith("evaluation/") == best.startswith("evaluation/")]
+            if best in known:
+                record["score"] = metrics[best]
+            elif known:
+                raise UserError(f"checkpoint.keep_best={best} is no metric of this run: one of {', '.join(known)}")
         strategy = DirectSave(self._group, self._background)
         error: BaseException | None = None
         try:
@@ -172,6 +178,7 @@ class Checkpoints:
         except OSError as refused:
             error = refused
         self._raise_if_any(error, pending.step, main)
+        self.tell(pending.step)
 
     def _raise_if_any(self, error: BaseException | None, step: int, main: bool) -> None:
         """Raise on every process when one could not write, and leave nothing half written."""

@@ -117,7 +117,9 @@ class PolicyBridge:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                self._bridge.load_weights([_named_for_bridge(part) for part in parts], str(folder))
+                self._bridge.load_weights(
+                    [_named_for_bridge(part) for part in parts], str(folder), memory_efficient=True
+                )
             except (KeyError, ValueError, OSError, SafetensorError) as error:
                 raise UserError(
                     f"weights of {folder} cannot be read as {self.hf_config.model_type}: {error}"

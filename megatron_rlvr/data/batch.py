@@ -84,6 +84,13 @@ class RolloutBatch:
         """int64 [T], the sequence each flat response token is of."""
         return torch.repeat_interleave(torch.arange(len(self.response_lengths)), self.response_lengths)
 
-    def minibatches(self, count: int) -> list[Tensor]:
-        """Split the sequences into `count` minibatches of whole groups, in order: int64 [N / count] each."""
-        return list(torch.arange(len(self.tokens)).chunk(count))
+    def minibatches(self, count: int, only: Tensor | None = None) -> list[Tensor]:
+        """Split the sequences into `count` minibatches of whole groups, in order: int64, N / count each.
+
+        `only`, bool [N], leaves the other sequences out, but one: no forward pass goes without.
+        """
+        minibatches = torch.arange(len(self.tokens)).chunk(count)
+        if only is None:
+            return list(minibatches)
+        kept = [sequences[only[sequences]] for sequences in minibatches]
+        return [some if len(some) else whole[:1] for some, whole in zip(kept, minibatches, strict=True)]

@@ -96,10 +96,11 @@ class RolloutCollector:
                 rolled = self.ahead.take(step)
             except EngineLostError as error:
                 lost = str(error)
-        if not self.engine.collective:
+        # Context-parallel ranks hold the same weights: each generates for itself, and the leader's word is taken.
+        if not self.engine.collective or self.config.parallel.context > 1:
             rolled = parallel.share_with_model_peers(rolled)
-            if parallel.any_rank(bool(lost)):
-                raise EngineLostError(lost or "no SGLang server is left, says another rank")
+        if not self.engine.collective and parallel.any_rank(bool(lost)):
+            raise EngineLostError(lost or "no SGLang server is left, says another rank")
         assert rolled is not None
         self.engine.rest()
         seconds = time.perf_counter() - began

@@ -108,6 +108,18 @@ def test_an_unknown_metric_is_refused(arguments: list[str], capsys: pytest.Captu
     assert "checkpoint.keep_best=rewrd is no metric of this run: one of " in capsys.readouterr().err
 
 
+def test_the_best_evaluation_is_kept(run_yaml: Path, tmp_path: Path) -> None:
+    best = ["checkpoint.keep=1", "checkpoint.keep_best=evaluation/reward", "evaluation.every=2"]
+    first = [str(run_yaml), "checkpoint.export_huggingface=false", *best]
+    assert main([*first, "steps=2"]) == 0
+    assert main([*first, "steps=3"]) == 0  # resumed, it saves before it evaluates
+    assert "step_3" in names(tmp_path / "run")
+    scores = [json.loads(line)["reward"] for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    record = json.loads((tmp_path / "run" / "checkpoints" / "step_3" / "run.json").read_text())
+    assert record["score"] == scores[-1]
+    assert main([*first, "steps=3", "data.heldout=null", f"run_directory={tmp_path / 'other'}"]) == 2
+
+
 def test_a_damaged_checkpoint_is_passed_over(arguments: list[str], tmp_path: Path) -> None:
     assert main([*arguments, "steps=4"]) == 0
     before = [deterministic(r) for r in read_metrics(tmp_path / "run")]
