@@ -93,8 +93,9 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         try:
             batch, rolled = rollouts.collect(step, report.phase)
         except EngineLostError:
-            save(step)
-            checkpoints.finish()
+            if step > first:  # else nothing is new
+                save(step)
+                checkpoints.finish()
             raise
         timer.add("generate", rolled.generate)
         timer.add("verify", rolled.verify)
@@ -143,8 +144,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
                     thresholds = schedule.thresholds(step)
         engine.update_weights(step + 1)
 
-        stopping = parallel.any_rank(stop.received is not None)
-        finished = step + 1 == config.steps
+        stopping, finished = parallel.any_rank(stop.received is not None), step + 1 == config.steps
         record = {"step": step, **measured.record, **rolled.metrics, "lr": rate}
         record |= update_metrics(updates, algorithm.epochs, policy.reports)
         predicted = measured.response.predicted(statistics.mean(steering))
