@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_rlvr.backend import device
 
 device.install()
 
+from megatron_rlvr.backend.policy import Policy  # noqa: E402
 from megatron_rlvr.train import main  # noqa: E402
 
 
@@ -81,7 +83,9 @@ def test_engine_that_computes_another_policy_stops_the_run(
 
 
 @pytest.mark.parametrize("interrupt", ["retract", "in_place", "finish"])
-def test_rollouts_ahead_of_training(fake: FakeServer, command: list[str], tmp_path: Path, interrupt: str) -> None:
+def test_rollouts_ahead_of_training(
+    fake: FakeServer, command: list[str], tmp_path: Path, interrupt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Servers are paused around each update, and no token that is trained on is more than one version old."""
     asked: list[str] = []
 
@@ -89,7 +93,10 @@ def test_rollouts_ahead_of_training(fake: FakeServer, command: list[str], tmp_pa
         asked.append(path if path != "/pause_generation" else f"{path} {body['mode']}")
         return 200, {"status": "ok"}
 
-    fake.control, fake.delay = control, 0.1
+    fake.control, fake.delay = control, 0.01
+    update = Policy.update
+    # However fast the machine, some of what is rolled out ahead is complete before the weights change.
+    monkeypatch.setattr(Policy, "update", lambda *arguments: (time.sleep(0.2), update(*arguments))[1])
     settings = ["max_staleness=1", f"sglang.interrupt={interrupt}", "record=true", "sglang.concurrency=8"]
     settings += ["dynamic_sampling=true", "over_sampling=1.5"]
     assert main([*command, *[f"rollout.{setting}" for setting in settings]]) == 0
