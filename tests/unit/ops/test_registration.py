@@ -45,13 +45,14 @@ def loss_of(hidden, weight, targets, old, advantage):
     return -(clipped.objective + 0.01 * found.entropy).sum(), clipped.region_counts
 
 
-def test_compiled_graph_equals_eager():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_graph_equals_eager(backend):
     torch.manual_seed(0)
     hidden, weight = torch.randn(12, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     targets, old, advantage = torch.randint(0, 40, (12,)), -torch.rand(12) * 5, torch.randn(12)
     expected, counts = loss_of(hidden, weight, targets, old, advantage)
     gradients = torch.autograd.grad(expected, (hidden, weight))
-    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss_of, fullgraph=True, backend=backend)
     found, compiled_counts = compiled(hidden, weight, targets, old, advantage)
     torch.testing.assert_close(found, expected)
     assert torch.equal(compiled_counts, counts)
