@@ -31,7 +31,15 @@ _WATCH_PERIOD_S = 0.5
 def node_pool(config: Config, logs: Path) -> ServerPool:
     """The servers of this node, not started yet: reachable from other nodes, each with GPUs of its own."""
     # A node's own address would do for most clusters, but a host may have another name on the compute network.
-    sglang = replace(config.rollout.sglang, server={"host": "0.0.0.0", **config.rollout.sglang.server})
+    sglang = replace(
+        config.rollout.sglang,
+        server={"host": "0.0.0.0", **config.rollout.sglang.server},
+        # Here nobody knows when the trainer has a server load weights, which takes as long as an update may: one that
+        # is silent for less must not be taken for hung. The trainer's clients see a hang earlier, and ask another one.
+        health_timeout_seconds=max(
+            config.rollout.sglang.health_timeout_seconds, config.rollout.sglang.update_timeout_seconds
+        ),
+    )
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.on_gpu() else "float32"

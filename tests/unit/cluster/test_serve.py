@@ -29,6 +29,7 @@ def test_each_server_has_gpus_of_its_own_and_can_be_reached(config: Config, tmp_
     assert {server.host for server in pool.servers} == {"0.0.0.0"}
     assert pool.servers[0].url != pool.servers[1].url and "0.0.0.0" not in pool.servers[0].url
     assert pool.servers[0].arguments["dtype"] == "bfloat16"
+    assert pool.config.health_timeout_seconds >= config.rollout.sglang.update_timeout_seconds
 
 
 def test_more_servers_than_gpus_are_refused(config: Config, tmp_path: Path) -> None:
