@@ -177,9 +177,10 @@ class Client:
 
     async def adopt(self, endpoint: Endpoint) -> None:
         """Make sure that a server answers and holds the current weights; give them to it where it does not."""
-        if self.weights.staleness:  # it may have been lost while it was paused for an update
-            await endpoint.order("/continue_generation", {}, "go on")
-        await endpoint.check_health()
+        if endpoint.lost_before:  # else the watch finds out soon enough: a health check takes SGLang a second
+            if self.weights.staleness:  # it may have been lost while it was paused for an update
+                await endpoint.order("/continue_generation", {}, "go on")
+            await endpoint.check_health()
         if await endpoint.weight_version() != str(self.weights.version):
             await endpoint.load_folder(self.weights)
 

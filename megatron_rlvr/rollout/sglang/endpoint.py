@@ -50,6 +50,7 @@ class Endpoint:
     config: SGLangConfig
     up: bool = False
     why_down: str = "it was not asked yet"
+    lost_before: bool = False
     groups: int = 0
     """Prompts that it works on."""
     open: set[asyncio.Task[Reply]] = field(default_factory=set)
@@ -61,7 +62,7 @@ class Endpoint:
 
     def lose(self, why: str) -> ServerLostError:
         """Stop using it: what it has not answered yet goes elsewhere."""
-        self.up, self.why_down = False, why
+        self.up, self.why_down, self.lost_before = False, why, True
         for task in self.open:
             task.cancel()
         self.probe_now.set()

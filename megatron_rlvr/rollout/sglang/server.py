@@ -210,7 +210,9 @@ class ServerPool:
             if dead or hung:
                 self._restart(server)
         elif dead or time.monotonic() - server.began > self.config.start_timeout_seconds:
-            server.failed_starts += 1
+            # One that was killed by a signal, from outside, says nothing about the next; and whoever waits for a server
+            # has a limit of its own.
+            server.failed_starts += 0 if (server.process.returncode or 0) < 0 else 1
             if server.failed_starts < _FAILED_STARTS:
                 self._restart(server)
             else:

@@ -10,11 +10,12 @@ import io
 import os
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -67,6 +68,7 @@ class SharedMemoryTransfer:
     """For servers on this machine: the bucket lies in shared memory (CUDA IPC on a GPU), its address goes over HTTP."""
 
     receivers: Sequence[Receiver] = ()
+    _shared_before: ClassVar[bool] = False
 
     def allocate(self, size: int) -> Tensor:
         if device.on_gpu():
@@ -77,7 +79,8 @@ class SharedMemoryTransfer:
                 f"{_SHARED_MEMORY} has {free >> 20} MiB left, a bucket of weights needs {size >> 20}: lower "
                 "rollout.sglang.bucket_mb, or set rollout.sglang.weight_sync=disk"
             )
-        with _FileSystemSharing():
+        with _FileSystemSharing(), nullcontext() if self._shared_before else _without_stderr():
+            SharedMemoryTransfer._shared_before = True
             return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
 
     async def begin(self, receivers: Sequence[Receiver]) -> None:
@@ -109,6 +112,23 @@ class _FileSystemSharing:
 
     def __exit__(self, *_: object) -> None:
         torch.multiprocessing.set_sharing_strategy(self.before)
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Let no child that is started meanwhile have this process's stderr.
+
+    The first memory that is shared by name starts torch's torch_shm_manager, which lives as long as a server that it is
+    shared with: whoever reads this process's output through a pipe would wait for the end of both.
+    """
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _serialized(bucket: Bucket) -> str:

@@ -54,6 +54,22 @@ def test_server_that_is_never_ready_is_stopped(tmp_path: Path) -> None:
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parametrize(("body", "given_up"), [("kill -9 $$", False), ("exit 1", True)], ids=["killed", "ends"])
+def test_server_that_is_killed_while_it_starts_is_started_again(body: str, given_up: bool, tmp_path: Path) -> None:
+    """One that ends by itself three times has something wrong; one that others kill has not."""
+    config = SGLangConfig(python=_program(tmp_path, body), start_timeout_seconds=60.0)
+    pool = ServerPool(config, tmp_path, "float32", tmp_path)
+    pool.servers[0].start(*pool.weights)
+    try:
+        for _ in range(6):
+            if pool.servers[0].process is not None:
+                pool.servers[0].process.wait(timeout=30)
+            pool._tend(pool.servers[0], probe=False)
+        assert (pool.failure is not None) == given_up and pool.servers[0].starts == (3 if given_up else 7)
+    finally:
+        pool.__exit__()
+
+
 def test_no_such_python(tmp_path: Path) -> None:
     config = SGLangConfig(python="/nowhere/python")
     with (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from megatron_rlvr.rollout.sglang.endpoint import Endpoint
 from megatron_rlvr.rollout.sglang.identity import checksum
 from megatron_rlvr.rollout.sglang.transfer import BroadcastTransfer, Receiver, SharedMemoryTransfer, Transfer
 from megatron_rlvr.rollout.sglang.weights import stream_everywhere
+from tests.conftest import environment
 
 CONFIG = SGLangConfig(update_timeout_seconds=5.0, health_timeout_seconds=2.0)
 TENSORS = {
@@ -57,6 +60,25 @@ def test_checksum_is_that_of_the_bytes() -> None:
     tensor = torch.arange(6, dtype=torch.int32)
     assert checksum(tensor) == checksum(tensor.clone().view(2, 3)) == "cd9a54ed1f18bf97"
     assert checksum(tensor) != checksum(tensor + 1)
+
+
+def test_shared_memory_leaves_nobody_waiting_for_our_output() -> None:
+    """torch's manager of shared memory outlives the trainer while a server knows it, and must not hold its pipes."""
+    program = """
+import os, psutil
+from megatron_rlvr.rollout.sglang.transfer import SharedMemoryTransfer
+buffer = SharedMemoryTransfer().allocate(1000)
+buffer.fill_(1)
+managers = [p for p in psutil.Process().children() if "shm_manager" in p.name()]
+ours = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
+theirs = {os.readlink(f"/proc/{managers[0].pid}/fd/{fd}") for fd in os.listdir(f"/proc/{managers[0].pid}/fd")}
+print(len(managers), ours & theirs)
+os.write(2, b"still here")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=60
+    )
+    assert done.stdout.split("\n")[0] == "1 set()" and done.stderr.endswith("still here"), done.stderr
 
 
 @pytest.fixture
