@@ -49,7 +49,7 @@ def evaluate(config: Config, run: Path, initial: bool, layout: parallel.Layout, 
     policy = Policy(config, layout)
     step = 0
     if not initial:
-        state = Checkpoints(run / "checkpoints", config.checkpoint.keep).load_newest(policy)
+        state = Checkpoints(run / "checkpoints", config.checkpoint).load_newest(policy)
         if state is None:
             raise UserError(f"{run} has no checkpoint yet: wait for one, or evaluate its first model with --initial")
         step = state["step"]
