@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_torch
@@ -60,7 +61,8 @@ class DirectSave(torch_dist.TorchDistSaveShardedStrategy):
         if self.background is not None:
             for parts in flat.values():
                 for part in parts:
-                    part.data = copy.deepcopy(part.data.detach() if torch.is_tensor(part.data) else part.data)
+                    tensor = torch.is_tensor(part.data)
+                    part.data = part.data.detach().to("cpu", copy=True) if tensor else copy.deepcopy(part.data)
         arguments = {
             "storage_writer": FileSystemWriter(checkpoint_dir, thread_count=self.thread_count, sync_files=True),
             "planner": torch_dist.MCoreSavePlanner(
@@ -119,6 +121,7 @@ class Checkpoints:
         self.finish()
         partial, main = self.folder / f"step_{step}.partial", policy.layout.is_main
         record = {"step": step, "model": fingerprint(policy.bridge), "saved_at": time.time(), **state}
+        record["distributed_optimizer"] = optimizer_state.is_distributed(policy.optimizer)
         if best := self.config.keep_best:
             # Before its first evaluation, as when it has just been resumed, a run has no score yet.
             known = [name for name in metrics if name.startswith("evaluation/") == best.startswith("evaluation/")]
@@ -211,7 +214,7 @@ class Checkpoints:
         """Load the newest whole checkpoint into `policy`; return its state, or None where there is none.
 
         Raises:
-            UserError: when it is a checkpoint of another model.
+            UserError: when it is of another model, has another form of optimizer state, or cannot be read.
         """
         steps = self.steps()
         if not steps:
@@ -224,7 +227,18 @@ class Checkpoints:
             folder,
             remedy="set model.path to its model, or choose another run_directory",
         )
-        loaded = dist_checkpointing.load(self._sharded_state(policy, loading=True), str(folder))
+        distributed = optimizer_state.is_distributed(policy.optimizer)
+        if record.get("distributed_optimizer", distributed) != distributed:
+            raise UserError(
+                f"{folder} was written with parallel.distributed_optimizer={str(not distributed).lower()}, whose state "
+                "has another form: set it back"
+            )
+        try:
+            loaded = dist_checkpointing.load(self._sharded_state(policy, loading=True), str(folder))
+        except (OSError, CheckpointingException, CheckpointException, KeyError) as error:
+            raise UserError(
+                f"{folder} cannot be read ({_reason(error)}): remove it to go on from the one before"
+            ) from error
         for number, part in enumerate(policy.parts):
             part.load_state_dict(loaded[f"model{number}" if number else "model"])
         optimizer_state.load(policy.optimizer, loaded["optimizer"])

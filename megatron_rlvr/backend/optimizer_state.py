@@ -2,7 +2,7 @@
 
 megatron-core keeps the state of its distributed optimizer in flat buffers of which every data-parallel rank has a
 slice. Its ``fully_reshardable`` format cuts them into parameters again. Over torch's Adam, which keeps its step count
-beside the moments of each parameter, that format reads wrongly in three places; `prepare` and `load` go around them.
+beside the moments of each parameter, that format reads wrongly in three places; `_prepare` and `load` go around them.
 """
 
 from __future__ import annotations

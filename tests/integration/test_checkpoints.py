@@ -120,6 +120,12 @@ def test_the_best_evaluation_is_kept(run_yaml: Path, tmp_path: Path) -> None:
     assert main([*first, "steps=3", "data.heldout=null", f"run_directory={tmp_path / 'other'}"]) == 2
 
 
+def test_another_form_of_optimizer_state_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "steps=1"]) == 0
+    assert main([*arguments, "steps=2", "parallel.distributed_optimizer=true"]) == 2
+    assert "step_1 was written with parallel.distributed_optimizer=false" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_is_passed_over(arguments: list[str], tmp_path: Path) -> None:
     assert main([*arguments, "steps=4"]) == 0
     before = [deterministic(r) for r in read_metrics(tmp_path / "run")]
