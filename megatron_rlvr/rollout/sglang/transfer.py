@@ -29,6 +29,7 @@ from megatron_rlvr.rollout.sglang.endpoint import Endpoint, ServerLostError
 
 T = TypeVar("T")
 _SHARED_MEMORY = "/dev/shm"
+_GLOO_TIMEOUT_S = 60.0  # for one bucket; a refused one holds its thread, and other servers, for so long
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ class BroadcastTransfer:
 
     def _join(self, address: str, size: int) -> dist.ProcessGroup:
         """This process's side of the group: what SGLang does on its own, with the same store and names."""
-        timeout = datetime.timedelta(seconds=self.timeout)
+        seconds = self.timeout if self.backend == "nccl" else min(self.timeout, _GLOO_TIMEOUT_S)
+        timeout = datetime.timedelta(seconds=seconds)
         store, _, _ = next(dist.rendezvous(address, 0, size, timeout=timeout))
         store.set_timeout(timeout)
         # torch has no public way to form a group with processes outside of the default one.
@@ -236,10 +238,11 @@ class BroadcastTransfer:
 
     def abandon(self) -> None:
         group, self.group, self.members = self.group, None, []
-        if group is not None:
-            if self.backend == "nccl":
-                group.abort()
-            dist.destroy_process_group(group)  # closes its connections: servers that wait in it fail at once
+        if group is not None and self.backend == "nccl":
+            group.abort()
+            dist.destroy_process_group(group)
+        # Gloo has no abort, and its destructor waits for what is under way. So the group is left to its timeout, which
+        # closes its connections and so ends the waiting of servers in it.
 
 
 def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:

@@ -178,7 +178,7 @@ def test_weights_change_under_completions(interrupt: str, policy, engine, server
     assert (sampled - new)[drawn_by == 0].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("engine", [{"weight_sync": "distributed", "update_timeout_seconds": 30.0}], indirect=True)
+@pytest.mark.parametrize("engine", [{"weight_sync": "distributed", "update_timeout_seconds": 20.0}], indirect=True)
 def test_broadcast_that_a_server_refuses(policy, engine, capsys) -> None:
     """A server that does not know the group is given the copy on disk, and joins a new group for the next update."""
     _change(policy, seed=11)
