@@ -14,15 +14,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-# Read when torch loads: OpenMP threads that sleep at once cost every small kernel a wake-up, ones that spin for long
-# take the cores from whoever works.
+# Read when torch loads. Idle OpenMP threads spin for a moment: not at all costs wake-ups, for long takes others' cores.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 
 from megatron_rlvr.backend import device, parallel
-from megatron_rlvr.config import Config, load_config, save_config, warnings_of
+from megatron_rlvr.config import Config
+from megatron_rlvr.config_checks import warnings_of
+from megatron_rlvr.config_file import load_config, save_config
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.errors import UserError, mendable
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, StopSignal, owned

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.cluster.node_checks import NodeReport, check_node, differing_versions
-from megatron_rlvr.config import Config, load_config
+from megatron_rlvr.config import Config
+from megatron_rlvr.config_file import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
 

@@ -20,7 +20,8 @@ import torch
 
 from megatron_rlvr.backend import device
 from megatron_rlvr.cluster.torchrun import die_with_parent
-from megatron_rlvr.config import Config, load_config
+from megatron_rlvr.config import Config
+from megatron_rlvr.config_file import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.rollout.sglang.server import ServerPool

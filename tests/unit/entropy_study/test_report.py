@@ -118,7 +118,7 @@ def test_the_report_is_written_whole(study, tmp_path):
 
 
 def test_every_strategy_is_a_valid_configuration(study, tmp_path):
-    from megatron_rlvr.config import load_config
+    from megatron_rlvr.config_file import load_config
 
     strategies, _, _ = study
     quickstart = FOLDER.parent / "quickstart" / "quickstart.yaml"

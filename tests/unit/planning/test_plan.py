@@ -12,7 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron_rlvr.config import Config, ModelConfig, ParallelConfig, load_config
+from megatron_rlvr.config import Config, ModelConfig, ParallelConfig
+from megatron_rlvr.config_file import load_config
 from megatron_rlvr.planning.memory import CONTEXT_BYTES, phase_memory, static_memory
 from megatron_rlvr.planning.report import make_plan
 from megatron_rlvr.planning.stages import model_stages

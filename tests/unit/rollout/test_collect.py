@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from megatron_rlvr.backend import device, parallel
-from megatron_rlvr.config import Config, DataConfig, ModelConfig, RolloutConfig, check
+from megatron_rlvr.config import Config, DataConfig, ModelConfig, RolloutConfig
+from megatron_rlvr.config_checks import check
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.ahead import RolloutsAhead
 from megatron_rlvr.rollout.engine import Completion, EngineLostError, Finished, SamplingPolicy

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.config import Config, RolloutConfig, SGLangConfig, check_same_run, save_config
+from megatron_rlvr.config import Config, RolloutConfig, SGLangConfig
+from megatron_rlvr.config_file import check_same_run, save_config
 from megatron_rlvr.errors import UserError
 
 
