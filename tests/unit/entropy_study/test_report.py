@@ -102,6 +102,7 @@ def test_the_report_is_written_whole(study, tmp_path):
     report.write_report(runs, *arguments)
     text = document.read_text()
     assert "nan" not in text
+    assert "Not run yet" not in text
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(text.splitlines())}
     assert rows["target-linear"].endswith("| 3 of 3 seeds |")
     assert rows["target-constant"].endswith("| 0 of 3 seeds |")
@@ -115,6 +116,7 @@ def test_the_report_is_written_whole(study, tmp_path):
     # A part of the runs is enough.
     report.write_report({"grpo": {0: runs["grpo"][0]}}, *arguments)
     assert "1 seeds a strategy" in document.read_text()
+    assert "id-split-0.3" in document.read_text().split("## Not run yet")[1]
 
 
 def test_every_strategy_is_a_valid_configuration(study, tmp_path):
