@@ -205,8 +205,8 @@ def _claims(runs: Runs, total: int) -> list[str]:
 
 
 def _verdict(found: Difference, wanted: int) -> str:
-    if found.seeds < 2:
-        return f"one seed is too few to say ({found.mean:+.3f})"
+    if found.seeds < 3:
+        return f"too few seeds to say ({found.mean:+.3f}, of {found.seeds})"
     numbers = f"{found.mean:+.3f} ± {found.standard_error:.3f}"
     if found.sign == wanted:
         return f"shows ({numbers})"

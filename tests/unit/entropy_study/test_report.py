@@ -78,7 +78,8 @@ def test_differences_are_paired_and_judged(study):
     assert report._verdict(above, -1).startswith("the opposite shows")
     assert report._verdict(same, 1).startswith("does not show")
     assert results.Difference(0.5, math.nan, 1).sign == 0  # one seed shows nothing
-    assert report._verdict(results.Difference(0.5, math.nan, 1), 1) == "one seed is too few to say (+0.500)"
+    assert report._verdict(results.Difference(0.5, math.nan, 1), 1) == "too few seeds to say (+0.500, of 1)"
+    assert results.Difference(0.5, 1e-9, 2).sign == 0  # nor do two that happen to agree
     assert results.Difference(0.1, 0.04, 5).sign == 0  # 2.5 standard errors of 5 seeds are within 95 percent
 
 
