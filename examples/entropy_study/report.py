@@ -66,6 +66,7 @@ def write_report(
         _authority(runs, authority, folder.name),
         _splits(runs, splits, total),
         _prediction(runs, shown),
+        _missing(runs, [*strategies, *splits.values(), *(n for bounds in authority.values() for n in bounds.values())]),
     ]
     document.write_text("\n\n".join("\n".join(part) for part in parts if part) + "\n")
 
@@ -86,6 +87,17 @@ def _head(runs: Runs, shown: Sequence[str], total: int) -> list[str]:
         "standard error; **bold** where the 95 % interval excludes 0. There are many of them: about one in twenty "
         "is bold by chance. All runs one by one: [results.csv](entropy_study/results.csv). What the strategies "
         "are: [entropy_control.md](entropy_control.md).",
+    ]
+
+
+def _missing(runs: Runs, names: Sequence[str]) -> list[str]:
+    missing = [name for name in dict.fromkeys(names) if not runs.get(name)]
+    if not missing:
+        return []
+    return [
+        "## Not run yet",
+        "",
+        f"{', '.join(missing)}. `make study` goes on where it stopped, and adds seeds to what has few.",
     ]
 
 
@@ -193,8 +205,8 @@ def _claims(runs: Runs, total: int) -> list[str]:
 
 
 def _verdict(found: Difference, wanted: int) -> str:
-    if found.seeds < 2:
-        return f"one seed is too few to say ({found.mean:+.3f})"
+    if found.seeds < 3:
+        return f"too few seeds to say ({found.mean:+.3f}, of {found.seeds})"
     numbers = f"{found.mean:+.3f} ± {found.standard_error:.3f}"
     if found.sign == wanted:
         return f"shows ({numbers})"

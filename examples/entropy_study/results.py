@@ -74,8 +74,8 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the 95 percent interval excludes 0, else 0."""
-        if self.seeds < 2 or not abs(self.mean) > STUDENT.get(self.seeds - 1, 2.2) * self.standard_error:
+        """1 or -1 where the 95 percent interval excludes 0, else 0; of two seeds the spread is known too badly."""
+        if self.seeds < 3 or not abs(self.mean) > STUDENT.get(self.seeds - 1, 2.2) * self.standard_error:
             return 0
         return 1 if self.mean > 0 else -1
 

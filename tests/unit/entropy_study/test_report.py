@@ -78,7 +78,8 @@ def test_differences_are_paired_and_judged(study):
     assert report._verdict(above, -1).startswith("the opposite shows")
     assert report._verdict(same, 1).startswith("does not show")
     assert results.Difference(0.5, math.nan, 1).sign == 0  # one seed shows nothing
-    assert report._verdict(results.Difference(0.5, math.nan, 1), 1) == "one seed is too few to say (+0.500)"
+    assert report._verdict(results.Difference(0.5, math.nan, 1), 1) == "too few seeds to say (+0.500, of 1)"
+    assert results.Difference(0.5, 1e-9, 2).sign == 0  # nor do two that happen to agree
     assert results.Difference(0.1, 0.04, 5).sign == 0  # 2.5 standard errors of 5 seeds are within 95 percent
 
 
@@ -102,6 +103,7 @@ def test_the_report_is_written_whole(study, tmp_path):
     report.write_report(runs, *arguments)
     text = document.read_text()
     assert "nan" not in text
+    assert "Not run yet" not in text
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(text.splitlines())}
     assert rows["target-linear"].endswith("| 3 of 3 seeds |")
     assert rows["target-constant"].endswith("| 0 of 3 seeds |")
@@ -115,6 +117,7 @@ def test_the_report_is_written_whole(study, tmp_path):
     # A part of the runs is enough.
     report.write_report({"grpo": {0: runs["grpo"][0]}}, *arguments)
     assert "1 seeds a strategy" in document.read_text()
+    assert "id-split-0.3" in document.read_text().split("## Not run yet")[1]
 
 
 def test_every_strategy_is_a_valid_configuration(study, tmp_path):
