@@ -80,11 +80,13 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
                     report.evaluation({"step": step, **scores})
                     latest.update({f"evaluation/{name}": value for name, value in scores.items()})
 
-    def save(step: int) -> None:
+    def save(step: int, last: bool = True) -> None:
         report.phase("saving")
         with timer.part("checkpoint"):
             state = {"schedule": schedule.state_dict(), "objective": objective.state_dict(), "tokens_seen": tokens_seen}
             checkpoints.save(step, policy, state, latest)
+            if last:
+                checkpoints.finish()
 
     for step in range(first, config.steps):
         if step == 0 or (config.evaluation.every and step % config.evaluation.every == 0):
@@ -96,7 +98,6 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         except EngineLostError:
             if step > first:  # else nothing is new
                 save(step)
-                checkpoints.finish()
             raise
         timer.add("generate", rolled.generate)
         timer.add("verify", rolled.verify)
@@ -110,7 +111,6 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         measured = measure_rollout(batch, weight, scores, policy.reports, layout.is_leader)
         if problem := rollouts.alarm.observe(step, measured.record):
             save(step)
-            checkpoints.finish()
             raise UserError(problem)
         rate = learning_rate(config.optimizer, step, config.steps)
         schedule.observe(
@@ -158,9 +158,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         latest.update(record)
         checkpoints.poll()
         if stopping or finished or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
-            save(step + 1)
-        if stopping or finished:
-            checkpoints.finish()
+            save(step + 1, last=stopping or finished)
         if stopping and not finished:
             report.message(f"stopped by {stop.received or 'another rank'} after step {step}; start again to go on")
             return EXIT_STOPPED
