@@ -19,6 +19,11 @@ def log_path(logs: Path, rank: int) -> Path:
     return logs / f"rank_{rank}.log"
 
 
+def _ignore_stop_signals() -> None:
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def main(parent: int, logs: Path, command: list[str]) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # survives the exec
     if os.getppid() != parent:  # it died before the request
@@ -26,8 +31,11 @@ def main(parent: int, logs: Path, command: list[str]) -> None:
     rank = int(os.environ["RANK"])
     log = log_path(logs, rank)
     if rank == 0:
-        # It ends when the last that writes to it ends; a stop signal for the rank is none for its log.
-        copy = subprocess.Popen(["tee", "-a", log], stdin=subprocess.PIPE, start_new_session=True)
+        # It ends when the last that writes to it ends. A stop signal for the rank is none for its log, and Slurm sends
+        # one to every process of a step.
+        copy = subprocess.Popen(
+            ["tee", "-a", log], stdin=subprocess.PIPE, start_new_session=True, preexec_fn=_ignore_stop_signals
+        )
         assert copy.stdin is not None
         target = copy.stdin.fileno()
     else:
