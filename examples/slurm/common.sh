@@ -181,9 +181,10 @@ launch() {
     fi
     local told
     wait_step || true
-    # srun says the largest status; what counts is what the user can mend, then a crash, then a stop.
+    # srun says the largest status; what counts is what the user can mend, then a rank that was killed (134 is abort, by
+    # which a rank that misses another may end), then any other crash, then a stop.
     read -r status reason < <(cat "$attempt"/outcome.* 2> /dev/null | awk '
-        { weight = $1 == 2 ? 3 : $1 == 75 ? 1 : $1 == 0 ? 0 : 2 }
+        { weight = $1 == 2 ? 4 : $1 > 128 && $1 != 134 ? 3 : $1 == 75 ? 1 : $1 == 0 ? 0 : 2 }
         NR == 1 || weight > most { most = weight; line = $0 }
         END { print NR ? line : "137 the step was killed on every node" }')
     told=$(find "$attempt" -maxdepth 1 -name "outcome.*" | wc -l)

@@ -62,6 +62,10 @@ class Job:
         """Wait until the job's attempts have told of so many steps in all."""
         self.cluster.wait_for_output(self.id, r"(?m)^step +\d+/", steps, timeout)
 
+    def wait_for_steps_after_resuming(self, steps: int, timeout: float = 120) -> None:
+        """Wait until an attempt has gone on from a checkpoint, and told of so many steps since."""
+        self.cluster.wait_for_output(self.id, rf"(?ms)try \d from step_\d+ on n(.*?^step +\d+/){{{steps}}}", 1, timeout)
+
     def finish(self, timeout: float = 500) -> str:
         """Wait for the end of the job and of its processes; its state."""
         state = self.cluster.finished(self.id, timeout)["JobState"]
