@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import figures
+from ablations import authority_section, long_section, splits_section
 from results import KS, Difference, Run, Runs, above_course, difference, spread, write_csv
 
 from megatron_rlvr.control import EntropyCurve
@@ -25,6 +26,7 @@ def write_report(
     curves: dict[str, EntropyCurve],
     splits: dict[str, str],
     authority: dict[str, dict[str, str]],
+    long: Sequence[str],
     total: int,
     document: Path,
 ) -> None:
@@ -36,6 +38,7 @@ def write_report(
         curves: of the strategies that follow one.
         splits: label -> strategy of the phase-split ablation.
         authority: setting -> bound -> strategy.
+        long: names of the long runs, the static one first.
         total: steps of a run.
         document: the Markdown file.
     """
@@ -55,7 +58,9 @@ def write_report(
         for setting, bounds in authority.items()
     }
     figures.authority(kept, folder / "authority.png")
-    write_csv(folder / "results.csv", runs, curves, total)
+    if any(runs.get(name) for name in long):
+        figures.courses(runs, long, folder / "long.png")
+    write_csv(folder / "results.csv", runs, curves)
     parts = [
         _head(runs, shown, total),
         _tracking(runs, followed, folder.name) if followed else [],
@@ -63,8 +68,9 @@ def write_report(
         _held_out(runs, shown, total, folder.name),
         _claims(runs, total),
         _frontier(runs, shown, total, folder.name),
-        _authority(runs, authority, folder.name),
-        _splits(runs, splits, total),
+        authority_section(runs, authority, folder.name),
+        splits_section(runs, splits, total),
+        long_section(runs, long, folder.name),
         _prediction(runs, shown),
         _missing(runs, [*strategies, *splits.values(), *(n for bounds in authority.values() for n in bounds.values())]),
     ]
@@ -244,62 +250,6 @@ def _frontier(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list
         word = {1: "above", 0: "on, within its spread,", -1: "below"}[floor.sign]
         lines += ["", f"The floor mode lies {word} GRPO's frontier: {floor.mean:+.3f} ± {floor.standard_error:.3f}."]
     return [*lines, "", f"![frontier]({folder}/frontier.png)"]
-
-
-def _authority(runs: Runs, authority: dict[str, dict[str, str]], folder: str) -> list[str]:
-    lines = [
-        "## What thresholds alone can do",
-        "",
-        "Constant thresholds, no steering; a setting is passes over the rollout (8 updates each) × learning rate. "
-        "*Upper* and *lower* are the paper's dynamic thresholds, *steep* an upper one of slope −2.8 and intercept "
-        "3.0. Entropy kept, with the difference to static clipping of the same seed; final pass@1; tokens clipped "
-        "high and low.",
-        "",
-        "| setting | bound | seeds | entropy kept | less static | final pass@1 | clipped high | clipped low |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    rows = 0
-    for setting, bounds in authority.items():
-        for bound, name in bounds.items():
-            if not runs.get(name):
-                continue
-            rows += 1
-            of = list(runs[name].values())
-            apart = "" if bound == "static" else difference(runs, name, bounds["static"], lambda run: run.entropy_kept)
-            lines.append(
-                f"| {setting} | {bound} | {len(of)} | {spread(r.entropy_kept for r in of)} | {apart} | "
-                f"{spread(r.pass_at(1, len(r.steps)) for r in of)} | "
-                f"{spread(r.mean('clip/fraction_high') for r in of)} | "
-                f"{spread(r.mean('clip/fraction_low') for r in of)} |"
-            )
-    return [*lines, "", f"![authority]({folder}/authority.png)"] if rows else []
-
-
-def _splits(runs: Runs, splits: dict[str, str], total: int) -> list[str]:
-    present = {label: name for label, name in splits.items() if runs.get(name)}
-    if len(present) < 2:
-        return []
-    measures: dict[str, Callable[[Run], float]] = {
-        "entropy kept": lambda run: run.entropy_kept,
-        "mid pass@64": lambda run: run.pass_at(64, total // 2),
-        "final pass@1": lambda run: run.pass_at(1, total),
-        "final pass@64": lambda run: run.pass_at(64, total),
-    }
-    lines = [
-        "## Where increase-then-decrease is split",
-        "",
-        "Mean ± standard deviation, and the difference to the split at 0.5 over the seeds that both have.",
-        "",
-        "| split | seeds | " + " | ".join(f"{m} | less 0.5" for m in measures) + " |",
-        "| --- | --- |" + " --- | --- |" * len(measures),
-    ]
-    for label, name in present.items():
-        cells = []
-        for value in measures.values():
-            apart = "" if label == "0.5" else str(difference(runs, name, splits["0.5"], value))
-            cells.append(f"{spread(value(run) for run in runs[name].values())} | {apart}")
-        lines.append(f"| {label} | {len(runs[name])} | " + " | ".join(cells) + " |")
-    return lines
 
 
 def _prediction(runs: Runs, shown: Sequence[str]) -> list[str]:

@@ -121,17 +121,17 @@ def above_course(run: Run, course: Sequence[tuple[float, float]], total: int) ->
     return height - points[-1][1]
 
 
-def write_csv(path: Path, runs: Runs, curves: dict[str, EntropyCurve], total: int) -> None:
-    """One line a run, with everything that the report's tables are made of."""
+def write_csv(path: Path, runs: Runs, curves: dict[str, EntropyCurve]) -> None:
+    """One line a run, with everything that the report's tables are made of; pass@k at its start, middle and end."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         scalars = ["entropy_first", "entropy_kept", "reward", "grad_norm", "clipped_high", "clipped_low"]
         scalars += ["tracking_error", "noise_floor", "prediction_correlation"]
-        names = [f"pass@{k}@{step}" for step in (0, total // 2, total) for k in KS]
+        names = [f"pass@{k}@{when}" for when in ("start", "middle", "end") for k in KS]
         writer.writerow(["strategy", "seed", *scalars, *names])
         for strategy, of_seed in runs.items():
             for seed, run in sorted(of_seed.items()):
-                curve = curves.get(strategy)
+                curve, total = curves.get(strategy), len(run.steps)
                 values = [
                     run.steps[0]["entropy"],
                     run.entropy_kept,

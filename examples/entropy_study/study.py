@@ -6,6 +6,7 @@
 A strategy is a list of overrides of the quickstart.yaml. All runs draw 128 stratified prompts x 8 samples a step, as
 many tokens as the quickstart with its 64 x 16, and pass over them twice. Runs lie under runs/study/NAME-SEED; one that
 has finished is skipped, one that was cut off goes on from its checkpoint, and none is started after the time limit.
+The long-* runs are started only where `--only` names them.
 """
 
 from __future__ import annotations
@@ -86,7 +87,15 @@ AUTHORITY = {
     for bound, name in bounds.items()
     if name not in STRATEGIES
 }
+# What builds up over more steps; each run takes 6 times as long.
+LONG_STEPS = 200
+LONG = {
+    f"long-{name}": STRATEGIES[name]
+    for name in ("grpo", "clip-higher", "upper-only", "lower-only", "id", "did", "od", "floor")
+}
 SPLITS = {f"id-split-{split}": [*STRATEGIES["id"], f"{SCHEDULE}.split={split}"] for split in (0.3, 0.4, 0.6)}
+FAMILIES = (STRATEGIES, SPLITS, AUTHORITY, LONG)
+EVERYTHING = STRATEGIES | SPLITS | AUTHORITY | LONG
 COMMON = [
     "threads=1",
     "data.train=runs/study/data/train.jsonl",
@@ -104,18 +113,22 @@ COMMON = [
 ]
 
 
+def steps_of(name: str, steps: int) -> int:
+    """How many steps a run of a strategy has in a study of so many."""
+    return LONG_STEPS if name in LONG else steps
+
+
 def run(names: Sequence[str], seeds: int, steps: int, jobs: int, hours: float) -> int:
     """Start the runs that have not finished, `jobs` at a time; 1 if any failed.
 
     Strategies come first, then the ablations, each seed by seed, so that a study cut short has as many seeds of each.
     """
-    everything = STRATEGIES | SPLITS | AUTHORITY
     waiting = [
         (name, seed)
-        for family in (STRATEGIES, SPLITS, AUTHORITY)
+        for family in FAMILIES
         for seed in range(seeds)
         for name in names
-        if name in family and not finished(RUNS / f"{name}-{seed}", steps)
+        if name in family and not finished(RUNS / f"{name}-{seed}", steps_of(name, steps))
     ]
     print(f"{len(waiting)} of {len(names) * seeds} runs to do, {jobs} at a time", flush=True)
     deadline = time.monotonic() + hours * 3600
@@ -124,7 +137,7 @@ def run(names: Sequence[str], seeds: int, steps: int, jobs: int, hours: float) -
     while waiting or running:
         while waiting and len(running) < jobs and time.monotonic() < deadline:
             name, seed = waiting.pop(0)
-            running[_start(name, seed, steps, everything[name])] = f"{name}-{seed}"
+            running[_start(name, seed, steps_of(name, steps))] = f"{name}-{seed}"
         for process in [p for p in running if p.poll() is not None]:
             label = running.pop(process)
             print(f"{'done' if process.returncode == 0 else 'FAILED'}  {label}", flush=True)
@@ -139,10 +152,10 @@ def run(names: Sequence[str], seeds: int, steps: int, jobs: int, hours: float) -
     return 1 if failed else 0
 
 
-def _start(name: str, seed: int, steps: int, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(name: str, seed: int, steps: int) -> subprocess.Popen[bytes]:
     RUNS.mkdir(parents=True, exist_ok=True)
     arguments = [f"name={name}", f"seed={seed}", f"steps={steps}", f"run_directory={RUNS / f'{name}-{seed}'}"]
-    arguments += [f"evaluation.every={steps // 2}", f"checkpoint.every={steps // 2}", *COMMON, *overrides]
+    arguments += [f"evaluation.every={steps // 2}", f"checkpoint.every={steps // 2}", *COMMON, *EVERYTHING[name]]
     command = [sys.executable, "-m", "megatron_rlvr.train", "examples/quickstart/quickstart.yaml", *arguments]
     with (RUNS / f"{name}-{seed}.log").open("ab") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -155,12 +168,12 @@ def finished(directory: Path, steps: int) -> bool:
 
 
 def load_runs(steps: int) -> Runs:
-    """All finished runs of ``steps`` steps."""
+    """All finished runs of a study of ``steps`` steps."""
     found: Runs = {}
-    for name in STRATEGIES | SPLITS | AUTHORITY:
+    for name in EVERYTHING:
         for directory in sorted(RUNS.glob(f"{name}-[0-9]*")):
             seed = directory.name.removeprefix(f"{name}-")
-            if seed.isdigit() and directory.is_dir() and finished(directory, steps):
+            if seed.isdigit() and directory.is_dir() and finished(directory, steps_of(name, steps)):
                 found.setdefault(name, {})[int(seed)] = Run(name, int(seed), *load_run(directory))
     return found
 
@@ -171,22 +184,20 @@ def report(steps: int) -> None:
     if not any(runs.get(name) for name in STRATEGIES):
         sys.exit(f"no finished run of {steps} steps under {RUNS}: run the study first")
     splits = {"0.3": "id-split-0.3", "0.4": "id-split-0.4", "0.5": "id", "0.6": "id-split-0.6"}
-    write_report(runs, list(STRATEGIES), CURVES, splits, AUTHORITY_RUNS, steps, REPORT)
+    write_report(runs, list(STRATEGIES), CURVES, splits, AUTHORITY_RUNS, list(LONG), steps, REPORT)
     print(REPORT)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the entropy study, or write its report.")
     parser.add_argument("action", choices=["run", "report"])
-    parser.add_argument(
-        "--only", nargs="+", choices=[*STRATEGIES, *SPLITS, *AUTHORITY], help="these strategies (default: all)"
-    )
+    parser.add_argument("--only", nargs="+", choices=list(EVERYTHING), help="these (default: all but the long runs)")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     parser.add_argument("--hours", type=float, default=2.0, help="start no run after this time")
     options = parser.parse_args()
-    names = options.only or [*STRATEGIES, *SPLITS, *AUTHORITY]
+    names = options.only or [name for name in EVERYTHING if name not in LONG]
     if options.action == "report":
         report(options.steps)
         return 0

@@ -94,12 +94,13 @@ def test_height_above_a_course(study):
 
 def test_the_report_is_written_whole(study, tmp_path):
     strategies, results, report = study
-    everything = {**strategies.STRATEGIES, **strategies.SPLITS, **strategies.AUTHORITY}
+    everything = strategies.EVERYTHING
     runs = {name: {s: made_up(results, name, s) for s in range(3)} for name in everything}
     runs["target-linear"] = {s: made_up(results, "t", s, final=0.4) for s in range(3)}
     document = tmp_path / "study.md"
     splits = {"0.3": "id-split-0.3", "0.5": "id"}
-    arguments = (list(strategies.STRATEGIES), strategies.CURVES, splits, strategies.AUTHORITY_RUNS, TOTAL, document)
+    names, long = list(strategies.STRATEGIES), list(strategies.LONG)
+    arguments = (names, strategies.CURVES, splits, strategies.AUTHORITY_RUNS, long, TOTAL, document)
     report.write_report(runs, *arguments)
     text = document.read_text()
     assert "nan" not in text
@@ -107,9 +108,9 @@ def test_the_report_is_written_whole(study, tmp_path):
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(text.splitlines())}
     assert rows["target-linear"].endswith("| 3 of 3 seeds |")
     assert rows["target-constant"].endswith("| 0 of 3 seeds |")
-    for heading in ("Following a curve", "Against GRPO", "Diversity against accuracy", "thresholds alone", "is split"):
+    for heading in ("Following a curve", "Against GRPO", "Diversity against accuracy", "thresholds alone", "is split", "Longer"):
         assert heading in text
-    for figure in ("tracking", "courses", "pass_at_k", "frontier", "authority"):
+    for figure in ("tracking", "courses", "pass_at_k", "frontier", "authority", "long"):
         assert f"(study/{figure}.png)" in text
         assert (tmp_path / "study" / f"{figure}.png").stat().st_size < 150_000
     lines = (tmp_path / "study" / "results.csv").read_text().splitlines()
@@ -125,5 +126,5 @@ def test_every_strategy_is_a_valid_configuration(study, tmp_path):
 
     strategies, _, _ = study
     quickstart = FOLDER.parent / "quickstart" / "quickstart.yaml"
-    for overrides in {**strategies.STRATEGIES, **strategies.SPLITS, **strategies.AUTHORITY}.values():
+    for overrides in strategies.EVERYTHING.values():
         load_config(quickstart, [f"run_directory={tmp_path}", *strategies.COMMON, *overrides])
