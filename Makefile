@@ -7,6 +7,8 @@ SGLANG_VENV := .venv-sglang
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge shellcheck
 # Its tests use the environment that SGLANG_PYTHON names, if it does.
 SGLANG_READY := $(if $(SGLANG_PYTHON),,$(SGLANG_VENV)/.installed)
+# Two test processes: the tests wait for other processes much of the time. PARALLEL= runs them one after another.
+PARALLEL ?= --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
@@ -56,7 +58,7 @@ study: $(STAMP)  ## every strategy on the quickstart's task, 5 seeds each (2 hou
 	$(BIN)/python examples/entropy_study/study.py run && $(BIN)/python examples/entropy_study/study.py report
 
 test: $(STAMP) slurm $(SGLANG_READY) lint  ## everything CI runs, also on the real SGLang (the first time 2 minutes and 3 GB)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(PARALLEL)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

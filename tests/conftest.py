@@ -15,6 +15,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist a file stays with one process, and so does a folder whose tests share servers or a cluster."""
+    for item in items:
+        folder = item.path.parent
+        shares = folder.parent.name == "integration" or folder.name == "csrc"
+        item.add_marker(pytest.mark.xdist_group(folder.name if shares else str(item.path.relative_to(ROOT))))
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: Qwen2, 4 layers, hidden 32, random weights that are far from zero."""

@@ -1,7 +1,8 @@
 """A real Slurm on this machine, for tests: slurmctld, munge, and a slurmd for each of several virtual nodes.
 
 Every virtual node has a host name and an /etc/hosts of its own (UTS and mount namespaces), and GPUs that are character
-devices and nothing more. Nothing outside `root` is changed. Needs root and Debian's slurmctld, slurmd and munge.
+devices and nothing more. Outside `root`, which is under the temporary folder, nothing is changed but its parents' mode.
+Needs root and Debian's slurmctld, slurmd and munge.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -196,8 +198,11 @@ def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
     """Start a cluster of `size` nodes under `root`, stop it and all its jobs at the end."""
     for name in ("state", "log", "spool", "run", "dev", "munge"):
         (root / name).mkdir(parents=True)
-    for folder in (root, *root.parents[:2], root / "munge"):
-        folder.chmod(0o755)  # munge refuses a socket whose folders others could not reach
+    # munge refuses a socket whose folders others could not reach, and a test's folders are their owner's alone.
+    for folder in (root / "munge", root, *root.parents):
+        if folder == Path(tempfile.gettempdir()):
+            break
+        folder.chmod(0o755)
     port = _free_ports(size + 1)
     host = socket.gethostname().split(".")[0]
     settings = {"root": root, "host": host, "port": port, "first": port + 1, "last": port + size}
