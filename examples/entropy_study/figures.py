@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement
 from results import KS, Run, Runs
 
 from megatron_rlvr.control import EntropyCurve
@@ -83,21 +84,25 @@ def frontier(runs: Runs, strategies: Sequence[str], total: int, path: Path) -> N
     _save(figure, path)
 
 
-def authority(kept: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Entropy kept by setting and bound: ``kept[setting][bound]``, one value a seed."""
-    figure, ax = plt.subplots(figsize=(7, 3.2))
-    bounds = list(dict.fromkeys(bound for of_bound in kept.values() for bound in of_bound))
-    for i, bound in enumerate(bounds):
-        for j, of_bound in enumerate(kept.values()):
-            if values := of_bound.get(bound):
-                place = j + 0.8 * (i / len(bounds)) - 0.3
-                ax.bar(
-                    place, statistics.mean(values), 0.17, color=COLOURS[i], alpha=0.6, label=bound if j == 0 else None
-                )
-                ax.plot([place] * len(values), values, "k.", markersize=4)
-    ax.set_xticks(range(len(kept)), list(kept))
-    ax.set_ylabel("entropy kept")
-    ax.legend(fontsize=8, ncols=len(bounds))
+def authority(measurements: Sequence[Measurement], path: Path) -> None:
+    """Entropy change of a rollout under a threshold less that under static clipping: mean over states, by passes."""
+    figure, axes = plt.subplots(1, len(REWARDS), figsize=(5 * len(REWARDS), 3.4), sharey=True)
+    shift = {(m.seed, m.step, m.rewards, m.rate, m.passes, m.bound): m.shift for m in measurements}
+    for ax, rewards in zip(axes, REWARDS, strict=True):
+        for i, bound in enumerate(b for b in BOUNDS if b != "static"):
+            for style, rate in zip(STYLES, RATES, strict=False):
+                of_rate = [m for m in measurements if (m.rewards, m.rate, m.bound) == (rewards, rate, bound)]
+                means = []
+                for passes in PASSES:
+                    keys = [(m.seed, m.step, rewards, rate, passes) for m in of_rate if m.passes == passes]
+                    means.append(100 * statistics.mean(shift[*k, bound] - shift[*k, "static"] for k in keys))
+                ax.plot(PASSES, means, color=COLOURS[i], linestyle=style, marker=".", label=f"{bound}, {rate:g}")
+        ax.axhline(0.0, color="black", linewidth=0.6)
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("passes over the rollout")
+        ax.set_title("rewards of the task" if rewards == "task" else "rewards of a coin")
+    axes[0].set_ylabel("entropy less static clipping's, %")
+    axes[0].legend(fontsize=7)
     _save(figure, path)
 
 

@@ -6,13 +6,13 @@ where its 95 percent interval (Student's t) excludes 0.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import figures
-from ablations import authority_section, long_section, splits_section
+from ablations import authority_section, long_section, regime_section, splits_section
+from measurements import Measurement
 from results import KS, Difference, Run, Runs, above_course, difference, spread, write_csv
 
 from megatron_rlvr.control import EntropyCurve
@@ -25,8 +25,9 @@ def write_report(
     strategies: Sequence[str],
     curves: dict[str, EntropyCurve],
     splits: dict[str, str],
-    authority: dict[str, dict[str, str]],
+    regimes: dict[str, dict[str, str]],
     long: Sequence[str],
+    measurements: Sequence[Measurement],
     total: int,
     document: Path,
 ) -> None:
@@ -37,8 +38,9 @@ def write_report(
         strategies: names, in the order of the tables.
         curves: of the strategies that follow one.
         splits: label -> strategy of the phase-split ablation.
-        authority: setting -> bound -> strategy.
+        regimes: setting -> label -> strategy, the static one under the label ``static``.
         long: names of the long runs, the static one first.
+        measurements: of what thresholds alone do to a step.
         total: steps of a run.
         document: the Markdown file.
     """
@@ -51,13 +53,8 @@ def write_report(
     figures.courses(runs, shown, folder / "courses.png")
     figures.pass_at_k(runs, shown, (total // 2, total), folder / "pass_at_k.png")
     figures.frontier(runs, shown, total, folder / "frontier.png")
-    kept = {
-        setting: {
-            bound: [run.entropy_kept for run in runs[name].values()] for bound, name in bounds.items() if runs.get(name)
-        }
-        for setting, bounds in authority.items()
-    }
-    figures.authority(kept, folder / "authority.png")
+    if measurements:
+        figures.authority(measurements, folder / "authority.png")
     if any(runs.get(name) for name in long):
         figures.courses(runs, long, folder / "long.png")
     write_csv(folder / "results.csv", runs, curves)
@@ -68,11 +65,12 @@ def write_report(
         _held_out(runs, shown, total, folder.name),
         _claims(runs, total),
         _frontier(runs, shown, total, folder.name),
-        authority_section(runs, authority, folder.name),
+        authority_section(measurements, folder.name),
+        regime_section(runs, regimes),
         splits_section(runs, splits, total),
         long_section(runs, long, folder.name),
         _prediction(runs, shown),
-        _missing(runs, [*strategies, *splits.values(), *(n for bounds in authority.values() for n in bounds.values())]),
+        _missing(runs, [*strategies, *splits.values(), *(n for names in regimes.values() for n in names.values())]),
     ]
     document.write_text("\n\n".join("\n".join(part) for part in parts if part) + "\n")
 
@@ -241,8 +239,7 @@ def _frontier(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list
             for seed, run in runs[name].items()
             if (g := runs["grpo"].get(seed)) is not None
         ]
-        error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
-        above = Difference(statistics.mean(each) if each else math.nan, error, len(each))
+        above = Difference.of(each)
         floor = above if name == "floor" else floor
         ends = [spread(run.pass_at(k, total) for run in runs[name].values()) for k in (1, 16)]
         lines.append(f"| {name} | {ends[0]} | {ends[1]} | {'' if name == 'grpo' else above} |")

@@ -72,6 +72,12 @@ class Difference:
     standard_error: float
     seeds: int
 
+    @classmethod
+    def of(cls, each: Sequence[float]) -> Difference:
+        """Of the paired differences, one a seed."""
+        error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+        return cls(statistics.mean(each) if each else math.nan, error, len(each))
+
     @property
     def sign(self) -> int:
         """1 or -1 where the 95 percent interval excludes 0, else 0; of two seeds the spread is known too badly."""
@@ -80,9 +86,13 @@ class Difference:
         return 1 if self.mean > 0 else -1
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, digits: int = 3) -> str:
+        """Mean ± standard error, bold where the sign is known."""
         if self.seeds < 2:
-            return f"{self.mean:+.3f}" if self.seeds else ""
-        text = f"{self.mean:+.3f} ± {self.standard_error:.3f}"
+            return f"{self.mean:+.{digits}f}" if self.seeds else ""
+        text = f"{self.mean:+.{digits}f} ± {self.standard_error:.{digits}f}"
         return f"**{text}**" if self.sign else text
 
 
@@ -90,9 +100,7 @@ def difference(runs: Runs, strategy: str, other: str, value: Callable[[Run], flo
     """``value`` of ``strategy`` less that of ``other``, paired by seed: a seed has its data order and evaluation."""
     shared = sorted(set(runs.get(strategy, {})) & set(runs.get(other, {})))
     each = [value(runs[strategy][seed]) - value(runs[other][seed]) for seed in shared]
-    each = [x for x in each if math.isfinite(x)]
-    error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
-    return Difference(statistics.mean(each) if each else math.nan, error, len(each))
+    return Difference.of([x for x in each if math.isfinite(x)])
 
 
 def spread(values: Iterable[float], digits: int = 3) -> str:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from measurements import read as read_measurements
 from report import write_report
 from results import Run, Runs
 
@@ -63,29 +64,25 @@ STRATEGIES: dict[str, list[str]] = {
     "floor": [f"{SCHEDULE}.name=entropy-floor"],
     "ce-gppo": [f"{SCHEDULE}.name=constant", "algorithm.objective.name=ce-gppo"],
 }
-# What thresholds alone can do: more updates a rollout, and a higher learning rate.
-BOUNDS = {
+# Where thresholds have more to do: setting -> label -> strategy, made of the overrides of both.
+CONSTANT = {
     "static": STRATEGIES["grpo"],
+    "clip-higher": STRATEGIES["clip-higher"],
     "upper": STRATEGIES["upper-only"],
     "steep": [f"{SCHEDULE}.name=constant", f"{SCHEDULE}.upper_intercept=3.0", f"{SCHEDULE}.upper_slope=-2.8"],
     "lower": STRATEGIES["lower-only"],
 }
 SETTINGS = {
-    "2x1e-4": ["algorithm.epochs=2", "optimizer.learning_rate=1e-4"],
-    "4x1e-4": ["algorithm.epochs=4", "optimizer.learning_rate=1e-4"],
-    "2x3e-4": ["algorithm.epochs=2", "optimizer.learning_rate=3e-4"],
+    "coin": ["verifier.name=coin:toss", "data.heldout=null"],
+    "8 passes": ["algorithm.epochs=8"],
 }
-# setting -> bound -> strategy; at the study's own setting three of them are strategies anyway
-AUTHORITY_RUNS = {
-    setting: {bound: f"authority-{bound}-{setting}" for bound in BOUNDS}
-    | ({"static": "grpo", "upper": "upper-only", "lower": "lower-only"} if setting == "2x1e-4" else {})
-    for setting in SETTINGS
+REGIMES = {
+    setting: {label: f"{setting.replace(' ', '-')}-{label}" for label in (*CONSTANT, "id")} for setting in SETTINGS
 }
-AUTHORITY = {
-    name: [*BOUNDS[bound], *SETTINGS[setting], "evaluation.prompts=64", "evaluation.samples=16"]
-    for setting, bounds in AUTHORITY_RUNS.items()
-    for bound, name in bounds.items()
-    if name not in STRATEGIES
+REGIME_RUNS = {
+    name: [*(CONSTANT | {"id": STRATEGIES["id"]})[label], *SETTINGS[setting]]
+    for setting, names in REGIMES.items()
+    for label, name in names.items()
 }
 # What builds up over more steps; each run takes 6 times as long.
 LONG_STEPS = 200
@@ -94,8 +91,8 @@ LONG = {
     for name in ("grpo", "clip-higher", "upper-only", "lower-only", "id", "did", "od", "floor")
 }
 SPLITS = {f"id-split-{split}": [*STRATEGIES["id"], f"{SCHEDULE}.split={split}"] for split in (0.3, 0.4, 0.6)}
-FAMILIES = (STRATEGIES, SPLITS, AUTHORITY, LONG)
-EVERYTHING = STRATEGIES | SPLITS | AUTHORITY | LONG
+FAMILIES = (STRATEGIES, SPLITS, REGIME_RUNS, LONG)
+EVERYTHING = STRATEGIES | SPLITS | REGIME_RUNS | LONG
 COMMON = [
     "threads=1",
     "data.train=runs/study/data/train.jsonl",
@@ -106,7 +103,7 @@ COMMON = [
     "algorithm.epochs=2",
     "evaluation.prompts=128",
     "evaluation.samples=64",
-    "checkpoint.keep=1",
+    "checkpoint.keep=4",
     "checkpoint.export_huggingface=false",
     "telemetry.plots=false",
     "telemetry.tensorboard=false",
@@ -155,10 +152,10 @@ def run(names: Sequence[str], seeds: int, steps: int, jobs: int, hours: float) -
 def _start(name: str, seed: int, steps: int) -> subprocess.Popen[bytes]:
     RUNS.mkdir(parents=True, exist_ok=True)
     arguments = [f"name={name}", f"seed={seed}", f"steps={steps}", f"run_directory={RUNS / f'{name}-{seed}'}"]
-    arguments += [f"evaluation.every={steps // 2}", f"checkpoint.every={steps // 2}", *COMMON, *EVERYTHING[name]]
+    arguments += [f"evaluation.every={steps // 2}", f"checkpoint.every={steps // 4}", *COMMON, *EVERYTHING[name]]
     command = [sys.executable, "-m", "megatron_rlvr.train", "examples/quickstart/quickstart.yaml", *arguments]
     with (RUNS / f"{name}-{seed}.log").open("ab") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
 
 
@@ -184,7 +181,8 @@ def report(steps: int) -> None:
     if not any(runs.get(name) for name in STRATEGIES):
         sys.exit(f"no finished run of {steps} steps under {RUNS}: run the study first")
     splits = {"0.3": "id-split-0.3", "0.4": "id-split-0.4", "0.5": "id", "0.6": "id-split-0.6"}
-    write_report(runs, list(STRATEGIES), CURVES, splits, AUTHORITY_RUNS, list(LONG), steps, REPORT)
+    measurements = read_measurements(REPORT.with_suffix("") / "authority.csv")
+    write_report(runs, list(STRATEGIES), CURVES, splits, REGIMES, list(LONG), measurements, steps, REPORT)
     print(REPORT)
 
 

@@ -213,13 +213,18 @@ class Checkpoints:
     def load_newest(self, policy: Policy) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into `policy`; return its state, or None where there is none.
 
+        Raises as `load` does.
+        """
+        steps = self.steps()
+        return self.load(steps[-1], policy) if steps else None
+
+    def load(self, step: int, policy: Policy) -> dict[str, Any]:
+        """Load the whole checkpoint of `step` into `policy`; return its state.
+
         Raises:
             UserError: when it is of another model, has another form of optimizer state, or cannot be read.
         """
-        steps = self.steps()
-        if not steps:
-            return None
-        folder = self.folder / f"step_{steps[-1]}"
+        folder = self.folder / f"step_{step}"
         record = json.loads((folder / "run.json").read_text())
         check_same_model(
             record["model"],

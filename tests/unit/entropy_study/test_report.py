@@ -15,11 +15,12 @@ TOTAL = 20
 def study():
     sys.path.insert(0, str(FOLDER))
     try:
+        import measurements
         import report
         import results
         import study
 
-        yield study, results, report
+        yield study, results, report, measurements
     finally:
         sys.path.remove(str(FOLDER))
 
@@ -50,8 +51,22 @@ def made_up(results, strategy, seed, *, final=0.5, mid64=0.8, noise=0.001):
     return results.Run(strategy, seed, steps, evaluations)
 
 
+def made_up_measurements(measurements):
+    """Three states of which an upper bound raises entropy by 1 % a pass, give or take, and a lower one does nothing."""
+    wanted = {"static": 0.0, "upper": 0.01, "steep": 0.02, "lower": 0.0}
+    return [
+        measurements.Measurement(seed, 8, rewards, rate, bound, passes, 0.3, shift, 0.01, 0.02)
+        for seed in range(3)
+        for rewards in measurements.REWARDS
+        for rate in measurements.RATES
+        for passes in measurements.PASSES
+        for bound in measurements.BOUNDS
+        for shift in [-0.1 * seed + wanted[bound] * passes + 1e-4 * (seed - 1) * (bound != "static")]
+    ]
+
+
 def test_numbers_of_a_run(study):
-    _, results, _ = study
+    _, results, *_ = study
     run = made_up(results, "grpo", 0, noise=0.0)
     assert run.tracking_error(results.EntropyCurve("linear", end=0.5)) == pytest.approx(0.0, abs=1e-12)
     # After the first tenth: steps 2 to 19 against a constant, 0.5 k / 20 below it.
@@ -63,7 +78,7 @@ def test_numbers_of_a_run(study):
 
 
 def test_differences_are_paired_and_judged(study):
-    _, results, report = study
+    _, results, report, _ = study
     runs = {
         "grpo": {s: made_up(results, "grpo", s) for s in range(5)},
         "id": {s: made_up(results, "id", s, mid64=0.85) for s in range(4)},
@@ -84,7 +99,7 @@ def test_differences_are_paired_and_judged(study):
 
 
 def test_height_above_a_course(study):
-    _, results, _ = study
+    _, results, *_ = study
     course = [(0.3, 0.9), (0.4, 0.8), (0.5, 0.7)]
     run = made_up(results, "floor", 0, noise=0.0)
     for at, height, expected in ((0.35, 0.85, 0.0), (0.45, 0.8, 0.05), (0.6, 0.65, -0.05), (0.2, 0.95, 0.05)):
@@ -93,14 +108,15 @@ def test_height_above_a_course(study):
 
 
 def test_the_report_is_written_whole(study, tmp_path):
-    strategies, results, report = study
+    strategies, results, report, measurements = study
     everything = strategies.EVERYTHING
     runs = {name: {s: made_up(results, name, s) for s in range(3)} for name in everything}
     runs["target-linear"] = {s: made_up(results, "t", s, final=0.4) for s in range(3)}
     document = tmp_path / "study.md"
     splits = {"0.3": "id-split-0.3", "0.5": "id"}
     names, long = list(strategies.STRATEGIES), list(strategies.LONG)
-    arguments = (names, strategies.CURVES, splits, strategies.AUTHORITY_RUNS, long, TOTAL, document)
+    made = made_up_measurements(measurements)
+    arguments = (names, strategies.CURVES, splits, strategies.REGIMES, long, made, TOTAL, document)
     report.write_report(runs, *arguments)
     text = document.read_text()
     assert "nan" not in text
@@ -108,8 +124,11 @@ def test_the_report_is_written_whole(study, tmp_path):
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(text.splitlines())}
     assert rows["target-linear"].endswith("| 3 of 3 seeds |")
     assert rows["target-constant"].endswith("| 0 of 3 seeds |")
-    sections = ("Following a curve", "Against GRPO", "Diversity against accuracy")
-    for heading in (*sections, "thresholds alone", "is split", "Longer"):
+    # Static clipping of the three states: 0, -10 and -20 %; the upper bound adds 4 % in four passes, a tenth in 2.5.
+    assert "| coin | 0.0001 | 4 | -10.0 ± 10.0 | **+4.00 ± 0.01** | **+8.00 ± 0.01** |" in text
+    assert "| 1.0 %, 2.0 % | 2 |" in text
+    sections = ("Following a curve", "Against GRPO", "Diversity against accuracy", "thresholds alone")
+    for heading in (*sections, "thresholds separate", "is split", "Longer"):
         assert heading in text
     for figure in ("tracking", "courses", "pass_at_k", "frontier", "authority", "long"):
         assert f"(study/{figure}.png)" in text
@@ -125,7 +144,33 @@ def test_the_report_is_written_whole(study, tmp_path):
 def test_every_strategy_is_a_valid_configuration(study, tmp_path):
     from megatron_rlvr.config_file import load_config
 
-    strategies, _, _ = study
+    strategies, *_ = study
     quickstart = FOLDER.parent / "quickstart" / "quickstart.yaml"
     for overrides in strategies.EVERYTHING.values():
         load_config(quickstart, [f"run_directory={tmp_path}", *strategies.COMMON, *overrides])
+
+
+def test_measurements_are_read_back(study, tmp_path):
+    import csv
+    from dataclasses import asdict
+
+    *_, measurements = study
+    made = made_up_measurements(measurements)
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(made[0])))
+        writer.writeheader()
+        writer.writerows(map(asdict, made))
+    assert measurements.read(tmp_path / "table.csv") == made
+    assert measurements.read(tmp_path / "none.csv") == []
+
+
+def test_a_coin_is_fair_and_the_same_for_the_same_answer():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        from coin import toss
+    finally:
+        sys.path.remove(str(FOLDER))
+    tosses = [toss(f"{i}*2={2 * i}", {"numbers": [1, 2]}) for i in range(2000)]
+    assert set(tosses) == {0.0, 1.0}
+    assert abs(sum(tosses) / 2000 - 0.5) < 3 * 0.5 / math.sqrt(2000)
+    assert toss("1*2=2", {"numbers": [1, 2]}) == tosses[1]

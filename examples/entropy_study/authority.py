@@ -1,0 +1,143 @@
+"""What clip thresholds alone can do to entropy: the same rollouts trained on under several thresholds, side by side.
+
+    python examples/entropy_study/authority.py RUN_DIRECTORY ... [--output authority.csv]
+
+A run of training says little about thresholds: what they do to a step is small beside what differs between runs. So
+this takes checkpoints of a static-clip run (weights and Adam's state), rolls out the step that followed, and trains on
+that rollout under each of the thresholds from the very same state, for 1, 2, 4 and 8 passes and several learning
+rates. The entropy afterwards is that of the same tokens, so that no sampling noise is left in a comparison. Once with
+the task's rewards, and once with a coin's, which leave nothing to learn. One line of the table a measurement; what the
+table has already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement, read
+from torch import Tensor
+
+from megatron_rlvr.backend import device, parallel
+from megatron_rlvr.config import Config
+from megatron_rlvr.config_file import load_config
+from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.objectives import build_objective, group_advantages
+
+warnings.simplefilter("ignore")
+device.install()  # before anything imports megatron.core
+
+from megatron_rlvr.backend.aggregation import token_weights  # noqa: E402
+from megatron_rlvr.backend.checkpoint import Checkpoints  # noqa: E402
+from megatron_rlvr.backend.head import LOSS_SUMS  # noqa: E402
+from megatron_rlvr.backend.policy import Policy  # noqa: E402
+from megatron_rlvr.rollout.build import build_engine  # noqa: E402
+from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
+from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
+from megatron_rlvr.step_metrics import measure_rollout  # noqa: E402
+from megatron_rlvr.verifiers import VerifierPool, build_verifier  # noqa: E402
+
+OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "entropy_study" / "authority.csv"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A policy, one rollout, and what training on it needs, whatever the thresholds."""
+
+    config: Config
+    layout: parallel.Layout
+    policy: Policy
+    batch: RolloutBatch
+    step: int
+
+    def advantage(self, rewards: str) -> Tensor:
+        """Group advantages of the task's rewards or of a coin's, float32 [N]."""
+        values = self.batch.rewards
+        if rewards == "coin":
+            coin = torch.Generator().manual_seed(1000 * self.config.seed + self.step)
+            values = torch.randint(0, 2, values.shape, generator=coin).to(values.dtype)
+        return group_advantages(values.view(-1, self.batch.group_size), self.config.algorithm.advantage).flatten()
+
+    def train(self, rewards: str, rate: float, bound: str) -> list[Measurement]:
+        """Train on the rollout from the policy's present state; a measurement after each of `PASSES`."""
+        policy, batch, algorithm = self.policy, self.batch, self.config.algorithm
+        advantage = self.advantage(rewards)
+        weight = token_weights(self.config, batch, self.layout)
+        scores = policy.score(batch, advantage)
+        before = measure_rollout(batch, weight, scores, policy.reports, self.layout.is_leader)
+        objective = build_objective(**algorithm.objective)
+        policy.set_learning_rate(rate)
+        sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64)
+        found = []
+        for passes in range(1, max(PASSES) + 1):
+            for sequences in batch.minibatches(algorithm.minibatches, advantage != 0):
+                done = policy.update(
+                    batch, sequences, advantage, weight, scores, BOUNDS[bound], before.response, objective
+                )
+                sums += done.sums
+            if passes in PASSES:
+                shift = math.log(float(policy.score(batch, advantage).entropy.double().mean()) / before.entropy)
+                counted = dict(zip(LOSS_SUMS, sums.tolist(), strict=True))
+                clipped = (counted[name] / counted["active_tokens"] for name in ("clipped_high", "clipped_low"))
+                where = (self.config.seed, self.step, rewards, rate, bound, passes)
+                found.append(Measurement(*where, before.entropy, shift, *clipped))
+        return found
+
+
+def measure(config: Config, layout: parallel.Layout, resources: ExitStack, done: set[tuple]) -> Iterator[Measurement]:
+    """All measurements at a run's checkpoints, but those whose (seed, step, rewards, rate, bound) is in ``done``."""
+    verifiers = resources.enter_context(VerifierPool(build_verifier(config.verifier.name)))
+    policy = Policy(config, layout)
+    engine = build_engine(config, policy, resources)
+    tokenization = Tokenization(config.model.path, policy.bridge.vocab_size)
+    rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
+    checkpoints = Checkpoints(Path(config.run_directory) / "checkpoints", config.checkpoint)
+    for step in checkpoints.steps():
+        todo = [case for case in itertools.product(REWARDS, RATES, BOUNDS) if (config.seed, step, *case) not in done]
+        if not todo:
+            continue
+        checkpoints.load(step, policy)
+        bench = Bench(config, layout, policy, rollouts.collect(step)[0], step)
+        for case in todo:
+            checkpoints.load(step, policy)
+            yield from bench.train(*case)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what clip thresholds alone do to entropy.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories with checkpoints of a static-clip run")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    names = [field.name for field in fields(Measurement)]
+    for run in options.runs:
+        done = {(m.seed, m.step, m.rewards, m.rate, m.bound) for m in read(options.output)}
+        config = load_config(run / "config.yaml", [f"run_directory={run}"])
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not options.output.is_file()
+        with options.output.open("a", newline="") as file, ExitStack() as resources:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            if fresh:
+                writer.writeheader()
+            layout = resources.enter_context(parallel.parallel_groups(config.parallel, config.seed))
+            for found in measure(config, layout, resources, done):
+                row = asdict(found)
+                shown = {k: f"{row[k]:.6f}" for k in ("entropy", "shift", "clipped_high", "clipped_low")}
+                writer.writerow(row | shown)
+                file.flush()
+                print(*(row | shown).values(), flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
