@@ -9,18 +9,28 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
+# Read when torch loads, here and in what tests start: more threads than cores wait for each other, and must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist a file stays with one process, and so does a folder whose tests share servers or a cluster."""
-    for item in items:
-        folder = item.path.parent
-        shares = folder.parent.name == "integration" or folder.name == "csrc"
-        item.add_marker(pytest.mark.xdist_group(folder.name if shares else str(item.path.relative_to(ROOT))))
+class ByFixture(LoadScopeScheduling):
+    """Tests that share servers, a cluster or a build stay with one process: those of a file, or of a whole folder."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.split("::", 1)[0])
+        shares = file.parent.parent.name == "integration" or file.parent.name == "csrc"
+        return str(file.parent if shares else file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFixture:
+    """Used by pytest-xdist, whatever --dist says."""
+    return ByFixture(config, log)
 
 
 @pytest.fixture(scope="session")
