@@ -54,7 +54,6 @@ quickstart: $(STAMP)  ## RLVR on Countdown in minutes; ARGS="key=value ..." over
 
 study: $(STAMP)  ## every strategy on the quickstart's task, 5 seeds each (2 hours, resumable), into docs/entropy_study.md
 	test -f runs/study/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py --output runs/study/data
-	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
 	$(BIN)/python examples/entropy_study/study.py run && $(BIN)/python examples/entropy_study/study.py report
 
 test: $(STAMP) slurm $(SGLANG_READY) lint  ## everything CI runs, also on the real SGLang (the first time 2 minutes and 3 GB)

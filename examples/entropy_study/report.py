@@ -89,8 +89,8 @@ def _head(runs: Runs, shown: Sequence[str], total: int) -> list[str]:
         "",
         "Numbers are mean ± standard deviation over seeds. Differences are paired by seed and given as mean ± "
         "standard error; **bold** where the 95 % interval excludes 0. There are many of them: about one in twenty "
-        "is bold by chance. All runs one by one: [results.csv](entropy_study/results.csv). What the strategies "
-        "are: [entropy_control.md](entropy_control.md).",
+        "is bold by chance. All runs one by one: [results.csv](entropy_study/results.csv), step by step: "
+        "[runs.jsonl](entropy_study/runs.jsonl). What the strategies are: [entropy_control.md](entropy_control.md).",
     ]
 
 

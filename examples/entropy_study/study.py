@@ -3,10 +3,12 @@
     python examples/entropy_study/study.py run       # make study: resumable, bounded, several runs at a time
     python examples/entropy_study/study.py report    # docs/entropy_study.md and its figures, from what has finished
 
-A strategy is a list of overrides of the quickstart.yaml. All runs draw 128 stratified prompts x 8 samples a step, as
-many tokens as the quickstart with its 64 x 16, and pass over them twice. Runs lie under runs/study/NAME-SEED; one that
-has finished is skipped, one that was cut off goes on from its checkpoint, and none is started after the time limit.
-The long-* runs are started only where `--only` names them.
+A strategy is a list of overrides of the quickstart.yaml. All runs begin with the model in base_model/, which
+examples/quickstart/make_base_model.py made, draw 128 stratified prompts x 8 samples a step, as many tokens as the
+quickstart with its 64 x 16, and pass over them twice. Runs lie under runs/study/NAME-SEED; one that was cut off goes on
+from its checkpoint, and none is started after the time limit. The report puts what has finished into
+docs/entropy_study/runs.jsonl; a run that is in there is not made again, on whatever machine it was made. The long-*
+runs are started only where `--only` names them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import archive
 from measurements import read as read_measurements
 from report import write_report
 from results import Run, Runs
@@ -29,6 +32,7 @@ from megatron_rlvr.telemetry.plots import load_run
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs" / "study"
 REPORT = ROOT / "docs" / "entropy_study.md"
+ARCHIVE = REPORT.with_suffix("") / "runs.jsonl"
 
 SCHEDULE = "algorithm.schedule"
 TARGET = [f"{SCHEDULE}.name=target-entropy"]
@@ -65,22 +69,25 @@ STRATEGIES: dict[str, list[str]] = {
     "ce-gppo": [f"{SCHEDULE}.name=constant", "algorithm.objective.name=ce-gppo"],
 }
 # Where thresholds have more to do: setting -> label -> strategy, made of the overrides of both.
-CONSTANT = {
+STEEP = [f"{SCHEDULE}.upper_intercept=3.0", f"{SCHEDULE}.upper_slope=-2.8"]
+THRESHOLDS = {
     "static": STRATEGIES["grpo"],
-    "clip-higher": STRATEGIES["clip-higher"],
     "upper": STRATEGIES["upper-only"],
-    "steep": [f"{SCHEDULE}.name=constant", f"{SCHEDULE}.upper_intercept=3.0", f"{SCHEDULE}.upper_slope=-2.8"],
+    "steep": [f"{SCHEDULE}.name=constant", *STEEP],
     "lower": STRATEGIES["lower-only"],
+    "id": STRATEGIES["id"],
+    "id-steep": [*STRATEGIES["id"], *STEEP],
 }
 SETTINGS = {
-    "coin": ["verifier.name=coin:toss", "data.heldout=null"],
-    "8 passes": ["algorithm.epochs=8"],
+    "4 passes": ["algorithm.epochs=4"],
+    "coin, 4 passes": ["algorithm.epochs=4", "verifier.name=coin:toss", "data.heldout=null"],
 }
 REGIMES = {
-    setting: {label: f"{setting.replace(' ', '-')}-{label}" for label in (*CONSTANT, "id")} for setting in SETTINGS
+    setting: {label: f"{setting.replace(', ', '-').replace(' ', '-')}-{label}" for label in THRESHOLDS}
+    for setting in SETTINGS
 }
 REGIME_RUNS = {
-    name: [*(CONSTANT | {"id": STRATEGIES["id"]})[label], *SETTINGS[setting]]
+    name: [*THRESHOLDS[label], *SETTINGS[setting]]
     for setting, names in REGIMES.items()
     for label, name in names.items()
 }
@@ -95,6 +102,7 @@ FAMILIES = (STRATEGIES, SPLITS, REGIME_RUNS, LONG)
 EVERYTHING = STRATEGIES | SPLITS | REGIME_RUNS | LONG
 COMMON = [
     "threads=1",
+    "model.path=examples/entropy_study/base_model",
     "data.train=runs/study/data/train.jsonl",
     "data.heldout=runs/study/data/heldout.jsonl",
     "data.stratify_key=kind",
@@ -120,12 +128,13 @@ def run(names: Sequence[str], seeds: int, steps: int, jobs: int, hours: float) -
 
     Strategies come first, then the ablations, each seed by seed, so that a study cut short has as many seeds of each.
     """
+    done = load_runs(steps)
     waiting = [
         (name, seed)
         for family in FAMILIES
         for seed in range(seeds)
         for name in names
-        if name in family and not finished(RUNS / f"{name}-{seed}", steps_of(name, steps))
+        if name in family and seed not in done.get(name, {})
     ]
     print(f"{len(waiting)} of {len(names) * seeds} runs to do, {jobs} at a time", flush=True)
     deadline = time.monotonic() + hours * 3600
@@ -165,8 +174,12 @@ def finished(directory: Path, steps: int) -> bool:
 
 
 def load_runs(steps: int) -> Runs:
-    """All finished runs of a study of ``steps`` steps."""
+    """All finished runs of a study of ``steps`` steps, from the archive and from this machine."""
     found: Runs = {}
+    for name, of_seed in archive.read(ARCHIVE).items():
+        whole = {seed: run for seed, run in of_seed.items() if len(run.steps) == steps_of(name, steps)}
+        if name in EVERYTHING and whole:
+            found[name] = whole
     for name in EVERYTHING:
         for directory in sorted(RUNS.glob(f"{name}-[0-9]*")):
             seed = directory.name.removeprefix(f"{name}-")
@@ -180,6 +193,7 @@ def report(steps: int) -> None:
     runs = load_runs(steps)
     if not any(runs.get(name) for name in STRATEGIES):
         sys.exit(f"no finished run of {steps} steps under {RUNS}: run the study first")
+    archive.write(ARCHIVE, runs)
     splits = {"0.3": "id-split-0.3", "0.4": "id-split-0.4", "0.5": "id", "0.6": "id-split-0.6"}
     measurements = read_measurements(REPORT.with_suffix("") / "authority.csv")
     write_report(runs, list(STRATEGIES), CURVES, splits, REGIMES, list(LONG), measurements, steps, REPORT)

@@ -164,6 +164,44 @@ def test_measurements_are_read_back(study, tmp_path):
     assert measurements.read(tmp_path / "none.csv") == []
 
 
+def test_runs_are_kept_in_an_archive_and_not_made_again(study, tmp_path, monkeypatch):
+    strategies, results, *_ = study
+    import archive
+
+    short = {"grpo": {s: made_up(results, "grpo", s) for s in range(2)}, "id": {3: made_up(results, "id", 3)}}
+    archive.write(tmp_path / "runs.jsonl", short)
+    again = archive.read(tmp_path / "runs.jsonl")
+    assert {name: sorted(of_seed) for name, of_seed in again.items()} == {"grpo": [0, 1], "id": [3]}
+    for name, of_seed in short.items():
+        for seed, run in of_seed.items():
+            assert again[name][seed].entropy_kept == pytest.approx(run.entropy_kept, rel=1e-5)
+            assert again[name][seed].prediction_correlation == pytest.approx(run.prediction_correlation, rel=1e-4)
+            assert again[name][seed].pass_at(64, TOTAL) == pytest.approx(run.pass_at(64, TOTAL), rel=1e-5)
+    archive.write(tmp_path / "twice.jsonl", again)
+    assert (tmp_path / "twice.jsonl").read_text() == (tmp_path / "runs.jsonl").read_text()
+
+    monkeypatch.setattr(strategies, "ARCHIVE", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(strategies, "RUNS", tmp_path / "runs")
+    started = []
+
+    class Done:
+        returncode = 0
+
+        def poll(self):
+            return 0
+
+    def start(name, seed, steps):
+        started.append((name, seed))
+        return Done()
+
+    monkeypatch.setattr(strategies, "_start", start)
+    assert strategies.run(["grpo", "id"], seeds=4, steps=TOTAL, jobs=1, hours=1.0) == 0
+    assert started == [("id", 0), ("id", 1), ("grpo", 2), ("id", 2), ("grpo", 3)]
+    started.clear()
+    strategies.run(["grpo"], seeds=2, steps=2 * TOTAL, jobs=1, hours=1.0)  # archived runs are of another length
+    assert started == [("grpo", 0), ("grpo", 1)]
+
+
 def test_a_coin_is_fair_and_the_same_for_the_same_answer():
     sys.path.insert(0, str(FOLDER))
     try:
