@@ -211,7 +211,8 @@ def warnings_of(config: Config) -> list[str]:
 
 
 def _finite(key: str, number: float) -> None:
-    if math.isinf(number):
+    # Two limits that infinity lifts.
+    if math.isinf(number) and key not in ("optimizer.clip_grad", "rollout.mismatch_alarm"):
         raise UserError(f"{key} must be a finite number, not {number}")
 
 

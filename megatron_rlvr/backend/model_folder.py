@@ -152,6 +152,9 @@ def check_shapes(files: dict[str, Path], hf_config: Any) -> None:
         "mlp.gate_proj.weight": [inner, hidden],
         "mlp.up_proj.weight": [inner, hidden],
         "mlp.down_proj.weight": [hidden, inner],
+        "model.norm.weight": [hidden],
+        "input_layernorm.weight": [hidden],
+        "post_attention_layernorm.weight": [hidden],
     }
     layers: set[int] = set()
     for file in sorted(set(files.values())):
