@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,10 +64,18 @@ def check(config: Config) -> None:
         "evaluation.samples": config.evaluation.samples,
         "evaluation.temperature": config.evaluation.temperature,
         "checkpoint.keep": config.checkpoint.keep,
+        "verifier.timeout_seconds": config.verifier.timeout_seconds,
+        "verifier.memory_mb": config.verifier.memory_mb,
+        "parallel.timeout_minutes": parallel.timeout_minutes,
     }
     for key, number in positive.items():
         if not number > 0:
             raise UserError(f"{key} must be greater than 0, not {number}")
+        _finite(key, number)
+    _check_not_negative(config)
+    for key, number in {"beta1": config.optimizer.beta1, "beta2": config.optimizer.beta2}.items():
+        if not 0 <= number < 1:
+            raise UserError(f"optimizer.{key} must lie in [0, 1), not {number}")
     if rollout.samples_per_prompt < 2:
         raise UserError(
             f"rollout.samples_per_prompt must be at least 2, not {rollout.samples_per_prompt}: "
@@ -100,12 +109,8 @@ def check(config: Config) -> None:
         raise UserError(
             f"parallel.expert_tensor={parallel.expert_tensor} must be 1 or parallel.tensor={parallel.tensor}"
         )
-    if config.model.router_aux_loss < 0:
-        raise UserError(f"model.router_aux_loss must not be negative, found {config.model.router_aux_loss}")
     if (config.checkpoint.keep_best or "").startswith("evaluation/") and not config.data.heldout:
         raise UserError(f"checkpoint.keep_best={config.checkpoint.keep_best} needs data.heldout: set it")
-    if config.checkpoint.keep_hours < 0:
-        raise UserError(f"checkpoint.keep_hours must not be negative, found {config.checkpoint.keep_hours}")
     if not 0 <= config.optimizer.cpu_offload <= 1:
         raise UserError(f"optimizer.cpu_offload must lie in [0, 1], not {config.optimizer.cpu_offload}")
     if config.optimizer.cpu_offload and not parallel.distributed_optimizer:
@@ -125,6 +130,35 @@ def check(config: Config) -> None:
         )
 
 
+def _check_not_negative(config: Config) -> None:
+    rollout, parallel = config.rollout, config.parallel
+    for key, number in {
+        "seed": config.seed,
+        "threads": config.threads,
+        "model.router_aux_loss": config.model.router_aux_loss,
+        "verifier.workers": config.verifier.workers,
+        "rollout.top_k": rollout.top_k,
+        "rollout.refill_rounds": rollout.refill_rounds,
+        "rollout.max_staleness": rollout.max_staleness,
+        "rollout.mismatch_alarm": rollout.mismatch_alarm,
+        "optimizer.warmup_steps": config.optimizer.warmup_steps,
+        "optimizer.min_learning_rate": config.optimizer.min_learning_rate or 0.0,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "optimizer.epsilon": config.optimizer.epsilon,
+        "parallel.microbatch_sequences": parallel.microbatch_sequences,
+        "parallel.microbatch_tokens": parallel.microbatch_tokens,
+        "evaluation.every": config.evaluation.every,
+        "evaluation.top_k": config.evaluation.top_k,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_hours": config.checkpoint.keep_hours,
+    }.items():
+        if not number >= 0:
+            raise UserError(f"{key} must not be negative, found {number}")
+        _finite(key, number)
+    if config.seed >= 2**63:
+        raise UserError(f"seed must be less than 2**63, not {config.seed}")
+
+
 def _check_sampling(rollout: RolloutConfig, evaluation: EvaluationConfig) -> None:
     if not 0 < evaluation.top_p <= 1:
         raise UserError(f"evaluation.top_p must lie in (0, 1], not {evaluation.top_p}")
@@ -137,13 +171,6 @@ def _check_sampling(rollout: RolloutConfig, evaluation: EvaluationConfig) -> Non
         )
     if rollout.over_sampling < 1:
         raise UserError(f"rollout.over_sampling must be at least 1, not {rollout.over_sampling}")
-    for key, number in {
-        "refill_rounds": rollout.refill_rounds,
-        "max_staleness": rollout.max_staleness,
-        "mismatch_alarm": rollout.mismatch_alarm,
-    }.items():
-        if number < 0:
-            raise UserError(f"rollout.{key} must not be negative, but is {number}")
     if rollout.engine == "recorded" and rollout.dynamic_sampling:
         raise UserError("rollout.engine=recorded replays groups that were chosen before: set dynamic_sampling=false")
     if rollout.engine != "sglang" and rollout.max_staleness:
@@ -181,6 +208,12 @@ def warnings_of(config: Config) -> list[str]:
             "of older weights count as if the present ones had drawn them; set it, for example to 2.0"
         )
     return found
+
+
+def _finite(key: str, number: float) -> None:
+    # Two limits that infinity lifts.
+    if math.isinf(number) and key not in ("optimizer.clip_grad", "rollout.mismatch_alarm"):
+        raise UserError(f"{key} must be a finite number, not {number}")
 
 
 def _one_of(key: str, value: str, choices: Sequence[str]) -> None:

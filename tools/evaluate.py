@@ -61,7 +61,7 @@ def evaluate(config: Config, run: Path, initial: bool, layout: parallel.Layout, 
         config, layout, engine, Tokenization(config.model.path, policy.bridge.vocab_size), verifiers
     )
     assert rollouts.heldout is not None
-    check_answers(verifier, [example.answer for example in rollouts.heldout[0]])
+    check_answers(verifier, [example.answer for example in rollouts.heldout[0]], str(config.data.heldout))
     return {"step": step, **rollouts.evaluate()}
 
 

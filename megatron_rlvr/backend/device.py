@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -75,6 +76,9 @@ def install() -> None:
             "megatron.core was imported before megatron_rlvr.backend.device.install(): call install() first"
         )
     _keep_freed_memory()
+    # Of a GPU's extras, which megatron-core misses aloud in four places, and of its own default settings.
+    for line in ("Transformer Engine and Apex are not installed", "full scope is deprecated"):
+        warnings.filterwarnings("ignore", message=line)
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
     # The dispatcher of experts' tokens copies its counts on a stream of its own.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ with warnings.catch_warnings():  # mbridge imports every family it knows, some o
 
 from megatron_rlvr.backend import device, layer_spec
 from megatron_rlvr.backend.model import PolicyModel
-from megatron_rlvr.backend.model_folder import SHARD_BYTES, tensor_files, write_folder
+from megatron_rlvr.backend.model_folder import SHARD_BYTES, check_shapes, tensor_files, write_folder
 from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.errors import UserError
 
@@ -110,10 +109,10 @@ class PolicyBridge:
         """Fill the parts of `build` with the weights of the folder (of `path`, if given). Collective over the job.
 
         Raises:
-            UserError: when a tensor is missing or a file cannot be read.
+            UserError: when a tensor is missing or of another shape than config.json says, or a file cannot be read.
         """
         folder = Path(path or self.path)
-        tensor_files(folder)
+        check_shapes(tensor_files(folder), self.hf_config)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -166,8 +165,9 @@ def read_config(path: Path) -> Any:
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}/config.json cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # transformers' validators raise what they please
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}/config.json cannot be read: {reason}") from error
     _check_supported(path, config)
     return config
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -124,6 +126,55 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             f"{folder} holds no *.safetensors: save the model with save_pretrained(..., safe_serialization=True)"
         )
     return {name: file for file in files for name in _header(file)}
+
+
+def check_shapes(files: dict[str, Path], hf_config: Any) -> None:
+    """Refuse weights of another shape than config.json describes, before they are read as something else.
+
+    Args:
+        files: the file of every tensor, of `tensor_files`.
+        hf_config: of transformers.
+
+    Raises:
+        UserError: naming the first tensor that does not fit, or a layer of the configuration that has no weights.
+    """
+    hidden, vocabulary = hf_config.hidden_size, hf_config.vocab_size
+    head = getattr(hf_config, "head_dim", None) or hidden // hf_config.num_attention_heads
+    queries, keys = head * hf_config.num_attention_heads, head * hf_config.num_key_value_heads
+    inner = hf_config.intermediate_size
+    expected = {
+        "model.embed_tokens.weight": [vocabulary, hidden],
+        "lm_head.weight": [vocabulary, hidden],
+        "self_attn.q_proj.weight": [queries, hidden],
+        "self_attn.k_proj.weight": [keys, hidden],
+        "self_attn.v_proj.weight": [keys, hidden],
+        "self_attn.o_proj.weight": [hidden, queries],
+        "mlp.gate_proj.weight": [inner, hidden],
+        "mlp.up_proj.weight": [inner, hidden],
+        "mlp.down_proj.weight": [hidden, inner],
+        "model.norm.weight": [hidden],
+        "input_layernorm.weight": [hidden],
+        "post_attention_layernorm.weight": [hidden],
+    }
+    layers: set[int] = set()
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            for name in opened.keys():  # noqa: SIM118, it is no dictionary
+                layer = re.match(r"model\.layers\.(\d+)\.", name)
+                if layer:
+                    layers.add(int(layer[1]))
+                wanted = expected.get(name[layer.end() :] if layer else name)
+                if wanted and (found := opened.get_slice(name).get_shape()) != wanted:
+                    raise UserError(
+                        f"{file}: {name} has shape {found}, but config.json describes {wanted}: the weights belong to "
+                        "another model"
+                    )
+    count = hf_config.num_hidden_layers
+    if layers != set(range(count)):
+        raise UserError(
+            f"{file.parent}: the weights have layers {min(layers, default=0)} to {max(layers, default=-1)}, but "
+            f"config.json describes {count}: they belong to another model"
+        )
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:

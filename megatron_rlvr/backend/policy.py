@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_rlvr.backend import device, parallel
+from megatron_rlvr.backend import device, optimizer_state, parallel
 from megatron_rlvr.backend.head import LOSS_SUMS, Head, MinibatchLoss, TokenScores
 from megatron_rlvr.backend.huggingface import PolicyBridge
 from megatron_rlvr.backend.model import packed_sequences
@@ -97,6 +97,7 @@ class Policy:
             self._wrapped,
             use_gloo_process_groups=config.parallel.distributed_optimizer,
         )
+        _fuse_adam(self.optimizer)
         megatron.grad_scale_func = self.optimizer.scale_loss if half else None
         megatron.finalize_model_grads_func = finalize_model_grads
         self._forward_backward = get_forward_backward_func()
@@ -234,6 +235,14 @@ class Policy:
             micro_batch_size=parts[0].tokens.size(0),
             forward_only=forward_only,
         )
+
+
+def _fuse_adam(optimizer: MegatronOptimizer) -> None:
+    """Have torch's Adam, which megatron-core takes where there is no GPU, pass over a parameter once, not ten times."""
+    for part in optimizer_state.parts(optimizer):
+        if not device.on_gpu() and isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.optimizer.param_groups:
+                group["foreach"], group["fused"] = False, True
 
 
 def _offload(config: OptimizerConfig) -> dict[str, Any]:

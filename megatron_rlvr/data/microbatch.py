@@ -84,15 +84,16 @@ def zigzag(boundaries: Sequence[int], size: int, rank: int) -> Tensor:
 def partition(batch: RolloutBatch, sequences: Tensor, cut: Cut, at_least: int = 1) -> list[Tensor]:
     """Share `sequences` (int64 [n]) out to microbatches, int64 [m] each; empty ones fill up to `at_least`.
 
-    Packed microbatches are balanced: the longest sequence left goes to the emptiest one, as many as the budget takes.
+    Sequences of like length share a padded microbatch, so that little of it is padding. Packed microbatches are
+    balanced: the longest sequence left goes to the emptiest one, as many as the budget takes.
     """
-    if not cut.tokens:
-        size = cut.sequences or len(sequences)
-        parts = list(sequences.split(size))
-        if len(parts) < at_least:
-            parts = list(sequences.tensor_split(at_least))
-        return parts
     exact = (batch.prompt_lengths + batch.response_lengths)[sequences]
+    if not cut.tokens:
+        count = max(at_least, -(-len(sequences) // (cut.sequences or max(1, len(sequences)))))
+        if count == 1:
+            return [sequences]
+        ordered = sequences[exact.argsort(descending=True, stable=True)]
+        return list(ordered.tensor_split(count) if count == at_least else ordered.split(cut.sequences))
     lengths: list[int] = (-(-exact // cut.unit) * cut.unit).tolist()
     count = max(at_least, -(-sum(lengths) // cut.tokens))
     while True:

@@ -25,7 +25,7 @@ class PromptSampler:
             raise UserError(f"the data set has {count} examples; at least 1 is needed")
         if not 1 <= prompts_per_step <= count:
             raise UserError(
-                f"prompts per step must be between 1 and the number of examples ({count}), found {prompts_per_step}"
+                f"rollout.prompts_per_step={prompts_per_step} must be between 1 and the number of examples, {count}"
             )
         if seed < 0:
             raise UserError(f"the seed of the prompt order must not be negative, found {seed}")

@@ -200,7 +200,7 @@ class RolloutCollector:
         data = self.config.data
         keys = {} if data.prompt_key is None else {"prompt_key": data.prompt_key}
         examples = load_examples(path, answer_key=data.answer_key, stratify_key=stratify_key, limit=limit, **keys)
-        check_answers(self.verifiers.verifier, [e.answer for e in examples])
+        check_answers(self.verifiers.verifier, [e.answer for e in examples], path)
         return examples, self.tokenization.encode_all(examples, data.max_prompt_tokens)
 
 

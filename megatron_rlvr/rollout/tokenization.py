@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ class Tokenization:
             )
         stops = {self.tokenizer.eos_token_id}
         if (folder / "generation_config.json").is_file():
-            configured = GenerationConfig.from_pretrained(folder).eos_token_id
+            try:
+                configured = GenerationConfig.from_pretrained(folder).eos_token_id
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{folder}/generation_config.json cannot be read: {error}") from error
             stops |= set(configured) if isinstance(configured, list) else {configured}
         self.stop_token_ids = tuple(sorted(s for s in stops if s is not None))
         if not self.stop_token_ids:
@@ -83,7 +87,8 @@ class Tokenization:
         """Token ids of every prompt.
 
         Raises:
-            UserError: naming the first prompt that is empty or longer than `max_tokens`.
+            UserError: naming the first prompt that is empty or longer than `max_tokens`, or of which the tokenizer
+                loses a part.
         """
         texts = [e.prompt for e in examples]
         plain = all(isinstance(t, str) for t in texts)
@@ -94,8 +99,31 @@ class Tokenization:
                     f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens; it must have 1 "
                     f"to data.max_prompt_tokens={max_tokens}: raise that, or take the example out"
                 )
+        if plain:
+            self._check_nothing_is_lost(examples[:64], encoded[:64])
         return encoded
+
+    def _check_nothing_is_lost(self, examples: Sequence[Example], encoded: Sequence[Sequence[int]]) -> None:
+        """Refuse a tokenizer that drops text, as that of another model does: what is left would train without a word.
+
+        White space, case and Unicode's normal form are the tokenizer's own affair.
+        """
+        for example, read in zip(examples, self.tokenizer.batch_decode(encoded), strict=True):
+            if _bare(str(example.prompt)) not in _bare(read):
+                raise UserError(
+                    f"the tokenizer reads the prompt of example {example.index} of {example.source}, "
+                    f"{_short(str(example.prompt))}, as {_short(read)}: it has no tokens for the rest; use data that "
+                    "this model reads"
+                )
 
     def decode(self, completions: Sequence[Completion]) -> list[str]:
         """Their text without special tokens."""
         return self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+
+
+def _bare(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -15,8 +15,8 @@ Verifier = Callable[[str, Any], float]
 VERIFIERS: dict[str, Callable[..., Verifier]] = {"countdown": Countdown, "exact": ExactMatch, "math": MathAnswer}
 
 
-def check_answers(verifier: Verifier, answers: Iterable[Any]) -> None:
-    """Raise UserError, naming the first such answer's position, if a verifier cannot read one of a data set's answers.
+def check_answers(verifier: Verifier, answers: Iterable[Any], source: str = "the data set") -> None:
+    """Raise UserError, naming the first such answer's position in ``source``, if a verifier cannot read one of them.
 
     For the start of a run: the same answer would otherwise end it hours later. Verifiers without a
     ``check_answer(answer)`` method, such as user functions, pass.
@@ -28,7 +28,7 @@ def check_answers(verifier: Verifier, answers: Iterable[Any]) -> None:
         try:
             check(answer)
         except UserError as error:
-            raise UserError(f"example {index}: {error}") from error
+            raise UserError(f"example {index} (counted from 0) of {source}: {error}") from error
 
 
 def build_verifier(name: str, **options: Any) -> Verifier:

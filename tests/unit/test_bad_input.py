@@ -23,7 +23,24 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ("override", "expected"),
     [
         ("rollout.temprature=1", "did you mean rollout.temperature?"),
-        ("steps=many", "configuration key steps"),
+        ("schedule.name=constant", "unknown configuration key schedule: did you mean algorithm.schedule?"),
+        ("steps=many", "steps='many': steps must be a whole number"),
+        ("steps=1.5", "steps=1.5: steps must be a whole number"),
+        ("steps=", "steps has no value"),
+        ("steps=[1", "override 'steps=[1'"),
+        ("steps.first=1", "steps must be a whole number"),
+        ("model=here", "model must be a section: write model.path=..."),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate must be a number"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate must be a finite number"),
+        ("optimizer.beta1=1.5", "optimizer.beta1 must lie in [0, 1)"),
+        ("parallel.sequence=maybe", "parallel.sequence must be true or false"),
+        ("rollout.stop=end", "write rollout.stop=[end]"),
+        ("algorithm.schedule=constant", "write algorithm.schedule.name=constant"),
+        ("algorithm.schedule=[constant]", "algorithm.schedule must be a section"),
+        ("seed=-1", "seed must not be negative"),
+        ("threads=-2", "threads must not be negative"),
+        ("parallel.microbatch_sequences=-2", "parallel.microbatch_sequences must not be negative"),
+        ("name=${nothing}", "configuration key name: Interpolation key 'nothing' not found"),
         ("steps", "is not key=value"),
         ("steps=0", "steps must be greater than 0, not 0"),
         ("rollout.samples_per_prompt=1", "must be at least 2"),
@@ -49,7 +66,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("parallel.microbatch_tokens=1000", "less than data.max_prompt_tokens + rollout.max_tokens = 1034"),
         ("parallel.sequence=true", "needs parallel.tensor > 1"),
         ("data.max_prompt_tokens=3", "data.max_prompt_tokens=3"),
-        ("rollout.prompts_per_step=128", "prompts per step must be between 1 and the number of examples (64)"),
+        (
+            "rollout.prompts_per_step=128",
+            "rollout.prompts_per_step=128 must be between 1 and the number of examples, 64",
+        ),
         ("model.path=nowhere", "model.path=nowhere is not a folder"),
         ("model.path=null", "model.path"),
         ("data.train=nowhere.jsonl", "nowhere.jsonl"),
@@ -85,6 +105,28 @@ def test_malformed_line_is_named(run_yaml: Path, tmp_path: Path, capsys: pytest.
     assert "bad.jsonl" in (line := _refused(capsys, run_yaml, f"data.train={data}")) and "3" in line
 
 
+def test_list_in_place_of_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "list.yaml").write_text("- steps\n")
+    assert "holds a list" in _refused(capsys, tmp_path / "list.yaml")
+
+
+def test_unreadable_answer_names_file_and_example(
+    run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"prompt": "1 2 3 : 6 >", "answer": {"numbers": [1, 2, 3], "target": 6}}
+    (tmp_path / "odd.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | {'answer': 6})}\n")
+    line = _refused(capsys, run_yaml, f"data.train={tmp_path / 'odd.jsonl'}", "verifier.name=countdown")
+    assert "example 1 (counted from 0) of" in line and "odd.jsonl" in line and "found 6" in line
+
+
+def test_prompts_in_another_language(run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model's tokenizer has numbers and signs alone, and drops words without a word."""
+    lines = [json.dumps({"prompt": f"reach {i} from 1 2", "answer": 3}) for i in range(9)]
+    (tmp_path / "words.jsonl").write_text("\n".join(lines))
+    line = _refused(capsys, run_yaml, f"data.train={tmp_path / 'words.jsonl'}")
+    assert "example 0 of words, 'reach 0 from 1 2', as '012'" in line
+
+
 def test_empty_data(run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     assert "no examples" in _refused(capsys, run_yaml, f"data.train={tmp_path / 'empty.jsonl'}")
@@ -114,6 +156,39 @@ def test_missing_weights(run_yaml: Path, small_model: Path, tmp_path: Path, caps
     folder = shutil.copytree(small_model, tmp_path / "hollow")
     (folder / "model.safetensors").unlink()
     assert "holds no *.safetensors" in _refused(capsys, run_yaml, f"model.path={folder}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"hidden_size": 64}, "has shape [112, 32], but config.json describes [112, 64]"),
+        ({"intermediate_size": 96}, "has shape [32, 64], but config.json describes [32, 96]"),
+        ({"vocab_size": 120}, "has shape [112, 32], but config.json describes [120, 32]"),
+        ({"num_hidden_layers": 5, "layer_types": None}, "have layers 0 to 3, but config.json describes 5"),
+        ({"num_hidden_layers": 5}, "config.json cannot be read"),
+        ({"hidden_size": "wide"}, "config.json cannot be read"),
+    ],
+)
+def test_weights_of_another_shape(
+    changes: dict[str, object],
+    expected: str,
+    run_yaml: Path,
+    small_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(small_model, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    assert expected in _refused(capsys, run_yaml, f"model.path={folder}")
+
+
+def test_broken_generation_configuration(
+    run_yaml: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(small_model, tmp_path / "broken")
+    (folder / "generation_config.json").write_text("{")
+    assert "generation_config.json cannot be read" in _refused(capsys, run_yaml, f"model.path={folder}")
 
 
 def test_truncated_weights(

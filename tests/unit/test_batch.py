@@ -105,6 +105,15 @@ def test_packed_microbatches_keep_to_the_budget_and_balance(batch: RolloutBatch)
         assert torch.cat(parts).sort().values.tolist() == [0, 1, 2, 3]
 
 
+def test_padded_microbatches_hold_sequences_of_like_length(batch: RolloutBatch) -> None:
+    lengths = batch.prompt_lengths + batch.response_lengths  # 4, 6, 7, 9
+    chosen = torch.tensor([0, 3, 1, 2])
+    for at_least, expected in ((1, [[9, 7], [6, 4]]), (3, [[9, 7], [6], [4]])):
+        parts = partition(batch, chosen, Cut(sequences=2), at_least)
+        assert [lengths[part].tolist() for part in parts] == expected
+    assert [part.tolist() for part in partition(batch, chosen, Cut(sequences=4))] == [chosen.tolist()]
+
+
 @pytest.mark.parametrize("tokens", [0, 40])
 def test_empty_microbatches_fill_up(batch: RolloutBatch, tokens: int) -> None:
     cut = Cut(tokens=tokens, context_size=2, width_multiple=3)

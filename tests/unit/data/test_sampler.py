@@ -32,8 +32,8 @@ def test_epoch_of_a_step():
     ("arguments", "message"),
     [
         ((0, 1, 0), "the data set has 0 examples"),
-        ((4, 5, 0), r"between 1 and the number of examples \(4\), found 5"),
-        ((4, 0, 0), "found 0"),
+        ((4, 5, 0), "prompts_per_step=5 must be between 1 and the number of examples, 4"),
+        ((4, 0, 0), "prompts_per_step=0"),
         ((4, 2, -1), "seed"),
     ],
 )

@@ -121,7 +121,7 @@ def test_answers_of_a_data_set_are_checked_before_the_run():
     check_answers(build_verifier("math"), ["34", 34, r"\frac{1}{2}"])
     check_answers(len, [object()])  # a function of the user's: nothing is known about its answers
     for bad in ("22", good | {"numbers": []}, good | {"numbers": [3, "5"]}, good | {"target": 22.5}):
-        with pytest.raises(UserError, match="example 1: verifier countdown: "):
+        with pytest.raises(UserError, match=r"example 1 \(counted from 0\) of the data set: verifier countdown: "):
             check_answers(build_verifier("countdown"), [good, bad])
-    with pytest.raises(UserError, match="example 2: verifier math: the answer must be text or a number, found list"):
+    with pytest.raises(UserError, match=r"example 2 \(counted from 0\) of the data set: verifier math: .*found list"):
         check_answers(build_verifier("math"), ["1", "2", ["3"]])
