@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -293,17 +294,40 @@ def roofline() -> None:
         print(f"| {name} | {traffic} | {times[0]:.2f} ms | {times[1]:.2f} ms |")
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, found {text!r}")
+    return int(text)
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    found = re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be like 1024x32768,512x151936 (rows x vocabulary), found {text!r}")
+    return [(int(rows), int(width)) for rows, width in (shape.split("x") for shape in text.split(","))]
+
+
+def mebibytes(text: str) -> int:
+    try:
+        found = int(float(text) * 2**20)
+    except (ValueError, OverflowError):
+        found = 0
+    if found <= 0:
+        raise argparse.ArgumentTypeError(f"must be a positive number of MiB, found {text!r}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("statistics", "linear", "roofline"))
-    parser.add_argument("--shapes", default="1024x32768,512x151936", help="ROWSxVOCABULARY, comma-separated")
+    parser.add_argument("--shapes", type=shapes, default="1024x32768,512x151936", help="ROWSxVOCABULARY,...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=65536)
-    parser.add_argument("--chunk-mib", type=float, default=48)
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--tokens", type=positive, default=2048)
+    parser.add_argument("--hidden", type=positive, default=1024)
+    parser.add_argument("--vocabulary", type=positive, default=65536)
+    parser.add_argument("--chunk-mib", type=mebibytes, default="48", dest="chunk_bytes")
     parser.add_argument(
         "--only", default="", help="only contenders whose name holds one of these words, comma-separated"
     )
@@ -312,8 +336,7 @@ def main() -> None:
     clock = time.process_time if arguments.processor_time else time.perf_counter
     torch.set_num_threads(arguments.threads)
     if arguments.what == "statistics":
-        for shape in arguments.shapes.split(","):
-            rows, width = map(int, shape.split("x"))
+        for rows, width in arguments.shapes:
             benchmark_statistics(rows, width, getattr(torch, arguments.dtype), arguments.repeats, arguments.only, clock)
     elif arguments.what == "linear":
         benchmark_linear(
@@ -321,7 +344,7 @@ def main() -> None:
             arguments.hidden,
             arguments.vocabulary,
             arguments.repeats,
-            int(arguments.chunk_mib * 2**20),
+            arguments.chunk_bytes,
             arguments.only,
             clock,
         )
