@@ -10,6 +10,10 @@
 #include <sstream>
 #include <stdexcept>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name until torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace megatron_rlvr {
 
 using torch::headeronly::ScalarType;

@@ -6,7 +6,8 @@
 
 Contenders run in turn, repetition by repetition, in one process, so that a busy machine disturbs all of them alike; the
 ratio is that of the medians. Peak memory is what the process's resident set grew by over one call (Linux). Peers are
-taken where they are installed and named where they are not: trl, verl, liger-kernel, cut-cross-entropy.
+taken where they are installed and named where they are not: the extra `bench` brings trl, liger-kernel and
+cut-cross-entropy; verl wants other versions than the trainer, so `pip install --no-deps verl==0.9.1 ray tensordict`.
 On a machine that others use too, --processor-time --threads 1 repeats well where the clock on the wall does not.
 The allocator matters to those who allocate: run once with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 too.
 """
@@ -15,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +44,7 @@ class Contender:
     seconds: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
     error: str = ""
+    peer: str | None = None  # whose code it is; it may fail here, ours may not
 
 
 def resident(name: str) -> int:
@@ -50,8 +53,14 @@ def resident(name: str) -> int:
 
 
 def measure(contenders: list[Contender], repeats: int, clock: Clock) -> None:
-    for contender in contenders:  # once untimed: what a first call loads is nobody's running cost
-        contender.run(*contender.prepare())
+    for contender in list(contenders):  # once untimed: what a first call loads is nobody's running cost
+        try:
+            contender.run(*contender.prepare())
+        except Exception as error:
+            if contender.peer is None:
+                raise
+            print(f"{contender.peer}: does not run here ({type(error).__name__}: {str(error).splitlines()[0]})")
+            contenders.remove(contender)
     for _ in range(repeats):
         for contender in contenders:
             inputs = contender.prepare()
@@ -64,10 +73,10 @@ def measure(contenders: list[Contender], repeats: int, clock: Clock) -> None:
             del kept, inputs
 
 
-def report(title: str, contenders: list[Contender], unit_bytes: int) -> None:
+def report(title: str, contenders: list[Contender], unit_bytes: int, error: str = "error to float64") -> None:
     ours = statistics.median(contenders[0].seconds)
     print(f"\n{title}; ours is {ops.backend()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| | median ms | fastest ms | time / ours | peak extra MiB | of the logits | error to float64 |")
+    print(f"| | median ms | fastest ms | time / ours | peak extra MiB | of the logits | {error} |")
     print("|---|---|---|---|---|---|---|")
     for c in contenders:
         middle, peak = statistics.median(c.seconds), statistics.median(c.peak_bytes)
@@ -138,12 +147,13 @@ def benchmark_statistics(rows: int, width: int, dtype: torch.dtype, repeats: int
             return (ops.token_statistics(logits, targets).logprob,)
 
     contenders = [contender("ours, in place", ours), contender("eager torch", plain_statistics)]
-    contenders += [contender(name, forward) for name, forward in peer_statistics().items()]
+    peers = peer_statistics()
+    contenders += [replace(contender(name, forward), peer=name.split()[0]) for name, forward in peers.items()]
     contenders.append(Contender("ours, forward only", lambda: (base,), forward_only))
     contenders = chosen(contenders, only)
     measure(contenders, repeats, clock)
     few = base[:16].clone()
-    forwards = dict(peer_statistics(), **{"ours, in place": ours, "eager torch": plain_statistics})
+    forwards = dict(peers, **{"ours, in place": ours, "eager torch": plain_statistics})
     for c in contenders:
         if c.name not in forwards:
             continue
@@ -206,10 +216,17 @@ def benchmark_linear(
     contenders += linear_peers(hidden, weight, targets, old, advantage)
     contenders = chosen(contenders, only)
     measure(contenders, repeats, clock)
+    expected = unfused(*prepare(), plain_statistics)
+    for contender in contenders:
+        if contender.peer is None:
+            found = contender.run(*contender.prepare())
+            errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
+            contender.error = f"hidden {errors[0]:.1e}, weight {errors[1]:.1e}"
     report(
         f"hidden [{tokens}, {width}], weight [{vocabulary}, {width}] float32, chunks of {chunk_bytes / 2**20:.0f} MiB",
         contenders,
         tokens * vocabulary * 4,
+        "gradients beside eager, relative to the largest",
     )
 
 
@@ -236,7 +253,9 @@ def linear_peers(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, a
             out[0].backward()
             return h.grad, w.grad
 
-        found.append(Contender("liger-kernel LigerFusedLinearGRPOLoss (torch)", prepare, run_liger))
+        found.append(
+            Contender("liger-kernel LigerFusedLinearGRPOLoss (no entropy)", prepare, run_liger, peer="liger-kernel")
+        )
     except ImportError as error:
         print(f"liger-kernel: not measured ({error})")
     try:
@@ -247,7 +266,9 @@ def linear_peers(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, a
             nll.sum().backward()
             return h.grad, w.grad
 
-        found.append(Contender("cut-cross-entropy torch_compile (no entropy)", prepare, run_cce))
+        found.append(
+            Contender("cut-cross-entropy torch_compile (no entropy)", prepare, run_cce, peer="cut-cross-entropy")
+        )
     except ImportError as error:
         print(f"cut-cross-entropy: not measured ({error})")
     return found
@@ -273,17 +294,40 @@ def roofline() -> None:
         print(f"| {name} | {traffic} | {times[0]:.2f} ms | {times[1]:.2f} ms |")
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, found {text!r}")
+    return int(text)
+
+
+def shapes(text: str) -> list[tuple[int, int]]:
+    found = re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be like 1024x32768,512x151936 (rows x vocabulary), found {text!r}")
+    return [(int(rows), int(width)) for rows, width in (shape.split("x") for shape in text.split(","))]
+
+
+def mebibytes(text: str) -> int:
+    try:
+        found = int(float(text) * 2**20)
+    except (ValueError, OverflowError):
+        found = 0
+    if found <= 0:
+        raise argparse.ArgumentTypeError(f"must be a positive number of MiB, found {text!r}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("statistics", "linear", "roofline"))
-    parser.add_argument("--shapes", default="1024x32768,512x151936", help="ROWSxVOCABULARY, comma-separated")
+    parser.add_argument("--shapes", type=shapes, default="1024x32768,512x151936", help="ROWSxVOCABULARY,...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=65536)
-    parser.add_argument("--chunk-mib", type=float, default=48)
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--tokens", type=positive, default=2048)
+    parser.add_argument("--hidden", type=positive, default=1024)
+    parser.add_argument("--vocabulary", type=positive, default=65536)
+    parser.add_argument("--chunk-mib", type=mebibytes, default="48", dest="chunk_bytes")
     parser.add_argument(
         "--only", default="", help="only contenders whose name holds one of these words, comma-separated"
     )
@@ -292,8 +336,7 @@ def main() -> None:
     clock = time.process_time if arguments.processor_time else time.perf_counter
     torch.set_num_threads(arguments.threads)
     if arguments.what == "statistics":
-        for shape in arguments.shapes.split(","):
-            rows, width = map(int, shape.split("x"))
+        for rows, width in arguments.shapes:
             benchmark_statistics(rows, width, getattr(torch, arguments.dtype), arguments.repeats, arguments.only, clock)
     elif arguments.what == "linear":
         benchmark_linear(
@@ -301,7 +344,7 @@ def main() -> None:
             arguments.hidden,
             arguments.vocabulary,
             arguments.repeats,
-            int(arguments.chunk_mib * 2**20),
+            arguments.chunk_bytes,
             arguments.only,
             clock,
         )

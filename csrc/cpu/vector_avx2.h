@@ -44,13 +44,17 @@ struct Vector {
   static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 
-  static Floats power_of_two(__m256i n) {  // n >= -126; e^x of NaN is NaN whatever this gives
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  // 2^(n + offset), n + offset >= -126, where n stands in the low bits of `rounded`; e^x of NaN is NaN whatever this gives
+  static Floats power_of_two(Floats rounded, int offset) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);  // the high bits of `rounded` fall off
+    return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32((127 + offset) << 23)));
   }
-  // e^x = q 2^n with n an integer
-  static Floats split_exponential(Floats x, Floats& n) {
-    n = _mm256_round_ps(multiply(x, set(kLog2OfE)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const Floats r = _mm256_fnmadd_ps(n, set(kLn2), x);
+  // e^x = q 2^n with n an integer, `rounded` = n + 1.5 * 2^23: cheaper than rounding and converting, which take two
+  // instructions each on Intel
+  static Floats split_exponential(Floats x, Floats& rounded) {
+    const Floats rounder = set(12582912.0f);
+    rounded = multiply_add(x, set(kLog2OfE), rounder);
+    const Floats r = _mm256_fnmadd_ps(subtract(rounded, rounder), set(kLn2), x);
     Floats q = multiply_add(set(kQ4), r, set(kQ3));
     q = multiply_add(q, r, set(kQ2));
     q = multiply_add(q, r, set(kQ1));
@@ -62,18 +66,17 @@ struct Vector {
   // e^x for x <= 0, meaningful where `live`: not for x so low that e^x is denormal or 0. NaN is live and stays NaN.
   static Floats exponential(Floats x, Mask& live) {
     live = _mm256_cmp_ps(x, set(kLowestNormalExponent), _CMP_NLT_UQ);
-    Floats n;
-    const Floats q = split_exponential(x, n);
-    return multiply(q, power_of_two(_mm256_cvtps_epi32(n)));
+    Floats rounded;
+    const Floats q = split_exponential(x, rounded);
+    return multiply(q, power_of_two(rounded, 0));
   }
   // y e^x for x <= 0, rounded to a denormal where it must be; 0 where e^x is.
   static Floats times_exponential(Floats y, Floats x) {
     const Mask live = _mm256_cmp_ps(x, set(kLowestExponentOfProduct), _CMP_NLT_UQ);
-    Floats n;
-    const Floats q = split_exponential(x, n);
-    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
-    const Floats product = multiply(multiply(q, y), power_of_two(half));
-    return _mm256_and_ps(live, multiply(product, power_of_two(_mm256_sub_epi32(whole, half))));
+    Floats rounded;
+    const Floats q = split_exponential(x, rounded);
+    const Floats product = multiply(multiply(q, y), power_of_two(rounded, 64));  // exact; the next one rounds
+    return _mm256_and_ps(live, multiply(product, set(0x1p-64f)));
   }
 
   static Mask not_zero(Floats x, Mask among) {

@@ -44,7 +44,8 @@ struct Vector {
 
   // e^x = q 2^n with n an integer
   static Floats split_exponential(Floats x, Floats& n) {
-    n = _mm512_roundscale_ps(multiply(x, set(kLog2OfE)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Floats rounder = set(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
+    n = subtract(multiply_add(x, set(kLog2OfE), rounder), rounder);
     const Floats r = _mm512_fnmadd_ps(n, set(kLn2), x);
     Floats q = multiply_add(set(kQ4), r, set(kQ3));
     q = multiply_add(q, r, set(kQ2));

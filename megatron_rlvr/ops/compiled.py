@@ -11,6 +11,7 @@ import torch
 
 _PATH = Path(__file__).parent / "_C.so"
 _REBUILD = "rebuild it with `pip install --no-build-isolation -e .`"
+_INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 _announced: set[str] = set()
 
 
@@ -18,13 +19,16 @@ def load_kernels() -> ctypes.CDLL | None:
     """Load the compiled kernels into torch; None, announced once, where they were not built.
 
     ``MEGATRON_RLVR_OPS=reference`` in the environment leaves them out on purpose. Raises ImportError when the library
-    is there and does not load, and ValueError for any other value of the variable.
+    is there and does not load, and ValueError for any other value of the variable, or of ``MEGATRON_RLVR_CPU``.
     """
     choice = os.environ.get("MEGATRON_RLVR_OPS", "")
     if choice == "reference":
         return None
     if choice:
         raise ValueError(f"MEGATRON_RLVR_OPS: must be 'reference' or unset, found {choice!r}")
+    limit = os.environ.get("MEGATRON_RLVR_CPU", "")
+    if limit not in ("", *_INSTRUCTION_SETS):  # the library reads it, once, and takes what it does not know for unset
+        raise ValueError(f"MEGATRON_RLVR_CPU: must be one of {', '.join(_INSTRUCTION_SETS)} or unset, found {limit!r}")
     if not _PATH.exists():
         announce_fallback("the compiled kernels were not built")
         return None

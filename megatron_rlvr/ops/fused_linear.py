@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .objective import Thresholds, check_token_tensors, four_scalars
-from .statistics import TokenStatistics, check_temperature, statistics_of_shard
+from .reference import NOT_A_TARGET
+from .statistics import TokenStatistics, check_temperature, refuse_second_derivative, statistics_of_shard
 from .vocab_parallel import VocabShard
 from .vocab_projection import (
     DEFAULT_CHUNK_BYTES,
@@ -168,8 +168,8 @@ class _Statistics(torch.autograd.Function):
         return logprob, entropy, moments
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple:
+        refuse_second_derivative("fused_linear_token_statistics")
         hidden, weight, targets, state = ctx.saved_tensors
         vocabulary = ctx.vocabulary
         shard, group, sequence_parallel = vocabulary.shard, vocabulary.group, vocabulary.sequence_parallel
@@ -209,7 +209,8 @@ def fused_linear_objective(
 
     Shapes and communication as in :func:`fused_linear_token_statistics`, but all of it in the forward pass, where the
     gradients are formed; ``old_logprob``, ``advantage`` and ``token_weight`` (w, default 1) float32 [T], ``mask`` bool
-    [T]. The backward pass multiplies the gradients by the one that reaches ``loss``.
+    [T]. Tokens outside the mask, whatever their target, and tokens without target (-100) have weight 0 and count
+    nowhere. The backward pass multiplies the gradients by the one that reaches ``loss``.
 
     ``loss_scale`` is for those who know that number beforehand (1 / microbatches, a loss scale): then the weight's
     gradient goes straight into ``weight.main_grad`` in the forward pass, and the backward pass fails if another number
@@ -224,6 +225,11 @@ def fused_linear_objective(
     if old_logprob.shape != targets.shape:
         raise ValueError(f"old_logprob: must be [T] with T = {targets.shape[0]}, found {list(old_logprob.shape)}")
     targets = targets.contiguous()
+    if mask is not None:  # what stands in a masked place, a padding id for one, is nobody's mistake
+        known = (targets >= 0) & (targets < shard.vocabulary)
+        targets = torch.where(mask | known, targets, torch.full_like(targets, NOT_A_TARGET))
+    has_target = targets != NOT_A_TARGET
+    mask = has_target if mask is None else mask & has_target
     softmax = _Vocabulary(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes)
     loss, objective, logprob, entropy, counts = _Objective.apply(
         hidden,
@@ -243,7 +249,7 @@ class _Objective(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        tokens: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        tokens: tuple[Tensor, Tensor, Tensor, Tensor | None],
         settings: tuple[tuple[float, float, float, float], float, float | None],
         vocabulary: _Vocabulary,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -256,8 +262,7 @@ class _Objective(torch.autograd.Function):
         objective, logprob, entropy = (torch.empty_like(old_logprob) for _ in range(3))
         counts = torch.zeros(6, dtype=torch.int64, device=full.device)
         per_token = torch.ones_like(old_logprob) if token_weight is None else token_weight
-        if mask is not None:
-            per_token = torch.where(mask, per_token, torch.zeros_like(per_token))
+        per_token = torch.where(mask, per_token, torch.zeros_like(per_token))
         scaled = per_token * formed_with
         gradients = _Gradients(full, weight, wanted, straight) if any(wanted) else None
         for chunk, logits in TokenChunks(full, weight, vocabulary.chunk_bytes):
@@ -266,7 +271,7 @@ class _Objective(torch.autograd.Function):
                 logprob[chunk],
                 old_logprob[chunk],
                 advantage[chunk],
-                None if mask is None else mask[chunk],
+                mask[chunk],
                 None,
                 entropy[chunk],
                 *scalars,
@@ -290,8 +295,8 @@ class _Objective(torch.autograd.Function):
         return loss, objective, logprob, entropy, counts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple:
+        refuse_second_derivative("fused_linear_objective")
         if ctx.held is None:
             raise RuntimeError(
                 "fused_linear_objective: second backward pass: the gradients were handed out by the first"

@@ -87,12 +87,15 @@ def _statistics_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, *
 
 def _save_derivative(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _objective_backward(ctx: Any, grad_objective: Tensor, *_: Any) -> tuple:
+def _objective_backward(ctx: Any, grad_objective: Tensor | None, grad_derivative: Tensor | None, _: Any) -> tuple:
+    # w r A inside the bounds and 0 outside is its own derivative, so that higher derivatives are exact, too
     (derivative,) = ctx.saved_tensors
-    return (grad_objective * derivative, *([None] * 9))
+    known = [grad for grad in (grad_objective, grad_derivative) if grad is not None]
+    return (sum(known[1:], known[0]) * derivative if known else None, *([None] * 9))
 
 
 def _register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,9 +42,20 @@ class ClippedObjective:
 
 
 def four_scalars(thresholds: Thresholds) -> tuple[float, float, float, float]:
-    """(upper slope, upper intercept, lower slope, lower intercept) as floats."""
+    """(upper slope, upper intercept, lower slope, lower intercept) as floats.
+
+    An infinite intercept is no clip on that side. Raises ValueError where the closed form of a bound has a pole at some
+    probability in [0, 1], and for NaN.
+    """
     upper, lower = thresholds.upper, thresholds.lower
-    return float(upper.slope), float(upper.intercept), float(lower.slope), float(lower.intercept)
+    scalars = float(upper.slope), float(upper.intercept), float(lower.slope), float(lower.intercept)
+    if not -math.inf < scalars[0] < 1.0:
+        raise ValueError(f"thresholds: the upper slope must be a number below 1, found {scalars[0]}")
+    if not -1.0 < scalars[2] < math.inf:
+        raise ValueError(f"thresholds: the lower slope must be a number above -1, found {scalars[2]}")
+    if not (-math.inf <= scalars[1] <= math.inf and -math.inf <= scalars[3] <= math.inf):  # isnan cannot be traced
+        raise ValueError(f"thresholds: the intercepts must be numbers, found {scalars[1]} and {scalars[3]}")
+    return scalars
 
 
 def clipped_objective(
@@ -63,7 +75,7 @@ def clipped_objective(
     Counts: ``clip_high`` tokens with A > 0 and r > high, ``clip_low`` with A < 0 and r < low; regions, where
     ``entropy`` H is given: E1 (-ln p < H, A > 0), E2 (-ln p > H, A > 0), E3 (-ln p < H, A < 0), E4 (-ln p > H, A < 0).
     Tokens outside ``mask`` give objective and gradient 0 and count nowhere. Gradient flows to ``logprob`` only.
-    Raises ValueError for a wrong type, shape or device.
+    Raises ValueError for a wrong type, shape or device, and thresholds whose bounds do not exist.
     """
     tensors = {"old_logprob": old_logprob, "advantage": advantage, "mask": mask, "weight": weight, "entropy": entropy}
     check_token_tensors(logprob, tensors)

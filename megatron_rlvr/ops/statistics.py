@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import library as _library  # noqa: F401  (registers torch.ops.megatron_rlvr)
 from .compiled import check_device
@@ -103,8 +102,25 @@ def _check_arguments(logits: Tensor, targets: Tensor, temperature: float, inplac
 
 
 def check_temperature(temperature: float) -> None:
-    if not (isinstance(temperature, int | float) and 0.0 < temperature < math.inf):
+    if not isinstance(temperature, int | float):
+        raise ValueError(
+            f"temperature: must be a positive finite number, found {temperature!r}; one serves all rows: float(...)"
+        )
+    if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature: must be a positive finite number, found {temperature!r}")
+
+
+def refuse_second_derivative(operator: str) -> None:
+    """Raise RuntimeError when the backward pass in progress is to be differentiated (``create_graph=True``).
+
+    Its gradient is computed from detached numbers, so a second derivative would lack this operator's term and nobody
+    would know: torch's own ``once_differentiable`` stays silent where the incoming gradient is a constant.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: create_graph=True asks for a second derivative, and there is none of this operator; "
+            "leave create_graph out, or use torch.log_softmax for what is differentiated twice"
+        )
 
 
 def statistics_of_shard(
@@ -118,9 +134,14 @@ def statistics_of_shard(
     """Log-prob, entropy, row state and second moments, without gradient: two kernels and one all-gather between."""
     start, vocabulary = shard.start, shard.vocabulary
     ops = torch.ops.megatron_rlvr
-    partials = ops.row_statistics(logits, targets, start, vocabulary, inverse_temperature, second_moments)
-    gathered = gather_partials(partials, shard, group, inverse_temperature)
-    return ops.combine_statistics(gathered, targets, vocabulary, inverse_temperature)
+    try:
+        partials = ops.row_statistics(logits, targets, start, vocabulary, inverse_temperature, second_moments)
+        gathered = gather_partials(partials, shard, group, inverse_temperature)
+        return ops.combine_statistics(gathered, targets, vocabulary, inverse_temperature)
+    except RuntimeError as error:
+        if str(error).startswith("targets:"):  # torch's stable ABI carries the message, and not the type
+            raise ValueError(str(error)) from None
+        raise
 
 
 def _traceable(
@@ -168,8 +189,8 @@ class _TokenStatistics(torch.autograd.Function):
         return logprob, entropy, moments
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple:
+        refuse_second_derivative("token_statistics")
         if ctx.consumed:
             raise RuntimeError(
                 "token_statistics: second backward pass over consumed logits: the first one wrote the gradient over "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -60,28 +62,44 @@ def gather_partials(
 
     One all-gather of K * T numbers; none when the vocabulary is whole. Every rank then combines all shards in the
     same order, so the results are the same bits on every rank. On the CPU one more row says what each rank holds, and
-    unequal shards or temperatures raise ValueError on all ranks; on a device a check would wait for it.
+    unequal shards or temperatures raise ValueError on all ranks; on a device a check would wait for it. Where ranks
+    pass unequal numbers of tokens the collective itself fails: ``MEGATRON_RLVR_CHECK=1`` in the environment compares
+    them beforehand, on any device, with a collective of its own.
     """
     if shard.count == 1:
         return partials.unsqueeze(0)
     rows, columns = partials.shape
-    checked = partials.device.type == "cpu" and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling()
+    checked = partials.device.type == "cpu" and not traced
+    holds = (rows, shard.width, inverse_temperature)
+    if not traced and os.environ.get("MEGATRON_RLVR_CHECK") == "1":
+        own = torch.tensor([holds], dtype=torch.float64, device=partials.device)
+        everyone = own.new_empty((shard.count, len(holds)))
+        dist.all_gather_into_tensor(everyone, own, group=group)
+        _refuse_unequal(everyone)
     if checked:
-        holds = torch.zeros(1, columns)
-        holds[0, 0], holds[0, 1] = shard.width, inverse_temperature
-        partials = torch.cat([partials, holds])
+        last = torch.zeros(1, columns)
+        last[0, : len(holds)] = torch.tensor(holds)
+        partials = torch.cat([partials, last])
     gathered = partials.new_empty((shard.count * partials.shape[0], columns))
+    if checked:
+        gathered.fill_(math.nan)  # what a rank with fewer tokens leaves unwritten must not look like its answer
     dist.all_gather_into_tensor(gathered, partials, group=group)
     gathered = gathered.view(shard.count, -1, columns)
     if checked:
-        everyone = gathered[:, rows, :2]
-        if not (everyone == everyone[0]).all():
-            raise ValueError(
-                "group: its ranks must hold equal shards and pass one temperature; found V/tp "
-                f"{everyone[:, 0].long().tolist()} and 1 / temperature {everyone[:, 1].tolist()}"
-            )
+        _refuse_unequal(gathered[:, rows, : len(holds)])
         gathered = gathered[:, :rows].contiguous()
     return gathered
+
+
+def _refuse_unequal(everyone: Tensor) -> None:
+    """Raise ValueError unless all ranks hold the same; ``everyone`` [W, 3] is their T, V/tp and 1 / temperature."""
+    if not (everyone == everyone[0]).all():
+        tokens, widths = (["?" if math.isnan(x) else int(x) for x in column.tolist()] for column in everyone.T[:2])
+        raise ValueError(
+            "group: its ranks must pass equal numbers of tokens, hold equal shards and pass one temperature; found T "
+            f"{tokens}, V/tp {widths} and 1 / temperature {everyone[:, 2].tolist()}"
+        )
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -115,6 +115,8 @@ def check_projection(
         raise ValueError(
             f"hidden, weight: must be [T, h] and [V/tp, h], found {list(hidden.shape)} and {list(weight.shape)}"
         )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: must be [V/tp, h] with V/tp > 0, found {list(weight.shape)}")
     if hidden.dtype not in LOGIT_TYPES or weight.dtype != hidden.dtype:
         raise ValueError(
             f"hidden, weight: must be of one type (float32, bfloat16, float16), found {hidden.dtype}, {weight.dtype}"

@@ -110,6 +110,16 @@ def check_unequal_shards(rank, world):
         ops.token_statistics(torch.zeros(4, 10), targets, group=dist.group.WORLD, temperature=1.0 + rank)
 
 
+def check_unequal_tokens(rank, world):
+    """Asked to, ranks compare their numbers of tokens before the collective that would fail on them."""
+    os.environ["MEGATRON_RLVR_CHECK"] = "1"
+    tokens = 4 + 3 * rank
+    with pytest.raises(ValueError, match=r"group: .*found T \[4, 7\], V/tp \[10, 10\]"):
+        ops.token_statistics(torch.zeros(tokens, 10), torch.zeros(tokens, dtype=torch.int64), group=dist.group.WORLD)
+    logits, targets = torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64)
+    assert ops.token_statistics(logits, targets, group=dist.group.WORLD).entropy.allclose(torch.tensor(20.0).log())
+
+
 def check_groups(rank, world):
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     logits, targets, g, h = make(3.0, rank // 2)
@@ -192,6 +202,10 @@ def test_broken_shard_raises_everywhere():
 
 def test_unequal_shards_are_refused():
     run(check_unequal_shards, 2)
+
+
+def test_unequal_tokens_are_refused_where_asked_for():
+    run(check_unequal_tokens, 2)
 
 
 def test_subgroups():

@@ -34,9 +34,15 @@ def test_a_narrower_instruction_set_can_be_asked_for(limit, expected):
     assert run(PRINT, MEGATRON_RLVR_CPU=limit).stdout.strip() in expected
 
 
-def test_an_unknown_wish_is_refused():
-    done = run(PRINT, MEGATRON_RLVR_OPS="fast")
-    assert "MEGATRON_RLVR_OPS: must be 'reference' or unset, found 'fast'" in done.stderr
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("MEGATRON_RLVR_OPS", "MEGATRON_RLVR_OPS: must be 'reference' or unset, found 'fast'"),
+        ("MEGATRON_RLVR_CPU", "MEGATRON_RLVR_CPU: must be one of avx512, avx2, baseline or unset, found 'fast'"),
+    ],
+)
+def test_an_unknown_wish_is_refused(variable, message):
+    assert message in run(PRINT, **{variable: "fast"}).stderr
 
 
 def test_missing_kernels_are_announced_once(monkeypatch, tmp_path):

@@ -151,6 +151,39 @@ def test_frozen_weight_and_no_gradient():
     assert torch.equal(again.loss, fused.loss.detach())
 
 
+@pytest.mark.parametrize("how", ["masked, whatever its target", "without target"])
+def test_a_token_that_does_not_count_leaves_no_trace(how):
+    hidden, weight, targets, old, advantage, mask, token_weight = make()
+    mask[5], coefficient = False, 0.1
+    rest = torch.arange(TOKENS) != 5
+
+    def run(keep, targets, mask):
+        found = ops.fused_linear_objective(
+            hidden[keep],
+            weight,
+            targets[keep],
+            old[keep],
+            advantage[keep],
+            PAPER,
+            mask=None if mask is None else mask[keep],
+            token_weight=token_weight[keep],
+            entropy_coefficient=coefficient,
+        )
+        return found, torch.autograd.grad(found.loss, (hidden, weight))
+
+    if how == "without target":
+        targets[5], mask = -100, None
+    else:
+        targets[5] = VOCABULARY + 3
+    found, gradients = run(slice(None), targets, mask)
+    expected, expected_gradients = run(rest, targets, mask)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert found.objective[5] == 0
+    assert torch.equal(found.region_counts, expected.region_counts)
+    assert (found.clip_high, found.clip_low) == (expected.clip_high, expected.clip_low)
+    assert_gradients_equal(gradients, expected_gradients)
+
+
 def test_no_tokens():
     _, weight, *_ = make()
     none = torch.zeros(0)
@@ -169,6 +202,8 @@ def test_no_tokens():
         ({"targets": torch.zeros(3, dtype=torch.int64)}, r"targets: must be int64 \[37\], found torch.int64 \[3\]"),
         ({"advantage": torch.zeros(3)}, r"advantage: must be \[T\] with T = 37 tokens, found \[3\]"),
         ({"old": torch.zeros(TOKENS, dtype=torch.int64)}, "old_logprob: must be float32"),
+        ({"weight": torch.zeros(0, HIDDEN)}, r"weight: must be \[V/tp, h\] with V/tp > 0, found \[0, 24\]"),
+        ({"targets": torch.full((TOKENS,), VOCABULARY)}, "targets: .*found 211 in row 0"),
         ({"chunk_bytes": 0}, "chunk_bytes: must be positive, found 0"),
         ({"temperature": -1.0}, "temperature"),
     ],

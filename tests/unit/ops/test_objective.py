@@ -101,6 +101,41 @@ def test_old_logprob_of_minus_infinity():
     torch.testing.assert_close(found.objective, torch.tensor([2.4]))
 
 
+def test_higher_derivatives_are_exact():
+    logprob, old, advantage, _ = make(200, 0)
+    weight = torch.rand(200) + 0.5
+    leaf, exact = logprob.clone().requires_grad_(), logprob.double().requires_grad_()
+    ratio = (exact - old.double()).exp()
+    expected = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) * weight.double()
+    found = ops.clipped_objective(leaf, old, advantage, STATIC, weight=weight).objective
+    for order in (1, 2, 3):  # of the square, so that every term of the product rule counts
+        (mine,) = torch.autograd.grad(found.square().sum(), leaf, create_graph=True)
+        (reference,) = torch.autograd.grad(expected.square().sum(), exact, create_graph=True)
+        torch.testing.assert_close(mine.double(), reference, rtol=1e-5, atol=1e-6, msg=f"order {order}")
+        found, expected = mine, reference
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower", "message"),
+    [
+        (Affine(0.5, 1.0), Affine(), "the upper slope must be a number below 1, found 1.0"),
+        (Affine(), Affine(0.3, -1.5), "the lower slope must be a number above -1, found -1.5"),
+        (Affine(torch.nan), Affine(), "the intercepts must be numbers, found nan and 0.2"),
+        (Affine(0.2, torch.nan), Affine(), "the upper slope must be a number below 1, found nan"),
+    ],
+)
+def test_thresholds_whose_bounds_do_not_exist_are_refused(upper, lower, message):
+    with pytest.raises(ValueError, match=message):
+        ops.clipped_objective(torch.zeros(3), torch.zeros(3), torch.ones(3), Thresholds(upper, lower))
+
+
+def test_infinite_intercepts_are_no_clip():
+    logprob, old, advantage, _ = make(500, 0)
+    found = ops.clipped_objective(logprob, old, advantage, Thresholds(Affine(torch.inf), Affine(torch.inf)))
+    torch.testing.assert_close(found.objective, (logprob - old).exp() * advantage)
+    assert found.clip_high == found.clip_low == 0
+
+
 def test_without_entropy_there_are_no_regions():
     logprob, old, advantage, _ = make(10, 0)
     assert ops.clipped_objective(logprob, old, advantage, PAPER).region_counts is None
