@@ -2,7 +2,7 @@
 # What the scenarios of this folder share; docs/slurm.md explains it. A scenario is a few lines: it sets RUN_DIRECTORY,
 # sources this file and calls `train CONFIG key=value...` (or `run_tool`). Here is what a job does, in attempts.sh how it
 # survives. Both are plain bash around srun: there is no Ray and no fixed sleep; what must be waited for is polled, with a
-# deadline. They need Slurm 22.05 or newer, and bash 4.2 (under whose set -u no empty array may be expanded).
+# deadline. They need Slurm 22.05, and are written for bash 4.2, under whose set -u no empty array may be expanded.
 set -Eeuo pipefail
 
 # --- Settings ----------------------------------------------------------------------------------------------------------
@@ -237,6 +237,10 @@ launch() {
     start_step --nodes="$train_nodes" --ntasks="$train_nodes" --ntasks-per-node=1 --relative=0 --kill-on-bad-exit=1 \
         "${python[@]}" "${program[@]}" -- "$@"
     if [ -n "$RLVR_DRY_RUN" ]; then # by the Python of this machine: there may be no container here
+        if ! "${python[@]: -1}" -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
+            echo "error: ${python[*]: -1} on $(uname -n) is older than Python 3.9: put a newer one first in PATH" >&2
+            exit 2
+        fi
         PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "${python[@]: -1}" "${program[@]}" \
             --dry-run="$(IFS=, && echo "${trainers[*]}")" -- "$@"
         exit 0
