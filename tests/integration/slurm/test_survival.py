@@ -220,3 +220,17 @@ def test_modules_are_found_and_may_be_careless(pretender: Job, tmp_path: Path, m
     pretender.submit(LMOD_PKG="/nowhere", PATH="/usr/sbin:/usr/bin:/bin")
     assert pretender.finish() == "FAILED"
     assert "error: `module load python/3.11 cuda` on " in pretender.cluster.output(pretender.id)
+
+
+def test_a_first_job_makes_its_data_and_model(pretender: Job, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    pretender.overrides = []
+    told = 'case "$*" in *quickstart/*.py) echo "made by $*" ;; esac'
+    pretender.submit(RLVR_PROJECT=str(tmp_path), PRETEND=f'{told}; said="0 "; {OUTCOME}')
+    assert pretender.finish() == "COMPLETED", pretender.cluster.output(pretender.id)
+    made = re.findall(r"made by (\S+)", pretender.cluster.output(pretender.id))
+    assert made == ["examples/quickstart/countdown.py", "examples/quickstart/make_base_model.py"]
+    pretender.submit("run_directory=" + str(tmp_path / "other"), RLVR_PROJECT=str(tmp_path), PRETEND="exit 3")
+    pretender.cluster.wait_for_output(pretender.id, r"failed: examples/quickstart/countdown\.py failed", timeout=60)
+    pretender.cluster.run("scancel", pretender.id)
+    pretender.finish()
