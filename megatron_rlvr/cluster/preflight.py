@@ -111,13 +111,16 @@ def all_reduce(
     return {i: meeting.hear(name, i, until - time.monotonic()) or "it sent no result" for i in members}
 
 
-def pairs(nodes: int, shift: int) -> list[list[int]]:
-    """Neighbours in twos (the last three together where the number is odd), the ring turned by `shift`."""
-    order = [(i + shift) % nodes for i in range(nodes)]
-    groups = [order[i : i + 2] for i in range(0, nodes - nodes % 2, 2)]
-    if nodes % 2:
-        groups[-1].append(order[-1])
-    return groups
+def search_rounds(nodes: int) -> list[list[list[int]]]:
+    """Rounds of all-reduces that find a bad node: each node by itself where there are two, else with either neighbour.
+
+    The neighbours of a ring, in which no node is in two pairs of a round: two rounds, or three where the number is odd.
+    """
+    if nodes < 3:
+        return [[[i] for i in range(nodes)]]
+    ring = [[i, (i + 1) % nodes] for i in range(nodes)]
+    even = nodes - nodes % 2
+    return [ring[0:even:2], ring[1:even:2], *([ring[even:]] if nodes % 2 else [])]
 
 
 def measure_network(meeting: Meeting, nodes: int, processes: int, gpu: bool) -> str:
@@ -125,6 +128,7 @@ def measure_network(meeting: Meeting, nodes: int, processes: int, gpu: bool) -> 
 
     Raises:
         BadNodesError: on the head, naming those whose all-reduces with either neighbour fail.
+        UserError: on the head, when none succeeds between any nodes.
     """
     from megatron_rlvr.cluster.collectives import bus_bandwidth
 
@@ -141,18 +145,24 @@ def measure_network(meeting: Meeting, nodes: int, processes: int, gpu: bool) -> 
             f"all-reduce over {nodes} x {processes} processes: {slowest['bytes'] / 2**20:.0f} MiB in "
             f"{slowest['seconds'] * 1e3:.2f} ms, bus bandwidth {rate / 1e9:.2f} GB/s"
         )
-    # Each node by itself where there are two, else with one neighbour and then with the other.
-    rounds = [[[i] for i in range(nodes)]] if nodes < 3 else [pairs(nodes, 0), pairs(nodes, 1)]
-    suspects = set(range(nodes))
+    rounds = search_rounds(nodes)
+    failures = dict.fromkeys(range(nodes), 0)
     for number, groups in enumerate(rounds):
-        found = all_reduce(meeting, f"round{number}", groups, processes, gpu)
-        suspects &= {i for i, result in found.items() if isinstance(result, str)}
+        for i, result in all_reduce(meeting, f"round{number}", groups, processes, gpu).items():
+            failures[i] += isinstance(result, str)
     if meeting.index:
         return ""
-    # Each alone is well and together they are not: keep the head, which has at least said so.
-    guilty = [meeting.nodes[i] for i in sorted(suspects)] or [meeting.nodes[nodes - 1]]
-    reason = "; ".join(sorted(set(failed.values())))
-    raise BadNodesError(guilty, f"the all-reduce over {nodes} nodes fails ({reason}); leaving out {', '.join(guilty)}")
+    reason = f"the all-reduce over {nodes} nodes fails ({'; '.join(sorted(set(failed.values())))})"
+    suspects = [i for i, count in failures.items() if count >= min(2, nodes - 1)]
+    if nodes > 1 and len(suspects) == nodes:
+        what = "between any two of them" if nodes > 2 else "on each of them alone"
+        raise UserError(
+            f"{reason}, also {what}: that is no node's fault. Look at the network's settings in "
+            "examples/slurm/common.sh (NCCL_SOCKET_IFNAME, NCCL_IB_HCA), with NCCL_DEBUG=INFO"
+        )
+    # Where it fails in whole only: keep the head, which has at least said so.
+    guilty = [meeting.nodes[i] for i in suspects] or [meeting.nodes[nodes - 1]]
+    raise BadNodesError(guilty, f"{reason}; leaving out {', '.join(guilty)}")
 
 
 def wait_for_lock(run_directory: Path, seconds: float) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_rlvr.cluster import preflight
 from megatron_rlvr.cluster.children import ChildError, start
+from megatron_rlvr.cluster.collectives import timed_all_reduce
 from megatron_rlvr.cluster.job_plan import plan
 from megatron_rlvr.cluster.meeting import BadNodesError
 from megatron_rlvr.cluster.node_checks import NodeReport
@@ -137,3 +138,78 @@ def test_the_lock_of_an_attempt_that_ends_is_waited_for(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     preflight.wait_for_lock(tmp_path, 0.1)
+
+
+@pytest.mark.parametrize("nodes", [3, 4, 5, 7, 16])
+def test_every_node_has_two_different_partners(nodes: int) -> None:
+    rounds = preflight.search_rounds(nodes)
+    assert len(rounds) == 2 + nodes % 2
+    for groups in rounds:
+        members = [i for group in groups for i in group]
+        assert len(members) == len(set(members))
+    edges = [frozenset(group) for groups in rounds for group in groups]
+    assert len(set(edges)) == len(edges) == nodes
+    assert all(sum(i in edge for edge in edges) == 2 for i in range(nodes))
+
+
+class Head:
+    """A meeting in which this process is the head."""
+
+    def __init__(self, nodes: int) -> None:
+        self.nodes, self.index = [f"n{i + 1}" for i in range(nodes)], 0
+
+    def left(self) -> float:
+        return 60.0
+
+    def say(self, _name: str, value: object) -> None:
+        self.said = value
+
+    def hear(self, *_: object) -> object:
+        return self.said
+
+
+@pytest.mark.parametrize(
+    ("nodes", "bad", "left_out"),
+    [
+        (1, {0}, ["n1"]),
+        (2, {1}, ["n2"]),
+        (2, set(), ["n2"]),
+        (3, {0}, ["n1"]),
+        (3, {2}, ["n3"]),
+        (4, {2}, ["n3"]),
+        (4, {1, 2}, ["n2", "n3"]),
+        (5, {4}, ["n5"]),
+        (5, set(), ["n5"]),
+        (16, {0, 3}, ["n1", "n4"]),
+        (2, {0, 1}, "on each of them alone"),
+        (4, {0, 1, 2, 3}, "between any two of them"),
+    ],
+)
+def test_the_node_whose_network_fails_is_found_among_its_neighbours(
+    nodes: int, bad: set[int], left_out: list[str] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_reduce(_meeting: object, name: str, groups: list[list[int]], *_: object) -> dict[int, object]:
+        # Also where every pair works, the whole may not.
+        broken = [group for group in groups if bad & set(group) or name == "all"]
+        well = {"seconds": 0.5, "bytes": 1e9}
+        return {i: "it did not end in time" if group in broken else well for group in groups for i in group}
+
+    monkeypatch.setattr(preflight, "all_reduce", all_reduce)
+    with pytest.raises((BadNodesError, UserError)) as caught:
+        preflight.measure_network(Head(nodes), nodes, 8, True)  # type: ignore[arg-type]
+    assert f"the all-reduce over {nodes} nodes fails (it did not end in time)" in str(caught.value)
+    if isinstance(left_out, str):
+        assert isinstance(caught.value, UserError) and left_out in str(caught.value)
+    else:
+        assert isinstance(caught.value, BadNodesError) and caught.value.nodes == left_out
+
+
+def test_an_all_reduce_that_nobody_answers_ends_at_its_deadline() -> None:
+    import torch.distributed as dist
+
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    began = time.monotonic()
+    result = timed_all_reduce(("localhost", store.port), "alone", [0, 1], 0, 1, False, 1.0)
+    assert isinstance(result, str) and time.monotonic() - began < 10
+    both = timed_all_reduce(("localhost", store.port), "both", [0], 0, 2, False, 30.0)
+    assert isinstance(both, dict) and both["bytes"] == 4 * 2**20 and both["seconds"] > 0
