@@ -9,6 +9,8 @@
 asked='' interrupted='' step=''
 # Of the job, set by common.sh: for scontrol; which attempt; the first node; how and why training ended.
 job='' restart=0 head='' status='' reason=''
+# What this attempt began from.
+checkpoint=''
 
 heed_signals() {
     trap on_usr1 USR1
@@ -85,7 +87,7 @@ begin_attempt() {
     [ -z "$RLVR_DRY_RUN" ] || return 0
     mkdir -p "$attempt"
     trap 'on_error $LINENO "${BASH_SOURCE[0]}"' ERR
-    local checkpoint before=none tries=0
+    local before=none tries=0
     checkpoint=$(newest_checkpoint)
     if [ -f "$RUN_DIRECTORY/slurm/tries" ]; then
         read -r tries before < "$RUN_DIRECTORY/slurm/tries"
@@ -192,9 +194,14 @@ newest_checkpoint() { cat "$RUN_DIRECTORY/checkpoints/latest" 2> /dev/null || ec
 
 stopped() {
     case $asked:$status in
-        TERM:* | USR1: | USR1:75) # nothing is wrong with the run
+        TERM:*) # nothing is wrong with the run
             set_tries 0 "$(newest_checkpoint)"
             reason=''
+            ;;
+        USR1: | USR1:75)
+            reason=''
+            [ "$(newest_checkpoint)" != "$checkpoint" ] ||
+                reason="asked before a step was finished: the time limit must be longer than the seconds of --signal"
             ;;
         USR1:*) reason="the time limit came before a step was finished and saved: raise the seconds of --signal" ;;
     esac

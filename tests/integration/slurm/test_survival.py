@@ -234,3 +234,14 @@ def test_a_first_job_makes_its_data_and_model(pretender: Job, tmp_path: Path) ->
     pretender.cluster.wait_for_output(pretender.id, r"failed: examples/quickstart/countdown\.py failed", timeout=60)
     pretender.cluster.run("scancel", pretender.id)
     pretender.finish()
+
+
+def test_a_time_limit_that_leaves_no_time_is_no_endless_loop(pretender: Job) -> None:
+    asked = "trap '' USR1; scancel --batch --signal=USR1 $SLURM_JOB_ID; sleep 1"
+    pretender.submit(
+        RLVR_MAX_TRIES="2", PRETEND=f'[ "$SLURM_PROCID" = 1 ] || {{ {asked}; }}; said="75 stopped"; {OUTCOME}'
+    )
+    assert pretender.finish() == "FAILED"
+    reason = "asked before a step was finished: the time limit must be longer than the seconds of --signal"
+    assert f"attempt 1: stopped (USR1: {reason})" in pretender.history()
+    assert pretender.history().rstrip().endswith(f"ended without a new checkpoint, the last because of: {reason}")
