@@ -52,7 +52,7 @@ raise_limit() { # OPTION VALUE: the soft limit, as far as the hard one lets it
 raise_limit -n 65536
 raise_limit -l unlimited
 
-# --- The job: what Slurm gave, or in a dry run outside of it what the script asks for -----------------------------------
+# --- The job: what Slurm gave, or in a dry run what the script asks for ------------------------------------------------
 say() { echo "[$(date +%T)] $*"; }
 
 describe_job() {
