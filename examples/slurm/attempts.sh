@@ -36,6 +36,9 @@ on_error() {
     fail 1 "the batch script failed at line $1 of ${2##*/}"
 }
 
+# Between two looks at something. Slurm's TERM ends a sleep, too, which is no failure of this script.
+pause() { sleep "$1" || true; }
+
 # Start srun with these arguments in the background, or print what would be started.
 start_step() {
     local command=(srun "${step_options[@]}" "$@")
@@ -63,7 +66,7 @@ wait_step() {
             kill -KILL "$step" 2> /dev/null || true
             break
         fi
-        sleep 0.2
+        pause 0.2
     done
     while :; do
         interrupted=''
@@ -139,7 +142,7 @@ end_attempt() {
 job_record() {
     for _ in $(seq 150); do
         if scontrol show job -o "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "; then return; fi
-        sleep 2
+        pause 2
     done
     return 1
 }
@@ -168,7 +171,7 @@ requeue() {
                 record "the next attempt leaves out ${left_out:+$left_out,}$1"
                 end_attempt 75
             fi
-            sleep 0.2
+            pause 0.2
         done
         record "Slurm did not let the next attempt leave out $1"
     fi

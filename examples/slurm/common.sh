@@ -222,7 +222,7 @@ start_servers() {
             fail 1 "the SGLang servers ended: $(cat "$attempt"/servers-*.log | tail -n 1)"
         [ $SECONDS -lt $deadline ] ||
             fail 1 "the SGLang servers did not answer in RLVR_SERVER_SECONDS=$RLVR_SERVER_SECONDS s"
-        sleep 0.5
+        pause 0.5
     done
     urls=$(cat "$attempt"/servers/*.urls | paste -sd,)
     training+=(rollout.engine=sglang "rollout.sglang.urls=[$urls]")
