@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,12 +34,19 @@ def owned(directory: Path) -> Iterator[Path]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             raise UserError(
                 f"run_directory={directory} is in use by process {lock.read().strip() or 'unknown'}: wait for it, stop "
                 "it, or choose another run_directory"
             ) from None
+        except OSError as error:
+            # Such as Lustre without its option flock; it says nothing about other runs.
+            print(
+                f"warning: the file system of run_directory={directory} has no locks ({error.strerror}): see to it "
+                "that no other run writes there",
+                file=sys.stderr,
+            )
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

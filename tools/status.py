@@ -1,7 +1,8 @@
 """How runs are doing: python tools/status.py RUN_DIR... [--watch SECONDS].
 
 One line a run: finished steps, reward, entropy against its target, tokens a second, time to the end, the newest
-checkpoint, how long ago the run said so, and what became of its Slurm job. Exit status 2 when a directory holds no run.
+checkpoint, how long ago the run said so, and what became of its Slurm job. Exit status 2 when no directory holds a run;
+`--watch` waits for one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry.progress import DASH, duration
-from megatron_rlvr.telemetry.status import Status, read_status
+from megatron_rlvr.telemetry.status import STATUS_FILE, Status, read_status
 
 # A run that says nothing for this many of its steps, and so many seconds, has probably died.
 SILENT_STEPS, SILENT_SECONDS = 5, 120
@@ -65,9 +66,22 @@ def number(value: float | None, form: str = ".3f") -> str:
     return DASH if value is None else format(value, form)
 
 
-def table(directories: Sequence[Path]) -> str:
-    """All runs, in columns."""
-    rows = [list(HEADINGS), *(row(directory, time.time()) for directory in directories)]
+def table(directories: Sequence[Path], waiting: bool = False) -> str:
+    """All runs, in columns.
+
+    Raises:
+        UserError: when there is none in any of the directories, and it is not waited for.
+    """
+    rows, errors = [list(HEADINGS)], []
+    for directory in directories:
+        try:
+            rows.append(row(directory, time.time()))
+        except UserError as error:
+            errors.append(error)
+            note = str(error) if (directory / STATUS_FILE).exists() else ""
+            rows.append([str(directory), "no run", *[DASH] * (len(HEADINGS) - 3), note])
+    if errors and len(errors) == len(directories) and not waiting:
+        raise errors[0]
     widths = [max(len(cells[column]) for cells in rows) for column in range(len(HEADINGS))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in rows)
 
@@ -79,10 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="show again so often, until interrupted")
     options = parser.parse_args(arguments)
     try:
-        print(table(options.run_directory), flush=True)
+        print(table(options.run_directory, bool(options.watch)), flush=True)
         while options.watch:
             time.sleep(options.watch)
-            print("\033[H\033[2J" + table(options.run_directory), flush=True)
+            print("\033[H\033[2J" + table(options.run_directory, waiting=True), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,13 @@
 asked='' interrupted='' step=''
 # Of the job, set by common.sh: for scontrol; which attempt; the first node; how and why training ended.
 job='' restart=0 head='' status='' reason=''
+# What this attempt began from.
+checkpoint=''
+
+heed_signals() {
+    trap on_usr1 USR1
+    trap on_term TERM
+}
 
 on_usr1() {
     asked=USR1 interrupted=1
@@ -29,9 +36,12 @@ on_error() {
     fail 1 "the batch script failed at line $1 of ${2##*/}"
 }
 
+# Between two looks at something. Slurm's TERM ends a sleep, too, which is no failure of this script.
+pause() { sleep "$1" || true; }
+
 # Start srun with these arguments in the background, or print what would be started.
 start_step() {
-    local command=(srun --overlap "$@")
+    local command=(srun "${step_options[@]}" "$@")
     if [ -n "$RLVR_DRY_RUN" ]; then
         printf '%q ' "${command[@]}"
         printf '\n\n'
@@ -41,10 +51,23 @@ start_step() {
     step=$!
 }
 
-# Wait for the step started last; signals are handled meanwhile.
+# Wait for the step started last; signals are handled meanwhile. With FILE and SECONDS, it is ended five seconds after the
+# file is there, and after so many seconds in any case.
 wait_step() {
-    local status=0
+    local status=0 deadline=$((SECONDS + ${2:-0})) told=''
     [ -z "$RLVR_DRY_RUN" ] || return 0
+    while [ -n "${1:-}" ] && kill -0 "$step" 2> /dev/null; do
+        if [ -z "$told" ] && [ -s "$1" ]; then
+            told=1
+            [ $((SECONDS + 5)) -gt $deadline ] || deadline=$((SECONDS + 5))
+        fi
+        if [ $SECONDS -ge $deadline ]; then
+            say "a process of the step does not end; going on without it"
+            kill -KILL "$step" 2> /dev/null || true
+            break
+        fi
+        pause 0.2
+    done
     while :; do
         interrupted=''
         wait "$step" && status=0 || status=$?
@@ -61,15 +84,13 @@ record() {
 }
 
 begin_attempt() {
-    describe_job
+    [ -z "${attempt:-}" ] || return 0
     describe_environment
     attempt=$RUN_DIRECTORY/slurm/$SLURM_JOB_ID.$restart
     [ -z "$RLVR_DRY_RUN" ] || return 0
     mkdir -p "$attempt"
-    trap on_usr1 USR1
-    trap on_term TERM
     trap 'on_error $LINENO "${BASH_SOURCE[0]}"' ERR
-    local checkpoint before=none tries=0
+    local before=none tries=0
     checkpoint=$(newest_checkpoint)
     if [ -f "$RUN_DIRECTORY/slurm/tries" ]; then
         read -r tries before < "$RUN_DIRECTORY/slurm/tries"
@@ -85,7 +106,7 @@ begin_attempt() {
     tries=$((tries + 1))
     set_tries "$tries" "$checkpoint"
     record "try $tries from $checkpoint on $SLURM_JOB_NODELIST"
-    srun --overlap --cpus-per-task=1 --nodes=1 --ntasks=1 --nodelist="$head" --gres=none \
+    srun --overlap --mem=0 --cpus-per-task=1 --nodes=1 --ntasks=1 --nodelist="$head" --gres=none \
         bash -c "$(declare -f guard); guard '$attempt' '$job'" >> "$attempt/guard.log" 2>&1 &
     guard_step=$!
 }
@@ -117,11 +138,11 @@ end_attempt() {
     exit "$1"
 }
 
-# What Slurm knows of this job; its controller may be away for a moment.
+# What Slurm knows of this job; its controller may be away for some minutes. An array is shown element by element.
 job_record() {
-    for _ in $(seq 30); do
-        if scontrol show job -o "$job"; then return; fi
-        sleep 2
+    for _ in $(seq 150); do
+        if scontrol show job -o "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "; then return; fi
+        pause 2
     done
     return 1
 }
@@ -145,13 +166,14 @@ requeue() {
     # A job's nodes can be left out only while it waits for its next attempt.
     if [ -n "$1" ]; then
         left_out=$(sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p' <<< "$found")
-        for _ in $(seq 20); do
+        for _ in $(seq 100); do
             if scontrol update JobId="$job" ExcNodeList="${left_out:+$left_out,}$1"; then
                 record "the next attempt leaves out ${left_out:+$left_out,}$1"
-                break
+                end_attempt 75
             fi
-            sleep 0.2
+            pause 0.2
         done
+        record "Slurm did not let the next attempt leave out $1"
     fi
     end_attempt 75
 }
@@ -175,9 +197,14 @@ newest_checkpoint() { cat "$RUN_DIRECTORY/checkpoints/latest" 2> /dev/null || ec
 
 stopped() {
     case $asked:$status in
-        TERM:* | USR1: | USR1:75) # nothing is wrong with the run
+        TERM:*) # nothing is wrong with the run
             set_tries 0 "$(newest_checkpoint)"
             reason=''
+            ;;
+        USR1: | USR1:75)
+            reason=''
+            [ "$(newest_checkpoint)" != "$checkpoint" ] ||
+                reason="asked before a step was finished: the time limit must be longer than the seconds of --signal"
             ;;
         USR1:*) reason="the time limit came before a step was finished and saved: raise the seconds of --signal" ;;
     esac

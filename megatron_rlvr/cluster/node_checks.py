@@ -45,7 +45,7 @@ def check_node(node: str, config: Config, processes: int, trains: bool, folder: 
     report = NodeReport(node, versions())
     report.gpus = visible_gpus(report)
     wanted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-    if trains and wanted and len(report.gpus) < processes:
+    if trains and (wanted or report.gpus) and len(report.gpus) < processes:
         report.problems.append(f"{len(report.gpus)} GPUs are seen where {processes} processes are to train")
     if len(report.gpus) and "+cpu" in report.versions["torch"]:
         report.problems.append(f"torch {report.versions['torch']} cannot use the GPUs: install a CUDA build")

@@ -9,18 +9,20 @@ mend (it is wrong on every node, or in the configuration), 69 when nodes are bad
 from __future__ import annotations
 
 import argparse
-import datetime
 import fcntl
-import json
+import functools
 import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.cluster.children import ChildError, start
+from megatron_rlvr.cluster.job_plan import plan
+from megatron_rlvr.cluster.meeting import BadNodesError, Meeting
 from megatron_rlvr.cluster.node_checks import NodeReport, check_node, differing_versions
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import load_config
@@ -28,46 +30,9 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
 
 EXIT_BAD_NODE = 69
-_LOCK_WAIT_S = 30
-
-
-class BadNodesError(Exception):
-    """Nodes that must not train: their names, and why."""
-
-    def __init__(self, nodes: Sequence[str], reason: str):
-        super().__init__(reason)
-        self.nodes = list(nodes)
-
-
-class Meeting:
-    """Where the nodes of the preflight meet: a store at the head, messages by name, no wait beyond the deadline."""
-
-    def __init__(self, nodes: Sequence[str], index: int, endpoint: tuple[str, int], seconds: float):
-        import torch.distributed as dist
-
-        self.nodes, self.index, self.endpoint = nodes, index, endpoint
-        self.deadline = time.monotonic() + seconds
-        self.store = dist.TCPStore(
-            *endpoint, is_master=index == 0, wait_for_workers=False, timeout=datetime.timedelta(seconds=seconds)
-        )
-
-    def left(self) -> float:
-        return max(0.1, self.deadline - time.monotonic())
-
-    def say(self, name: str, value: Any) -> None:
-        """Leave a message of this node."""
-        self.store.set(f"{name}/{self.index}", json.dumps(value))
-
-    def hear(self, name: str, index: int, seconds: float) -> Any:
-        """A node's message, or None when it has not come in time."""
-        import torch.distributed as dist
-
-        key = f"{name}/{index}"
-        try:
-            self.store.wait([key], datetime.timedelta(seconds=max(0.1, seconds)))
-        except dist.DistStoreError:
-            return None
-        return json.loads(self.store.get(key))
+# A network file system may hold the lock of a node that is gone for its lease of 90 seconds.
+_LOCK_WAIT_S = 150
+_SEE_WAIT_S = 20
 
 
 def gather_reports(meeting: Meeting) -> list[NodeReport]:
@@ -86,6 +51,26 @@ def gather_reports(meeting: Meeting) -> list[NodeReport]:
     return [NodeReport(**report) for report in found]
 
 
+def see_reports(nodes: Sequence[str], folder: Path, seconds: float) -> None:
+    """See to it that what every node has written into the run directory is there for this one, the head.
+
+    Raises:
+        UserError: when nothing of any other node is: the run directory is not shared.
+        BadNodesError: when something of some nodes is not.
+    """
+    until = time.monotonic() + seconds
+    unseen = list(nodes)
+    while unseen and time.monotonic() < until:
+        unseen = [node for node in unseen if not (folder / f"{node}.json").is_file()]
+        time.sleep(0.1 if unseen else 0.0)
+    if not unseen:
+        return
+    reason = f"what {', '.join(unseen)} wrote into {folder} is not there on {nodes[0]}"
+    if unseen == list(nodes[1:]):
+        raise UserError(f"{reason}: choose a run_directory on a file system that the nodes share")
+    raise BadNodesError(unseen, reason)
+
+
 def judge(reports: Sequence[NodeReport]) -> None:
     """Weigh the reports: what is wrong everywhere is the configuration's or the environment's, else a node is bad.
 
@@ -102,26 +87,6 @@ def judge(reports: Sequence[NodeReport]) -> None:
     bad = {node: found for node, found in problems.items() if found}
     if bad:
         raise BadNodesError(list(bad), "; ".join(f"{node}: {', '.join(found)}" for node, found in bad.items()))
-
-
-def plan(config: Config, reports: Sequence[NodeReport], nodes: int, processes: int) -> str:
-    """What the configuration needs, computed.
-
-    Raises:
-        UserError: when the layout does not divide the job, or does not fit the GPUs that are there.
-    """
-    from megatron_rlvr.planning.report import describe, make_plan
-    from megatron_rlvr.planning.roofline import Hardware
-
-    memory = [mebibytes for report in reports[:nodes] for _, mebibytes in report.gpus]
-    hardware = replace(Hardware(), memory_bytes=min(memory) * 2.0**20) if memory else Hardware()
-    made = make_plan(config, nodes, processes, hardware)
-    if not memory:
-        return f"layout: {made.data_parallel} data-parallel ranks on {nodes} x {processes} processes, no GPUs"
-    if not made.fits and not os.environ.get("RLVR_IGNORE_PLAN"):
-        verdict = next(line for line in describe(made).splitlines() if line.startswith("does NOT fit"))
-        raise UserError(f"by the plan (computed) the configuration {verdict}; RLVR_IGNORE_PLAN=1 trains all the same")
-    return describe(made)
 
 
 def all_reduce(
@@ -146,13 +111,16 @@ def all_reduce(
     return {i: meeting.hear(name, i, until - time.monotonic()) or "it sent no result" for i in members}
 
 
-def pairs(nodes: int, shift: int) -> list[list[int]]:
-    """Neighbours in twos (the last three together where the number is odd), the ring turned by `shift`."""
-    order = [(i + shift) % nodes for i in range(nodes)]
-    groups = [order[i : i + 2] for i in range(0, nodes - nodes % 2, 2)]
-    if nodes % 2:
-        groups[-1].append(order[-1])
-    return groups
+def search_rounds(nodes: int) -> list[list[list[int]]]:
+    """Rounds of all-reduces that find a bad node: each node by itself where there are two, else with either neighbour.
+
+    The neighbours of a ring, in which no node is in two pairs of a round: two rounds, or three where the number is odd.
+    """
+    if nodes < 3:
+        return [[[i] for i in range(nodes)]]
+    ring = [[i, (i + 1) % nodes] for i in range(nodes)]
+    even = nodes - nodes % 2
+    return [ring[0:even:2], ring[1:even:2], *([ring[even:]] if nodes % 2 else [])]
 
 
 def measure_network(meeting: Meeting, nodes: int, processes: int, gpu: bool) -> str:
@@ -160,6 +128,7 @@ def measure_network(meeting: Meeting, nodes: int, processes: int, gpu: bool) -> 
 
     Raises:
         BadNodesError: on the head, naming those whose all-reduces with either neighbour fail.
+        UserError: on the head, when none succeeds between any nodes.
     """
     from megatron_rlvr.cluster.collectives import bus_bandwidth
 
@@ -176,41 +145,49 @@ def measure_network(meeting: Meeting, nodes: int, processes: int, gpu: bool) -> 
             f"all-reduce over {nodes} x {processes} processes: {slowest['bytes'] / 2**20:.0f} MiB in "
             f"{slowest['seconds'] * 1e3:.2f} ms, bus bandwidth {rate / 1e9:.2f} GB/s"
         )
-    # Each node by itself where there are two, else with one neighbour and then with the other.
-    rounds = [[[i] for i in range(nodes)]] if nodes < 3 else [pairs(nodes, 0), pairs(nodes, 1)]
-    suspects = set(range(nodes))
+    rounds = search_rounds(nodes)
+    failures = dict.fromkeys(range(nodes), 0)
     for number, groups in enumerate(rounds):
-        found = all_reduce(meeting, f"round{number}", groups, processes, gpu)
-        suspects &= {i for i, result in found.items() if isinstance(result, str)}
+        for i, result in all_reduce(meeting, f"round{number}", groups, processes, gpu).items():
+            failures[i] += isinstance(result, str)
     if meeting.index:
         return ""
-    # Each alone is well and together they are not: keep the head, which has at least said so.
-    guilty = [meeting.nodes[i] for i in sorted(suspects)] or [meeting.nodes[nodes - 1]]
-    reason = "; ".join(sorted(set(failed.values())))
-    raise BadNodesError(guilty, f"the all-reduce over {nodes} nodes fails ({reason}); leaving out {', '.join(guilty)}")
+    reason = f"the all-reduce over {nodes} nodes fails ({'; '.join(sorted(set(failed.values())))})"
+    suspects = [i for i, count in failures.items() if count >= min(2, nodes - 1)]
+    if nodes > 1 and len(suspects) == nodes:
+        what = "between any two of them" if nodes > 2 else "on each of them alone"
+        raise UserError(
+            f"{reason}, also {what}: that is no node's fault. Look at the network's settings in "
+            "examples/slurm/common.sh (NCCL_SOCKET_IFNAME, NCCL_IB_HCA), with NCCL_DEBUG=INFO"
+        )
+    # Where it fails in whole only: keep the head, which has at least said so.
+    guilty = [meeting.nodes[i] for i in suspects] or [meeting.nodes[nodes - 1]]
+    raise BadNodesError(guilty, f"{reason}; leaving out {', '.join(guilty)}")
 
 
-def wait_for_lock(run_directory: Path) -> None:
+def wait_for_lock(run_directory: Path, seconds: float) -> None:
     """Wait until no process of an earlier attempt holds the run directory.
 
     Raises:
-        UserError: when one still does after half a minute.
+        UserError: when one still does after so long.
     """
     if not (run_directory / ".lock").is_file():
         return
-    until = time.monotonic() + _LOCK_WAIT_S
+    until = time.monotonic() + seconds
     with (run_directory / ".lock").open("r+") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            except OSError:
+            except BlockingIOError:
                 if time.monotonic() > until:
                     raise UserError(
                         f"run_directory={run_directory} is in use by process {lock.read().strip() or 'unknown'}: "
                         "wait for that run, stop it, or choose another run_directory"
                     ) from None
                 time.sleep(0.2)
+            except OSError:  # a file system without locks, which the trainer will tell of
+                return
 
 
 def lead(meeting: Meeting, config: Config, options: argparse.Namespace) -> None:
@@ -222,6 +199,7 @@ def lead(meeting: Meeting, config: Config, options: argparse.Namespace) -> None:
     nodes, processes = options.train_nodes, options.processes_per_node
     try:
         reports = gather_reports(meeting)
+        see_reports(meeting.nodes, options.report, min(_SEE_WAIT_S, meeting.left() / 3))
         judge(reports)
         gpus = {name for report in reports for name, _ in report.gpus}
         print(
@@ -230,9 +208,14 @@ def lead(meeting: Meeting, config: Config, options: argparse.Namespace) -> None:
         print(
             f"preflight: GPUs: {', '.join(sorted(gpus)) or 'none'}; model, data and run directory are there", flush=True
         )
-        wait_for_lock(Path(config.run_directory))
-        for line in plan(config, reports, nodes, processes).splitlines():
-            print(f"preflight: {line}", flush=True)
+        wait_for_lock(Path(config.run_directory), min(_LOCK_WAIT_S, meeting.left() / 2))
+        # In a process of its own: it binds a GPU, after which no fork of this one could use NCCL.
+        planning = start(functools.partial(plan, config, reports, nodes, processes, options.servers))
+        try:
+            for line in planning.result(meeting.deadline).splitlines():
+                print(f"preflight: {line}", flush=True)
+        except ChildError as error:
+            raise UserError(f"the configuration cannot be planned: {error}") from error
     except (UserError, BadNodesError):
         meeting.say("go", "end")
         raise
@@ -257,8 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--endpoint", required=True, help="HOST:PORT on the head")
     parser.add_argument("--train-nodes", type=int, required=True, help="how many of the nodes train: the first ones")
     parser.add_argument("--processes-per-node", type=int, required=True)
+    parser.add_argument("--servers", default="none", help="SGLang servers of the job: none, colocated or nodes:N")
     parser.add_argument("--report", type=Path, required=True, help="folder for the reports and the verdict")
-    parser.add_argument("--seconds", type=float, default=120.0, help="deadline of everything")
+    parser.add_argument("--seconds", type=float, default=300.0, help="deadline of everything")
     parser.add_argument("training", nargs=argparse.REMAINDER, help="-- CONFIG key=value ..., as for training")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megatron_rlvr.backend import device
-from megatron_rlvr.cluster.torchrun import die_with_parent
+from megatron_rlvr.cluster.torchrun import die_with_parent, node_name
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import load_config
 from megatron_rlvr.errors import UserError
@@ -31,7 +31,6 @@ _WATCH_PERIOD_S = 0.5
 
 def node_pool(config: Config, logs: Path) -> ServerPool:
     """The servers of this node, not started yet: reachable from other nodes, each with GPUs of its own."""
-    # A node's own address would do for most clusters, but a host may have another name on the compute network.
     sglang = replace(
         config.rollout.sglang,
         server={"host": "0.0.0.0", **config.rollout.sglang.server},
@@ -55,6 +54,9 @@ def node_pool(config: Config, logs: Path) -> ServerPool:
             f"{len(visible)} GPUs of this node"
         )
     for number, server in enumerate(pool.servers):
+        if server.host == "0.0.0.0":
+            # What the nodes call each other, which need not be what a machine calls itself.
+            server.url = f"http://{node_name()}:{server.port}"
         if device.on_gpu():
             server.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number * width : (number + 1) * width])
     return pool
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file of training")
     parser.add_argument("overrides", nargs="*", help="key=value, as for training")
     options = parser.parse_args(arguments)
-    node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    node = node_name()
     stop = threading.Event()
     # The servers' processes are bound to this thread; it must end by itself, so that they are stopped in order.
     for number in (signal.SIGTERM, signal.SIGINT):

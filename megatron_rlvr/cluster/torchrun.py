@@ -107,7 +107,7 @@ def describe(codes: Mapping[int, int], logs: Path) -> str:
     """Which rank ended first, how, and its last words; one line."""
     rank, code = min(codes.items(), key=lambda item: (item[1] == EXIT_STOPPED, item[0]))
     how = f"with status {code}" if code >= 0 else f"of {signal.Signals(-code).name}"
-    return f"rank {rank} on {_node()} ended {how}: {last_words(log_path(logs, rank))}"
+    return f"rank {rank} on {node_name()} ended {how}: {last_words(log_path(logs, rank))}"
 
 
 def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) -> tuple[int, str]:
@@ -128,7 +128,7 @@ def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) 
     arguments = [f"--nnodes={options.nnodes}", f"--nproc-per-node={options.nproc_per_node}", "--max-restarts=0"]
     arguments += ["--rdzv-backend=c10d", f"--rdzv-id={options.rdzv_id}", f"--rdzv-endpoint={options.rdzv_endpoint}"]
     # torchrun numbers nodes in the order of their addresses; by default that is what the system calls this machine.
-    arguments += [f"--local-addr={_node()}"]
+    arguments += [f"--local-addr={node_name()}"]
     arguments += [f"--rdzv-conf=join_timeout={_JOIN_TIMEOUT_S}", "--signals-to-handle=SIGQUIT", "--no-python"]
     try:
         torchrun(parse_args([*arguments, *rank_command(command, options.logs, os.getpid())]))
@@ -139,7 +139,7 @@ def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) 
         return EXIT_STOPPED, "asked to stop before any rank had started"
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
-        return 1, f"torchrun on {_node()} failed: {type(error).__name__}: {first_line}"
+        return 1, f"torchrun on {node_name()} failed: {type(error).__name__}: {first_line}"
     return EXIT_DONE, ""
 
 
@@ -173,13 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     die_with_parent()
     options.logs.mkdir(parents=True, exist_ok=True)
     status, reason = run(options, command, stop)
-    outcome = options.logs / f"outcome.{_node()}"
-    outcome.with_suffix(".partial").write_text(f"{status} {reason}\n")
-    outcome.with_suffix(".partial").replace(outcome)
+    # The nodes end together, and their names may have dots: no two may write into the same file.
+    partial = options.logs / f".outcome.{node_name()}"
+    partial.write_text(f"{status} {reason}\n")
+    partial.replace(options.logs / f"outcome.{node_name()}")
     return status
 
 
-def _node() -> str:
+def node_name() -> str:
+    """What Slurm calls this node."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 

@@ -112,8 +112,8 @@ class Job:
         self.cluster.power_off(node, self.id)
 
     def _kill(self, pattern: str, node: str) -> None:
+        wait_until(lambda: bool(self.cluster.processes(self.id, pattern, node)), f"a process that matches {pattern!r}")
         found = self.cluster.processes(self.id, pattern, node)
-        assert found, f"no process of job {self.id} matches {pattern!r}"
         os.kill(random.Random(len(found)).choice(found), signal.SIGKILL)
 
 

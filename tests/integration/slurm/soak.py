@@ -1,11 +1,11 @@
 """Interrupt the two-node quickstart job at random, over and over, and hold every run to the uninterrupted one.
 
-    python -m tests.integration.slurm.soak [--interruptions 10] [--seed 0]      # make slurm-soak
+    python -m tests.integration.slurm.soak [--interruptions 10] [--seed 0] [--only 1-5]      # make slurm-soak
 
 Starts a virtual cluster (root, Debian's Slurm). The job trains on two nodes and generates on a server on a third, the
-tests' deterministic stand-in for SGLang. Every interruption is a job of its own, interrupted once at a random moment
-and waited for to its end; it must end COMPLETED with the metrics of the uninterrupted job, bit for bit, and leave no
-process behind. Exit status 1 if any does not.
+tests' deterministic stand-in for SGLang. Every interruption is a job of its own, interrupted once at a random moment,
+one in four of them before training begins, and waited for to its end; it must end COMPLETED with the metrics of the
+uninterrupted job, bit for bit, and leave no process behind. Exit status 1 if any does not.
 """
 
 from __future__ import annotations
@@ -45,11 +45,17 @@ def kinds(job: Job, rng: random.Random) -> dict[str, Callable[[], None]]:
 
 
 def interrupt(cluster: Cluster, job: Job, kind: str, rng: random.Random) -> None:
-    """Submit a job and do this to it at a random moment between its first steps and its last."""
+    """Submit a job and do this to it at a random moment, between its beginning and its last steps."""
     job.submit(f"steps={STEPS}", options=["--nodes=3"], RLVR_SERVERS="nodes:1")
-    job.wait_for_steps(rng.randrange(1, STEPS - 4), timeout=300)
-    time.sleep(rng.random() / 2)
+    steps = rng.randrange(1, STEPS - 4)
+    if rng.random() < 0.25:
+        cluster.wait_for_output(job.id, "try 1 from", timeout=60)
+        time.sleep(1 + 15 * rng.random())
+    else:
+        job.wait_for_steps(steps, timeout=300)
+        time.sleep(rng.random() / 2)
     before = set(job.nodes())
+    print(f"    at {'the beginning' if 'step ' not in cluster.output(job.id) else f'step {steps}'}: {kind}", flush=True)
     kinds(job, rng)[kind]()
     state = job.finish(timeout=600)
     assert state == "COMPLETED", f"{state}\n{job.history()}\n{cluster.output(job.id)[-3000:]}"
@@ -60,8 +66,8 @@ def interrupt(cluster: Cluster, job: Job, kind: str, rng: random.Random) -> None
     wait_until(lambda: cluster.run("sinfo", "-h", "-N", "-o", "%T").split().count("idle") == NODES, "idle nodes")
 
 
-def soak(cluster: Cluster, root: Path, count: int, seed: int) -> int:
-    """The whole of it; the number of interruptions that were not survived."""
+def soak(cluster: Cluster, root: Path, count: int, seed: int, only: range) -> int:
+    """The whole of it, or those with numbers in `only`; the number of interruptions that were not survived."""
     model = make_small_model(root / "model")
     settings = Settings(model, write_problems(root / "train.jsonl"))
 
@@ -78,11 +84,14 @@ def soak(cluster: Cluster, root: Path, count: int, seed: int) -> int:
     # Every kind once, the rest by chance, in random order.
     chosen = [names[i] if i < len(names) else rng.choice(names) for i in range(count)]
     rng.shuffle(chosen)
-    failed = 0
+    failed = done = 0
     for number, kind in enumerate(chosen):
+        if number + 1 not in only:
+            continue
+        done += 1
         one, began = job(f"interrupted_{number}"), time.monotonic()
         try:
-            interrupt(cluster, one, kind, rng)
+            interrupt(cluster, one, kind, random.Random(seed * 1000 + number))
             equal = one.metrics() == expected
             verdict = "equal" if equal else "DIFFERENT"
         except (AssertionError, TimeoutError) as error:
@@ -92,7 +101,7 @@ def soak(cluster: Cluster, root: Path, count: int, seed: int) -> int:
         attempts = one.history().count(": try ")
         seconds = time.monotonic() - began
         print(f"{number + 1:2d}  {kind:28}  {attempts} attempts  {seconds:4.0f} s  {verdict}", flush=True)
-    print(f"{count - failed} of {count} interruptions survived, no process left behind", flush=True)
+    print(f"{done - failed} of {done} interruptions survived, no process left behind", flush=True)
     return failed
 
 
@@ -100,14 +109,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interruptions", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="FIRST-LAST", help="of them, those with these numbers")
     options = parser.parse_args()
+    first, last = map(int, options.only.split("-")) if options.only else (1, options.interruptions)
     if reason := why_not():
         print(f"error: {reason}", file=sys.stderr)
         return 2
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="slurm-soak-") as folder:
         set_job_environment(patch)
         with virtual_cluster(Path(folder) / "cluster", NODES) as cluster:
-            return 1 if soak(cluster, Path(folder), options.interruptions, options.seed) else 0
+            failed = soak(cluster, Path(folder), options.interruptions, options.seed, range(first, last + 1))
+            return 1 if failed else 0
 
 
 if __name__ == "__main__":

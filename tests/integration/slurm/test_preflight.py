@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rlvr.cluster.meeting import BadNodesError
 from megatron_rlvr.cluster.node_checks import NodeReport, differing_versions
-from megatron_rlvr.cluster.preflight import BadNodesError, judge, pairs
+from megatron_rlvr.cluster.preflight import judge
 from megatron_rlvr.errors import UserError
 from tests.integration.slurm.jobs import Job
 
@@ -66,15 +67,3 @@ def test_a_node_with_another_version_is_named() -> None:
     assert differing_versions(reports) == {"n1": ["driver 570 instead of 580"]}
     with pytest.raises(BadNodesError, match="n1: driver 570 instead of 580"):
         judge(reports)
-
-
-@pytest.mark.parametrize("nodes", [3, 4, 7, 16])
-def test_every_node_has_two_different_partners(nodes: int) -> None:
-    partners: dict[int, set[int]] = {}
-    for shift in (0, 1):
-        groups = pairs(nodes, shift)
-        assert sorted(i for group in groups for i in group) == list(range(nodes))
-        for group in groups:
-            for i in group:
-                partners.setdefault(i, set()).update(set(group) - {i})
-    assert all(len(found) >= 2 for found in partners.values())

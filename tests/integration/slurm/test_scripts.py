@@ -68,9 +68,9 @@ def test_dry_run_prints_the_command_of_every_rank(script: Path) -> None:
     steps = [line for line in text.splitlines() if line.startswith("srun ")]
     assert "megatron_rlvr.cluster.preflight" in steps[0] and f"--nodes={nodes} " in steps[0]
     assert "megatron_rlvr.cluster.torchrun" in steps[-1] and f"--nodes={train} " in steps[-1]
-    if "llama" in script.stem:
-        assert "megatron_rlvr.cluster.serve" in steps[1] and f"--relative={train % nodes} " in steps[1]
-        assert "rollout.engine=sglang" in steps[-1]
+    assert "megatron_rlvr.cluster.serve" in steps[1] and f"--relative={train % nodes} " in steps[1]
+    assert "rollout.engine=sglang" in steps[-1]
+    assert all(step.startswith("srun --overlap --mem=0 --cpus-per-task=") for step in steps)
 
 
 @pytest.mark.parametrize("script", TRAINING, ids=_name)
@@ -83,6 +83,17 @@ def test_the_configuration_of_a_dry_run_is_accepted(script: Path) -> None:
     assert load_config(ROOT / config, overrides).parallel.tensor in (4, 8)
 
 
+def test_dry_run_of_the_other_gpu_scripts_and_within_a_job() -> None:
+    within = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "elsewhere", "SLURM_GPUS_ON_NODE": "2"}
+    text = dry_run(FOLDER / "convert.sbatch", "to-megatron", "models/m", "checkpoints/m", **within)
+    rank = r"(?m)^rank (\d) on node-0: .* tools/convert_checkpoint\.py --tensor 8 --verify to-megatron .*$"
+    assert re.findall(rank, text) == list("01234567")
+    text = dry_run(FOLDER / "evaluate.sbatch", "runs/m", "--initial", "evaluation.prompts=4")
+    assert re.search(r"(?m)^srun .* megatron_rlvr\.cluster\.serve .* runs/m/config\.yaml evaluation\.prompts=4 $", text)
+    rank = r"(?m)^rank (\d) .* tools/evaluate\.py runs/m --initial evaluation\.prompts=4 rollout\.engine=sglang "
+    assert re.findall(rank, text) == list("01234567")
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -93,8 +104,10 @@ def test_the_configuration_of_a_dry_run_is_accepted(script: Path) -> None:
 )
 def test_environments(environment: str, expected: str) -> None:
     # Whatever python3 there is suffices: a login node has none of the container's packages.
-    text = dry_run(FOLDER / "quickstart-cpu.sbatch", RLVR_ENVIRONMENT=environment)
+    text = dry_run(FOLDER / "quickstart-cpu.sbatch", "run_directory=/scratch/run", RLVR_ENVIRONMENT=environment)
     assert re.search(expected, text)
+    if "/images/" in environment:
+        assert f"{ROOT}:{ROOT}\\,/scratch/run:/scratch/run " in text
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from megatron_rlvr.telemetry.status import read_status
 from tests.conftest import ROOT
 from tests.integration.slurm.cluster import Cluster
-from tests.integration.slurm.jobs import Job, wait_until
+from tests.integration.slurm.jobs import Job, wait_until, with_stand_in_servers
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -88,6 +88,7 @@ def test_evaluation_of_a_checkpoint(uninterrupted: Job, tmp_path: Path, job_envi
     job = replace(uninterrupted, script=ROOT / "examples" / "slurm" / "evaluate.sbatch", id="")
     arguments = [
         uninterrupted.run,
+        *with_stand_in_servers(replace(uninterrupted, overrides=[])).overrides,
         problems.replace("data.train", "data.heldout"),
         "evaluation.prompts=8",
         "evaluation.samples=2",
@@ -95,17 +96,19 @@ def test_evaluation_of_a_checkpoint(uninterrupted: Job, tmp_path: Path, job_envi
     variables = {"RLVR_PROCESSES_PER_NODE": "2"}  # its nodes have GPUs in name only
     job.id = job.cluster.submit(job.script, *arguments, f"run_directory={tmp_path / 'job'}", **variables)
     assert job.finish() == "COMPLETED", job.cluster.output(job.id)
+    assert re.search(r"SGLang servers: http://n\d+:\d+\n", job.cluster.output(job.id))
     assert '"step": 16' in (uninterrupted.run / "evaluation_step_16.json").read_text()
+    assert not job.cluster.orphans(job.id)
 
 
 # What needs no training: a Python that pretends ----------------------------------------------------------------------
 
 PRETENDER = """#!/bin/bash
-# The preflight is content; everything else does what $PRETEND says.
+# The preflight is content, or does what $PREFLIGHT says; everything else does what $PRETEND says.
 case "$*" in
     *cluster.preflight*)
         report=$(tr ' ' '\\n' <<< "$*" | sed -n 's/^--report=//p')
-        mkdir -p "$report" && echo "0 fine" > "$report/verdict" ;;
+        mkdir -p "$report" && eval "${PREFLIGHT:-echo 0 fine > $report/verdict}" ;;
     *) eval "$PRETEND" ;;
 esac
 """
@@ -148,3 +151,97 @@ def test_killed_launcher_is_a_crash_even_if_the_rest_stopped_well(pretender: Job
     pretender.submit(RLVR_MAX_TRIES="1", PRETEND=f'[ "$SLURM_PROCID" = 1 ] && kill -9 $$; {outcome}; exit 75')
     assert pretender.finish() == "FAILED"
     assert "failed: the launcher of a node was killed" in pretender.history()
+
+
+OUTCOME = 'for w in "$@"; do case $w in --logs=*) echo "$said" > ${w#*=}/outcome.$SLURMD_NODENAME; esac; done'
+
+
+def test_nothing_of_the_job_that_it_is_submitted_from_matters(pretender: Job) -> None:
+    outer = {
+        "SLURM_ARRAY_JOB_ID": "1",
+        "SLURM_ARRAY_TASK_ID": "0",
+        "SLURM_RESTART_COUNT": "3",
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_MEM_PER_CPU": "11",
+        "SLURM_MEM_PER_NODE": "11",
+        "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_EXPORT_ENV": "NONE",
+    }
+    told = 'echo "step of $SLURM_CPUS_PER_TASK cores, bind ${SLURM_CPU_BIND:-not}, processes $*"'
+    said = 'said="0 "; [ ${SLURM_RESTART_COUNT:-0} = 1 ] || said="1 broken"'
+    pretender.submit(PRETEND=f"{told}; {said}; {OUTCOME}; exit ${{said%% *}}", **outer)
+    assert pretender.finish() == "COMPLETED", pretender.cluster.output(pretender.id)
+    attempts = re.findall(r"attempt (\d): try \d", pretender.history())
+    assert attempts == ["0", "1"]
+    found = re.findall(
+        r"step of (\d+) cores, bind (\S+), processes .*--nproc-per-node=(\d+)", pretender.cluster.output(pretender.id)
+    )
+    assert found == [("4", "not", "1")] * 4
+
+
+def test_an_element_of_an_array_is_requeued_alone(pretender: Job) -> None:
+    said = 'said="0 "; [ $SLURM_ARRAY_TASK_ID.${SLURM_RESTART_COUNT:-0} != 1.0 ] || said="1 broken"'
+    array = pretender.cluster.submit(
+        pretender.script,
+        "model.path=none",
+        f"run_directory={pretender.run}",
+        options=["--array=0-1%1"],
+        PRETEND=f"{said}; {OUTCOME}; exit ${{said%% *}}",
+    )
+    wait_until(lambda: pretender.history().count(": done") == 2, "both elements", timeout=60)
+    states = [pretender.cluster.job(f"{array}_{element}") for element in (0, 1)]
+    assert [state["Restarts"] for state in states] == ["0", "1"]
+
+
+def test_a_node_that_hangs_in_the_preflight_is_left_out(pretender: Job) -> None:
+    hang = "trap '' TERM; sleep 1000"
+    verdict = "echo n2 > $report/bad_nodes; echo '69 n2: no report' > $report/verdict; exit 69"
+    pretender.submit(
+        options=["--nodelist=n1,n2"],
+        PREFLIGHT=f'[ "$SLURM_PROCID" = 0 ] || {{ {hang}; }}; {verdict}',
+        PRETEND="exit 1",
+    )
+    pretender.cluster.wait_for_output(pretender.id, "the next attempt leaves out n2", timeout=60)
+    pretender.cluster.run("scancel", pretender.id)
+    pretender.finish()
+    assert "attempt 0: preflight: n2: no report" in pretender.history()
+
+
+def test_modules_are_found_and_may_be_careless(pretender: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lmod" / "init").mkdir(parents=True)
+    (tmp_path / "bin" / "python").rename(tmp_path / "bin" / "python3")
+    module = f'module() {{ echo "$1 ${{@:2}} $NOT_SET"; false; PATH={tmp_path}/bin:$PATH; }}; false\n'
+    (tmp_path / "lmod" / "init" / "bash").write_text(module)
+    monkeypatch.setenv("RLVR_ENVIRONMENT", "module:python/3.11,cuda")
+    pretender.submit(LMOD_PKG=str(tmp_path / "lmod"), PRETEND=f'said="0 "; {OUTCOME}')
+    assert pretender.finish() == "COMPLETED", pretender.cluster.output(pretender.id)
+    assert "load python/3.11 cuda" in pretender.cluster.output(pretender.id)
+    pretender.submit(LMOD_PKG="/nowhere", PATH="/usr/sbin:/usr/bin:/bin")
+    assert pretender.finish() == "FAILED"
+    assert "error: `module load python/3.11 cuda` on " in pretender.cluster.output(pretender.id)
+
+
+def test_a_first_job_makes_its_data_and_model(pretender: Job, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    pretender.overrides = []
+    told = 'case "$*" in *quickstart/*.py) echo "made by $*" ;; esac'
+    pretender.submit(RLVR_PROJECT=str(tmp_path), PRETEND=f'{told}; said="0 "; {OUTCOME}')
+    assert pretender.finish() == "COMPLETED", pretender.cluster.output(pretender.id)
+    made = re.findall(r"made by (\S+)", pretender.cluster.output(pretender.id))
+    assert made == ["examples/quickstart/countdown.py", "examples/quickstart/make_base_model.py"]
+    pretender.submit("run_directory=" + str(tmp_path / "other"), RLVR_PROJECT=str(tmp_path), PRETEND="exit 3")
+    pretender.cluster.wait_for_output(pretender.id, r"failed: examples/quickstart/countdown\.py failed", timeout=60)
+    pretender.cluster.run("scancel", pretender.id)
+    pretender.finish()
+
+
+def test_a_time_limit_that_leaves_no_time_is_no_endless_loop(pretender: Job) -> None:
+    asked = "trap '' USR1; scancel --batch --signal=USR1 $SLURM_JOB_ID; sleep 1"
+    pretender.submit(
+        RLVR_MAX_TRIES="2", PRETEND=f'[ "$SLURM_PROCID" = 1 ] || {{ {asked}; }}; said="75 stopped"; {OUTCOME}'
+    )
+    assert pretender.finish() == "FAILED"
+    reason = "asked before a step was finished: the time limit must be longer than the seconds of --signal"
+    assert f"attempt 1: stopped (USR1: {reason})" in pretender.history()
+    assert pretender.history().rstrip().endswith(f"ended without a new checkpoint, the last because of: {reason}")

@@ -15,6 +15,7 @@ from megatron_rlvr.errors import UserError
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setenv("SLURMD_NODENAME", "n7.cluster")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     config = Config(run_directory=str(tmp_path))
     config.model.path = str(tmp_path)
@@ -27,7 +28,8 @@ def test_each_server_has_gpus_of_its_own_and_can_be_reached(config: Config, tmp_
     pool = node_pool(config, tmp_path / "logs")
     assert [server.environment["CUDA_VISIBLE_DEVICES"] for server in pool.servers] == ["0,1,2,3", "4,5,6,7"]
     assert {server.host for server in pool.servers} == {"0.0.0.0"}
-    assert pool.servers[0].url != pool.servers[1].url and "0.0.0.0" not in pool.servers[0].url
+    assert [server.url for server in pool.servers] == [f"http://n7.cluster:{s.port}" for s in pool.servers]
+    assert pool.servers[0].port != pool.servers[1].port
     assert pool.servers[0].arguments["dtype"] == "bfloat16"
     assert pool.config.health_timeout_seconds >= config.rollout.sglang.update_timeout_seconds
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rlvr.cluster import torchrun
 from megatron_rlvr.cluster.torchrun import describe, exit_status, last_words
 from tests.conftest import environment
 
@@ -51,6 +52,41 @@ def test_reason_names_the_rank_that_crashed_and_its_error(tmp_path: Path) -> Non
     assert describe({1: 75, 3: 1}, tmp_path).endswith(" ended with status 1: ValueError: too hot")
     assert "rank 3 on" in describe({1: 75, 3: 1}, tmp_path)
     assert last_words(tmp_path / "rank_4.log") == "it left no log"
+
+
+def test_nodes_that_end_together_leave_an_outcome_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchrun, "StopRequest", lambda: None)
+    monkeypatch.setattr(torchrun, "die_with_parent", lambda: None)
+    arguments = [
+        "--nnodes=3",
+        "--nproc-per-node=1",
+        "--rdzv-id=1",
+        "--rdzv-endpoint=a:1",
+        f"--logs={tmp_path}",
+        "--",
+        "x",
+    ]
+    nodes = ["n1", "n2.cluster", "n3.cluster"]
+    ending: list[str] = []
+
+    def replace(partial: Path, target: Path) -> None:
+        # The others write theirs between this one's writing and renaming.
+        if nodes:
+            end(nodes.pop())
+        partial.rename(target)
+
+    def end(node: str) -> None:
+        ending.append(node)
+        with monkeypatch.context() as patch:
+            patch.setenv("SLURMD_NODENAME", node)
+            patch.setattr(torchrun, "run", lambda *_: (7, f"of {node}"))
+            assert torchrun.main(arguments) == 7
+
+    monkeypatch.setattr(Path, "replace", replace)
+    end(nodes.pop())
+    assert len(ending) == 3
+    found = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert found == {f"outcome.{node}": f"7 of {node}\n" for node in ending}
 
 
 def _start(tmp_path: Path, *arguments: str) -> subprocess.Popen[bytes]:

@@ -68,3 +68,21 @@ def test_no_run_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         read_status(tmp_path)
     assert tool.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: no status.json")
+
+
+def test_a_run_is_shown_beside_folders_of_something_else_and_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "queued" / "slurm").mkdir(parents=True)
+    (tmp_path / "queued" / "slurm" / "history").write_text("job 7 attempt 0: try 1\n")
+    assert tool.main([str(tmp_path / "data"), str(tmp_path / "queued")]) == 0
+    _, nothing, queued = capsys.readouterr().out.splitlines()
+    assert nothing.split()[1:3] == ["no", "run"] and "waiting" in queued
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool.time, "sleep", interrupt)
+    assert tool.main([str(tmp_path / "not_yet"), "--watch", "1"]) == 0
+    assert "no run" in capsys.readouterr().out

@@ -1,0 +1,32 @@
+"""The run directory's lock."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.lifecycle import owned
+
+
+def test_a_run_directory_has_one_owner(tmp_path: Path) -> None:
+    with owned(tmp_path / "run"), pytest.raises(UserError, match="is in use by process"), owned(tmp_path / "run"):
+        pass
+    with owned(tmp_path / "run"):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with owned(tmp_path / "run") as directory:
+        assert directory.is_dir()
+    assert (
+        "has no locks (Function not implemented): see to it that no other run writes there" in capsys.readouterr().err
+    )
