@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,28 @@ class PolicyBridge:
                 if name not in seen:  # a tied embedding comes from the first and from the last stage
                     seen.add(name)
                     yield name, tensor
+
+    def formats(
+        self, name: str
+    ) -> tuple[
+        list[str],
+        Callable[[list[torch.Tensor]], torch.Tensor],
+        Callable[[torch.Tensor], Iterator[tuple[str, torch.Tensor]]],
+    ]:
+        """How one weight of a model in one process is carried over, by its name in the model.
+
+        Returns:
+            the Hugging Face tensors it is made of, the weight from these, and these from the weight.
+        """
+        known = _GroupedExperts.grouped_name(name)
+
+        def to_huggingface(weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+            yield from zip(*self._bridge._weight_to_hf_format(known, weight), strict=True)
+
+        def to_megatron(tensors: list[torch.Tensor]) -> torch.Tensor:
+            return self._bridge._weight_to_mcore_format(known, tensors)
+
+        return self._bridge._weight_name_mapping_mcore_to_hf(known), to_megatron, to_huggingface
 
     def save(
         self, parts: Sequence[PolicyModel], folder: str | Path, write: bool, shard_bytes: int = SHARD_BYTES
@@ -334,13 +356,14 @@ class _GroupedExperts:
         self.decoder = model.decoder
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {self._name(name): tensor for name, tensor in self.model.state_dict().items()}
+        return {self.grouped_name(name): tensor for name, tensor in self.model.state_dict().items()}
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((self._name(name), parameter) for name, parameter in self.model.named_parameters())
+        return ((self.grouped_name(name), parameter) for name, parameter in self.model.named_parameters())
 
     @staticmethod
-    def _name(name: str) -> str:
+    def grouped_name(name: str) -> str:
+        """The name of an expert's weight in the group; other names as they are."""
         return re.sub(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight$", r".experts.\2.weight\1", name)
 
 
