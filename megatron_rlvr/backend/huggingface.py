@@ -290,6 +290,7 @@ def _open(hf_config: Any, model: ModelConfig, dtype: torch.dtype, spec_name: str
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         **_recompute(parallel),
         **_experts(hf_config, model, spec_name),
+        **_fp8(model, spec_name),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }
@@ -316,6 +317,22 @@ def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
     if parallel.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
+
+
+def _fp8(model: ModelConfig, spec_name: str) -> dict[str, Any]:
+    """megatron-core's settings of matrices that multiply in fp8, which is Transformer Engine's doing.
+
+    Raises:
+        UserError: for layers that cannot.
+    """
+    if model.fp8 == "none":
+        return {}
+    if spec_name != "transformer_engine":
+        raise UserError(
+            f"model.fp8={model.fp8} needs Transformer Engine's layers, on a GPU: set model.fp8=none or "
+            "model.layer_spec=transformer_engine"
+        )
+    return {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
 
 
 def _experts(hf_config: Any, model: ModelConfig, spec_name: str) -> dict[str, Any]:
