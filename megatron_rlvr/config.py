@@ -15,7 +15,7 @@ class ModelConfig:
     layer_spec: str = "auto"
     """``transformer_engine``, ``local``, or ``auto``: Transformer Engine on a GPU, local layers on the CPU."""
     fp8: str = "none"
-    """``hybrid`` (e4m3 forward, e5m2 backward) or ``e4m3``: Transformer Engine multiplies matrices in fp8, of weights that
+    """``hybrid`` (e4m3 forward, e5m2 backward) or ``e4m3``: matrices multiply in fp8, by Transformer Engine; weights
     stay bfloat16. Handed on and never run here, for want of a GPU."""
     fp8_recipe: str = "delayed"
     """How scales are found: ``delayed``, ``tensorwise``, ``mxfp8`` or ``blockwise``, by GPU and Transformer Engine."""

@@ -150,7 +150,8 @@ class Checkpoints:
         error: BaseException | None = None
         try:
             if main:
-                shutil.rmtree(partial, ignore_errors=True)
+                for torn in self.folder.glob("step_*.partial"):  # of a run that was killed, or that filled the disk
+                    shutil.rmtree(torn, ignore_errors=True)
                 partial.mkdir(parents=True)
         except OSError as refused:
             error = refused
@@ -233,9 +234,6 @@ class Checkpoints:
         Raises:
             UserError: when it is of another model, has another form of optimizer state, or cannot be read.
         """
-        if dist.get_rank() == 0:
-            for torn in self.folder.glob("step_*.partial"):  # of a run that was killed, or that filled the disk
-                shutil.rmtree(torn, ignore_errors=True)
         steps = self.steps()
         if not steps:
             return None
