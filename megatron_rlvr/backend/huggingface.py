@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -81,10 +82,14 @@ class PolicyBridge:
 
     def _build_part(self, vp_stage: int | None, shapes_only: bool) -> PolicyModel:
         where = {"ignore_virtual": False, "vp_stage": vp_stage}
+        config = self.config
+        if shapes_only:  # else megatron-core would name the GPU for every weight, whatever device is in force
+            config = copy.copy(config)
+            config.use_cpu_initialization = True
         with torch.device("meta") if shapes_only else nullcontext():
             model = PolicyModel(
-                config=self.config,
-                transformer_layer_spec=layer_spec.layer_spec(self.config, self.spec_name, vp_stage),
+                config=config,
+                transformer_layer_spec=layer_spec.layer_spec(config, self.spec_name, vp_stage),
                 vocab_size=self.padded_vocabulary,
                 max_sequence_length=self.hf_config.max_position_embeddings,
                 pre_process=parallel_state.is_pipeline_first_stage(**where),
