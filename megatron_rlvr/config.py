@@ -14,6 +14,11 @@ class ModelConfig:
     """``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
     layer_spec: str = "auto"
     """``transformer_engine``, ``local``, or ``auto``: Transformer Engine on a GPU, local layers on the CPU."""
+    fp8: str = "none"
+    """``hybrid`` (e4m3 forward, e5m2 backward) or ``e4m3``: matrices multiply in fp8, by Transformer Engine; weights
+    stay bfloat16. Handed on and never run here, for want of a GPU."""
+    fp8_recipe: str = "delayed"
+    """How scales are found: ``delayed``, ``tensorwise``, ``mxfp8`` or ``blockwise``, by GPU and Transformer Engine."""
     router_aux_loss: float = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts, averaged over microbatches; 0 leaves it out."""
 

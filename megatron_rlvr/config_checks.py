@@ -29,6 +29,10 @@ def check(config: Config) -> None:
     rollout, algorithm, parallel = config.rollout, config.algorithm, config.parallel
     _one_of("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     _one_of("model.layer_spec", config.model.layer_spec, ("auto", "local", "transformer_engine"))
+    _one_of("model.fp8", config.model.fp8, ("none", "hybrid", "e4m3"))
+    _one_of("model.fp8_recipe", config.model.fp8_recipe, ("delayed", "tensorwise", "mxfp8", "blockwise"))
+    if config.model.fp8 != "none" and config.model.dtype == "float32":
+        raise UserError(f"model.fp8={config.model.fp8} needs model.dtype=bfloat16: set it, or model.fp8=none")
     _one_of("rollout.engine", rollout.engine, ("local", "sglang", "recorded"))
     _one_of("algorithm.advantage", algorithm.advantage, ("grpo", "grpo-no-std", "rloo"))
     _one_of("algorithm.aggregation", algorithm.aggregation, ("token-mean", "sequence-mean", "constant"))

@@ -6,6 +6,7 @@ entropy and give this step's clip thresholds, update in minibatches, repeat.
 
 from __future__ import annotations
 
+import errno
 import os
 import statistics
 import sys
@@ -192,6 +193,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, EngineLostError) as error:
         print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_STOPPED
+    except OSError as error:
+        # A checkpoint that is being written in the background may fill the disk under the metrics and the status.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: {config.run_directory} cannot be written ({error.strerror}): its whole checkpoints are untouched; "
+            "make room and start again",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

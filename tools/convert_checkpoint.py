@@ -2,14 +2,14 @@
 
     python tools/convert_checkpoint.py to-megatron models/Qwen2.5-7B checkpoints/qwen --verify
     python tools/convert_checkpoint.py to-huggingface runs/math/checkpoints/step_400 exported --model models/Qwen2.5-7B
-    torchrun --nproc-per-node 8 tools/convert_checkpoint.py to-megatron models/Llama-3.3-70B checkpoints/llama \
-        --tensor 4 --pipeline 2
 
-A checkpoint is of no layout: it is read under any, so one conversion serves all. One process holds the whole model;
-under torchrun each of tensor x pipeline processes holds its part. Beside it a process holds one tensor of the Hugging
-Face folder that it reads, or one shard of the one that it writes; the peak is printed at the end.
-The outputs are written beside and renamed when whole. `--verify` reads back what was written and compares every tensor
-bit for bit.
+One process, one weight at a time: beside itself it holds one weight and the Hugging Face tensors that it is made of;
+the peak of its memory and the size of the largest weight are printed. The outputs are written in OUTPUT.partial and
+renamed when whole; a conversion that was killed goes on with the files that are whole when it is started again.
+`--verify` reads back what was written and compares every tensor bit for bit.
+
+A checkpoint is of no layout: training reads it under any, and one that was written under any is read here, so there is
+nothing to convert between layouts.
 """
 
 import argparse
@@ -39,50 +39,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("input", type=Path, help="Hugging Face folder, or checkpoint folder with run.json")
     parser.add_argument("output", type=Path, help="folder to write; must not exist")
     parser.add_argument("--model", type=Path, help="to-huggingface: folder that config and tokenizer come from")
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel processes of the conversion")
-    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages of the conversion")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest safetensors file")
     parser.add_argument("--verify", action="store_true", help="read back and compare every tensor")
     options = parser.parse_args(arguments)
-    rank = int(os.environ.get("RANK", "0"))
     began = time.perf_counter()
 
     def say(text: str) -> None:
-        if rank == 0:
-            print(f"[{time.perf_counter() - began:6.1f} s] {text}", flush=True)
+        print(f"[{time.perf_counter() - began:6.1f} s] {text}", flush=True)
 
     try:
-        layout = ParallelConfig(tensor=options.tensor, pipeline=options.pipeline)
-        with parallel.parallel_groups(layout, seed=0) as here:
-            if here.world_size != options.tensor * options.pipeline:
-                raise UserError(
-                    f"{here.world_size} processes for --tensor {options.tensor} --pipeline {options.pipeline}: start "
-                    f"exactly {options.tensor * options.pipeline}, more would repeat the work"
-                )
+        if options.shard_gib <= 0:
+            raise UserError(f"--shard-gib must be greater than 0, not {options.shard_gib}")
+        if options.direction == "to-huggingface" and options.model is None:
+            raise UserError("to-huggingface needs --model: the folder that config and tokenizer come from")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("the conversion is one process: start it without torchrun")
+        with parallel.parallel_groups(ParallelConfig(), seed=0):
+            before = conversion.peak_gib()
             if options.direction == "to-megatron":
-                bridge = PolicyBridge(options.input, ModelConfig(dtype=_dtype_of_folder(options.input)), layout)
-                compared = conversion.to_megatron(bridge, options.output, here.is_main, say, options.verify)
+                bridge = _bridge(options.input, _dtype_of_folder(options.input))
+                compared = conversion.to_megatron(bridge, options.output, say, options.verify)
             else:
-                if options.model is None:
-                    raise UserError("to-huggingface needs --model: the folder that config and tokenizer come from")
-                bridge = PolicyBridge(options.model, ModelConfig(dtype=_dtype_of_checkpoint(options.input)), layout)
-                compared = conversion.to_huggingface(
-                    bridge,
-                    options.input,
-                    options.output,
-                    here.is_main,
-                    say,
-                    options.verify,
-                    int(options.shard_gib * 1024**3),
-                )
+                bridge = _bridge(options.model, _dtype_of_checkpoint(options.input))
+                shard = int(options.shard_gib * 1024**3)
+                compared = conversion.to_huggingface(bridge, options.input, options.output, say, options.verify, shard)
             if options.verify:
                 say(f"all {compared} tensors are equal")
-            peak = parallel.max_over_job({"peak": conversion.peak_gib()})["peak"]
-            say(f"{options.output} is complete; peak memory of a process {peak:.2f} GiB")
+            peak = conversion.peak_gib()
+            say(f"{options.output} is complete; peak memory {peak:.2f} GiB, of it {before:.2f} before the first weight")
     except UserError as error:
-        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _bridge(folder: Path, dtype: str) -> PolicyBridge:
+    # The local layers on a GPU, too: both kinds have the same names in a checkpoint.
+    return PolicyBridge(folder, ModelConfig(dtype=dtype, layer_spec="local"), ParallelConfig())
 
 
 def _dtype_of_folder(folder: Path) -> str:

@@ -54,9 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(describe(plan))
             if options.suggest:
                 print("\nlayouts that fit, the fastest first:")
-                for other in suggest(config, options.nodes, options.gpus_per_node, hardware, options.response_share):
+                others = suggest(config, options.nodes, options.gpus_per_node, hardware, options.response_share)
+                for other in others:
                     needs = other.stage_bytes(other.worst) / GIB
                     print(f"  {other.time.total:7.0f} s  {needs:6.1f} GiB  {layout_name(other)}, microbatches of 1")
+                if not others:
+                    print("  none: more nodes, shorter responses, or rollout.sglang.urls of servers elsewhere")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

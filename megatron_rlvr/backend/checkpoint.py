@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_rlvr.backend import optimizer_state, parallel
 from megatron_rlvr.backend.huggingface import PolicyBridge
@@ -36,6 +37,22 @@ from megatron_rlvr.config import CheckpointConfig
 from megatron_rlvr.errors import UserError
 
 _NAME = re.compile(r"step_(\d+)")
+
+
+class DiskWriter(FileSystemWriter):
+    """torch's writer of checkpoint files that says what the disk said.
+
+    torch.save turns the disk's "No space left on device" into an error about positions in its archive.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            under: BaseException | None = error
+            while under is not None and not isinstance(under, OSError):
+                under = under.__cause__ or under.__context__
+            raise under or error from None
 
 
 class DirectSave(torch_dist.TorchDistSaveShardedStrategy):
@@ -64,7 +81,7 @@ class DirectSave(torch_dist.TorchDistSaveShardedStrategy):
                     tensor = torch.is_tensor(part.data)
                     part.data = part.data.detach().to("cpu", copy=True) if tensor else copy.deepcopy(part.data)
         arguments = {
-            "storage_writer": FileSystemWriter(checkpoint_dir, thread_count=self.thread_count, sync_files=True),
+            "storage_writer": DiskWriter(checkpoint_dir, thread_count=self.thread_count, sync_files=True),
             "planner": torch_dist.MCoreSavePlanner(
                 dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
             ),
@@ -133,7 +150,8 @@ class Checkpoints:
         error: BaseException | None = None
         try:
             if main:
-                shutil.rmtree(partial, ignore_errors=True)
+                for torn in self.folder.glob("step_*.partial"):  # of a run that was killed, or that filled the disk
+                    shutil.rmtree(torn, ignore_errors=True)
                 partial.mkdir(parents=True)
         except OSError as refused:
             error = refused
@@ -253,7 +271,7 @@ class Checkpoints:
         """Steps of the whole checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if _is_whole(entry))
+        found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if is_whole(entry))
         return sorted(int(match.group(1)) for match in found if match)
 
     @staticmethod
@@ -266,7 +284,7 @@ class Checkpoints:
         return model | {"optimizer": optimizer_state.sharded_state(policy.optimizer, model, loading)}
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
     """Whether every file of a checkpoint is there, as long as it was written."""
     try:
         sizes = json.loads((folder / "run.json").read_text()).get("files", {})

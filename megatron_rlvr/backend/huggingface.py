@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,14 @@ class PolicyBridge:
 
     def _build_part(self, vp_stage: int | None, shapes_only: bool) -> PolicyModel:
         where = {"ignore_virtual": False, "vp_stage": vp_stage}
+        config = self.config
+        if shapes_only:  # else megatron-core would name the GPU for every weight, whatever device is in force
+            config = copy.copy(config)
+            config.use_cpu_initialization = True
         with torch.device("meta") if shapes_only else nullcontext():
             model = PolicyModel(
-                config=self.config,
-                transformer_layer_spec=layer_spec.layer_spec(self.config, self.spec_name, vp_stage),
+                config=config,
+                transformer_layer_spec=layer_spec.layer_spec(config, self.spec_name, vp_stage),
                 vocab_size=self.padded_vocabulary,
                 max_sequence_length=self.hf_config.max_position_embeddings,
                 pre_process=parallel_state.is_pipeline_first_stage(**where),
@@ -132,6 +137,28 @@ class PolicyBridge:
                 if name not in seen:  # a tied embedding comes from the first and from the last stage
                     seen.add(name)
                     yield name, tensor
+
+    def formats(
+        self, name: str
+    ) -> tuple[
+        list[str],
+        Callable[[list[torch.Tensor]], torch.Tensor],
+        Callable[[torch.Tensor], Iterator[tuple[str, torch.Tensor]]],
+    ]:
+        """How one weight of a model in one process is carried over, by its name in the model.
+
+        Returns:
+            the Hugging Face tensors it is made of, the weight from these, and these from the weight.
+        """
+        known = _GroupedExperts.grouped_name(name)
+
+        def to_huggingface(weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+            yield from zip(*self._bridge._weight_to_hf_format(known, weight), strict=True)
+
+        def to_megatron(tensors: list[torch.Tensor]) -> torch.Tensor:
+            return self._bridge._weight_to_mcore_format(known, tensors)
+
+        return self._bridge._weight_name_mapping_mcore_to_hf(known), to_megatron, to_huggingface
 
     def save(
         self, parts: Sequence[PolicyModel], folder: str | Path, write: bool, shard_bytes: int = SHARD_BYTES
@@ -268,6 +295,7 @@ def _open(hf_config: Any, model: ModelConfig, dtype: torch.dtype, spec_name: str
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         **_recompute(parallel),
         **_experts(hf_config, model, spec_name),
+        **_fp8(model, spec_name),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }
@@ -294,6 +322,22 @@ def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
     if parallel.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
+
+
+def _fp8(model: ModelConfig, spec_name: str) -> dict[str, Any]:
+    """megatron-core's settings of matrices that multiply in fp8, which is Transformer Engine's doing.
+
+    Raises:
+        UserError: for layers that cannot.
+    """
+    if model.fp8 == "none":
+        return {}
+    if spec_name != "transformer_engine":
+        raise UserError(
+            f"model.fp8={model.fp8} needs Transformer Engine's layers, on a GPU: set model.fp8=none or "
+            "model.layer_spec=transformer_engine"
+        )
+    return {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
 
 
 def _experts(hf_config: Any, model: ModelConfig, spec_name: str) -> dict[str, Any]:
@@ -334,13 +378,14 @@ class _GroupedExperts:
         self.decoder = model.decoder
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {self._name(name): tensor for name, tensor in self.model.state_dict().items()}
+        return {self.grouped_name(name): tensor for name, tensor in self.model.state_dict().items()}
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((self._name(name), parameter) for name, parameter in self.model.named_parameters())
+        return ((self.grouped_name(name), parameter) for name, parameter in self.model.named_parameters())
 
     @staticmethod
-    def _name(name: str) -> str:
+    def grouped_name(name: str) -> str:
+        """The name of an expert's weight in the group; other names as they are."""
         return re.sub(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight$", r".experts.\2.weight\1", name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,7 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         count = _write_shards(partial, tensors, shard_bytes)
-        for pattern in COMPANIONS:
-            for file in companions.glob(pattern):
-                shutil.copy2(file, partial)
+        copy_companions(companions, partial)
         previous = folder.with_name(folder.name + ".replaced")
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
@@ -64,6 +62,13 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder} cannot be written: {error}") from error
     return count
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what makes a folder of weights a complete model: config, generation config and tokenizer."""
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            shutil.copy2(file, folder)
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> int:
@@ -86,17 +91,26 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], sha
         size += copy.nbytes
         total += copy.nbytes
     close()
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-    else:
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards):
-            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            (folder / f"shard-{number}").rename(folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for number, file in enumerate(shard_names(len(shards))):
+        (folder / f"shard-{number}").rename(folder / file)
+    if len(shards) > 1:
+        write_index(folder, shards, total)
     return sum(map(len, shards))
+
+
+def shard_names(count: int) -> list[str]:
+    """The names of a model's files, by Hugging Face's convention."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, shards: Sequence[Iterable[str]], total: int) -> None:
+    """Write which file of a folder holds which tensor; `total` is their bytes."""
+    files = shard_names(len(shards))
+    weight_map = {name: file for names, file in zip(shards, files, strict=True) for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

@@ -13,6 +13,8 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_rlvr.errors import UserError
+
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     # Gather on the first data-parallel rank, in the host's memory, instead of on every rank by way of its GPU.
@@ -61,6 +63,8 @@ def load(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
             inner["state"]["common_step"] = step
         if not _over_torch(part):
             part.load_state_dict(own)
+            if distributed:
+                _check(part, own["param_state"], step)
             continue
         part.load_state_dict({key: value for key, value in own.items() if not key.startswith("param_state")})
         # The step count came with the parameter groups, as one tensor that all parameters share: every one of them
@@ -69,6 +73,49 @@ def load(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
         part.load_parameter_state_from_fully_reshardable(own["param_state"])
         for parameter, count in steps.items():
             part.optimizer.state[parameter]["step"] = count.clone()
+        _check(part, own["param_state"], step)
+
+
+def _check(part: DistributedOptimizer, loaded: dict[int, dict[str, torch.Tensor]], step: Any) -> None:
+    """Hold what the optimizer has after loading to what was loaded, element by element, whatever Adam it is.
+
+    megatron-core has a path for each of Transformer Engine's, Apex's, torch's and the offloaded Adam, and not each of
+    them was right: one resumed with step 0 and said nothing.
+
+    Raises:
+        UserError: when step counts, moments or master weights are not those of the checkpoint.
+    """
+    name = type(part.optimizer).__name__
+    inner = getattr(part.optimizer, "sub_optimizers", [part.optimizer])  # of the offloaded one: on GPU and host
+    counts = [slot["step"] for one in inner for slot in one.state.values() if "step" in slot]
+    if len({id(count) for count in counts}) < len(counts):
+        raise UserError(f"{name} would advance one step count for several parameters after this load: {_ADVICE}")
+    counts += [group["step"] for one in inner for group in one.param_groups if group["params"] and "step" in group]
+    found = {int(count) for count in counts}
+    if step is not None and found != {int(step)}:
+        raise UserError(f"{name} has taken {sorted(found)} steps after loading a state of {int(step)}: {_ADVICE}")
+    number = -1
+    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
+        mine = {
+            parameter: where for by in ranges.values() for one in by for parameter, where in one["param_map"].items()
+        }
+        for parameter in buffer.param_index_map:
+            number += 1
+            if parameter not in mine:
+                continue
+            own = part._get_main_param_and_optimizer_states(parameter)
+            where = mine[parameter]["param"]
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                whole = loaded[number]["fp32_param" if key == "param" and "param" not in loaded[number] else key]
+                given = whole.flatten()[where.start : where.end]
+                if not torch.equal(own[key].detach().flatten().to(given.device, given.dtype), given):
+                    raise UserError(f"{name} holds another {key} than the checkpoint after loading it: {_ADVICE}")
+
+
+_ADVICE = (
+    "this state cannot be resumed with it; use the optimizer that wrote it, or go on from the checkpoint's weights "
+    "(tools/convert_checkpoint.py) in a new run"
+)
 
 
 def _find(state: Any, name: str) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator, Mapping
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -135,6 +136,43 @@ def share_with_model_peers(value: T | None) -> T:
             dist.broadcast_object_list(box, src=source, group=group, device=device.device())
             value = box[0]
     return value  # type: ignore[return-value]
+
+
+def data_rank() -> int:
+    """This process's data-parallel rank."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank()
+
+
+def gather_over_leaders(values: Sequence[float]) -> list[list[float]]:
+    """The values of every data-parallel rank's leader, as many of each, by rank. Collective over leaders."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group()  # of a leader: that of all leaders
+    own = torch.tensor(values, dtype=torch.float64, device=device.device())
+    found = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(found, own, group=group)
+    return [row.tolist() for row in found]
+
+
+def exchange_over_leaders(parcels: Sequence[T]) -> list[T]:
+    """Give parcel r (any picklable object) to the leader of data-parallel rank r; what the leaders gave to this one.
+
+    Two all-to-alls, of sizes and of bytes. Collective over leaders.
+    """
+    from megatron.core import parallel_state
+
+    group, here = parallel_state.get_data_parallel_group(), device.device()
+    packed = [pickle.dumps(parcel) for parcel in parcels]
+    given = torch.tensor([len(text) for text in packed], device=here)
+    taken = torch.empty_like(given)
+    dist.all_to_all_single(taken, given, group=group)
+    sizes = taken.tolist()
+    sent = torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8).to(here)
+    received = torch.empty(sum(sizes), dtype=torch.uint8, device=here)
+    dist.all_to_all_single(received, sent, sizes, given.tolist(), group=group)
+    return [pickle.loads(part.numpy().tobytes()) for part in received.cpu().split(sizes)]
 
 
 class _ShareTokens(torch.autograd.Function):

@@ -61,7 +61,9 @@ class Policy:
             * config.rollout.samples_per_prompt
             // (config.algorithm.minibatches * layout.data_size),
             tokens=config.parallel.microbatch_tokens,
-            width_multiple=config.parallel.tensor if config.parallel.sequence else 1,
+            # fp8 multiplies rows by the 16, or the 32 of mxfp8's blocks.
+            width_multiple=(config.parallel.tensor if config.parallel.sequence else 1)
+            * (1 if config.model.fp8 == "none" else 32),
             context_size=config.parallel.context,
             context_rank=parallel_state.get_context_parallel_rank(),
             mark_padding=config.model.router_aux_loss > 0,

@@ -39,7 +39,7 @@ class Phases:
         head: logits and what the operators need beside them.
         working: gradients on their way through one feed-forward layer; the head's are gone by then.
         cache: key/value cache of generation by the training weights; of SGLang servers their weights, which stay there.
-        sync: the tensor that an export or a weight update gathers.
+        sync: the tensor that an export or a weight update gathers, and the buckets that take it to SGLang servers.
     """
 
     activations: int
@@ -187,6 +187,11 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
                 head += shard * shape.hidden * itemsize  # of the weight, before it is added to the buffer
     sync = 2 * stage.largest_tensor * itemsize
     if rollout.engine == "sglang":
+        if stage.index == 0 and weight_sync(config) != "disk":
+            # On the main process, which is of the first stage. A bucket is there before the last one is let go; a
+            # tensor that is larger has one of its own.
+            bucket = rollout.sglang.bucket_mb * 1024**2
+            sync += bucket + max(bucket, stage.largest_tensor * itemsize)
         return Phases(activations, head, working, server_weights(shape, config, itemsize), sync)
     cached = min(rollout.local_batch, rollout.prompts_per_step * rollout.samples_per_prompt // data_parallel)
     cache = cached * width * stage.layers * 2 * shape.key_value // parallel.tensor * itemsize
@@ -199,6 +204,17 @@ def server_size(config: Config) -> int:
     """Tensor-parallel GPUs of one SGLang server."""
     given = {name.replace("-", "_"): value for name, value in config.rollout.sglang.server.items()}
     return int(given.get("tensor_parallel_size", given.get("tp_size", given.get("tp", 1))))
+
+
+def weight_sync(config: Config, nodes: int = 1) -> str:
+    """How SGLang servers get new weights: ``tensor``, ``distributed`` or ``disk``.
+
+    Shared memory ends at the main process's machine, so on several nodes it is a broadcast that is planned.
+    """
+    way = config.rollout.sglang.weight_sync
+    if way == "auto":
+        way = "disk" if config.rollout.sglang.urls else "tensor"
+    return "distributed" if way == "tensor" and nodes > 1 else way
 
 
 def server_weights(shape: ModelShape, config: Config, itemsize: int) -> int:

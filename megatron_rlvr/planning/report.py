@@ -16,6 +16,7 @@ from megatron_rlvr.planning.memory import (
     phase_memory,
     server_size,
     static_memory,
+    weight_sync,
 )
 from megatron_rlvr.planning.roofline import Hardware, StepTime, step_time
 from megatron_rlvr.planning.stages import ModelShape, Stage, model_stages
@@ -43,8 +44,11 @@ class Plan:
     def stage_bytes(self, index: int) -> int:
         """The largest memory of a rank of this stage, with the assumed context."""
         static, phases = self.memory[index]
-        if self.config.rollout.engine == "sglang":  # the servers' weights stay while the policy is updated
-            return static.total + phases.cache + max(phases.update, phases.sync) + CONTEXT_BYTES
+        if (
+            self.config.rollout.engine == "sglang"
+        ):  # the servers' weights stay while the policy is updated, or make room
+            beside = 0 if self.config.rollout.sglang.release_memory else phases.cache
+            return static.total + max(beside + phases.update, phases.cache + phases.sync) + CONTEXT_BYTES
         return static.total + max(phases.update, phases.generation) + CONTEXT_BYTES
 
     @property
@@ -112,7 +116,10 @@ def make_plan(
 
 
 def suggest(config: Config, nodes: int, gpus_per_node: int, hardware: Hardware, response_share: float) -> list[Plan]:
-    """Plans of other layouts that fit, the fastest first: tensor sizes within a node, pipeline sizes up to 16."""
+    """Plans of other layouts that fit, the fastest first: tensor sizes within a node, pipeline sizes up to 16.
+
+    A layout that does not fit as it is may do so with full recomputation.
+    """
     found = []
     for tensor in (1, 2, 4, 8):
         for pipeline in (1, 2, 4, 5, 8, 10, 16):
@@ -126,14 +133,16 @@ def suggest(config: Config, nodes: int, gpus_per_node: int, hardware: Hardware, 
                 distributed_optimizer=True,
                 microbatch_sequences=1,
             )
-            other = replace(config, parallel=layout)
-            try:
-                check(other)
-                plan = make_plan(other, nodes, gpus_per_node, hardware, response_share)
-            except UserError:  # a layout that does not divide is no suggestion
-                continue
-            if plan.fits:
-                found.append(plan)
+            for recompute in dict.fromkeys((config.parallel.recompute, "full")):
+                other = replace(config, parallel=replace(layout, recompute=recompute))
+                try:
+                    check(other)
+                    plan = make_plan(other, nodes, gpus_per_node, hardware, response_share)
+                except UserError:  # a layout that does not divide is no suggestion
+                    break
+                if plan.fits:
+                    found.append(plan)
+                    break
     return sorted(found, key=lambda plan: plan.time.total)
 
 
@@ -175,6 +184,8 @@ def describe(plan: Plan) -> str:
     turns = "update (activations, head or working) and generation (cache, gathered tensor) take turns"
     if served:
         turns = "SGLang servers keep their weights beside the policy; update and gathered tensor take turns"
+        if config.rollout.sglang.release_memory:
+            turns = "SGLang servers make room for the update; their weights are back beside the gathered tensor"
     lines += [
         f"{turns}; the context is assumed.",
         f"{verdict}: stage {plan.worst} needs {plan.stage_bytes(plan.worst) / GIB:.1f} of {available:.1f} GiB, "
@@ -218,6 +229,14 @@ def describe(plan: Plan) -> str:
         f"{plan.hardware.nvlink_rate / 1e9:.0f} and {plan.hardware.network_rate / 1e9:.0f} GB/s x "
         f"{plan.hardware.link_share}",
     ]
+    if served:
+        way = {
+            "tensor": "through shared memory, over NVLink",
+            "distributed": "by a broadcast over the network",
+            "disk": f"through a shared file system of {plan.hardware.disk_rate / 1e9:.0f} GB/s, assumed",
+        }[weight_sync(config, plan.nodes)]
+        whole = shape.parameters * 2 / 1e9
+        lines.append(f"weights to the servers: {whole:.1f} GB {way}; what requests cost beside the bytes is left out")
     return "\n".join(lines)
 
 
@@ -230,5 +249,7 @@ def layout_name(plan: Plan) -> str:
             words.append(f"{name.replace('_', ' ')} {size}")
     if parallel.sequence:
         words.append("sequence parallel")
+    if parallel.recompute == "full":
+        words.append("full recomputation")
     words.append("distributed optimizer" if parallel.distributed_optimizer else "whole optimizer on every data rank")
     return ", ".join(words)

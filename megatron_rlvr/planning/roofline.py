@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rlvr.config import Config
-from megatron_rlvr.planning.memory import microbatch, server_size
+from megatron_rlvr.planning.memory import microbatch, server_size, weight_sync
 from megatron_rlvr.planning.stages import ModelShape, Stage
 
 
@@ -22,6 +22,8 @@ class Hardware:
     memory_rate: float = 3.35e12
     nvlink_rate: float = 450e9
     network_rate: float = 50e9
+    disk_rate: float = 2e9
+    """of a shared file system, for one writer or one reader; assumed"""
     compute_share: float = 0.40
     memory_share: float = 0.60
     link_share: float = 0.70
@@ -40,6 +42,7 @@ class StepTime:
     context_parallel: float
     data_parallel: float
     optimizer: float
+    weight_sync: float
 
     @property
     def parts(self) -> dict[str, float]:
@@ -64,6 +67,7 @@ _PARTS = (
     "context_parallel",
     "data_parallel",
     "optimizer",
+    "weight_sync",
 )
 
 
@@ -141,9 +145,41 @@ def step_time(
         expert_parallel=experts * bubble,
         context_parallel=context * bubble,
         data_parallel=updates * a_reduction / data_rate,
-        optimizer=updates
-        * 30
-        * mine
-        / shards
-        / memory,  # reads gradient, master and moments, writes them and the weight
+        # reads gradient, master and moments, writes them and the weight
+        optimizer=updates * 30 * mine / shards / memory,
+        weight_sync=weight_sync_time(shape, config, itemsize, data_parallel, gpus_per_node, hardware),
     )
+
+
+def weight_sync_time(
+    shape: ModelShape, config: Config, itemsize: int, data_parallel: int, gpus_per_node: int, hardware: Hardware
+) -> float:
+    """Seconds from the last update until all SGLang servers hold the weights; 0 for the local engine, which holds them.
+
+    Every weight goes, one after the other: from its pipeline stage to the others, from its tensor- and expert-parallel
+    parts to all of them, into a bucket, and on. Through shared memory every server of the node reads the main process's
+    GPU; a broadcast passes through each link once; a folder is written by one process and read by all servers at once.
+    What a request or a bucket costs beside its bytes is left out.
+    """
+    parallel = config.parallel
+    if config.rollout.engine != "sglang":
+        return 0.0
+    world = data_parallel * parallel.tensor * parallel.context * parallel.pipeline
+    nodes = -(-world // gpus_per_node)
+    whole = shape.parameters * itemsize
+    nvlink, network = hardware.nvlink_rate * hardware.link_share, hardware.network_rate * hardware.link_share
+    stages = whole / parallel.tensor / (network if nodes > 1 else nvlink) if parallel.pipeline > 1 else 0.0
+    parts = whole * (parallel.tensor - 1) / parallel.tensor / (nvlink if parallel.tensor <= gpus_per_node else network)
+    if parallel.expert > 1:
+        experts = itemsize * shape.layers * shape.experts * 3 * shape.hidden * shape.expert_feed_forward
+        group = parallel.expert * parallel.expert_tensor
+        parts += experts * (parallel.expert - 1) / parallel.expert / (nvlink if group <= gpus_per_node else network)
+    copy = 2 * whole / (hardware.memory_rate * hardware.memory_share)
+    way = weight_sync(config, nodes)
+    if way == "tensor":
+        sent = config.rollout.sglang.servers * whole / nvlink
+    elif way == "distributed":
+        sent = whole / network
+    else:
+        sent = 2 * whole / hardware.disk_rate
+    return stages + parts + copy + sent

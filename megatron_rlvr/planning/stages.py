@@ -89,7 +89,7 @@ def model_stages(config: Config, world_size: int) -> tuple[ModelShape, torch.dty
 
     # The job runs on GPUs: what `auto` would be there.
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
-    model_config = replace(config.model, dtype=dtype, layer_spec="local")
+    model_config = replace(config.model, dtype=dtype, layer_spec="local", fp8="none")
     stages = []
     for index in range(parallel.pipeline):
         dist.init_process_group(

@@ -18,6 +18,7 @@ from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.objectives.advantages import overlong_penalty
 from megatron_rlvr.rollout.ahead import RolloutsAhead
+from megatron_rlvr.rollout.balance import balance
 from megatron_rlvr.rollout.engine import Completion, EngineLostError, RolloutEngine, SamplingPolicy
 from megatron_rlvr.rollout.groups import GroupSource, RolledOut
 from megatron_rlvr.rollout.mismatch import MismatchAlarm
@@ -41,8 +42,8 @@ class RolloutReport:
 class RolloutCollector:
     """Draws this data-parallel rank's prompts and turns them into verified rollouts.
 
-    Prompts, seeds and minibatches of a step are the same whatever the data-parallel size: rank d of D owns prompt
-    slots d, d + D, ... of each minibatch.
+    Prompts, seeds and minibatches of a step are the same whatever the data-parallel size: rank d of D completes prompt
+    slots d, d + D, ... of each minibatch. Which of them it trains on is decided when their lengths are known.
 
     Raises:
         UserError: for data that cannot be read, or sizes that do not divide.
@@ -96,11 +97,15 @@ class RolloutCollector:
                 rolled = self.ahead.take(step)
             except EngineLostError as error:
                 lost = str(error)
-        # Context-parallel ranks hold the same weights: each generates for itself, and the leader's word is taken.
-        if not self.engine.collective or self.config.parallel.context > 1:
-            rolled = parallel.share_with_model_peers(rolled)
         if not self.engine.collective and parallel.any_rank(bool(lost)):
             raise EngineLostError(lost or "no SGLang server is left, says another rank")
+        slots, several = self.slots, self.layout.data_size > 1
+        if several and self.layout.is_leader:
+            assert rolled is not None
+            rolled, slots = balance(rolled, slots, self.train, self.config)
+        # Context-parallel ranks hold the same weights: each generates for itself, and the leader's word is taken.
+        if not self.engine.collective or self.config.parallel.context > 1 or several:
+            rolled, slots = parallel.share_with_model_peers((rolled, slots))
         assert rolled is not None
         self.engine.rest()
         seconds = time.perf_counter() - began
@@ -111,11 +116,11 @@ class RolloutCollector:
         if rollout.record and self.layout.is_leader:
             texts = [text for group in groups for text in group.texts]
             folder = Path(self.config.run_directory) / "rollouts"
-            record(folder, step, self.slots, [examples[g.example].prompt for g in groups], completions, texts, rewards)
+            record(folder, step, slots, [examples[g.example].prompt for g in groups], completions, texts, rewards)
         heads = [prompts[group.example] for group in groups]
         batch = RolloutBatch.from_completions(heads, completions, rewards, self.tokenization.padding)
         if self.sampler.stratified:
-            batch.slots = torch.tensor(self.slots)
+            batch.slots = torch.tensor(slots)
             batch.strata = torch.tensor([examples[g.example].stratum for g in groups], dtype=torch.float64)
         if rollout.overlong_buffer:
             batch.penalty = overlong_penalty(batch.response_lengths, rollout.max_tokens, rollout.overlong_buffer)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import resource
 import shutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.backend.model_folder import INDEX, read_tensor, tensor_files
 from tests.conftest import ROOT, launch, make_small_model, run_trainer
-from tests.families import make_family
+from tests.families import FAMILIES, MIXTURES, make_family
 
 PROGRAM = ROOT / "tools" / "convert_checkpoint.py"
 
@@ -43,7 +46,7 @@ def test_round_trip_in_one_process(tool: ModuleType, tmp_path: Path, capsys: pyt
     shard = ["--shard-gib", "1e-5", "--model", str(source)]
     assert tool.main(["to-huggingface", str(checkpoint), str(out), "--verify", *shard]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("tensors are equal") == 2 and "peak memory of a process" in printed
+    assert printed.count("tensors are equal") == 2 and "; peak memory " in printed
     assert equal(source, out)
     assert {p.name for p in source.iterdir()} - {p.name for p in out.iterdir()} == {"model.safetensors"}
     assert (out / INDEX).is_file()
@@ -57,12 +60,134 @@ def test_round_trip_in_one_process(tool: ModuleType, tmp_path: Path, capsys: pyt
     assert "exists: remove it or name another output" in capsys.readouterr().err
 
 
-def test_round_trip_through_two_layouts(tmp_path: Path) -> None:
-    source = make_family(tmp_path / "source", "qwen2-tied-odd-vocabulary")
+@pytest.fixture(scope="module")
+def sharded(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every family as FAMILY, converted as FAMILY-converted and written by two processes as FAMILY-LAYOUT."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for family in FAMILIES | MIXTURES:
+        make_family(folder / family, family)
+        assert tool.main(["to-megatron", str(folder / family), str(folder / f"{family}-converted"), "--verify"]) == 0
+    jobs = [
+        {"name": name, "layout": layout, "folders": [str(folder / family) for family in families]}
+        for name, (layout, families) in SHARDED.items()
+    ]
+    launch([str(ROOT / "tests" / "sharded_weights.py"), *map(json.dumps, jobs)], 2, check=True)
+    return folder
+
+
+SHARDED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "tp2": ({"tensor": 2, "sequence": True}, [*FAMILIES]),
+    "pp2": ({"pipeline": 2}, [*FAMILIES, *MIXTURES]),
+    "tp2-ep2": ({"tensor": 2, "sequence": True, "expert": 2}, [*MIXTURES]),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
+def test_round_trip_through_every_layout(family: str, tool: ModuleType, sharded: Path, tmp_path: Path) -> None:
+    """Hugging Face -> Megatron in one process, read and written again in the layout -> Hugging Face."""
+    for name in (name for name, (_, families) in SHARDED.items() if family in families):
+        checkpoint, out = sharded / f"{family}-{name}", tmp_path / name
+        source = str(sharded / family)
+        assert tool.main(["to-huggingface", str(checkpoint), str(out), "--model", source, "--verify"]) == 0
+        assert equal(sharded / family, out)
+
+
+class Death(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-huggingface"])
+def test_a_killed_conversion_goes_on(
+    direction: str,
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron_rlvr.backend import whole_weights
+
+    source = make_family(tmp_path / "source", "qwen2-untied", num_hidden_layers=4)
+    assert tool.main(["to-megatron", str(source), str(tmp_path / "checkpoint")]) == 0
+    given = {
+        "to-megatron": ["to-megatron", str(source)],
+        "to-huggingface": ["to-huggingface", str(tmp_path / "checkpoint")],
+    }[direction]
+    more = ["--model", str(source), "--shard-gib", "3e-5"]
+    assert tool.main([*given, str(tmp_path / "whole"), *more]) == 0
+    asked: list[str] = []
+    before = whole_weights.WholeWeights.pieces
+
+    def count(self: whole_weights.WholeWeights, name: str, weight: torch.Tensor) -> object:
+        asked.append(name)
+        if len(asked) == 17:
+            raise Death
+        return before(self, name, weight)
+
+    monkeypatch.setattr(whole_weights.WholeWeights, "pieces", count)
+    target = [*given, str(tmp_path / "out"), *more]
+    with pytest.raises(Death):
+        tool.main(target)
+    written = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out.partial").iterdir() if f.stat().st_size > 2000}
+    assert len(written) > 1 and not (tmp_path / "out").exists()
+    capsys.readouterr()
+    assert tool.main([*target, "--verify"] if direction == "to-huggingface" else target) == 0
+    assert "going on with" in capsys.readouterr().out
+    kept = {f.name for f in (tmp_path / "out").iterdir() if written.get(f.name) == f.stat().st_mtime_ns}
+    assert len(kept) > 1
+    if direction == "to-megatron":
+        assert len(asked) < 17 + 33  # not all of the 33 weights again
+    for file in (tmp_path / "whole").iterdir():
+        if file.name not in ("common.pt", "run.json", ".metadata"):
+            assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-huggingface"])
+def test_a_disk_that_refuses(
+    direction: str, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel ends writes at 60 kB a file, as a full disk would; with room the conversion goes on."""
+    source = make_family(tmp_path / "source", "qwen2-untied", vocab_size=1000)
+    assert tool.main(["to-megatron", str(source), str(tmp_path / "checkpoint")]) == 0
+    given = str(source if direction == "to-megatron" else tmp_path / "checkpoint")
+    arguments = [direction, given, str(tmp_path / "out"), "--model", str(source), "--shard-gib", "3e-5"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        assert tool.main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"error: \S+/out cannot be written: \[Errno 27\] File too large; make room .*\n", line), line
+    assert tool.main(arguments) == 0
+    assert "going on with" in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
+
+
+def test_another_input_starts_anew(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = make_family(tmp_path / "first", "qwen2-untied")
+    second = make_family(tmp_path / "second", "llama-untied")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "input.json").write_text(json.dumps({"folder": str(first), "files": {}}))
+    (tmp_path / "out.partial" / "layer-0.record").write_bytes(b"of another model")
+    assert tool.main(["to-megatron", str(second), str(tmp_path / "out"), "--verify"]) == 0
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_memory_is_of_one_weight(tmp_path: Path) -> None:
+    """A model of 198 MB, whose largest weight has 17 MB, passes through less than 95 MB in both directions."""
+    source = make_family(
+        tmp_path / "source", "qwen2-untied", hidden_size=512, intermediate_size=4096, num_hidden_layers=7
+    )
+    assert (source / "model.safetensors").stat().st_size > 180e6
     checkpoint, out = str(tmp_path / "checkpoint"), str(tmp_path / "out")
-    launch([str(PROGRAM), "to-megatron", str(source), checkpoint, "--pipeline", "2"], 2, check=True)
-    options = ["--model", str(source), "--verify", "--tensor", "2"]
-    launch([str(PROGRAM), "to-huggingface", checkpoint, out, *options], 2, check=True)
+    for given in (
+        ["to-megatron", str(source), checkpoint],
+        ["to-huggingface", checkpoint, out, "--model", str(source)],
+    ):
+        printed = launch([str(PROGRAM), *given, "--verify"], 1, check=True).stdout
+        found = re.search(r"peak memory (\S+) GiB, of it (\S+) before the first weight", printed)
+        assert found is not None and 0 < float(found[1]) - float(found[2]) < 0.09, printed
     assert equal(source, tmp_path / "out")
 
 
@@ -86,7 +211,10 @@ def test_bfloat16_stays_bfloat16(tool: ModuleType, tmp_path: Path) -> None:
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype is torch.bfloat16
 
 
-def test_bad_input_is_one_line(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     source = make_family(tmp_path / "source", "qwen2-tied")
     other = make_family(tmp_path / "other", "qwen2-tied", hidden_size=48)
     checkpoint = tmp_path / "checkpoint"
@@ -94,6 +222,13 @@ def test_bad_input_is_one_line(tool: ModuleType, tmp_path: Path, capsys: pytest.
     damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
     next(damaged.glob("*.distcp")).unlink()
     (tmp_path / "nothing").mkdir()
+    cut = shutil.copytree(source, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-9])
+    narrow = shutil.copytree(source, tmp_path / "narrow")
+    shutil.copy(other / "config.json", narrow)
+    llama = shutil.copytree(source, tmp_path / "llama")
+    text = (source / "config.json").read_text().replace('"qwen2"', '"gemma3"')
+    (llama / "config.json").write_text(text)
     capsys.readouterr()
     for arguments, message in (
         (["to-huggingface", str(checkpoint), "x", "--model", str(other)], "hidden_size=32 instead of 48"),
@@ -101,27 +236,31 @@ def test_bad_input_is_one_line(tool: ModuleType, tmp_path: Path, capsys: pytest.
         (["to-huggingface", str(tmp_path / "nothing"), "x", "--model", str(source)], "is no whole checkpoint"),
         (["to-huggingface", str(checkpoint), "x"], "needs --model"),
         (["to-megatron", str(tmp_path / "nothing"), "x"], "has no config.json"),
-        (["to-megatron", str(source), "x", "--tensor", "2"], "= 2 does not divide the 1 processes"),
+        (["to-megatron", str(cut), "x"], "cut/model.safetensors cannot be read"),
+        (["to-megatron", str(narrow), "x"], "is not the model of its config.json"),
+        (["to-megatron", str(llama), "x"], "model_type 'gemma3"),
+        (["to-megatron", str(source), "x", "--shard-gib", "0"], "--shard-gib must be greater than 0"),
     ):
         assert tool.main(arguments) == 2, arguments
         line = capsys.readouterr().err
         assert message in line and line.startswith("error: ") and line.count("\n") == 1, line
+        assert not list(tmp_path.glob("x*"))
 
 
 def test_verification_finds_one_wrong_element(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_rlvr.backend import conversion
+    from megatron_rlvr.backend.streamed_checkpoint import StreamedLoad
 
     source = make_family(tmp_path / "source", "llama-untied")
-    load = conversion.load_weights
+    fill = StreamedLoad.fill
 
-    def spoil(bridge, model, checkpoint) -> None:  # type: ignore[no-untyped-def]
-        load(bridge, model, checkpoint)
-        with torch.no_grad():
-            model.decoder.layers[1].mlp.linear_fc2.weight[3, 5] += 1e-6
+    def spoil(self: StreamedLoad, pieces: list[Any]) -> None:
+        fill(self, pieces)
+        if pieces[0].key == "decoder.layers.mlp.linear_fc2.weight" and pieces[0].global_offset[0] == 1:
+            pieces[0].data[3, 5] += 1e-6
 
-    monkeypatch.setattr(conversion, "load_weights", spoil)
+    monkeypatch.setattr(StreamedLoad, "fill", spoil)
     assert tool.main(["to-megatron", str(source), str(tmp_path / "checkpoint"), "--verify"]) == 2
     assert "model.layers.1.mlp.down_proj.weight differs" in capsys.readouterr().err
-    assert not (tmp_path / "checkpoint").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
 from tests.conftest import make_small_model, run_trainers
@@ -47,6 +48,24 @@ MIXTURES = {
     "moe-ep2-packed": (2, ["parallel.expert=2", "parallel.microbatch_tokens=60"]),
     "moe-pp2": (2, ["parallel.pipeline=2"]),
     "moe-tp2-ep2": (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"]),
+}
+# All of it at once, and with everything on.
+EIGHT = {
+    "tp2-pp2-dp2": (8, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "tp2-sp-cp2-pp2-packed": (
+        8,
+        [
+            *("parallel.tensor=2", "parallel.sequence=true", "parallel.context=2", "parallel.pipeline=2"),
+            *("parallel.microbatch_tokens=100", "parallel.recompute=full", "algorithm.fused_linear=true"),
+        ],
+    ),
+    "moe-tp2-sp-pp2-ep4-zero": (
+        8,
+        [
+            *("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+            *("parallel.expert=4", "parallel.distributed_optimizer=true"),
+        ],
+    ),
 }
 # bfloat16 weights under float32 gradients and master weights: close to float32, and bit-equal when resumed.
 HALF = {
@@ -93,24 +112,30 @@ rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_tokens: 10, temperatu
 algorithm: {{epochs: 2, minibatches: 2, schedule: {{name: target-entropy}}}}
 optimizer: {{learning_rate: 1.0e-3}}
 telemetry: {{tensorboard: false, plots: false}}
-checkpoint: {{every: 3, keep: 9, export_huggingface: false}}
+checkpoint: {{every: 3, keep: 9}}
 """
         )
-        self.mixture = f"model.path={make_small_model(folder / 'mixture', mixture=True)}"
-        record = "rollout.record=true"
-        run_trainers([self.run("one", record), self.run("moe-one", record, self.mixture)])
+        self.models = {"one": model, "moe-one": make_small_model(folder / "mixture", mixture=True)}
+        run_trainers([self.run(name, "rollout.record=true", *self.given(name)) for name in self.models])
+
+    @staticmethod
+    def single(layout: str) -> str:
+        """The one-process run that a layout replays."""
+        return "moe-one" if layout.startswith("moe") else "one"
+
+    def given(self, layout: str) -> list[str]:
+        return [f"model.path={self.models[self.single(layout)]}"]
 
     def run(self, name: str, *overrides: str) -> list[object]:
         return [self.config, f"run_directory={self.folder / name}", *overrides]
 
     def replay(self, layout: str, name: str | None = None, overrides: Sequence[str] = ()) -> list[object]:
-        first, more = ("moe-one", [self.mixture]) if layout in MIXTURES else ("one", [])
-        recording = f"rollout.recording={self.folder / first / 'rollouts'}"
-        return self.run(name or layout, "rollout.engine=recorded", recording, *more, *overrides)
+        recording = f"rollout.recording={self.folder / self.single(layout) / 'rollouts'}"
+        return self.run(name or layout, "rollout.engine=recorded", recording, *self.given(layout), *overrides)
 
     def of(self, name: str) -> Path:
         """The finished run of a layout."""
-        group = next(group for group in (LAYOUTS, MIXTURES, HALF) if name in group)
+        group = next(group for group in (LAYOUTS, MIXTURES, EIGHT, HALF) if name in group)
         processes = group[name][0]
         if not (self.folder / name).exists():
             chosen = {n: overrides for n, (count, overrides) in group.items() if count == processes}
@@ -141,14 +166,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_model: Path, problems: 
     return Runs(tmp_path_factory.mktemp("layouts"), small_model, problems)
 
 
-@pytest.mark.parametrize("name", LAYOUTS | MIXTURES)
+@pytest.mark.parametrize("name", LAYOUTS | MIXTURES | EIGHT)
 def test_layout_equals_one_process(name: str, runs: Runs) -> None:
-    agree(runs.folder / ("moe-one" if name in MIXTURES else "one"), runs.of(name))
+    agree(runs, name, runs.of(name))
 
 
 @pytest.mark.parametrize("name", [name for name in RESUMED if name not in HALF])
 def test_resumed_in_another_layout(name: str, runs: Runs) -> None:
-    agree(runs.folder / ("moe-one" if name in MIXTURES else "one"), runs.resumed(name))
+    agree(runs, name, runs.resumed(name))
     steps = sorted(p.name for p in (runs.resumed(name) / "checkpoints").glob("step_*"))
     assert steps == ["step_3", "step_4"]
 
@@ -166,8 +191,10 @@ def test_resumed_in_the_same_layout_is_bit_equal(name: str, runs: Runs) -> None:
     assert [deterministic(r) for r in resumed] == [deterministic(r) for r in whole]
 
 
-def agree(one: Path, other: Path) -> None:
-    """The metrics of two runs are the same but for the order of float32 sums."""
+def agree(runs: Runs, layout: str, other: Path) -> None:
+    """Metrics and trained weights are those of one process but for the order of float32 sums."""
+    one = runs.folder / runs.single(layout)
+    begun = runs.models[one.name]
     expected, found = read_metrics(one), read_metrics(other)
     assert len(found) == len(expected) == 4
     for ours, theirs in zip(expected, found, strict=True):
@@ -176,6 +203,16 @@ def agree(one: Path, other: Path) -> None:
         for key in CLOSE:
             # The loss near ratio 1 and the drift of entropies are differences of nearly equal numbers: absolute there.
             assert theirs[key] == pytest.approx(ours[key], rel=1e-5, abs=2e-6), (ours["step"], key)
+    start, ours, theirs = (
+        load_file(f / "model.safetensors") for f in (begun, one / "huggingface", other / "huggingface")
+    )
+    assert ours.keys() == theirs.keys() == start.keys()
+    for name, weight in ours.items():
+        assert (weight - start[name]).norm() > 3e-3 * weight.norm()
+        # A bias of all keys shifts a query's scores alike, up to the rotation: its gradient is a difference of nearly
+        # equal numbers, which 16 steps of Adam bring to the size of the others.
+        limit = 3e-5 if name.endswith("k_proj.bias") else 1e-5
+        assert (theirs[name] - weight).norm() < limit * weight.norm(), name
 
 
 @pytest.mark.parametrize("name", GENERATING)

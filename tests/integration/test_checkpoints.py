@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
 from megatron_rlvr.train import Checkpoints, main
+from tests.conftest import ROOT, launch
 
 
 @pytest.fixture
@@ -134,3 +137,54 @@ def test_a_damaged_checkpoint_is_passed_over(arguments: list[str], tmp_path: Pat
     assert main([*arguments, "steps=4"]) == 0
     assert [deterministic(r) for r in read_metrics(tmp_path / "run")] == before
     assert names(tmp_path / "run") == ["latest", "step_3", "step_4"]
+
+
+def test_a_fused_adam_resumes_in_another_layout(run_yaml: Path, tmp_path: Path) -> None:
+    """The distributed optimizer over an Adam that counts steps for a group, as Apex's and Transformer Engine's do."""
+    program = str(ROOT / "tests" / "fused_adam.py")
+    settings = [str(run_yaml), "data.heldout=null", "steps=4", "checkpoint.every=2", "checkpoint.keep=9"]
+    settings += ["checkpoint.export_huggingface=false", "parallel.distributed_optimizer=true"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    launch([program, json.dumps([*settings, f"run_directory={whole}"])], 1, check=True)
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step_4")
+    launch([program, json.dumps([*settings, f"run_directory={again}"])], 2, check=True)
+    expected, found = read_metrics(whole), read_metrics(again)
+    assert [r["step"] for r in found] == [0, 1, 2, 3]
+    assert deterministic(found[-1]) != deterministic(expected[-1])  # it was computed again, in another order
+    for key in ("loss", "grad_norm", "entropy", "entropy_change/measured"):
+        assert found[-1][key] == pytest.approx(expected[-1][key], rel=1e-5, abs=2e-6), key
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("load_parameter_state_from_fully_reshardable", "AdamW holds another exp_avg than the checkpoint"),
+        ("step", "AdamW has taken [0, 2] steps after loading a state of 2"),
+    ],
+)
+def test_a_state_that_is_loaded_wrongly_is_refused(
+    broken: str,
+    message: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As megatron-core's readers for some Adams would do it."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    settings = [*arguments, "parallel.distributed_optimizer=true", "algorithm.epochs=1"]
+    assert main([*settings, "steps=1"]) == 0
+    if broken == "step":
+        load = DistributedOptimizer.load_state_dict
+
+        def forget(self: DistributedOptimizer, state: dict) -> None:
+            load(self, state)
+            for slot in self.optimizer.state.values():
+                slot["step"] = torch.tensor(0.0)
+
+        monkeypatch.setattr(DistributedOptimizer, "load_state_dict", forget)
+    else:
+        monkeypatch.setattr(DistributedOptimizer, broken, lambda *_: None)
+    assert main([*settings, "steps=2"]) == 2
+    assert message in capsys.readouterr().err

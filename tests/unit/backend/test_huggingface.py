@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from megatron_rlvr.backend import device
+from megatron_rlvr.backend import device, parallel
+from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.errors import UserError
 
 device.install()
 
-from megatron_rlvr.backend.huggingface import read_config  # noqa: E402
+from megatron_rlvr.backend.huggingface import PolicyBridge, read_config  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,13 @@ def test_unsupported_models(changes: dict[str, Any], message: str, small_model: 
     with pytest.raises(UserError) as refusal:
         read_config(tmp_path)
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_model_of_shapes_takes_no_memory_on_a_gpu(small_model: Path) -> None:
+    """There megatron-core names the GPU for every weight it makes, which wins over the meta device."""
+    with parallel.parallel_groups(ParallelConfig(), seed=0):
+        bridge = PolicyBridge(small_model, ModelConfig(layer_spec="local"), ParallelConfig())
+        bridge.config.use_cpu_initialization = False
+        [model] = bridge.build(shapes_only=True)
+        held = [name for name, p in model.named_parameters() if not p.is_meta and "norm" not in name]
+        assert not held and bridge.config.use_cpu_initialization is False

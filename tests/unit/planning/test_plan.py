@@ -199,6 +199,39 @@ def test_generation_by_hand(tmp_path: Path) -> None:
     assert make_plan(config, 16, 8).memory[0][1].cache == 0
 
 
+def test_weights_to_the_servers_by_hand(tmp_path: Path) -> None:
+    config = example("llama3.3-70b", tmp_path)
+    assert make_plan(config, 16, 8).time.weight_sync == 0
+    config.rollout.engine, config.rollout.sglang.server = "sglang", {"tensor-parallel-size": 8}
+    whole = 2 * PARAMETERS["llama3.3-70b"]
+    nvlink, network, memory = 450e9 * 0.7, 50e9 * 0.7, 3.35e12 * 0.6
+    gathered = whole / 8 / network + whole * 7 / 8 / nvlink + 2 * whole / memory
+    ways = {"auto": whole / network, "distributed": whole / network, "disk": 2 * whole / 2e9}
+    for way, sent in ways.items():
+        config.rollout.sglang.weight_sync = way
+        plan = make_plan(config, 16, 8)
+        assert plan.time.weight_sync == pytest.approx(gathered + sent, rel=1e-6)
+        assert plan.time.parts["weight_sync"] == plan.time.weight_sync
+    config.rollout.sglang.weight_sync, config.rollout.sglang.servers = "auto", 2
+    config.parallel.pipeline = 1
+    [(_, phases)] = make_plan(config, 1, 8).memory
+    within = whole * 7 / 8 / nvlink + 2 * whole / memory + 2 * whole / nvlink
+    assert make_plan(config, 1, 8).time.weight_sync == pytest.approx(within, rel=1e-6)
+    # gathered twice over, and in a bucket of its own beside one of 256 MiB: the embedding
+    assert phases.sync == 3 * 128256 * 8192 * 2 + 256 * 1024**2
+
+
+def test_servers_that_make_room(tmp_path: Path) -> None:
+    config = example("llama3.3-70b", tmp_path)
+    config.rollout.engine, config.rollout.sglang.server = "sglang", {"tensor-parallel-size": 8}
+    assert not make_plan(config, 16, 8).fits
+    config.rollout.sglang.release_memory = True
+    gone = make_plan(config, 16, 8)
+    static, phases = gone.memory[0]
+    assert gone.stage_bytes(0) == static.total + max(phases.update, phases.cache + phases.sync) + CONTEXT_BYTES
+    assert gone.fits
+
+
 def test_time_grows_as_it_must(tmp_path: Path) -> None:
     config = example("qwen2.5-math-7b", tmp_path)
     short, long = (make_plan(config, 1, 8, response_share=share).time for share in (0.25, 0.5))

@@ -1,0 +1,60 @@
+"""Read converted checkpoints in a parallel layout, compare them with the models' folders, write them in that layout.
+
+``sharded_weights.py JOB...`` under torchrun, with jobs as JSON of {"name": ..., "layout": fields of ParallelConfig,
+"folders": [...]}; reads FOLDER-converted, writes FOLDER-NAME.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_rlvr.backend import device, parallel
+from megatron_rlvr.config import ModelConfig, ParallelConfig
+from tests.rendezvous import renew
+
+device.install()
+
+from megatron.core import dist_checkpointing  # noqa: E402
+
+from megatron_rlvr.backend.checkpoint import DirectSave, fingerprint  # noqa: E402
+from megatron_rlvr.backend.huggingface import PolicyBridge  # noqa: E402
+from megatron_rlvr.backend.model_folder import read_tensor, tensor_files  # noqa: E402
+
+
+def reshard(folder: Path, target: Path, here: parallel.Layout, layout: ParallelConfig) -> None:
+    bridge = PolicyBridge(folder, ModelConfig(dtype="float32", layer_spec="local"), layout)
+    [model] = bridge.build()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that a weight the checkpoint lacks cannot pass
+            parameter.fill_(float("nan"))
+    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, f"{folder}-converted")
+    model.load_state_dict(loaded["model"])
+    files = tensor_files(folder)
+    for name, tensor in bridge.export([model]):
+        assert tensor.equal(read_tensor(files[name], name)), (target.name, name)
+    if here.is_main:
+        target.mkdir()
+    dist.barrier()
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(target), sharded_strategy=DirectSave())
+    if here.is_main:
+        (target / "run.json").write_text(json.dumps({"step": 0, "model": fingerprint(bridge)}))
+
+
+def main(jobs: list[str]) -> None:
+    torch.set_num_threads(1)
+    for number, text in enumerate(jobs):
+        job = json.loads(text)
+        renew(number)
+        layout = ParallelConfig(**job["layout"])
+        with parallel.parallel_groups(layout, seed=0) as here:
+            for folder in job["folders"]:
+                reshard(Path(folder), Path(f"{folder}-{job['name']}"), here, layout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
