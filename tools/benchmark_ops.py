@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=2048)
     parser.add_argument("--hidden", type=positive, default=1024)
     parser.add_argument("--vocabulary", type=positive, default=65536)
-    parser.add_argument("--chunk-mib", type=mebibytes, default="48", dest="chunk_bytes")
+    parser.add_argument("--chunk-mib", type=mebibytes, default="64", dest="chunk_bytes")
     parser.add_argument(
         "--only", default="", help="only contenders whose name holds one of these words, comma-separated"
     )
