@@ -37,7 +37,7 @@ from megatron_rlvr.backend.checkpoint import Checkpoints  # noqa: E402
 from megatron_rlvr.backend.policy import Policy, UpdateReport, learning_rate  # noqa: E402
 from megatron_rlvr.rollout.build import build_engine  # noqa: E402
 from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
-from megatron_rlvr.rollout.engine import EngineLostError  # noqa: E402
+from megatron_rlvr.rollout.engine import EngineLostError, RolloutError  # noqa: E402
 from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
 from megatron_rlvr.step_metrics import entropy_shift, measure_rollout, update_metrics  # noqa: E402
 from megatron_rlvr.telemetry.reporter import Reporter  # noqa: E402
@@ -54,7 +54,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         VerifierPool(verifier, config.verifier.workers, config.verifier.timeout_seconds, config.verifier.memory_mb)
     )
     policy = Policy(config, layout)
-    tokenization = Tokenization(config.model.path, policy.bridge.vocab_size)
+    tokenization = Tokenization(config.model.path, policy.bridge.vocab_size, policy.bridge.context_length)
     engine = build_engine(config, policy, resources)
     rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
@@ -95,7 +95,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         report.phase("rolling out")
         try:
             batch, rolled = rollouts.collect(step, report.phase)
-        except EngineLostError:
+        except (EngineLostError, RolloutError):
             if step > first:  # else nothing is new
                 save(step)
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,54 @@ def test_all_servers_gone_leaves_a_checkpoint_and_a_run_that_goes_on(
     assert main(command) == 0
     assert _steps(tmp_path / "run") == [0, 1, 2, 3]
     assert [load["weight_version"] for load in fake.loads] == ["0", "1", "2", "0", "2", "3", "4"]
+
+
+def _malformed(fake: FakeServer) -> None:
+    answer = fake.answer
+    fake.answer = lambda body: (200, "<html>") if fake.version == "2" else answer(body)
+
+
+def _refuses_weights(fake: FakeServer) -> None:
+    load = fake.load
+    fake.load = lambda body: (  # type: ignore[method-assign]
+        (400, {"success": False, "message": "no room"}) if body["weight_version"] == "2" else load(body)
+    )
+
+
+def _keeps_its_version(fake: FakeServer) -> None:
+    load = fake.load
+    fake.load = lambda body: (  # type: ignore[method-assign]
+        (200, {"success": True}) if body["weight_version"] == "2" else load(body)
+    )
+
+
+@pytest.mark.parametrize(
+    ("misbehave", "expected"),
+    [
+        (_malformed, "sent a malformed reply"),
+        (_refuses_weights, "did not take the weights in"),
+        (_keeps_its_version, "serves weights of version 1 after it was given 2"),
+    ],
+)
+def test_what_a_server_does_wrong_costs_no_step(
+    misbehave: Callable[[FakeServer], None],
+    expected: str,
+    fake: FakeServer,
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line, a checkpoint of the steps that were made, status 2; and the run goes on once the server is mended."""
+    answer, load = fake.answer, fake.load
+    misbehave(fake)
+    assert main(command) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:] and expected in lines[-1]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_2"
+    assert _steps(tmp_path / "run") == [0, 1]
+    fake.answer, fake.load = answer, load  # type: ignore[method-assign]
+    assert main(command) == 0
+    assert _steps(tmp_path / "run") == [0, 1, 2, 3]
 
 
 def test_engine_that_computes_another_policy_stops_the_run(
