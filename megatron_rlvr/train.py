@@ -41,7 +41,7 @@ from megatron_rlvr.rollout.engine import EngineLostError, RolloutError  # noqa: 
 from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
 from megatron_rlvr.step_metrics import entropy_shift, measure_rollout, update_metrics  # noqa: E402
 from megatron_rlvr.telemetry.reporter import Reporter  # noqa: E402
-from megatron_rlvr.verifiers import VerifierPool, build_verifier  # noqa: E402
+from megatron_rlvr.verifiers import build_pool  # noqa: E402
 
 
 def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
@@ -49,10 +49,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     algorithm, directory = config.algorithm, Path(config.run_directory)
     schedule = build_schedule(algorithm.schedule, config.steps)
     objective = build_objective(**algorithm.objective)
-    verifier = build_verifier(config.verifier.name, **config.verifier.options)
-    verifiers = resources.enter_context(
-        VerifierPool(verifier, config.verifier.workers, config.verifier.timeout_seconds, config.verifier.memory_mb)
-    )
+    verifiers = resources.enter_context(build_pool(config.verifier, layout.is_leader))
     policy = Policy(config, layout)
     tokenization = Tokenization(config.model.path, policy.bridge.vocab_size, policy.bridge.context_length)
     engine = build_engine(config, policy, resources)
