@@ -44,6 +44,7 @@ class VerifierPool:
     microseconds; neither limit holds there. Otherwise ``workers`` fresh Python processes share the work. They are
     started with exec, never forked: the trainer has torch and collective threads, and a fork would copy their locks.
 
+    A verifier's ``warm_up()``, if it has one, is called once in each worker before any item.
     timeout_s: seconds an item may take. memory_mb: MiB of data memory a worker may use, itself included.
     An item that goes beyond either, raises, or kills its worker gets reward 0.0 and its status; the worker is
     replaced and the rest of the batch goes on. ``counts`` holds how many items ended with each status.

@@ -44,6 +44,11 @@ def test_a_hang_costs_its_timeout_once():
         assert 0.5 <= time.monotonic() - started < 10
 
 
+def test_what_a_verifier_needs_once_is_not_the_first_item_s_to_pay_for():
+    with VerifierPool(misbehaving.SlowToStart(), workers=1, timeout_s=0.5) as pool:
+        assert pool.verify(["a"], ["a"]) == [Verdict(1.0, "ok")]
+
+
 def test_the_timeout_is_an_item_s_not_a_batch_s():
     with VerifierPool(misbehaving.score, workers=1, timeout_s=1.5) as pool:
         assert {verdict.status for verdict in pool.verify(["sleep"] * 8, ["sleep"] * 8)} == {"ok"}
