@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,7 +89,9 @@ def fake() -> Iterator[FakeServer]:
         yield server
 
 
-def _stream(fake: FakeServer, transfer: Transfer) -> tuple[str | None, int]:
+def _stream(
+    fake: FakeServer, transfer: Transfer, version: int = 3, config: SGLangConfig = CONFIG
+) -> tuple[str | None, int]:
     taken = []
 
     def stream() -> Iterator[Bucket]:
@@ -96,8 +100,8 @@ def _stream(fake: FakeServer, transfer: Transfer) -> tuple[str | None, int]:
             yield bucket
 
     with asyncio.Runner() as runner:
-        receiver = Receiver(Endpoint(fake.url, CONFIG), ranks=1, starts=1)
-        failure = stream_everywhere(runner, [receiver], transfer, stream(), 3, flush=True, checked=False)
+        receiver = Receiver(Endpoint(fake.url, config), ranks=1, starts=1)
+        failure = stream_everywhere(runner, [receiver], transfer, stream(), version, flush=True, checked=False)
     return failure, len(taken)
 
 
@@ -131,6 +135,27 @@ def test_open_session_of_a_failed_update_is_closed_first(fake: FakeServer) -> No
     fake.control = control
     assert _stream(fake, SharedMemoryTransfer()) == (None, 5)
     assert asked[:3] == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
+
+
+def test_server_that_falls_silent_in_an_update_is_found_by_its_health(fake: FakeServer) -> None:
+    """Long before ``update_timeout_seconds``; one that is only slow is waited for."""
+    slow = dataclasses.replace(CONFIG, update_timeout_seconds=60, health_timeout_seconds=0.5)
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/end_weight_update":
+            time.sleep(2.5)
+            fake.silent = fake.version == "4"
+        fake.version = body.get("weight_version", fake.version)
+        while fake.silent:
+            time.sleep(0.05)
+        return 200, {"success": True}
+
+    fake.control = control
+    assert _stream(fake, SharedMemoryTransfer(), config=slow) == (None, 5)
+    began = time.monotonic()
+    failure, taken = _stream(fake, SharedMemoryTransfer(), version=4, config=slow)
+    assert failure is not None and "/end_weight_update: silent, and so is /model_info" in failure and taken == 5
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("transfer", [SharedMemoryTransfer(), BroadcastTransfer(5.0)], ids=["tensor", "distributed"])
