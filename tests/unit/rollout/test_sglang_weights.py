@@ -7,8 +7,9 @@ import dataclasses
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -58,6 +59,27 @@ def test_buckets_hold_every_tensor_once(size: int) -> None:
     assert len(made) == {1: 6, 64: 5, 350: 4, 10**6: 3}[size]  # one dtype a bucket
 
 
+def test_one_bucket_is_in_memory_at_a_time(fake: FakeServer) -> None:
+    """While it is sent to a server, too."""
+
+    class Counting(SharedMemoryTransfer):
+        buffers: ClassVar[list[weakref.ref]] = []
+
+        def allocate(self, size: int) -> torch.Tensor:
+            assert not [reference for reference in self.buffers if reference() is not None]
+            buffer = super().allocate(size)
+            self.buffers.append(weakref.ref(buffer.untyped_storage()))
+            return buffer
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        fake.version = body.get("weight_version", fake.version)
+        return 200, {"success": True}
+
+    fake.control = control
+    assert _stream(fake, Counting()) == (None, 5)
+    assert len(Counting.buffers) == 5
+
+
 def test_checksum_is_that_of_the_bytes() -> None:
     tensor = torch.arange(6, dtype=torch.int32)
     assert checksum(tensor) == checksum(tensor.clone().view(2, 3)) == "cd9a54ed1f18bf97"
@@ -96,8 +118,9 @@ def _stream(
 
     def stream() -> Iterator[Bucket]:
         for bucket in buckets(TENSORS.items(), 64, transfer.allocate):
-            taken.append(bucket)
+            taken.append(bucket.names)
             yield bucket
+            del bucket
 
     with asyncio.Runner() as runner:
         receiver = Receiver(Endpoint(fake.url, config), ranks=1, starts=1)
