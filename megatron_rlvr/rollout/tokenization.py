@@ -110,8 +110,8 @@ class Tokenization:
             if self.context is not None and len(ids) + response > self.context:
                 raise UserError(
                     f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens, and {setting}="
-                    f"{response} makes more than the model's context of {self.context}: lower {setting}, take the example "
-                    "out, or raise max_position_embeddings in the model's config.json if it can do more"
+                    f"{response} makes more than the model's context of {self.context}: lower {setting}, take the "
+                    "example out, or raise max_position_embeddings in the model's config.json if it can do more"
                 )
 
     def decode(self, completions: Sequence[Completion]) -> list[str]:
