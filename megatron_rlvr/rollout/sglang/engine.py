@@ -75,6 +75,8 @@ class SGLangEngine:
             self.transfer = BroadcastTransfer(self.config.update_timeout_seconds)
         elif way == "tensor":
             self.transfer = SharedMemoryTransfer()
+        if self.transfer is not None:
+            resources.callback(self.transfer.close)
         if self.config.urls:  # who knows what weights they hold
             if self.layout.is_main:
                 with asyncio.Runner() as runner:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -181,7 +182,7 @@ def test_server_that_falls_silent_in_an_update_is_found_by_its_health(fake: Fake
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("transfer", [SharedMemoryTransfer(), BroadcastTransfer(5.0)], ids=["tensor", "distributed"])
+@pytest.mark.parametrize("transfer", [SharedMemoryTransfer(), BroadcastTransfer(2.0)], ids=["tensor", "distributed"])
 def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transfer: Transfer) -> None:
     refused = (
         "/update_weights_from_tensor" if isinstance(transfer, SharedMemoryTransfer) else "/init_weights_update_group"
@@ -196,6 +197,8 @@ def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transfer
     failure, taken = _stream(fake, transfer)
     assert failure is not None and "it answered" in failure and taken == 5
     assert asked.count(refused) == 1
+    transfer.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
 
 
 def test_version_that_does_not_take(fake: FakeServer) -> None:
