@@ -56,7 +56,10 @@ def evaluate(config: Config, run: Path, initial: bool, layout: parallel.Layout, 
         engine.update_weights(step)
     tokenization = Tokenization(config.model.path, policy.bridge.vocab_size, policy.bridge.context_length)
     rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
-    return {"step": step, **rollouts.evaluate()}
+    scores = rollouts.evaluate()
+    if not scores:
+        raise UserError("there is nothing to tell: the engine answered nothing of use, as the warning above says")
+    return {"step": step, **scores}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
