@@ -140,7 +140,7 @@ def _check_not_negative(config: Config) -> None:
         "seed": config.seed,
         "threads": config.threads,
         "model.router_aux_loss": config.model.router_aux_loss,
-        "verifier.workers": config.verifier.workers,
+        "verifier.workers": config.verifier.workers or 0,
         "rollout.top_k": rollout.top_k,
         "rollout.refill_rounds": rollout.refill_rounds,
         "rollout.max_staleness": rollout.max_staleness,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -51,6 +52,24 @@ def owned(directory: Path) -> Iterator[Path]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield directory
+
+
+@contextmanager
+def full_disk_told(directory: Path) -> Iterator[None]:
+    """A disk that fills under a run ends it in one line: a checkpoint written in the background may be what fills it.
+
+    Raises:
+        UserError: instead of the OSError of a full disk or an exhausted quota.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{directory} cannot be written ({error.strerror}): its whole checkpoints are untouched; make room and "
+            "start again"
+        ) from error
 
 
 class StopSignal:

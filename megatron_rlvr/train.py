@@ -6,7 +6,6 @@ entropy and give this step's clip thresholds, update in minibatches, repeat.
 
 from __future__ import annotations
 
-import errno
 import os
 import statistics
 import sys
@@ -27,7 +26,7 @@ from megatron_rlvr.config_checks import warnings_of
 from megatron_rlvr.config_file import load_config, save_config
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.errors import UserError, mendable
-from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, StopSignal, owned
+from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, StopSignal, full_disk_told, owned
 from megatron_rlvr.objectives import build_objective, group_advantages
 from megatron_rlvr.telemetry.timer import StepTimer
 
@@ -38,11 +37,11 @@ from megatron_rlvr.backend.checkpoint import Checkpoints  # noqa: E402
 from megatron_rlvr.backend.policy import Policy, UpdateReport, learning_rate  # noqa: E402
 from megatron_rlvr.rollout.build import build_engine  # noqa: E402
 from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
-from megatron_rlvr.rollout.engine import EngineLostError  # noqa: E402
+from megatron_rlvr.rollout.engine import EngineLostError, RolloutError  # noqa: E402
 from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
 from megatron_rlvr.step_metrics import entropy_shift, measure_rollout, update_metrics  # noqa: E402
 from megatron_rlvr.telemetry.reporter import Reporter  # noqa: E402
-from megatron_rlvr.verifiers import VerifierPool, build_verifier  # noqa: E402
+from megatron_rlvr.verifiers import build_pool  # noqa: E402
 
 
 def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
@@ -50,12 +49,9 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     algorithm, directory = config.algorithm, Path(config.run_directory)
     schedule = build_schedule(algorithm.schedule, config.steps)
     objective = build_objective(**algorithm.objective)
-    verifier = build_verifier(config.verifier.name, **config.verifier.options)
-    verifiers = resources.enter_context(
-        VerifierPool(verifier, config.verifier.workers, config.verifier.timeout_seconds, config.verifier.memory_mb)
-    )
+    verifiers = resources.enter_context(build_pool(config.verifier, layout.is_leader))
     policy = Policy(config, layout)
-    tokenization = Tokenization(config.model.path, policy.bridge.vocab_size)
+    tokenization = Tokenization(config.model.path, policy.bridge.vocab_size, policy.bridge.context_length)
     engine = build_engine(config, policy, resources)
     rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
@@ -96,7 +92,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         report.phase("rolling out")
         try:
             batch, rolled = rollouts.collect(step, report.phase)
-        except EngineLostError:
+        except (EngineLostError, RolloutError):
             if step > first:  # else nothing is new
                 save(step)
             raise
@@ -182,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_DONE if arguments else EXIT_USER_ERROR
         config = load_config(arguments[0], arguments[1:])
         torch.set_num_threads(config.threads or torch.get_num_threads())
-        with ExitStack() as resources:
+        with full_disk_told(Path(config.run_directory)), ExitStack() as resources:
             if rank == 0:
                 for line in warnings_of(config):
                     print(f"warning: {line}", file=sys.stderr)
@@ -193,16 +189,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, EngineLostError) as error:
         print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_STOPPED
-    except OSError as error:
-        # A checkpoint that is being written in the background may fill the disk under the metrics and the status.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"error: {config.run_directory} cannot be written ({error.strerror}): its whole checkpoints are untouched; "
-            "make room and start again",
-            file=sys.stderr,
-        )
-        return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

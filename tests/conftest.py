@@ -71,7 +71,7 @@ run_directory: {tmp_path / "run"}
 threads: 1
 model: {{path: {small_model}}}
 data: {{train: {problems}, heldout: {problems}}}
-verifier: {{name: "tests.rewards:letter_sum"}}
+verifier: {{name: "tests.rewards:letter_sum", workers: 0}}
 rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_tokens: 10}}
 algorithm: {{epochs: 2, minibatches: 2, schedule: {{name: increase-then-decrease}}}}
 optimizer: {{learning_rate: 3.0e-3}}

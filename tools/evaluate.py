@@ -22,7 +22,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
-from megatron_rlvr.verifiers import VerifierPool, build_verifier, check_answers
+from megatron_rlvr.verifiers import build_pool
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 warnings.simplefilter("ignore")
@@ -43,10 +43,7 @@ def evaluate(config: Config, run: Path, initial: bool, layout: parallel.Layout, 
     """
     if config.data.heldout is None:
         raise UserError(f"{run} was trained without held-out problems: give data.heldout=FILE")
-    verifier = build_verifier(config.verifier.name, **config.verifier.options)
-    verifiers = resources.enter_context(
-        VerifierPool(verifier, config.verifier.workers, config.verifier.timeout_seconds, config.verifier.memory_mb)
-    )
+    verifiers = resources.enter_context(build_pool(config.verifier, layout.is_leader))
     policy = Policy(config, layout)
     step = 0
     if not initial:
@@ -57,12 +54,12 @@ def evaluate(config: Config, run: Path, initial: bool, layout: parallel.Layout, 
     engine = build_engine(config, policy, resources)
     if step:
         engine.update_weights(step)
-    rollouts = RolloutCollector(
-        config, layout, engine, Tokenization(config.model.path, policy.bridge.vocab_size), verifiers
-    )
-    assert rollouts.heldout is not None
-    check_answers(verifier, [example.answer for example in rollouts.heldout[0]], str(config.data.heldout))
-    return {"step": step, **rollouts.evaluate()}
+    tokenization = Tokenization(config.model.path, policy.bridge.vocab_size, policy.bridge.context_length)
+    rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
+    scores = rollouts.evaluate()
+    if not scores:
+        raise UserError("there is nothing to tell: the engine answered nothing of use, as the warning above says")
+    return {"step": step, **scores}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -66,6 +66,11 @@ class PolicyBridge:
         return self.hf_config.vocab_size
 
     @property
+    def context_length(self) -> int:
+        """Longest sequence that the model was made for."""
+        return self.hf_config.max_position_embeddings
+
+    @property
     def padded_vocabulary(self) -> int:
         """Rows of the embedding: tensor-parallel ranks hold equal parts of them."""
         ranks = self.config.tensor_model_parallel_size

@@ -8,7 +8,6 @@ answer; ``DIR/NODE/server_N.log`` their output.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -16,15 +15,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from megatron_rlvr.backend import device
 from megatron_rlvr.cluster.torchrun import die_with_parent, node_name
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
-from megatron_rlvr.rollout.sglang.server import ServerPool
+from megatron_rlvr.rollout.sglang.server import ServerPool, gpus_of_a_server, visible_gpus
 
 _WATCH_PERIOD_S = 0.5
 
@@ -44,21 +41,19 @@ def node_pool(config: Config, logs: Path) -> ServerPool:
     if dtype == "auto":
         dtype = "bfloat16" if device.on_gpu() else "float32"
     pool = ServerPool(sglang, Path(config.model.path).resolve(), dtype, logs)
-    arguments = {name.replace("-", "_"): value for name, value in sglang.server.items()}
-    width = int(arguments.get("tensor_parallel_size") or arguments.get("tp_size") or arguments.get("tp") or 1)
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    if device.on_gpu() and len(visible) < width * len(pool.servers):
+    each, visible = gpus_of_a_server(sglang.server), visible_gpus(sglang)
+    if device.on_gpu() and len(visible) < each * len(pool.servers):
         raise UserError(
-            f"{len(pool.servers)} servers (rollout.sglang.servers) of {width} GPUs each need more than the "
+            f"{len(pool.servers)} servers (rollout.sglang.servers) of {each} GPUs each need more than the "
             f"{len(visible)} GPUs of this node"
         )
     for number, server in enumerate(pool.servers):
         if server.host == "0.0.0.0":
             # What the nodes call each other, which need not be what a machine calls itself.
             server.url = f"http://{node_name()}:{server.port}"
-        if device.on_gpu():
-            server.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number * width : (number + 1) * width])
+        if device.on_gpu():  # no memory is shared with a trainer here, so each may see its own GPUs only
+            server.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number * each : (number + 1) * each])
+            server.arguments["base_gpu_id"] = 0
     return pool
 
 

@@ -19,7 +19,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.objectives.advantages import overlong_penalty
 from megatron_rlvr.rollout.ahead import RolloutsAhead
 from megatron_rlvr.rollout.balance import balance
-from megatron_rlvr.rollout.engine import Completion, EngineLostError, RolloutEngine, SamplingPolicy
+from megatron_rlvr.rollout.engine import Completion, EngineLostError, RolloutEngine, RolloutError, SamplingPolicy
 from megatron_rlvr.rollout.groups import GroupSource, RolledOut
 from megatron_rlvr.rollout.mismatch import MismatchAlarm
 from megatron_rlvr.rollout.recording import record
@@ -62,8 +62,11 @@ class RolloutCollector:
         self.sampling = SamplingPolicy.for_training(config.rollout, tokenization.stops(config.rollout.stop))
         threshold = 0.0 if config.rollout.engine == "recorded" else config.rollout.mismatch_alarm
         self.alarm = MismatchAlarm(threshold, config.rollout.mismatch_patience, layout.is_main)
-        self.train = self._load(config.data.train, stratify_key=config.data.stratify_key)
-        self.heldout = self._load(config.data.heldout, config.evaluation.prompts) if config.data.heldout else None
+        self.train = self._load(config.data.train, "rollout", stratify_key=config.data.stratify_key)
+        self.heldout: tuple[list[Example], list[list[int]]] | None = None
+        if config.data.heldout:
+            response = "rollout" if config.evaluation.max_tokens is None else "evaluation"
+            self.heldout = self._load(config.data.heldout, response, config.evaluation.prompts)
         strata = None if config.data.stratify_key is None else [e.stratum or 0.0 for e in self.train[0]]
         self.sampler = PromptSampler(len(self.train[0]), config.rollout.prompts_per_step, config.seed, strata)
         a_minibatch = config.rollout.prompts_per_step // config.algorithm.minibatches
@@ -87,18 +90,21 @@ class RolloutCollector:
 
         Raises:
             EngineLostError: on every process, when nothing can generate for one of them any more.
+            RolloutError: on every process, when one of them met what the user must mend.
         """
         began = time.perf_counter()
         self.source.tell = tell
         rolled: RolledOut | None = None
-        lost = ""
-        if self.engine.collective or self.layout.is_leader:
+        failure: EngineLostError | UserError | None = None
+        if self.engine.collective:
+            rolled = self.ahead.take(step)
+        elif self.layout.is_leader:
             try:
                 rolled = self.ahead.take(step)
-            except EngineLostError as error:
-                lost = str(error)
-        if not self.engine.collective and parallel.any_rank(bool(lost)):
-            raise EngineLostError(lost or "no SGLang server is left, says another rank")
+            except (EngineLostError, UserError) as error:
+                failure = error
+        if not self.engine.collective and (together := _together(failure)):
+            raise together from failure
         slots, several = self.slots, self.layout.data_size > 1
         if several and self.layout.is_leader:
             assert rolled is not None
@@ -158,7 +164,8 @@ class RolloutCollector:
     def evaluate(self) -> dict[str, float]:
         """pass@k for k = 1, 2, 4 ... on held-out prompts, with the same seeds every time. Collective over the job.
 
-        Empty when nothing can generate any more: the next rollout decides whether to go on.
+        Empty, with a warning, when nothing can generate any more, or nothing that is of use: the next rollout decides
+        whether to go on.
         """
         assert self.heldout is not None
         examples, prompts = self.heldout
@@ -176,14 +183,16 @@ class RolloutCollector:
 
         completions: list[Completion] = []
         verdicts: list[Verdict] = []
-        lost = ""
-        if self.engine.collective or self.layout.is_leader:
+        failure: EngineLostError | UserError | None = None
+        if self.engine.collective:
+            completions = self.engine.generate([prompts[i] for i in mine], sampling, seeds)
+        elif self.layout.is_leader:
             try:
                 completions = self.engine.generate([prompts[i] for i in mine], sampling, seeds)
-            except EngineLostError as error:
-                lost = str(error)
-        if not self.engine.collective and parallel.any_rank(bool(lost)):
-            print(f"warning: no evaluation: {lost or 'no server is left, says another rank'}", file=sys.stderr)
+            except (EngineLostError, UserError) as error:
+                failure = error
+        if not self.engine.collective and (together := _together(failure)):
+            print(f"warning: no evaluation: {together}", file=sys.stderr)
             return {}
         if self.layout.is_leader:
             _, verdicts = self.source.judge([examples[i] for i in mine], settings.samples, completions)
@@ -200,13 +209,28 @@ class RolloutCollector:
         return {name: total / len(examples) for name, total in totals.items()}
 
     def _load(
-        self, path: str, limit: int | None = None, stratify_key: str | None = None
+        self, path: str, response: str, limit: int | None = None, stratify_key: str | None = None
     ) -> tuple[list[Example], list[list[int]]]:
+        """Examples and their prompts' token ids; `response` is the part of the configuration with their max_tokens."""
         data = self.config.data
         keys = {} if data.prompt_key is None else {"prompt_key": data.prompt_key}
         examples = load_examples(path, answer_key=data.answer_key, stratify_key=stratify_key, limit=limit, **keys)
         check_answers(self.verifiers.verifier, [e.answer for e in examples], path)
-        return examples, self.tokenization.encode_all(examples, data.max_prompt_tokens)
+        encoded = self.tokenization.encode_all(examples, data.max_prompt_tokens)
+        tokens = self.config.evaluation.max_tokens if response == "evaluation" else self.config.rollout.max_tokens
+        self.tokenization.check_context(examples, encoded, tokens or 0, f"{response}.max_tokens")
+        return examples, encoded
+
+
+def _together(failure: EngineLostError | UserError | None) -> EngineLostError | RolloutError | None:
+    """What every process raises after one of them failed, in its own words where it has any. Collective."""
+    own = 0.0 if failure is None else 2.0 if isinstance(failure, UserError) else 1.0
+    worst = parallel.max_over_job({"failure": own})["failure"]
+    if worst == 0.0:
+        return None
+    if worst == 1.0:
+        return EngineLostError(str(failure or "no SGLang server is left, says another rank"))
+    return RolloutError(str(failure or "the rollout of another rank failed: its own line says why"))
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:

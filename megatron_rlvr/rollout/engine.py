@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from megatron_rlvr.config import RolloutConfig
+from megatron_rlvr.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ class EngineLostError(Exception):
     """Nothing can generate any more, for reasons outside this run: save what there is and stop, to be started again."""
 
 
+class RolloutError(UserError):
+    """What a rollout met cannot be gone on with and is the user's to mend; every process of the job raises it.
+
+    All of them know, so a checkpoint can be written before the run ends.
+    """
+
+
 class RolloutEngine(Protocol):
     """Generates completions under weights it was last given."""
 
@@ -96,7 +104,10 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self, version: int) -> None:
-        """Serve the policy's present weights from now on, under this version. Collective over the job."""
+        """Serve the policy's present weights from now on, under this version. Collective over the job.
+
+        What goes wrong is raised by the next `generate`: the step that made the weights is whole.
+        """
         ...
 
 

@@ -89,7 +89,7 @@ class GroupSource:
         self.slots, self.train, self.sampling, self.sampler = slots, data, sampling, sampler
         self.tell: Callable[[str], None] = lambda _: None
         self._told = 0.0
-        self._judging = threading.Lock()
+        self._decoding = threading.Lock()
 
     def roll_out(self, step: int) -> RolledOut:
         """Complete and verify prompts until there are enough groups to train on."""
@@ -178,6 +178,6 @@ class GroupSource:
         self, examples: Sequence[Example], samples: int, completions: Sequence[Completion]
     ) -> tuple[list[str], list[Verdict]]:
         """Texts and verdicts of the completions of these examples, `samples` each."""
-        with self._judging:  # rollouts of several steps may be under way
+        with self._decoding:  # groups of one rollout, and of several steps' rollouts, come in threads of their own
             texts = self.tokenization.decode(completions)
-            return texts, self.verifiers.verify(texts, [e.answer for e in examples for _ in range(samples)])
+        return texts, self.verifiers.verify(texts, [e.answer for e in examples for _ in range(samples)])

@@ -18,15 +18,17 @@ class Tokenization:
     Attributes:
         stop_token_ids: tokens that end a completion, of the tokenizer and of the generation configuration.
         padding: id that fills padded places; never seen by the loss.
+        context: the longest sequence that the model was made for, where that is known.
 
     Raises:
         UserError: when the folder has no tokenizer, or one with more tokens than the model has.
     """
 
-    def __init__(self, model_path: str | Path, vocab_size: int):
+    def __init__(self, model_path: str | Path, vocab_size: int, context: int | None = None):
         from transformers import AutoTokenizer, GenerationConfig
 
         folder = Path(model_path)
+        self.context = context
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -114,6 +116,22 @@ class Tokenization:
                     f"the tokenizer reads the prompt of example {example.index} of {example.source}, "
                     f"{_short(str(example.prompt))}, as {_short(read)}: it has no tokens for the rest; use data that "
                     "this model reads"
+                )
+
+    def check_context(
+        self, examples: Sequence[Example], encoded: Sequence[Sequence[int]], response: int, setting: str
+    ) -> None:
+        """Refuse prompts that leave no room in the model's context for responses of so many tokens.
+
+        Raises:
+            UserError: naming the first, and the `setting` that `response` comes from.
+        """
+        for example, ids in zip(examples, encoded, strict=True):
+            if self.context is not None and len(ids) + response > self.context:
+                raise UserError(
+                    f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens, and {setting}="
+                    f"{response} makes more than the model's context of {self.context}: lower {setting}, take the "
+                    "example out, or raise max_position_embeddings in the model's config.json if it can do more"
                 )
 
     def decode(self, completions: Sequence[Completion]) -> list[str]:

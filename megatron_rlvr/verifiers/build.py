@@ -4,13 +4,19 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from megatron_rlvr.config import VerifierConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers.countdown import Countdown
 from megatron_rlvr.verifiers.exact import ExactMatch
 from megatron_rlvr.verifiers.math import MathAnswer
+from megatron_rlvr.verifiers.pool import VerifierPool
 from megatron_rlvr.verifiers.user import load_user_verifier
 
 Verifier = Callable[[str, Any], float]
+
+DEFAULT_WORKERS = 4
+# Exact and quick whatever the completion says: workers would cost more than they protect from.
+BOUNDED = (Countdown, ExactMatch)
 
 VERIFIERS: dict[str, Callable[..., Verifier]] = {"countdown": Countdown, "exact": ExactMatch, "math": MathAnswer}
 
@@ -47,3 +53,15 @@ def build_verifier(name: str, **options: Any) -> Verifier:
         if option not in known:
             raise UserError(f"verifier {name} has no option {option!r}; it has {', '.join(known) or 'none'}")
     return factory(**options)
+
+
+def build_pool(config: VerifierConfig, judges: bool = True) -> VerifierPool:
+    """The pool of a run's verifier; a process that never `judges` starts no workers.
+
+    Raises UserError for what `build_verifier` and `VerifierPool` refuse.
+    """
+    verifier = build_verifier(config.name, **config.options)
+    workers = config.workers
+    if workers is None:
+        workers = 0 if isinstance(verifier, BOUNDED) else DEFAULT_WORKERS
+    return VerifierPool(verifier, workers if judges else 0, config.timeout_seconds, config.memory_mb)

@@ -40,6 +40,10 @@ class MathAnswer:
             return 1.0
         return float(_equal(reference, final, boxed=True))
 
+    def warm_up(self) -> None:
+        """Import math-verify and sympy, which takes a busy machine seconds."""
+        _equal("1", "2", boxed=True)
+
     def check_answer(self, answer: Any) -> None:
         """Raise UserError if an answer is neither text nor a number."""
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):

@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,16 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
+@dataclass
+class _Batch:
+    """What one call of `VerifierPool.verify` asks, and what came of it."""
+
+    items: list[tuple[str, Any]]
+    verdicts: list[Verdict] = field(default_factory=list)
+    error: BaseException | None = None
+    done: bool = False
+
+
 class VerifierPool:
     """Runs a verifier over batches of completions.
 
@@ -44,6 +56,7 @@ class VerifierPool:
     microseconds; neither limit holds there. Otherwise ``workers`` fresh Python processes share the work. They are
     started with exec, never forked: the trainer has torch and collective threads, and a fork would copy their locks.
 
+    A verifier's ``warm_up()``, if it has one, is called once in each worker before any item.
     timeout_s: seconds an item may take. memory_mb: MiB of data memory a worker may use, itself included.
     An item that goes beyond either, raises, or kills its worker gets reward 0.0 and its status; the worker is
     replaced and the rest of the batch goes on. ``counts`` holds how many items ended with each status.
@@ -66,6 +79,9 @@ class VerifierPool:
         self.memory_mb = memory_mb
         self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(STATUSES, 0))
         self._warned: set[str] = set()
+        self._waiting: list[_Batch] = []
+        self._waiting_lock = threading.Lock()
+        self._turn = threading.Lock()
         self._setup = _pickled_setup(verifier, timeout_s, memory_mb) if workers else b""
         self._workers = [_Worker(self._setup) for _ in range(workers)]
         self._closed = False
@@ -73,22 +89,47 @@ class VerifierPool:
     def verify(self, completions: list[str], answers: list[Any]) -> list[Verdict]:
         """One verdict a completion, in the order given.
 
+        Several threads may call it. What comes while another batch is verified is then verified together: an item that
+        hangs costs all of them its timeout once.
+
         Raises UserError if the verifier does (an answer of the wrong form: every run would fail on it), RuntimeError
         if workers cannot be started.
         """
         if len(completions) != len(answers):
             raise ValueError(f"{len(completions)} completions but {len(answers)} answers")
+        batch = _Batch(list(zip(completions, answers, strict=True)))
+        with self._waiting_lock:
+            self._waiting.append(batch)
+        with self._turn:
+            if not batch.done:
+                with self._waiting_lock:
+                    together, self._waiting = self._waiting, []
+                try:
+                    verdicts = self._verify_items([item for one in together for item in one.items])
+                except BaseException as error:
+                    for one in together:
+                        one.error = error
+                else:
+                    for one in together:
+                        one.verdicts, verdicts = verdicts[: len(one.items)], verdicts[len(one.items) :]
+                for one in together:
+                    one.done = True
+        if batch.error is not None:
+            raise batch.error
+        return batch.verdicts
+
+    def _verify_items(self, items: list[tuple[str, Any]]) -> list[Verdict]:
         if self._closed:
             raise RuntimeError("this VerifierPool is closed")
         if self._workers:
             try:
-                verdicts = self._verify_in_workers(list(zip(completions, answers, strict=True)))
+                verdicts = self._verify_in_workers(items)
             except BaseException:
                 # Replies to this batch are still under way: another batch on these workers would get them.
                 self.close()
                 raise
         else:
-            verdicts = [judge(self.verifier, text, answer) for text, answer in zip(completions, answers, strict=True)]
+            verdicts = [judge(self.verifier, text, answer) for text, answer in items]
         self.counts.update(verdict.status for verdict in verdicts)
         for verdict in verdicts:
             if verdict.status != "ok" and verdict.status not in self._warned:

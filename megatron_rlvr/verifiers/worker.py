@@ -34,6 +34,8 @@ def main(descriptor: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
             verifier = pickle.loads(pickled_verifier)
+            # What a verifier needs once, such as a slow import, is not the first completion's to pay for.
+            getattr(verifier, "warm_up", lambda: None)()
         except Exception as error:
             _reply(connection, UserError(f"a worker process cannot load the verifier: {type(error).__name__}: {error}"))
             return

@@ -107,7 +107,7 @@ run_directory: unset
 threads: 1
 model: {{path: {model}}}
 data: {{train: {problems}, stratify_key: kind, max_prompt_tokens: 32}}
-verifier: {{name: "tests.rewards:letter_sum"}}
+verifier: {{name: "tests.rewards:letter_sum", workers: 0}}
 rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_tokens: 10, temperature: 0.9}}
 algorithm: {{epochs: 2, minibatches: 2, schedule: {{name: target-entropy}}}}
 optimizer: {{learning_rate: 1.0e-3}}

@@ -38,6 +38,8 @@ class Bucket:
 def buckets(tensors: Iterable[tuple[str, Tensor]], size: int, allocate: Callable[[int], Tensor]) -> Iterator[Bucket]:
     """Copy tensors into buckets of at most `size` bytes (a larger tensor has one of its own), in order.
 
+    A bucket is let go of before the next is allocated: a caller that does so, too, has one in memory at a time.
+
     Args:
         tensors: by name; a tensor may change once the next is taken.
         size: bytes of a bucket.
@@ -51,6 +53,7 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], size: int, allocate: Callable
             if bucket is not None:
                 bucket.flat = buffer[:used]
                 yield bucket
+                del bucket, buffer
             buffer, used = allocate(max(size, tensor.nbytes)), 0
             bucket = Bucket(buffer, tensor.dtype)
         buffer[used : used + tensor.nbytes].view(tensor.dtype).copy_(tensor.detach().reshape(-1))

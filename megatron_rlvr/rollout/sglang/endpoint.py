@@ -13,6 +13,8 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engine import Completion
 from megatron_rlvr.rollout.sglang.http import ConnectionLostError, Connections, Reply, ReplyTimeoutError
 
+_PROBE_PERIOD_S = 1.0
+
 
 class ServerLostError(Exception):
     """A server died, hung, or holds other weights than it should: whatever it was asked must be asked elsewhere."""
@@ -102,11 +104,24 @@ class Endpoint:
     async def order(self, path: str, body: Any, what: str) -> None:
         """A request that changes the server and must be answered with success.
 
+        It may take long, but not in silence: a server that is busy with weights still says which model it has, so one
+        that does not for ``health_timeout_seconds`` hangs.
+
         Raises:
             ServerLostError: when it does not answer.
             UserError: when it refuses; begins with the URL and "did not" `what`.
         """
-        reply = await self.call("POST", path, self.config.update_timeout_seconds, body)
+        request = asyncio.create_task(self.call("POST", path, self.config.update_timeout_seconds, body))
+        try:
+            while not (await asyncio.wait([request], timeout=_PROBE_PERIOD_S))[0]:
+                try:
+                    await self.call("GET", "/model_info", self.config.health_timeout_seconds)
+                except ServerLostError as error:
+                    if not request.done():
+                        raise ServerLostError(f"{path}: silent, and so is {error}") from error
+            reply = request.result()
+        finally:
+            request.cancel()
         if reply.status >= 500:
             raise ServerLostError(f"{path}: status {reply.status} ({reply.excerpt()})")
         try:

@@ -6,10 +6,12 @@ import asyncio
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from megatron_rlvr.backend import parallel
 from megatron_rlvr.backend.policy import Policy
@@ -46,11 +48,12 @@ class SGLangEngine:
         self.config, self.policy = config.rollout.sglang, policy
         self.layout = policy.layout
         directory = Path(config.run_directory).resolve() / "sglang"
-        self.context_length: int = policy.bridge.hf_config.max_position_embeddings
+        self.context_length = policy.bridge.context_length
         self.folders = WeightFolders(directory / "weights", policy.bridge, self._published)
         base = policy.bridge.path.resolve()
         self.weights = Weights(0, base, staleness=config.rollout.max_staleness)
         self.failure: str | None = None  # why no server can be used until the next update
+        self.problem: str | None = None  # what the user must mend before any server can be used
         self.under_way = 0
         self._settled = threading.Condition()
         self._at_rest = False
@@ -72,6 +75,8 @@ class SGLangEngine:
             self.transfer = BroadcastTransfer(self.config.update_timeout_seconds)
         elif way == "tensor":
             self.transfer = SharedMemoryTransfer()
+        if self.transfer is not None:
+            resources.callback(self.transfer.close)
         if self.config.urls:  # who knows what weights they hold
             if self.layout.is_main:
                 with asyncio.Runner() as runner:
@@ -88,6 +93,8 @@ class SGLangEngine:
         finished: Finished | None = None,
     ) -> list[Completion]:
         """See `StreamingEngine.generate`; the same seed draws the same completion only on a deterministic server."""
+        if self.problem:
+            raise UserError(self.problem)
         longest = max(len(prompt) for prompt in prompts)
         if longest + sampling.max_tokens > self.context_length:
             raise UserError(
@@ -133,26 +140,28 @@ class SGLangEngine:
             self.folders.discard(version)  # of a run that came as far before it was killed
         if self.transfer is None:
             self.folders.write(self.policy, version)
-        self.failure = None
+        self.failure = self.problem = None
         self.weights.changing = True
         self.weights.version = version
         self.weights.folder = folder if self.transfer is None or self.config.recovery_copy else None
         if self.weights.staleness:
             parallel.any_rank(False)  # until no rank takes a silent server for a hung one
+        tensors = iter(()) if self.transfer is None else self.policy.bridge.export(self.policy.parts)
         if main:
-            with self.pool.changing_weights() if self.pool else nullcontext(), asyncio.Runner() as runner:
-                self._give(runner, version)
-        elif self.transfer is not None:
-            for _ in self.policy.bridge.export(self.policy.parts):
-                pass
-        if parallel.any_rank(self.failure is not None):
-            self.failure = self.failure or "the main process could not give any the weights"
+            try:
+                with self.pool.changing_weights() if self.pool else nullcontext(), asyncio.Runner() as runner:
+                    self._give(runner, version, tensors)
+            except UserError as error:  # raised by the next `generate`, when the step is recorded
+                self.problem = str(error)
+        for _ in tensors:  # the export is collective, whatever the servers say
+            pass
+        self.failure, self.problem = parallel.share_with_job((self.failure, self.problem) if main else None)
         self.weights.changing = False
 
     def _failure(self) -> str | None:
         return self.failure or (self.pool.failure if self.pool else None)
 
-    def _give(self, runner: asyncio.Runner, version: int) -> None:
+    def _give(self, runner: asyncio.Runner, version: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Give all servers the weights; on the main process, between what must stand before and after."""
         endpoints = [Endpoint(url, self.config) for url in self.urls]
         interrupted = self.weights.staleness > 0 and self.config.interrupt != "finish"
@@ -165,7 +174,7 @@ class SGLangEngine:
             if self.transfer is None:
                 self._load(runner, endpoints, flush)
             else:
-                self._stream(runner, endpoints, self.transfer, version, flush)
+                self._stream(runner, endpoints, self.transfer, version, flush, tensors)
         finally:
             if interrupted:
                 self._tell(runner, "/continue_generation", {}, "go on")
@@ -187,11 +196,16 @@ class SGLangEngine:
         runner.run(tell_all())
 
     def _stream(
-        self, runner: asyncio.Runner, endpoints: list[Endpoint], transfer: Transfer, version: int, flush: bool
+        self,
+        runner: asyncio.Runner,
+        endpoints: list[Endpoint],
+        transfer: Transfer,
+        version: int,
+        flush: bool,
+        tensors: Iterator[tuple[str, Tensor]],
     ) -> None:
         """Give all servers the weights from memory; those that cannot take them that way, from the copy on disk."""
         receivers = runner.run(self._receivers(endpoints))
-        tensors = self.policy.bridge.export(self.policy.parts)
         stream = buckets(tensors, self.config.bucket_mb * 2**20, transfer.allocate)
         if self.config.recovery_copy:
             stream = self.folders.copying(stream, version)

@@ -76,6 +76,7 @@ class WeightFolders:
             for bucket in stream:
                 waiting.put(Bucket(bucket.flat.cpu(), bucket.dtype, bucket.names, bucket.shapes))
                 yield bucket
+                del bucket  # before the next is allocated
         finally:
             waiting.put(None)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from megatron_rlvr.backend import device
 from megatron_rlvr.config import SGLangConfig
@@ -31,9 +32,12 @@ _BOUND_TO_PARENT = Path(__file__).with_name("bound_to_parent.py")
 
 
 class Server:
-    """One server process in a process group of its own; its output goes to `log`."""
+    """One server process in a process group of its own; its output goes to `log`.
 
-    def __init__(self, config: SGLangConfig, dtype: str, log: Path):
+    On a GPU machine the server of `number` n takes the GPUs after those of the n before it.
+    """
+
+    def __init__(self, config: SGLangConfig, dtype: str, log: Path, number: int = 0):
         self.config, self.log = config, log
         defaults: dict[str, Any] = {"host": "127.0.0.1", "dtype": dtype}
         self.environment = dict(os.environ)
@@ -56,6 +60,9 @@ class Server:
             self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
         self.environment |= config.environment
         self.arguments = defaults | {name.replace("-", "_"): value for name, value in config.server.items()}
+        if device.on_gpu():
+            first = int(self.arguments.get("base_gpu_id") or 0)
+            self.arguments["base_gpu_id"] = first + number * gpus_of_a_server(config.server)
         self.host = str(self.arguments["host"])
         self.port = _free_port(self.host)
         reachable = socket.gethostname() if self.host == "0.0.0.0" else self.host
@@ -120,13 +127,17 @@ class ServerPool:
         model: Hugging Face folder of the weights to begin with, under version 0.
         dtype: of the model, as SGLang calls it.
         logs: folder of the log files, one a server.
+
+    Raises:
+        UserError: on a GPU machine, when the servers need more GPUs than it has.
     """
 
     def __init__(self, config: SGLangConfig, model: Path, dtype: str, logs: Path):
         self.config = config
         self.weights: tuple[Path, int] = (model, 0)
+        _check_gpus(config)
         logs.mkdir(parents=True, exist_ok=True)
-        self.servers = [Server(config, dtype, logs / f"server_{i}.log") for i in range(config.servers)]
+        self.servers = [Server(config, dtype, logs / f"server_{i}.log", i) for i in range(config.servers)]
         self.failure: str | None = None
         self._steady = threading.RLock()  # held while weights change: a server that loads them may not answer
         self._stopping = threading.Event()
@@ -224,6 +235,33 @@ class ServerPool:
     def _restart(self, server: Server) -> None:
         server.kill()
         server.start(*self.weights)
+
+
+def gpus_of_a_server(arguments: Mapping[str, Any]) -> int:
+    """Over how many GPUs server arguments spread a server."""
+    named = {name.replace("-", "_"): value for name, value in arguments.items()}
+
+    def size(*names: str) -> int:
+        return next((int(named[name]) for name in names if named.get(name)), 1)
+
+    # Under enable_dp_attention the data-parallel ranks share the tensor-parallel ones' GPUs.
+    copies = 1 if named.get("enable_dp_attention") else size("data_parallel_size", "dp_size", "dp")
+    return size("tensor_parallel_size", "tp_size", "tp") * size("pipeline_parallel_size", "pp_size", "pp") * copies
+
+
+def visible_gpus(config: SGLangConfig) -> list[str]:
+    """The GPUs that servers on this machine may take, as CUDA_VISIBLE_DEVICES names them."""
+    named = config.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
+def _check_gpus(config: SGLangConfig) -> None:
+    each = gpus_of_a_server(config.server)
+    if device.on_gpu() and (found := len(visible_gpus(config))) < each * config.servers:
+        raise UserError(
+            f"{config.servers} servers (rollout.sglang.servers) of {each} GPUs each need more than the {found} GPUs of "
+            "this machine: start fewer, or spread each over fewer"
+        )
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:

@@ -64,6 +64,10 @@ class Transfer(Protocol):
         """After a failure: let go of servers that may wait for more."""
         ...
 
+    def close(self) -> None:
+        """At the end of the run."""
+        ...
+
 
 class SharedMemoryTransfer:
     """For servers on this machine: the bucket lies in shared memory (CUDA IPC on a GPU), its address goes over HTTP."""
@@ -101,6 +105,9 @@ class SharedMemoryTransfer:
             raise ServerLostError(str(error)) from error
 
     def abandon(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -159,6 +166,7 @@ class BroadcastTransfer:
         self.group: dist.ProcessGroup | None = None
         self.members: list[tuple[str, int, int]] = []
         self.groups_made = 0
+        self.collectives: list[threading.Thread] = []
         self.name = ""
 
     def allocate(self, size: int) -> Tensor:
@@ -221,7 +229,8 @@ class BroadcastTransfer:
 
         A server that refuses leaves the collective hanging: it is left alone at once, and `abandon` ends it.
         """
-        ours = _in_thread(collective)
+        ours, thread = _in_thread(collective)
+        self.collectives = [earlier for earlier in self.collectives if earlier.is_alive()] + [thread]
         theirs = [asyncio.ensure_future(request) for request in requests]
         every: list[asyncio.Future[Any]] = [*theirs, ours]
         try:
@@ -244,9 +253,14 @@ class BroadcastTransfer:
         # Gloo has no abort, and its destructor waits for what is under way. So the group is left to its timeout, which
         # closes its connections and so ends the waiting of servers in it.
 
+    def close(self) -> None:
+        """Wait for collectives that were left alone: one that ends while the interpreter does may abort the process."""
+        for thread in self.collectives:
+            thread.join(_GLOO_TIMEOUT_S)
 
-def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run `work` in a thread that nobody waits for when the process ends, unlike an executor's."""
+
+def _in_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threading.Thread]:
+    """Run `work` in a thread that nobody has to wait for, unlike an executor's."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -262,5 +276,6 @@ def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
         else:
             tell(lambda: future.set_result(result))
 
-    threading.Thread(target=run, name="weights", daemon=True).start()
-    return future
+    thread = threading.Thread(target=run, name="weights", daemon=True)
+    thread.start()
+    return future, thread

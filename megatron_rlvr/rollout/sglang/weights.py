@@ -67,6 +67,7 @@ def stream_everywhere(
                 runner.run(transfer.send(bucket, last if bucket.last else {"flush_cache": False}))
             except ServerLostError as error:
                 failure = str(error)
+        del bucket  # before the next is allocated
     if failure is None:
         try:
             runner.run(_end(receivers, version, sums))

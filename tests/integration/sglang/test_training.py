@@ -26,7 +26,12 @@ def _check_rollouts(run: Path, steps: int) -> None:
             assert len(rows) == 4 and {row["weight_version"] for row in rows} == {step}
 
 
-LAYOUTS = {"one": (1, []), "dp2": (2, []), "tp2": (2, ["parallel.tensor=2"])}
+LAYOUTS = {
+    "one": (1, []),
+    "dp2": (2, []),
+    "tp2": (2, ["parallel.tensor=2", "rollout.sglang.weight_sync=tensor"]),
+    "pp2": (2, ["parallel.pipeline=2", "rollout.sglang.weight_sync=distributed"]),
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -39,6 +44,7 @@ def test_three_steps(name: str, run_yaml: Path, servers, tmp_path: Path) -> None
     metrics = read_metrics(run)
     assert len(metrics) == 3 and all(r["grad_norm"] > 0 for r in metrics)
     assert len({r["reward"] for r in metrics}) > 1
+    assert all(r["mismatch/max"] < 1e-4 for r in metrics)  # the servers have the weights of every stage and shard
     _check_rollouts(run, 3)
     assert (run / "huggingface" / "model.safetensors").is_file()
 

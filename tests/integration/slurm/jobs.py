@@ -29,6 +29,7 @@ class Settings:
             "data.heldout=null",
             "data.max_prompt_tokens=32",
             "verifier.name=tests.rewards:letter_sum",
+            "verifier.workers=0",
             "threads=1",
             "rollout.prompts_per_step=8",
             "rollout.samples_per_prompt=4",

@@ -21,6 +21,7 @@ class FakeServer:
         self.delay = 0.0
         self.healthy = True
         self.gone = False  # hangs up on every request
+        self.silent = False  # keeps every connection and says nothing
         self.answer: Callable[[dict[str, Any]], Reply] = self.completion
         self.prompts: list[list[int]] = []
         self.loads: list[dict[str, Any]] = []
@@ -52,6 +53,8 @@ class FakeServer:
         return 200, {"success": True, "message": ""}
 
     def reply(self, path: str, body: dict[str, Any]) -> Reply:
+        while self.silent:
+            time.sleep(0.05)
         if self.gone:
             return 0, None
         if path == "/generate":
@@ -109,6 +112,6 @@ def fake_server() -> Iterator[FakeServer]:
     try:
         yield fake
     finally:
-        fake.healthy = True
+        fake.healthy, fake.silent = True, False
         server.shutdown()
         server.server_close()

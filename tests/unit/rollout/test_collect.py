@@ -16,7 +16,7 @@ from megatron_rlvr.config import Config, DataConfig, ModelConfig, RolloutConfig
 from megatron_rlvr.config_checks import check
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.ahead import RolloutsAhead
-from megatron_rlvr.rollout.engine import Completion, EngineLostError, Finished, SamplingPolicy
+from megatron_rlvr.rollout.engine import Completion, EngineLostError, Finished, RolloutError, SamplingPolicy
 from megatron_rlvr.rollout.mismatch import MismatchAlarm
 from megatron_rlvr.rollout.sampling import sample_seed
 
@@ -154,6 +154,42 @@ def test_overlong_responses_lose_advantage_but_not_reward(collector) -> None:
     assert batch.penalty.view(8, 4)[0].tolist() == [0.0, 0.0, -0.5, -1.0]
     assert report.metrics["overlong_penalty"] == pytest.approx(-0.375)
     assert set(batch.rewards.tolist()) == {0.0, 1.0}
+
+
+def test_what_the_user_must_mend_is_told_to_every_process(collector) -> None:
+    """Under a type of its own, at which the loop writes a checkpoint; an evaluation is left out instead."""
+    one = collector(Engine(False))
+
+    def refuse(*_: Any) -> list[Completion]:
+        raise UserError("a malformed reply")
+
+    one.engine.generate = refuse
+    with pytest.raises(RolloutError, match="a malformed reply"):
+        one.collect(0)
+
+
+def test_prompts_without_room_for_a_response_are_refused_at_the_start(
+    layout, small_model: Path, problems: Path
+) -> None:
+    config = Config(steps=6, model=ModelConfig(path=str(small_model)), data=DataConfig(train=str(problems)))
+    config.rollout, config.algorithm.minibatches = dataclasses.replace(ROLLOUT), 2
+    pool = VerifierPool(lambda completion, answer: 0.0)
+    longest = max(
+        len(ids)
+        for ids in RolloutCollector(config, layout, Engine(True), Tokenization(small_model, 2**20), pool).train[1]
+    )
+    fits = Tokenization(small_model, 2**20, context=longest + 6)
+    RolloutCollector(config, layout, Engine(True), fits, pool)
+    short = Tokenization(small_model, 2**20, context=longest + 5)
+    with pytest.raises(
+        UserError, match=rf"example \d+ of .* has {longest} tokens, and rollout.max_tokens=6 makes more"
+    ):
+        RolloutCollector(config, layout, Engine(True), short, pool)
+    config.data.heldout, config.evaluation.max_tokens = str(problems), 7
+    with pytest.raises(
+        UserError, match=rf"evaluation.max_tokens=7 makes more than the model's context of {longest + 6}"
+    ):
+        RolloutCollector(config, layout, Engine(True), fits, pool)
 
 
 def test_lost_engine_is_told_to_every_process(collector) -> None:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from megatron_rlvr.backend import device
 from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.sglang.server import Server, ServerPool, command_line
@@ -34,6 +36,31 @@ def test_user_arguments_win_over_defaults(tmp_path: Path) -> None:
     server = Server(config, "float32", tmp_path / "log")
     assert server.arguments["max_total_tokens"] == 7 and server.arguments["dtype"] == "bfloat16"
     assert server.environment["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "each"),
+    [
+        ({}, 1),
+        ({"tp": 2}, 2),
+        ({"tensor-parallel-size": 2, "pp_size": 2}, 4),
+        ({"tp_size": 2, "dp": 2}, 4),
+        ({"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}, 4),
+    ],
+)
+def test_servers_of_one_machine_have_gpus_of_their_own(
+    arguments: dict[str, Any], each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer and its servers see the same GPUs, because CUDA IPC names one by its index."""
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    count = 8 // each
+    pool = ServerPool(SGLangConfig(servers=count, server=arguments), tmp_path, "bfloat16", tmp_path)
+    assert [server.arguments["base_gpu_id"] for server in pool.servers] == [each * n for n in range(count)]
+    later = ServerPool(SGLangConfig(servers=1, server=arguments | {"base_gpu_id": 4}), tmp_path, "bfloat16", tmp_path)
+    assert later.servers[0].arguments["base_gpu_id"] == 4
+    with pytest.raises(UserError, match=rf"{count + 1} servers .* of {each} GPUs each need more than the 8 GPUs"):
+        ServerPool(SGLangConfig(servers=count + 1, server=arguments), tmp_path, "bfloat16", tmp_path)
 
 
 def test_server_that_ends_is_quoted(tmp_path: Path) -> None:
@@ -98,7 +125,7 @@ time.sleep(1000)
     try:
         server = psutil.Process(int(trainer.stdout.readline()))
         deadline = time.monotonic() + 20
-        while server.cmdline()[0] != "sleep":
+        while server.cmdline()[:1] != ["sleep"]:  # for a moment between two programs a process has no command line
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:

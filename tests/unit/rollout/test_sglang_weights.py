@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import subprocess
 import sys
+import threading
+import time
+import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -56,6 +60,27 @@ def test_buckets_hold_every_tensor_once(size: int) -> None:
     assert len(made) == {1: 6, 64: 5, 350: 4, 10**6: 3}[size]  # one dtype a bucket
 
 
+def test_one_bucket_is_in_memory_at_a_time(fake: FakeServer) -> None:
+    """While it is sent to a server, too."""
+
+    class Counting(SharedMemoryTransfer):
+        buffers: ClassVar[list[weakref.ref]] = []
+
+        def allocate(self, size: int) -> torch.Tensor:
+            assert not [reference for reference in self.buffers if reference() is not None]
+            buffer = super().allocate(size)
+            self.buffers.append(weakref.ref(buffer.untyped_storage()))
+            return buffer
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        fake.version = body.get("weight_version", fake.version)
+        return 200, {"success": True}
+
+    fake.control = control
+    assert _stream(fake, Counting()) == (None, 5)
+    assert len(Counting.buffers) == 5
+
+
 def test_checksum_is_that_of_the_bytes() -> None:
     tensor = torch.arange(6, dtype=torch.int32)
     assert checksum(tensor) == checksum(tensor.clone().view(2, 3)) == "cd9a54ed1f18bf97"
@@ -87,17 +112,20 @@ def fake() -> Iterator[FakeServer]:
         yield server
 
 
-def _stream(fake: FakeServer, transfer: Transfer) -> tuple[str | None, int]:
+def _stream(
+    fake: FakeServer, transfer: Transfer, version: int = 3, config: SGLangConfig = CONFIG
+) -> tuple[str | None, int]:
     taken = []
 
     def stream() -> Iterator[Bucket]:
         for bucket in buckets(TENSORS.items(), 64, transfer.allocate):
-            taken.append(bucket)
+            taken.append(bucket.names)
             yield bucket
+            del bucket
 
     with asyncio.Runner() as runner:
-        receiver = Receiver(Endpoint(fake.url, CONFIG), ranks=1, starts=1)
-        failure = stream_everywhere(runner, [receiver], transfer, stream(), 3, flush=True, checked=False)
+        receiver = Receiver(Endpoint(fake.url, config), ranks=1, starts=1)
+        failure = stream_everywhere(runner, [receiver], transfer, stream(), version, flush=True, checked=False)
     return failure, len(taken)
 
 
@@ -133,7 +161,28 @@ def test_open_session_of_a_failed_update_is_closed_first(fake: FakeServer) -> No
     assert asked[:3] == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
 
 
-@pytest.mark.parametrize("transfer", [SharedMemoryTransfer(), BroadcastTransfer(5.0)], ids=["tensor", "distributed"])
+def test_server_that_falls_silent_in_an_update_is_found_by_its_health(fake: FakeServer) -> None:
+    """Long before ``update_timeout_seconds``; one that is only slow is waited for."""
+    slow = dataclasses.replace(CONFIG, update_timeout_seconds=60, health_timeout_seconds=0.5)
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/end_weight_update":
+            time.sleep(2.5)
+            fake.silent = fake.version == "4"
+        fake.version = body.get("weight_version", fake.version)
+        while fake.silent:
+            time.sleep(0.05)
+        return 200, {"success": True}
+
+    fake.control = control
+    assert _stream(fake, SharedMemoryTransfer(), config=slow) == (None, 5)
+    began = time.monotonic()
+    failure, taken = _stream(fake, SharedMemoryTransfer(), version=4, config=slow)
+    assert failure is not None and "/end_weight_update: silent, and so is /model_info" in failure and taken == 5
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("transfer", [SharedMemoryTransfer(), BroadcastTransfer(2.0)], ids=["tensor", "distributed"])
 def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transfer: Transfer) -> None:
     refused = (
         "/update_weights_from_tensor" if isinstance(transfer, SharedMemoryTransfer) else "/init_weights_update_group"
@@ -148,6 +197,8 @@ def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transfer
     failure, taken = _stream(fake, transfer)
     assert failure is not None and "it answered" in failure and taken == 5
     assert asked.count(refused) == 1
+    transfer.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
 
 
 def test_version_that_does_not_take(fake: FakeServer) -> None:

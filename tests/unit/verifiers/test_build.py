@@ -2,8 +2,9 @@ import sys
 
 import pytest
 
+from megatron_rlvr.config import VerifierConfig
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.verifiers import VerifierPool, build_verifier, check_answers
+from megatron_rlvr.verifiers import VerifierPool, build_pool, build_verifier, check_answers
 from megatron_rlvr.verifiers.math import final_answer
 
 
@@ -74,6 +75,24 @@ def test_math_survives_a_monstrous_answer():
         verdicts = pool.verify([monster, r"\boxed{34}"], ["34", "34"])
     assert verdicts[0].reward == 0
     assert verdicts[1] == (1.0, "ok", "")
+
+
+@pytest.mark.parametrize(
+    ("config", "workers"),
+    [
+        (VerifierConfig("countdown"), 0),
+        (VerifierConfig("exact"), 0),
+        (VerifierConfig("math"), 4),  # math-verify has no bound of its own: without workers an answer could hang a run
+        (VerifierConfig("os.path:join"), 4),
+        (VerifierConfig("math", workers=1), 1),
+        (VerifierConfig("math", workers=0), 0),
+    ],
+)
+def test_what_may_hang_runs_in_workers_unless_told_otherwise(config, workers):
+    with build_pool(config) as pool:
+        assert len(pool._workers) == workers
+    with build_pool(config, judges=False) as pool:
+        assert not pool._workers
 
 
 def test_user_function(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,33 @@ def test_a_hang_costs_its_timeout_once():
         assert [verdict.status for verdict in verdicts] == ["ok", "timeout", "ok"]
         assert verdicts[1].detail == "no verdict within 0.5 s"
         assert 0.5 <= time.monotonic() - started < 10
+
+
+def test_what_a_verifier_needs_once_is_not_the_first_item_s_to_pay_for():
+    with VerifierPool(misbehaving.SlowToStart(), workers=1, timeout_s=0.5) as pool:
+        assert pool.verify(["a"], ["a"]) == [Verdict(1.0, "ok")]
+
+
+def test_batches_of_several_threads_share_the_time_of_what_hangs():
+    """Eight groups, each with an answer that hangs; one after the other they would take eight timeouts."""
+    batches = [["hang", *[f"good {i} {j}" for j in range(5)]] for i in range(8)]
+    with VerifierPool(misbehaving.score, workers=8, timeout_s=2.0) as pool, ThreadPoolExecutor(8) as threads:
+        pool.verify(["a"] * 64, ["a"] * 64)  # every worker is ready
+        started = time.monotonic()
+        verdicts = list(threads.map(lambda batch: pool.verify(batch, [*batch[:3], "no", *batch[4:]]), batches))
+        assert time.monotonic() - started < 10
+        for found in verdicts:
+            assert [verdict.status for verdict in found] == ["timeout"] + ["ok"] * 5
+            assert [verdict.reward for verdict in found] == [0, 1, 1, 0, 1, 1]
+        assert pool.counts["timeout"] == 8
+
+
+def test_a_failed_batch_fails_every_thread_that_shared_it():
+    with VerifierPool(build_verifier("countdown"), workers=1) as pool, ThreadPoolExecutor(4) as threads:
+        results = [threads.submit(pool.verify, ["3*5=15"], ["22"]) for _ in range(4)]
+        errors = [result.exception() for result in results]
+    assert all(isinstance(error, UserError | RuntimeError) for error in errors)
+    assert any("expected an answer like" in str(error) for error in errors)
 
 
 def test_the_timeout_is_an_item_s_not_a_batch_s():

@@ -41,3 +41,16 @@ def knows_torch(completion, answer):
 
 def scaled(completion, answer, factor=1.0):
     return factor * (completion == answer)
+
+
+class SlowToStart:
+    """Needs a second once, as an import does."""
+
+    def warm_up(self):
+        if not hasattr(self, "warm"):
+            time.sleep(1.0)
+        self.warm = True
+
+    def __call__(self, completion, answer):
+        self.warm_up()
+        return 1.0
