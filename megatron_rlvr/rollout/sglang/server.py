@@ -28,6 +28,7 @@ from megatron_rlvr.errors import UserError
 _WATCH_PERIOD_S = 0.5
 _PROBE_PERIOD_S = 2.0
 _FAILED_STARTS = 3
+_OF_THE_TRAINER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 _BOUND_TO_PARENT = Path(__file__).with_name("bound_to_parent.py")
 
 
@@ -42,16 +43,9 @@ class Server:
         defaults: dict[str, Any] = {"host": "127.0.0.1", "dtype": dtype}
         self.environment = dict(os.environ)
         # The trainer's own rendezvous would be taken for the server's.
-        for name in (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-            "LOCAL_WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-            "PYTHONPATH",
-        ):
-            self.environment.pop(name, None)
+        for name in list(self.environment):
+            if name in _OF_THE_TRAINER or name.startswith("TORCHELASTIC_"):
+                del self.environment[name]
         # With it, log-probs are those of the undivided logits; the trainer's are those at the sampling temperature.
         self.environment.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
         if not device.on_gpu():

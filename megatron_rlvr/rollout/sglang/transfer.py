@@ -193,14 +193,15 @@ class BroadcastTransfer:
             what = "join the group for weights"
             requests.append(receiver.endpoint.order("/init_weights_update_group", body, what))
             offset += receiver.ranks
-        self.group = await self._beside(requests, lambda: self._join(f"tcp://{host}:{port}", size))
+        self.group = await self._beside(requests, lambda: self._join(host, port, size))
         self.members = members
 
-    def _join(self, address: str, size: int) -> dist.ProcessGroup:
+    def _join(self, host: str, port: int, size: int) -> dist.ProcessGroup:
         """This process's side of the group: what SGLang does on its own, with the same store and names."""
         seconds = self.timeout if self.backend == "nccl" else min(self.timeout, _GLOO_TIMEOUT_S)
         timeout = datetime.timedelta(seconds=seconds)
-        store, _, _ = next(dist.rendezvous(address, 0, size, timeout=timeout))
+        # Not by dist.rendezvous: under torchrun that takes every store to be torchrun's own, and starts none.
+        store = dist.TCPStore(host, port, size, is_master=True, timeout=timeout)
         store.set_timeout(timeout)
         # torch has no public way to form a group with processes outside of the default one.
         group, _ = distributed_c10d._new_process_group_helper(

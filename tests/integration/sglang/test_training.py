@@ -39,7 +39,8 @@ def test_three_steps(name: str, run_yaml: Path, servers, tmp_path: Path) -> None
     processes, overrides = LAYOUTS[name]
     overrides = [*overrides, "rollout.engine=sglang", f"rollout.sglang.urls=[{servers.urls[0]}]", "steps=3"]
     with servers.changing_weights():  # the run is this server's owner now
-        run_trainer(run_yaml, *overrides, "rollout.record=true", "data.heldout=null", processes=processes)
+        done = run_trainer(run_yaml, *overrides, "rollout.record=true", "data.heldout=null", processes=processes)
+    assert "through the disk this time" not in done.stderr
     run = tmp_path / "run"
     metrics = read_metrics(run)
     assert len(metrics) == 3 and all(r["grad_norm"] > 0 for r in metrics)

@@ -38,6 +38,16 @@ def test_user_arguments_win_over_defaults(tmp_path: Path) -> None:
     assert server.environment["OMP_NUM_THREADS"] == "3"
 
 
+def test_servers_know_nothing_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its TORCHELASTIC_USE_AGENT_STORE a server would wait for a store that nobody starts."""
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HOME", "/somewhere")
+    environment = Server(SGLangConfig(), "float32", tmp_path / "log").environment
+    assert not [name for name in environment if "RANK" in name or "TORCHELASTIC" in name or "MASTER" in name]
+    assert environment["HOME"] == "/somewhere"
+
+
 @pytest.mark.parametrize(
     ("arguments", "each"),
     [
