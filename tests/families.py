@@ -167,7 +167,9 @@ def reference(folder: Path) -> Measurement:
     factor = (ADVANTAGE * WEIGHT).double()[batch.sequence_of_token()]
     loss = -(factor * logprob).sum()
     if routed:
-        parts = [routed[i : i + MICROBATCH] for i in range(0, len(routed), MICROBATCH)]
+        lengths = batch.prompt_lengths + batch.response_lengths
+        order = lengths.argsort(descending=True, stable=True).tolist()  # as microbatches take them
+        parts = [[routed[i] for i in order[first : first + MICROBATCH]] for first in range(0, len(order), MICROBATCH)]
         loss = loss + ROUTER_AUX_LOSS * sum(map(imbalance, parts)) / len(parts)
     loss.backward()
     gradients = single_experts({name: p.grad for name, p in model.named_parameters()})
