@@ -2,6 +2,7 @@
 // nothing waits for the device, so that all of it may be captured in a CUDA graph. MEGATRON_RLVR_CHECK=1 in the
 // environment asks for one wait a call of combine_statistics, to name bad rows instead of giving NaN for them.
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,6 +23,20 @@ void check_launch(const char* name, int error) {
   if (error) refuse(name, ": ", cudaGetErrorString(cudaError_t(error)));
 }
 
+// The stream that torch has current on a device. Torch's stable interface has had this function since before 2.10, in the
+// library that only its CUDA builds have: looked up there, so that this file links, and loads, without it.
+void* current_stream(int32_t device) {
+  using Lookup = AOTITorchError (*)(int32_t, void**);
+  static const auto lookup = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda ? reinterpret_cast<Lookup>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  if (!lookup) refuse("CUDA: the loaded torch has no libtorch_cuda.so with aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(lookup(device, &stream));
+  return stream;
+}
+
 // The device of a call: its tensors', made current, with its current stream.
 struct Device {
   torch::stable::accelerator::DeviceGuard guard;
@@ -30,7 +45,7 @@ struct Device {
 
   explicit Device(const Tensor& tensor)
       : guard(tensor.get_device_index()),
-        stream(torch::stable::accelerator::getCurrentStream(tensor.get_device_index()).nativeHandle()) {
+        stream(current_stream(tensor.get_device_index())) {
     check_launch("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
                                                                   tensor.get_device_index()));
   }

@@ -2,10 +2,12 @@
 
     python tools/benchmark_ops.py statistics --shapes 1024x32768,512x151936 --dtype float32 --threads 2
     python tools/benchmark_ops.py linear --tokens 2048 --hidden 1024 --vocabulary 65536
+    python tools/benchmark_ops.py statistics --device cuda --dtype bfloat16 --shapes 8192x151936 --repeats 20
     python tools/benchmark_ops.py roofline
 
 Contenders run in turn, repetition by repetition, in one process, so that a busy machine disturbs all of them alike; the
-ratio is that of the medians. Peak memory is what the process's resident set grew by over one call (Linux). Peers are
+ratio is that of the medians. Peak memory is what the process's resident set grew by over one call (Linux); on a GPU it
+is what torch allocated on top, and times are those between two events of the stream. Peers are
 taken where they are installed and named where they are not: the extra `bench` brings trl, liger-kernel and
 cut-cross-entropy; verl wants other versions than the trainer, so `pip install --no-deps verl==0.9.1 ray tensordict`.
 On a machine that others use too, --processor-time --threads 1 repeats well where the clock on the wall does not.
@@ -31,6 +33,7 @@ from megatron_rlvr import ops
 
 H100_BYTES_PER_SECOND = 3.35e12
 Clock = Callable[[], float]
+Meter = Callable[["Contender"], tuple[float, int]]
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -52,7 +55,33 @@ def resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(contenders: list[Contender], repeats: int, clock: Clock) -> None:
+def measured_on_cpu(contender: Contender, clock: Clock) -> tuple[float, int]:
+    """Seconds, and bytes of memory on top, of one call."""
+    inputs = contender.prepare()
+    CLEAR_REFS.write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    start = clock()
+    kept = contender.run(*inputs)
+    seconds = clock() - start
+    del kept
+    return seconds, resident("VmHWM") - before
+
+
+def measured_on_gpu(contender: Contender) -> tuple[float, int]:
+    inputs = contender.prepare()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    begin.record()
+    kept = contender.run(*inputs)
+    end.record()
+    torch.cuda.synchronize()
+    del kept
+    return begin.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before
+
+
+def measure(contenders: list[Contender], repeats: int, meter: Meter) -> None:
     for contender in list(contenders):  # once untimed: what a first call loads is nobody's running cost
         try:
             contender.run(*contender.prepare())
@@ -63,25 +92,21 @@ def measure(contenders: list[Contender], repeats: int, clock: Clock) -> None:
             contenders.remove(contender)
     for _ in range(repeats):
         for contender in contenders:
-            inputs = contender.prepare()
-            CLEAR_REFS.write_text("5")  # forget the peak so far
-            before = resident("VmRSS")
-            start = clock()
-            kept = contender.run(*inputs)
-            contender.seconds.append(clock() - start)
-            contender.peak_bytes.append(resident("VmHWM") - before)
-            del kept, inputs
+            seconds, peak = meter(contender)
+            contender.seconds.append(seconds)
+            contender.peak_bytes.append(peak)
 
 
 def report(title: str, contenders: list[Contender], unit_bytes: int, error: str = "error to float64") -> None:
     ours = statistics.median(contenders[0].seconds)
-    print(f"\n{title}; ours is {ops.backend()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    where = torch.cuda.get_device_name() if ops.backend() == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"\n{title}; ours is {ops.backend()}, {where}, torch {torch.__version__}\n")
     print(f"| | median ms | fastest ms | time / ours | peak extra MiB | of the logits | {error} |")
     print("|---|---|---|---|---|---|---|")
     for c in contenders:
         middle, peak = statistics.median(c.seconds), statistics.median(c.peak_bytes)
         print(
-            f"| {c.name} | {middle * 1e3:.1f} | {min(c.seconds) * 1e3:.1f} | {middle / ours:.2f} "
+            f"| {c.name} | {middle * 1e3:.2f} | {min(c.seconds) * 1e3:.2f} | {middle / ours:.2f} "
             f"| {peak / 2**20:.1f} | {peak / unit_bytes:.1%} | {c.error} |"
         )
 
@@ -92,7 +117,7 @@ def plain_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def peer_statistics() -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """Log-prob and entropy as other trainers compute them on the CPU, both with gradient."""
+    """Log-prob and entropy as other trainers compute them from logits, both with gradient."""
     found: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
     try:
         trl = importlib.import_module("trl.trainer.utils")
@@ -124,7 +149,7 @@ def chosen(contenders: list[Contender], only: str) -> list[Contender]:
     return contenders[:1] + [c for c in contenders[1:] if any(word in c.name for word in only.split(","))]
 
 
-def benchmark_statistics(rows: int, width: int, dtype: torch.dtype, repeats: int, only: str, clock: Clock) -> None:
+def benchmark_statistics(rows: int, width: int, dtype: torch.dtype, repeats: int, only: str, meter: Meter) -> None:
     torch.manual_seed(0)
     base = torch.randn(rows, width).mul_(3).to(dtype)
     targets = torch.randint(0, width, (rows,))
@@ -142,6 +167,9 @@ def benchmark_statistics(rows: int, width: int, dtype: torch.dtype, repeats: int
         found = ops.token_statistics(logits, targets)
         return found.logprob, found.entropy
 
+    def copy(logits: Tensor, target: Tensor) -> tuple:
+        return (target.copy_(logits),)
+
     def forward_only(logits: Tensor) -> tuple:
         with torch.no_grad():
             return (ops.token_statistics(logits, targets).logprob,)
@@ -149,9 +177,12 @@ def benchmark_statistics(rows: int, width: int, dtype: torch.dtype, repeats: int
     contenders = [contender("ours, in place", ours), contender("eager torch", plain_statistics)]
     peers = peer_statistics()
     contenders += [replace(contender(name, forward), peer=name.split()[0]) for name, forward in peers.items()]
+    if base.is_cuda:
+        contenders.append(contender("torch.compile of eager torch", torch.compile(plain_statistics)))
     contenders.append(Contender("ours, forward only", lambda: (base,), forward_only))
+    contenders.append(Contender("a copy of the logits", lambda: (base, torch.empty_like(base)), copy))
     contenders = chosen(contenders, only)
-    measure(contenders, repeats, clock)
+    measure(contenders, repeats, meter)
     few = base[:16].clone()
     forwards = dict(peers, **{"ours, in place": ours, "eager torch": plain_statistics})
     for c in contenders:
@@ -171,18 +202,25 @@ THRESHOLDS = SimpleNamespace(
 
 
 def benchmark_linear(
-    tokens: int, width: int, vocabulary: int, repeats: int, chunk_bytes: int, only: str, clock: Clock
+    tokens: int,
+    width: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    repeats: int,
+    chunk_bytes: int,
+    only: str,
+    meter: Meter,
 ) -> None:
     torch.manual_seed(0)
-    hidden = torch.randn(tokens, width)
-    weight = torch.randn(vocabulary, width) / width**0.5
+    hidden = torch.randn(tokens, width).to(dtype)
+    weight = (torch.randn(vocabulary, width) / width**0.5).to(dtype)
     targets = torch.randint(0, vocabulary, (tokens,))
     old, advantage = torch.full((tokens,), -11.0), torch.randn(tokens)
 
     def prepare() -> tuple[Tensor, Tensor]:
         # gradients exist beforehand, as a trainer's do: what is measured is what comes on top
         h, w = hidden.clone().requires_grad_(), weight.detach().requires_grad_()
-        w.grad, w.main_grad = torch.zeros_like(w), torch.zeros_like(w)
+        w.grad, w.main_grad = torch.zeros_like(w), torch.zeros_like(w, dtype=torch.float32)
         w.grad.add_(0.0), w.main_grad.add_(0.0)  # make the pages resident
         return h, w
 
@@ -215,17 +253,17 @@ def benchmark_linear(
     ]
     contenders += linear_peers(hidden, weight, targets, old, advantage)
     contenders = chosen(contenders, only)
-    measure(contenders, repeats, clock)
+    measure(contenders, repeats, meter)
     expected = unfused(*prepare(), plain_statistics)
     for contender in contenders:
         if contender.peer is None:
             found = contender.run(*contender.prepare())
-            errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
+            errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
             contender.error = f"hidden {errors[0]:.1e}, weight {errors[1]:.1e}"
     report(
-        f"hidden [{tokens}, {width}], weight [{vocabulary}, {width}] float32, chunks of {chunk_bytes / 2**20:.0f} MiB",
+        f"hidden [{tokens}, {width}], weight [{vocabulary}, {width}] {dtype}, chunks of {chunk_bytes / 2**20:.0f} MiB",
         contenders,
-        tokens * vocabulary * 4,
+        tokens * vocabulary * hidden.element_size(),
         "gradients beside eager, relative to the largest",
     )
 
@@ -238,7 +276,7 @@ def linear_peers(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, a
 
     try:
         liger = importlib.import_module("liger_kernel.chunked_loss")
-        loss = liger.LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, loss_type="grpo")
+        loss = liger.LigerFusedLinearGRPOLoss(beta=0.0, compiled=hidden.is_cuda, use_ref_model=False, loss_type="grpo")
         shape = (16, hidden.shape[0] // 16)
 
         def run_liger(h: Tensor, w: Tensor) -> tuple:
@@ -262,15 +300,28 @@ def linear_peers(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tensor, a
         cce = importlib.import_module("cut_cross_entropy")
 
         def run_cce(h: Tensor, w: Tensor) -> tuple:
-            nll = cce.linear_cross_entropy(h, w, targets, reduction="none", impl="torch_compile")
+            nll = cce.linear_cross_entropy(h, w, targets, reduction="none", impl=implementation)
             nll.sum().backward()
             return h.grad, w.grad
 
+        implementation = "cce" if hidden.is_cuda else "torch_compile"
         found.append(
-            Contender("cut-cross-entropy torch_compile (no entropy)", prepare, run_cce, peer="cut-cross-entropy")
+            Contender(f"cut-cross-entropy {implementation} (no entropy)", prepare, run_cce, peer="cut-cross-entropy")
         )
     except ImportError as error:
         print(f"cut-cross-entropy: not measured ({error})")
+    if hidden.is_cuda:
+        try:
+            kernels = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+
+            def run_verl(h: Tensor, w: Tensor) -> tuple:
+                logprob, _ = kernels.linear_cross_entropy(h, w, targets, 1.0, "none")
+                (-ops.clipped_objective(logprob.view(-1), old, advantage, THRESHOLDS).objective.sum()).backward()
+                return h.grad, w.grad
+
+            found.append(Contender("verl linear_cross_entropy", prepare, run_verl, peer="verl"))
+        except ImportError as error:
+            print(f"verl: not measured ({error})")
     return found
 
 
@@ -322,6 +373,7 @@ def main() -> None:
     parser.add_argument("what", choices=("statistics", "linear", "roofline"))
     parser.add_argument("--shapes", type=shapes, default="1024x32768,512x151936", help="ROWSxVOCABULARY,...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--tokens", type=positive, default=2048)
@@ -333,20 +385,25 @@ def main() -> None:
     )
     parser.add_argument("--processor-time", action="store_true", help="steady on a busy machine; use --threads 1")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and ops.backend() != "cuda":
+        parser.error("--device cuda: no GPU here, or the CUDA kernels were not built (MEGATRON_RLVR_CUDA=1)")
+    torch.set_default_device(arguments.device)
     clock = time.process_time if arguments.processor_time else time.perf_counter
+    meter = measured_on_gpu if arguments.device == "cuda" else lambda contender: measured_on_cpu(contender, clock)
     torch.set_num_threads(arguments.threads)
+    dtype, settings = getattr(torch, arguments.dtype), (arguments.only, meter)
     if arguments.what == "statistics":
         for rows, width in arguments.shapes:
-            benchmark_statistics(rows, width, getattr(torch, arguments.dtype), arguments.repeats, arguments.only, clock)
+            benchmark_statistics(rows, width, dtype, arguments.repeats, *settings)
     elif arguments.what == "linear":
         benchmark_linear(
             arguments.tokens,
             arguments.hidden,
             arguments.vocabulary,
+            dtype,
             arguments.repeats,
             arguments.chunk_bytes,
-            arguments.only,
-            clock,
+            *settings,
         )
     else:
         roofline()

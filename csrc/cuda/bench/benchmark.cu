@@ -1,10 +1,12 @@
-// Checks and times the kernels on a GPU, without torch.
+// Checks and times the kernels on a GPU, without torch; shapes are ROWS VOCABULARY pairs, or those below.
 //
 //   nvcc -O3 -std=c++17 -arch=native -I csrc csrc/cuda/*.cu csrc/cuda/bench/benchmark.cu -o benchmark && ./benchmark
+//   compute-sanitizer --tool memcheck ./benchmark 67 5003
 //
 // For each shape: the worst error against double precision of a few rows, launched directly and from a captured CUDA
 // graph; then the median time of 20 launches, the bandwidth that follows from the floor of bytes, and its ratio to that
-// of a device-to-device copy in the same run. Exit status 1 when a result is wrong, 2 when there is no GPU.
+// of a device-to-device copy in the same run. Exit status 1 when a result is wrong, 2 when there is no
+// GPU or the arguments are not shapes.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -222,7 +224,7 @@ bool benchmark(const char* type, int64_t rows, int64_t vocabulary, int multiproc
 
 }  // namespace
 
-int main() {
+int main(int argument_count, char** arguments) {
   int count = 0, multiprocessors = 0;
   check(cudaGetDeviceCount(&count), "no GPU");
   cudaDeviceProp properties;
@@ -231,11 +233,19 @@ int main() {
   std::printf("%s, %d multiprocessors\n", properties.name, multiprocessors);
   cudaStream_t stream;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
-  const int64_t shapes[][2] = {{4096, 32768}, {4096, 151936}, {4095, 18993}, {64, 151936}, {1, 262144}};
+  std::vector<int64_t> sizes{4096, 32768, 4096, 151936, 4095, 18993, 64, 151936, 1, 262144};
+  if (argument_count > 1) {
+    sizes.clear();
+    for (int i = 1; i < argument_count; ++i) sizes.push_back(std::atoll(arguments[i]));
+    if (sizes.size() % 2 || *std::min_element(sizes.begin(), sizes.end()) < 1) {
+      std::fprintf(stderr, "arguments: must be pairs of positive numbers, ROWS VOCABULARY ...\n");
+      return 2;
+    }
+  }
   bool right = true;
-  for (const auto& shape : shapes) {
-    right = benchmark<__nv_bfloat16>("bf16", shape[0], shape[1], multiprocessors, stream) && right;
-    right = benchmark<float>("fp32", shape[0], shape[1], multiprocessors, stream) && right;
+  for (size_t i = 0; i < sizes.size(); i += 2) {
+    right = benchmark<__nv_bfloat16>("bf16", sizes[i], sizes[i + 1], multiprocessors, stream) && right;
+    right = benchmark<float>("fp32", sizes[i], sizes[i + 1], multiprocessors, stream) && right;
   }
   return right ? 0 : 1;
 }

@@ -10,7 +10,7 @@ TOKENS, HIDDEN, VOCABULARY = 37, 24, 211
 
 
 def make(seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype).requires_grad_()
     weight = torch.nn.Parameter((torch.randn(VOCABULARY, HIDDEN, generator=generator) * 0.4).to(dtype))
     targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
@@ -203,14 +203,21 @@ def test_no_tokens():
         ({"advantage": torch.zeros(3)}, r"advantage: must be \[T\] with T = 37 tokens, found \[3\]"),
         ({"old": torch.zeros(TOKENS, dtype=torch.int64)}, "old_logprob: must be float32"),
         ({"weight": torch.zeros(0, HIDDEN)}, r"weight: must be \[V/tp, h\] with V/tp > 0, found \[0, 24\]"),
-        ({"targets": torch.full((TOKENS,), VOCABULARY)}, "targets: .*found 211 in row 0"),
         ({"chunk_bytes": 0}, "chunk_bytes: must be positive, found 0"),
         ({"temperature": -1.0}, "temperature"),
     ],
 )
-def test_bad_arguments(change, message):
+def test_bad_arguments(change, message, placed):
     hidden, weight, targets, old, advantage, *_ = make()
-    a = {"hidden": hidden, "weight": weight, "targets": targets, "old": old, "advantage": advantage} | change
+    a = {"hidden": hidden, "weight": weight, "targets": targets, "old": old, "advantage": advantage}
+    a |= placed(change)
     keywords = {name: a.pop(name) for name in ("chunk_bytes", "temperature") if name in a}
     with pytest.raises(ValueError, match=message):
         ops.fused_linear_objective(*a.values(), PAPER, **keywords)
+
+
+@pytest.mark.usefixtures("values_are_read")
+def test_a_target_outside_the_vocabulary_is_named():
+    hidden, weight, _, old, advantage, *_ = make()
+    with pytest.raises(ValueError, match=r"targets: .*found 211 in row 0"):
+        ops.fused_linear_objective(hidden, weight, torch.full((TOKENS,), VOCABULARY), old, advantage, PAPER)
