@@ -56,23 +56,22 @@ def announce_fallback(reason: str) -> None:
 
 
 _library = load_kernels()
+# Asked once: code under torch.compile cannot ask.
+_serves_cuda = _library is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "megatron_rlvr::row_statistics", "CUDA"
+)
 
 
 def backend() -> str:
     """What really runs: "cuda", "cpu-avx512", "cpu-avx2", "cpu" (no vector extension) or "reference"."""
     if _library is None:
         return "reference"
-    if torch.cuda.is_available() and has_kernels("cuda"):
+    if torch.cuda.is_available() and _serves_cuda:
         return "cuda"
     return _library.megatron_rlvr_cpu_backend().decode()
 
 
-def has_kernels(device_type: str) -> bool:
-    """Whether compiled kernels serve tensors on this type of device."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("megatron_rlvr::row_statistics", device_type.upper())
-
-
 def check_device(device: torch.device) -> None:
     """Announce, once, that tensors on ``device`` are served by the eager reference although kernels were built."""
-    if _library is not None and device.type == "cuda" and not has_kernels("cuda"):
+    if _library is not None and device.type == "cuda" and not _serves_cuda:
         announce_fallback("the CUDA kernels were not built")

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import datetime
 import io
+import itertools
 import os
 import socket
 import threading
@@ -153,6 +154,9 @@ def _serialized(bucket: Bucket) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+_group_numbers = itertools.count(1)  # of this process: torch keeps the name of a group that was left to its timeout
+
+
 class BroadcastTransfer:
     """For servers anywhere: a process group of this process and every rank of every server; NCCL, or gloo on the CPU.
 
@@ -165,7 +169,6 @@ class BroadcastTransfer:
         self.receivers: Sequence[Receiver] = ()
         self.group: dist.ProcessGroup | None = None
         self.members: list[tuple[str, int, int]] = []
-        self.groups_made = 0
         self.collectives: list[threading.Thread] = []
         self.name = ""
 
@@ -183,8 +186,7 @@ class BroadcastTransfer:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        self.groups_made += 1
-        self.name = f"weights-{os.getpid()}-{self.groups_made}"
+        self.name = f"weights-{os.getpid()}-{next(_group_numbers)}"
         size = 1 + sum(r.ranks for r in receivers)
         requests, offset = [], 1
         for receiver in receivers:

@@ -117,6 +117,24 @@ ops.token_statistics(logits, targets)
     assert "logits: NaN or +inf, or nothing above -inf, first in row 5" in done.stderr
 
 
+def test_a_broken_promise_about_the_loss_scale_ends_the_process():
+    program = """
+import torch
+torch.set_default_device("cuda")
+from test_fused_linear import PAPER, make
+from megatron_rlvr import ops
+hidden, weight, targets, old, advantage, *_ = make()
+weight.main_grad = torch.zeros_like(weight)
+fused = ops.fused_linear_objective(hidden, weight, targets, old, advantage, PAPER, loss_scale=0.25)
+(0.5 * fused.loss).backward()
+torch.cuda.synchronize()
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "loss_scale=0.25 was promised" in done.stderr
+
+
 def test_a_bad_row_spoils_no_other():
     logits, targets, g, h = make(6, 4099, 3.0, 0)
     logits[2, 17] = torch.nan

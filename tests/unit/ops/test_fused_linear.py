@@ -108,6 +108,7 @@ def test_weight_gradient_goes_into_main_grad(loss_scale):
     assert_gradients_equal((hidden.grad, weight.main_grad - 1), expected, rtol=2e-5)
 
 
+@pytest.mark.usefixtures("values_are_read")
 def test_a_broken_promise_about_the_loss_scale_raises():
     hidden, weight, targets, old, advantage, *_ = make()
     weight.main_grad = torch.zeros_like(weight)

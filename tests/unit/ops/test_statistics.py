@@ -115,7 +115,7 @@ def test_half_precision(rows, width, scale, temperature, dtype):
     binade = rounded.double().abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
     step = 2.0**binade * torch.finfo(dtype).eps
     excess = (leaf.grad.double() - rounded.double()).abs() - step - 2e-6 * size
-    assert excess.max() <= 0
+    assert excess.max() <= 1e-36  # a GPU takes p < 1.2e-38 for 0
 
 
 def test_log_prob_of_a_sure_token_keeps_relative_accuracy():
