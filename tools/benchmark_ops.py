@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr import ops
+from megatron_rlvr.ops.vocab_projection import DEFAULT_CHUNK_BYTES
 
 H100_BYTES_PER_SECOND = 3.35e12
 Clock = Callable[[], float]
@@ -208,7 +209,7 @@ def benchmark_linear(
     vocabulary: int,
     dtype: torch.dtype,
     repeats: int,
-    chunk_bytes: int,
+    chunk_bytes: int | None,
     only: str,
     meter: Meter,
 ) -> None:
@@ -261,8 +262,9 @@ def benchmark_linear(
             found = contender.run(*contender.prepare())
             errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
             contender.error = f"hidden {errors[0]:.1e}, weight {errors[1]:.1e}"
+    chunk = chunk_bytes or DEFAULT_CHUNK_BYTES[hidden.device.type]
     report(
-        f"hidden [{tokens}, {width}], weight [{vocabulary}, {width}] {dtype}, chunks of {chunk_bytes / 2**20:.0f} MiB",
+        f"hidden [{tokens}, {width}], weight [{vocabulary}, {width}] {dtype}, chunks of {chunk / 2**20:.0f} MiB",
         contenders,
         tokens * vocabulary * hidden.element_size(),
         "gradients beside eager, relative to the largest",
@@ -380,7 +382,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=2048)
     parser.add_argument("--hidden", type=positive, default=1024)
     parser.add_argument("--vocabulary", type=positive, default=65536)
-    parser.add_argument("--chunk-mib", type=mebibytes, default="64", dest="chunk_bytes")
+    parser.add_argument("--chunk-mib", type=mebibytes, dest="chunk_bytes", help="default: that of the operator")
     parser.add_argument(
         "--only", default="", help="only contenders whose name holds one of these words, comma-separated"
     )

@@ -23,7 +23,6 @@ from .reference import NOT_A_TARGET
 from .statistics import TokenStatistics, check_temperature, refuse_second_derivative, statistics_of_shard
 from .vocab_parallel import VocabShard
 from .vocab_projection import (
-    DEFAULT_CHUNK_BYTES,
     TokenChunks,
     WeightGradient,
     check_projection,
@@ -56,7 +55,7 @@ class _Vocabulary:
     group: dist.ProcessGroup | None
     inverse_temperature: float
     sequence_parallel: bool
-    chunk_bytes: int
+    chunk_bytes: int | None
 
     def statistics(
         self, logits: Tensor, targets: Tensor, second_moments: bool = False
@@ -94,7 +93,7 @@ def fused_linear_statistics(
     group: dist.ProcessGroup | None = None,
     second_moments: bool = False,
     sequence_parallel: bool = False,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     vocabulary: int | None = None,
 ) -> TokenStatistics:
     """Log-prob and entropy of softmax(hidden weight^T / temperature), without gradient and without all the logits.
@@ -124,16 +123,16 @@ def fused_linear_token_statistics(
     group: dist.ProcessGroup | None = None,
     second_moments: bool = False,
     sequence_parallel: bool = False,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     vocabulary: int | None = None,
 ) -> TokenStatistics:
     """``token_statistics(hidden @ weight.T, ...)``, differentiable, with the logits of one chunk at a time.
 
     Shapes: ``hidden`` [T, h] ([T/tp, h] under ``sequence_parallel``, consecutive tokens on consecutive ranks),
-    ``weight`` [V/tp, h] of the same type, ``targets`` int64 [T]; ``vocabulary`` as in
-    :func:`token_statistics`. ``chunk_bytes`` bounds the logits held at once. The
-    backward pass computes the logits again. The weight's gradient is summed in float32, into ``weight.main_grad`` where
-    there is one (Megatron's data-parallel wrapper makes it), and then nothing arrives in ``weight.grad``.
+    ``weight`` [V/tp, h] of the same type, ``targets`` int64 [T]; ``vocabulary`` as in :func:`token_statistics`.
+    ``chunk_bytes`` bounds the logits held at once (None: 64 MiB on the CPU, 512 MiB on a GPU). The backward pass
+    computes the logits again. The weight's gradient is summed in float32, into ``weight.main_grad`` where there is one
+    (Megatron's data-parallel wrapper makes it), and then nothing arrives in ``weight.grad``.
     Communication over ``group``: forward one all-gather of 4 float32 a token for each chunk; backward one all-reduce
     of the hidden gradient. Under ``sequence_parallel`` an all-gather of hidden states in both passes, and a
     reduce-scatter instead of the all-reduce. Raises ValueError for arguments that do not fit together.
@@ -201,7 +200,7 @@ def fused_linear_objective(
     entropy_coefficient: float = 0.0,
     group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     vocabulary: int | None = None,
     loss_scale: float | None = None,
 ) -> FusedObjective:

@@ -177,9 +177,10 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
         shard = shape.vocabulary // parallel.tensor
         hidden = (tokens + answered) * shape.hidden * itemsize  # after the final norm: gathered, and the rows asked for
         if config.algorithm.fused_linear:
-            # hidden states and their gradient, one chunk of logits, the weight's gradient in float32
-            chunk = min(DEFAULT_CHUNK_BYTES, answered * shard * itemsize)
-            head = 2 * hidden + chunk + shard * shape.hidden * 4
+            # hidden states and their gradient, one chunk of logits, and what megatron-core's hook is given in place of
+            # the weight's gradient, which went straight into the buffer
+            chunk = min(DEFAULT_CHUNK_BYTES["cuda"], answered * shard * itemsize)
+            head = 2 * hidden + chunk + shard * shape.hidden * itemsize
         else:
             # logits, over which the operator writes their gradient
             head = 2 * hidden + answered * shard * itemsize

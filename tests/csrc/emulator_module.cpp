@@ -95,7 +95,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
   module.def("logits_gradient", &logits_gradient);
   module.def("clipped_objective", &clipped_objective_of);
   module.def("statistics_launch", [](int64_t rows, int64_t width, int multiprocessors) {
-    return as_tuple(statistics_launch(rows, width, multiprocessors));
+    return as_tuple(statistics_launch(rows, width, multiprocessors, 2));
   });
   module.def("gradient_launch", [](int64_t rows, int64_t width, int multiprocessors) {
     return as_tuple(gradient_launch(rows, width, multiprocessors));

@@ -29,7 +29,8 @@ def test_slices_cover_a_row_and_fit_a_launch(
 
 def test_few_long_rows_fill_the_device_and_many_are_not_cut(kernels: Kernels) -> None:
     launch = kernels.module.statistics_launch
-    assert launch(4096, 151936, 132)[1] == 1
+    assert launch(4096, 151936, 132)[:2] == (512, 1)
+    assert launch(4096, 18992, 132)[:2] == (128, 1)  # bf16: 512 bytes a thread
     threads, slices, _ = launch(16, 151936, 132)
     assert 16 * slices >= 132 and threads == 512
     assert launch(1, 8192, 132)[1] == 1  # too short to be worth a second kernel
