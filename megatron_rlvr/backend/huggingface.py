@@ -309,6 +309,7 @@ def _open(hf_config: Any, model: ModelConfig, dtype: torch.dtype, spec_name: str
             "use_cpu_initialization": not device.on_gpu(),
             "masked_softmax_fusion": False,
             "bias_activation_fusion": False,
+            "use_te_activation_func": True,  # that of local_layers.py
             "bias_dropout_fusion": False,
             "apply_rope_fusion": False,
             "persist_layer_norm": False,

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlvr.backend import device
 from megatron_rlvr.backend.attention import SDPAttention
+from megatron_rlvr.backend.local_layers import GatedSiLU, LocalSelfAttention
 from megatron_rlvr.errors import UserError
 
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -58,6 +59,9 @@ def layer_spec(config: TransformerConfig, name: str, vp_stage: int | None = None
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.module = LocalSelfAttention
+    feed_forward = layer.submodules.mlp.submodules
+    (feed_forward.experts.submodules if config.num_moe_experts else feed_forward).activation_func = GatedSiLU
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SDPAttention
     if config.qk_layernorm:

@@ -104,20 +104,19 @@ def layer_activation_bytes(shape: ModelShape, tokens: int, config: Config, items
     Per token with Transformer Engine, whose norms, rotary embedding and attention are fused: both residual inputs and
     their norms' outputs (4 h, split under sequence parallelism), rotated queries, keys and values, the attention output
     with its float32 logsumexp, and gate, up and their product (3 f); queries and keys before their norms where a family
-    has those. The local layers keep 6 h, 5 f, 3 q and 3 kv, as counted on the CPU. A mixture of experts keeps, for
-    every expert of a token, its input and output (2 h) and 3 f or 5 f of the expert instead, and the router's float32
-    probabilities; spread evenly over experts.
+    has those. The local layers keep 6 h, and where a family has norms of queries and keys the unsplit projection (q and
+    kv more), as counted on the CPU. A mixture of experts keeps, for every expert of a token, its input and output (2 h)
+    and 3 f of the expert instead, and the router's float32 probabilities; spread evenly over experts.
     """
     tensor = config.parallel.tensor
     sequence = tensor if config.parallel.sequence else 1
-    residual, gated, queries, keys = (6, 5, 3, 3) if is_local(config) else (4, 3, 2, 2)
-    attention = queries * shape.query + keys * shape.key_value
-    if shape.query_norm:
-        attention += shape.query + shape.key_value
+    residual = 6 if is_local(config) else 4
+    copies = 2 + (2 if is_local(config) else 1) * shape.query_norm
+    attention = copies * (shape.query + shape.key_value)
     kept = (residual * shape.hidden * itemsize) // sequence + (attention * itemsize + 4 * shape.heads) // tensor
     if not shape.experts:
-        return tokens * (kept + gated * shape.feed_forward * itemsize // tensor)
-    a_choice = (2 * shape.hidden + gated * shape.expert_feed_forward // config.parallel.expert_tensor) * itemsize
+        return tokens * (kept + 3 * shape.feed_forward * itemsize // tensor)
+    a_choice = (2 * shape.hidden + 3 * shape.expert_feed_forward // config.parallel.expert_tensor) * itemsize
     # Ranks that split an expert all see the tokens of their group.
     routed = shape.chosen * a_choice * config.parallel.expert_tensor // sequence
     return tokens * (kept + routed + 4 * shape.experts // sequence)
@@ -126,8 +125,9 @@ def layer_activation_bytes(shape: ModelShape, tokens: int, config: Config, items
 def working_bytes(shape: ModelShape, tokens: int, config: Config, itemsize: int) -> int:
     """What the backward pass of one layer needs beside what was kept: the most of two moments of its feed-forward part.
 
-    The gradient of the product has become those of gate and up (2 f a token, and h); or it was just made (f, and 3 h),
-    where the local layers hold the gradient of the weight, f h, too, before it is added to the buffer.
+    The gradient of the product becomes those of gate and up (2 f a token, and h; in the local layers beside it and a
+    product of it, 4 f); or it was just made (f, and 3 h), where the local layers hold the gradient of the weight, f h,
+    too, before it is added to the buffer.
     """
     parallel = config.parallel
     sequence = parallel.tensor if parallel.sequence else 1
@@ -135,7 +135,7 @@ def working_bytes(shape: ModelShape, tokens: int, config: Config, itemsize: int)
     if shape.experts:
         inner = shape.chosen * shape.expert_feed_forward // sequence
         weight = shape.expert_feed_forward // parallel.expert_tensor * shape.hidden
-    both = tokens * (2 * inner + shape.hidden // sequence)
+    both = tokens * ((4 if is_local(config) else 2) * inner + shape.hidden // sequence)
     product = tokens * (inner + 3 * shape.hidden // sequence) + (weight if is_local(config) else 0)
     return max(both, product) * itemsize
 
