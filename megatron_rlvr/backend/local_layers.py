@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import silu
@@ -93,14 +94,14 @@ def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> None:
     torch.mul(b, cosine, out=to_b).addcmul_(a, sine)
 
 
-class GatedSiLU(torch.nn.Module):
+class GatedSiLU(MegatronModule):
     """silu(gate) * up of ``both`` [..., 2 f], gate first: [..., f] (SwiGLU, arXiv 2002.05202).
 
     Stands where megatron-core has Transformer Engine's activations (`use_te_activation_func`).
     """
 
     def __init__(self, config: TransformerConfig):
-        super().__init__()
+        super().__init__(config=config)
         if config.activation_func is not silu or not config.gated_linear_unit:
             raise NotImplementedError("the local layers know silu(gate) * up alone")
 
