@@ -206,7 +206,11 @@ stopped() {
             [ "$(newest_checkpoint)" != "$checkpoint" ] ||
                 reason="asked before a step was finished: the time limit must be longer than the seconds of --signal"
             ;;
-        USR1:*) reason="the time limit came before a step was finished and saved: raise the seconds of --signal" ;;
+        USR1:*)
+            # Where one was saved nonetheless, the reason is how training ended.
+            [ "$(newest_checkpoint)" != "$checkpoint" ] ||
+                reason="the time limit came before a step was finished and saved: raise the seconds of --signal"
+            ;;
     esac
     [ -z "$reason" ] || echo "$reason" > "$RUN_DIRECTORY/slurm/reason"
     record "stopped (${asked:-by itself}${reason:+: $reason}); the newest checkpoint is $(newest_checkpoint)"

@@ -6,6 +6,8 @@ with c10d rendezvous at the first node. Beyond torchrun,
 - SIGUSR1, SIGTERM and SIGINT are handed to the ranks, which finish their step and save; torchrun would kill them;
 - the ranks' exit status becomes this program's (torchrun's is 1 whatever happened), and the reason is written beside
   the logs, where the batch script finds it;
+- nodes that end together end well: the first keeps the rendezvous until all have written theirs, for a torchrun that
+  misses it takes its node for failed, and srun kills what is left of a step of which one part ended with a status;
 - no rank outlives this process, and this process no parent: not after a SIGKILL of either.
 """
 
@@ -20,7 +22,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -29,6 +32,9 @@ from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
 
 _SHIM = Path(__file__).with_name("rank.py")
 _JOIN_TIMEOUT_S = 300
+# How long a node whose ranks stopped, or failed, waits for the outcomes of the others.
+_STOPPED_TOGETHER_S = 30
+_FAILED_TOGETHER_S = 5
 _STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _TELLING = re.compile(r"^(\[rank\d+\]: ?)?(error( \(rank \d+\))?: |[\w.]*(Error|Exception|Interrupt)\b)")
 
@@ -129,7 +135,8 @@ def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) 
     arguments += ["--rdzv-backend=c10d", f"--rdzv-id={options.rdzv_id}", f"--rdzv-endpoint={options.rdzv_endpoint}"]
     # torchrun numbers nodes in the order of their addresses; by default that is what the system calls this machine.
     arguments += [f"--local-addr={node_name()}"]
-    arguments += [f"--rdzv-conf=join_timeout={_JOIN_TIMEOUT_S}", "--signals-to-handle=SIGQUIT", "--no-python"]
+    arguments += [f"--rdzv-conf=join_timeout={_JOIN_TIMEOUT_S},is_host={int(hosts_rendezvous(options))}"]
+    arguments += ["--signals-to-handle=SIGQUIT", "--no-python"]
     try:
         torchrun(parse_args([*arguments, *rank_command(command, options.logs, os.getpid())]))
     except ChildFailedError as error:
@@ -141,6 +148,36 @@ def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) 
         first_line = str(error).strip().partition("\n")[0]
         return 1, f"torchrun on {node_name()} failed: {type(error).__name__}: {first_line}"
     return EXIT_DONE, ""
+
+
+def hosts_rendezvous(options: argparse.Namespace) -> bool:
+    """Whether this is the node at which the others meet."""
+    return options.nnodes == 1 or options.rdzv_endpoint.rpartition(":")[0] == node_name()
+
+
+@contextmanager
+def rendezvous_kept(options: argparse.Namespace) -> Iterator[None]:
+    """On the node that hosts it, the rendezvous is there until the end of this, and not of its own ranks."""
+    if options.nnodes == 1 or not hosts_rendezvous(options):
+        yield
+        return
+    from torch.distributed import TCPStore
+
+    host, _, port = options.rdzv_endpoint.rpartition(":")
+    store = None
+    with suppress(RuntimeError):  # torchrun will meet it, too, and say it
+        # Of several stores at one port of a process, torch makes one server.
+        store = TCPStore(host, int(port), is_master=True, multi_tenant=True, wait_for_workers=False)
+    yield
+    del store
+
+
+def await_outcomes(options: argparse.Namespace, status: int) -> None:
+    """Wait for the outcomes of the other nodes, as long as they can be expected after this node's `status`."""
+    together = status in (EXIT_DONE, EXIT_STOPPED)
+    deadline = time.monotonic() + (_STOPPED_TOGETHER_S if together else _FAILED_TOGETHER_S)
+    while len(list(options.logs.glob("outcome.*"))) < options.nnodes and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def print_commands(options: argparse.Namespace, command: Sequence[str]) -> None:
@@ -172,11 +209,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = StopRequest()
     die_with_parent()
     options.logs.mkdir(parents=True, exist_ok=True)
-    status, reason = run(options, command, stop)
-    # The nodes end together, and their names may have dots: no two may write into the same file.
-    partial = options.logs / f".outcome.{node_name()}"
-    partial.write_text(f"{status} {reason}\n")
-    partial.replace(options.logs / f"outcome.{node_name()}")
+    with rendezvous_kept(options):
+        status, reason = run(options, command, stop)
+        # The nodes end together, and their names may have dots: no two may write into the same file.
+        partial = options.logs / f".outcome.{node_name()}"
+        partial.write_text(f"{status} {reason}\n")
+        partial.replace(options.logs / f"outcome.{node_name()}")
+        await_outcomes(options, status)
     return status
 
 

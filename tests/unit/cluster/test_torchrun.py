@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,6 +58,7 @@ def test_reason_names_the_rank_that_crashed_and_its_error(tmp_path: Path) -> Non
 def test_nodes_that_end_together_leave_an_outcome_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchrun, "StopRequest", lambda: None)
     monkeypatch.setattr(torchrun, "die_with_parent", lambda: None)
+    monkeypatch.setattr(torchrun, "await_outcomes", lambda *_: None)
     arguments = [
         "--nnodes=3",
         "--nproc-per-node=1",
@@ -128,6 +130,23 @@ def test_a_signal_reaches_the_ranks(tmp_path: Path) -> None:
     launcher.send_signal(signal.SIGUSR1)
     assert launcher.wait(60) == 75
     assert _outcome(tmp_path).startswith("75 ")
+
+
+def test_a_node_whose_ranks_stop_later_than_the_first_has_stopped_too(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text("import os, sys, time; time.sleep(3 * int(os.environ['RANK'])); sys.exit(75)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=1", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    options += [f"--logs={tmp_path / 'logs'}", "--", str(tmp_path / "rank.py")]
+    command = [sys.executable, "-m", "megatron_rlvr.cluster.torchrun", *options]
+    nodes = ["127.0.0.1", "127.0.0.2"]
+    launchers = [subprocess.Popen(command, env=environment() | {"SLURMD_NODENAME": node}) for node in nodes]
+    assert [launcher.wait(120) for launcher in launchers] == [75, 75]
+    outcomes = [(tmp_path / "logs" / f"outcome.{node}").read_text() for node in nodes]
+    assert outcomes == [
+        f"75 rank {rank} on {node} ended with status 75: its log is empty\n" for rank, node in enumerate(nodes)
+    ]
 
 
 def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
