@@ -95,7 +95,7 @@ REGIME_RUNS = {
 LONG_STEPS = 200
 LONG = {
     f"long-{name}": STRATEGIES[name]
-    for name in ("grpo", "clip-higher", "upper-only", "lower-only", "id", "did", "od", "floor")
+    for name in ("grpo", "clip-higher", "upper-only", "lower-only", "id", "did", "od", "floor", "target-linear")
 }
 SPLITS = {f"id-split-{split}": [*STRATEGIES["id"], f"{SCHEDULE}.split={split}"] for split in (0.3, 0.4, 0.6)}
 FAMILIES = (STRATEGIES, SPLITS, REGIME_RUNS, LONG)
