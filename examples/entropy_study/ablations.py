@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement
 from results import Difference, Run, Runs, difference, spread
 
+from megatron_rlvr.control import EntropyCurve
+
 
 def authority_section(measurements: Sequence[Measurement], folder: str) -> list[str]:
     """What thresholds do to one rollout's entropy, by rewards, learning rate and passes, less static clipping."""
@@ -120,7 +122,7 @@ def splits_section(runs: Runs, splits: dict[str, str], total: int) -> list[str]:
     return lines
 
 
-def long_section(runs: Runs, names: Sequence[str], folder: str) -> list[str]:
+def long_section(runs: Runs, names: Sequence[str], curves: dict[str, EntropyCurve], folder: str) -> list[str]:
     """The long runs; ``names`` has the static one first."""
     static, present = names[0], [name for name in names if runs.get(name)]
     if static not in present:
@@ -148,4 +150,11 @@ def long_section(runs: Runs, names: Sequence[str], folder: str) -> list[str]:
             apart = "" if name == static else str(difference(runs, name, static, value))
             cells.append(f"{spread(value(run) for run in runs[name].values())} | {apart}")
         lines.append(f"| {name} | {len(runs[name])} | " + " | ".join(cells) + " |")
+    for name in (name for name in present if name in curves):
+        errors = [run.tracking_error(curves[name]) for _, run in sorted(runs[name].items())]
+        lines += [
+            "",
+            f"{name} is off its curve by {100 * statistics.mean(errors):.1f} % root mean square (each seed "
+            f"{', '.join(f'{100 * e:.1f}' for e in errors)}).",
+        ]
     return [*lines, "", f"![long runs]({folder}/long.png)"]

@@ -47,7 +47,7 @@ def write_report(
     folder = document.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     shown = [name for name in strategies if runs.get(name)]
-    followed = {name: curve for name, curve in curves.items() if runs.get(name)}
+    followed = {name: curve for name, curve in curves.items() if runs.get(name) and name not in long}
     if followed:
         figures.tracking(runs, followed, folder / "tracking.png")
     figures.courses(runs, shown, folder / "courses.png")
@@ -68,7 +68,7 @@ def write_report(
         authority_section(measurements, folder.name),
         regime_section(runs, regimes),
         splits_section(runs, splits, total),
-        long_section(runs, long, folder.name),
+        long_section(runs, long, curves, folder.name),
         _prediction(runs, shown),
         _missing(runs, [*strategies, *splits.values(), *(n for names in regimes.values() for n in names.values())]),
     ]

@@ -97,6 +97,7 @@ LONG = {
     f"long-{name}": STRATEGIES[name]
     for name in ("grpo", "clip-higher", "upper-only", "lower-only", "id", "did", "od", "floor", "target-linear")
 }
+CURVES |= {name: CURVES[base] for name in LONG if (base := name.removeprefix("long-")) in CURVES}
 SPLITS = {f"id-split-{split}": [*STRATEGIES["id"], f"{SCHEDULE}.split={split}"] for split in (0.3, 0.4, 0.6)}
 FAMILIES = (STRATEGIES, SPLITS, REGIME_RUNS, LONG)
 EVERYTHING = STRATEGIES | SPLITS | REGIME_RUNS | LONG

@@ -124,6 +124,7 @@ def test_the_report_is_written_whole(study, tmp_path):
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(text.splitlines())}
     assert rows["target-linear"].endswith("| 3 of 3 seeds |")
     assert rows["target-constant"].endswith("| 0 of 3 seeds |")
+    assert "long-target-linear is off its curve by" in text
     # Static clipping of the three states: 0, -10 and -20 %; the upper bound adds 4 % in four passes, a tenth in 2.5.
     assert "| coin | 0.0001 | 4 | -10.0 ± 10.0 | **+4.00 ± 0.01** | **+8.00 ± 0.01** |" in text
     assert "| 1.0 %, 2.0 % | 2 |" in text
