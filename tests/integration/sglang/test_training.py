@@ -44,8 +44,9 @@ def test_three_steps(name: str, run_yaml: Path, servers, tmp_path: Path) -> None
     run = tmp_path / "run"
     metrics = read_metrics(run)
     assert len(metrics) == 3 and all(r["grad_norm"] > 0 for r in metrics)
-    assert len({r["reward"] for r in metrics}) > 1
-    assert all(r["mismatch/max"] < 1e-4 for r in metrics)  # the servers have the weights of every stage and shard
+    # A step moves the weights by more than what servers may be off, so they have those of every stage and shard.
+    assert all(r["ratio_max"] > 1.001 for r in metrics)
+    assert all(r["mismatch/max"] < 1e-4 for r in metrics)
     _check_rollouts(run, 3)
     assert (run / "huggingface" / "model.safetensors").is_file()
 
