@@ -123,11 +123,16 @@ def pretender(cluster: Cluster, tmp_path: Path, job_environment: None, monkeypat
     return Job(cluster, SCRIPT, tmp_path / "run", ["model.path=none"])
 
 
+# A launcher's last words, and waiting for those of so many nodes: the first that ends may end the others.
+LOGS = 'for w in "$@"; do case $w in --logs=*) logs=${w#*=} ;; esac; done'
+OUTCOME = f'{LOGS}; echo "$said" > $logs/outcome.$SLURMD_NODENAME'
+TOLD = f'{LOGS}; until [ "$(cat $logs/outcome.* | wc -l)" -ge %d ]; do sleep 0.1; done'
+
+
 def test_crash_loop_ends_with_the_reason(pretender: Job) -> None:
     reason = "rank 3 on n2 ended of SIGSEGV: its last words"
     said = f'said="139 {reason}"; [ "$SLURM_PROCID" = 1 ] || said="1 rank 0 on n1 ended with status 1: lost its peer"'
-    outcome = 'for w in "$@"; do case $w in --logs=*) echo "$said" > ${w#*=}/outcome.$SLURMD_NODENAME; esac; done'
-    pretender.submit(RLVR_MAX_TRIES="2", PRETEND=f"{said}; {outcome}; sleep 0.5; exit ${{said%% *}}")
+    pretender.submit(RLVR_MAX_TRIES="2", PRETEND=f"{said}; {OUTCOME}; {TOLD % 2}; exit ${{said%% *}}")
     assert pretender.finish() == "FAILED"
     history = pretender.history()
     assert len(re.findall(rf"attempt \d: failed: {reason}", history)) == 2
@@ -147,13 +152,10 @@ def test_cancelled_job_stays_cancelled(pretender: Job) -> None:
 
 
 def test_killed_launcher_is_a_crash_even_if_the_rest_stopped_well(pretender: Job) -> None:
-    outcome = 'for w in "$@"; do case $w in --logs=*) echo "75 stopped" > ${w#*=}/outcome.$SLURMD_NODENAME; esac; done'
-    pretender.submit(RLVR_MAX_TRIES="1", PRETEND=f'[ "$SLURM_PROCID" = 1 ] && kill -9 $$; {outcome}; exit 75')
+    killed = f'[ "$SLURM_PROCID" = 1 ] && {{ {TOLD % 1}; kill -9 $$; }}'
+    pretender.submit(RLVR_MAX_TRIES="1", PRETEND=f'{killed}; said="75 stopped"; {OUTCOME}; exit 75')
     assert pretender.finish() == "FAILED"
     assert "failed: the launcher of a node was killed" in pretender.history()
-
-
-OUTCOME = 'for w in "$@"; do case $w in --logs=*) echo "$said" > ${w#*=}/outcome.$SLURMD_NODENAME; esac; done'
 
 
 def test_nothing_of_the_job_that_it_is_submitted_from_matters(pretender: Job) -> None:
@@ -170,7 +172,7 @@ def test_nothing_of_the_job_that_it_is_submitted_from_matters(pretender: Job) ->
     }
     told = 'echo "step of $SLURM_CPUS_PER_TASK cores, bind ${SLURM_CPU_BIND:-not}, processes $*"'
     said = 'said="0 "; [ ${SLURM_RESTART_COUNT:-0} = 1 ] || said="1 broken"'
-    pretender.submit(PRETEND=f"{told}; {said}; {OUTCOME}; exit ${{said%% *}}", **outer)
+    pretender.submit(PRETEND=f"{told}; {said}; {OUTCOME}; {TOLD % 2}; exit ${{said%% *}}", **outer)
     assert pretender.finish() == "COMPLETED", pretender.cluster.output(pretender.id)
     attempts = re.findall(r"attempt (\d): try \d", pretender.history())
     assert attempts == ["0", "1"]
