@@ -7,8 +7,8 @@ SGLANG_VENV := .venv-sglang
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge shellcheck
 # Its tests use the environment that SGLANG_PYTHON names, if it does.
 SGLANG_READY := $(if $(SGLANG_PYTHON),,$(SGLANG_VENV)/.installed)
-# Two test processes: the tests wait for other processes much of the time. PARALLEL= runs them one after another.
-PARALLEL ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# More test processes than cores: the tests wait for other processes much of the time. PARALLEL= runs one after another.
+PARALLEL ?= --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false

@@ -33,6 +33,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFixture:
     return ByFixture(config, log)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In several processes, the two longest scopes, a cluster and servers, begin, so that nobody waits for them."""
+    if hasattr(config, "workerinput"):
+        longest = ("tests/integration/slurm", "tests/integration/sglang")
+        items.sort(key=lambda item: not item.nodeid.startswith(longest))
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: Qwen2, 4 layers, hidden 32, random weights that are far from zero."""
