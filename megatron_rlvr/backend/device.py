@@ -100,9 +100,9 @@ def install() -> None:
         torch.compile = compiler
 
 
-def _as_it_is(function: Any) -> Any:
-    """Stands for torch.compile."""
-    return function
+def _as_it_is(function: Any = None, **_options: Any) -> Any:
+    """Stands for torch.compile, as a function and as a decorator."""
+    return _as_it_is if function is None else function
 
 
 def _load_megatron() -> None:
