@@ -104,12 +104,12 @@ def test_evaluation_of_a_checkpoint(uninterrupted: Job, tmp_path: Path, job_envi
 # What needs no training: a Python that pretends ----------------------------------------------------------------------
 
 PRETENDER = """#!/bin/bash
-# The preflight is content, or does what $PREFLIGHT says; everything else does what $PRETEND says.
+# The preflight is content, or does what $PREFLIGHT says; all else does what $PRETEND says, a launcher with $logs.
 case "$*" in
     *cluster.preflight*)
         report=$(tr ' ' '\\n' <<< "$*" | sed -n 's/^--report=//p')
         mkdir -p "$report" && eval "${PREFLIGHT:-echo 0 fine > $report/verdict}" ;;
-    *) eval "$PRETEND" ;;
+    *) logs=$(tr ' ' '\\n' <<< "$*" | sed -n 's/^--logs=//p'); eval "$PRETEND" ;;
 esac
 """
 
@@ -124,9 +124,8 @@ def pretender(cluster: Cluster, tmp_path: Path, job_environment: None, monkeypat
 
 
 # A launcher's last words, and waiting for those of so many nodes: the first that ends may end the others.
-LOGS = 'for w in "$@"; do case $w in --logs=*) logs=${w#*=} ;; esac; done'
-OUTCOME = f'{LOGS}; echo "$said" > $logs/outcome.$SLURMD_NODENAME'
-TOLD = f'{LOGS}; until [ "$(cat $logs/outcome.* | wc -l)" -ge %d ]; do sleep 0.1; done'
+OUTCOME = '[ -z "$logs" ] || echo "$said" > $logs/outcome.$SLURMD_NODENAME'
+TOLD = 'until [ "$(cat $logs/outcome.* | wc -l)" -ge %d ]; do sleep 0.1; done'
 
 
 def test_crash_loop_ends_with_the_reason(pretender: Job) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.conftest import ROOT, environment
+from tests.conftest import launch
 
 LOADED = """
 import gc, sys, torch
@@ -32,22 +29,16 @@ device.install()
 """
 
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, capture_output=True, text=True)
-
-
 def test_torch_and_the_garbage_collector_are_as_before() -> None:
-    done = run(LOADED)
-    assert done.returncode == 0, done.stderr
+    launch(["-c", LOADED], processes=1, check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the fusions compiled")
 def test_fusions_run_uncompiled_on_the_cpu() -> None:
-    done = run(LOADED + UNCOMPILED)
-    assert done.returncode == 0, done.stderr
+    launch(["-c", LOADED + UNCOMPILED], processes=1, check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is read as the CPU")
 def test_megatron_loaded_too_early_is_named() -> None:
-    done = run(TOO_LATE)
+    done = launch(["-c", TOO_LATE], processes=1, check=False)
     assert done.returncode == 1 and "call install() first" in done.stderr
