@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement
-from results import Difference, Run, Runs, difference, spread
+from results import Difference, Run, Runs, difference, percents, spread, tracking_errors
 
 from megatron_rlvr.control import EntropyCurve
 
@@ -150,11 +150,12 @@ def long_section(runs: Runs, names: Sequence[str], curves: dict[str, EntropyCurv
             apart = "" if name == static else str(difference(runs, name, static, value))
             cells.append(f"{spread(value(run) for run in runs[name].values())} | {apart}")
         lines.append(f"| {name} | {len(runs[name])} | " + " | ".join(cells) + " |")
-    for name in (name for name in present if name in curves):
-        errors = [run.tracking_error(curves[name]) for _, run in sorted(runs[name].items())]
-        lines += [
-            "",
-            f"{name} is off its curve by {100 * statistics.mean(errors):.1f} % root mean square (each seed "
-            f"{', '.join(f'{100 * e:.1f}' for e in errors)}).",
-        ]
+    for name in present:
+        if name in curves:
+            errors = tracking_errors(runs[name], curves[name])
+            mean = 100 * statistics.mean(errors)
+            lines += [
+                "",
+                f"{name} is off its curve by {mean:.1f} % root mean square (each seed {percents(errors)}).",
+            ]
     return [*lines, "", f"![long runs]({folder}/long.png)"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import figures
 from ablations import authority_section, long_section, regime_section, splits_section
 from measurements import Measurement
-from results import KS, Difference, Run, Runs, above_course, difference, spread, write_csv
+from results import KS, Difference, Run, Runs, above_course, difference, percents, spread, tracking_errors, write_csv
 
 from megatron_rlvr.control import EntropyCurve
 
@@ -47,7 +47,7 @@ def write_report(
     folder = document.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     shown = [name for name in strategies if runs.get(name)]
-    followed = {name: curve for name, curve in curves.items() if runs.get(name) and name not in long}
+    followed = {name: curve for name, curve in curves.items() if name in shown}
     if followed:
         figures.tracking(runs, followed, folder / "tracking.png")
     figures.courses(runs, shown, folder / "courses.png")
@@ -117,12 +117,12 @@ def _tracking(runs: Runs, curves: dict[str, EntropyCurve], folder: str) -> list[
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, curve in curves.items():
-        errors = [run.tracking_error(curve) for _, run in sorted(runs[name].items())]
+        errors = tracking_errors(runs[name], curve)
         floor = statistics.mean(run.noise_floor for run in runs[name].values())
         free = [run.tracking_error(curve) for seed, run in runs.get("grpo", {}).items() if seed in runs[name]]
         beside = f"{100 * statistics.mean(free):.1f} %" if free else ""
         lines.append(
-            f"| {name} | {100 * statistics.mean(errors):.1f} % | {', '.join(f'{100 * e:.1f}' for e in errors)} "
+            f"| {name} | {100 * statistics.mean(errors):.1f} % | {percents(errors)} "
             f"| {100 * floor:.1f} % | {beside} | {sum(e <= 0.05 for e in errors)} of {len(errors)} seeds |"
         )
     return [*lines, "", f"![tracking]({folder}/tracking.png)"]

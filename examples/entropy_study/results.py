@@ -103,6 +103,16 @@ def difference(runs: Runs, strategy: str, other: str, value: Callable[[Run], flo
     return Difference.of([x for x in each if math.isfinite(x)])
 
 
+def tracking_errors(of_seed: dict[int, Run], curve: EntropyCurve) -> list[float]:
+    """`Run.tracking_error` of each seed, in their order."""
+    return [run.tracking_error(curve) for _, run in sorted(of_seed.items())]
+
+
+def percents(values: Iterable[float]) -> str:
+    """``1.0, 2.5`` for 0.01 and 0.025."""
+    return ", ".join(f"{100 * value:.1f}" for value in values)
+
+
 def spread(values: Iterable[float], digits: int = 3) -> str:
     """Mean ± standard deviation of what is finite."""
     finite = [v for v in values if math.isfinite(v)]
