@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_rlvr.config import Config, EvaluationConfig, RolloutConfig, SGLangConfig
 from megatron_rlvr.control import build_schedule
-from megatron_rlvr.errors import UserError, mendable
+from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.objectives import build_objective
 
 
@@ -119,7 +119,7 @@ def check(config: Config) -> None:
         raise UserError(f"optimizer.cpu_offload must lie in [0, 1], not {config.optimizer.cpu_offload}")
     if config.optimizer.cpu_offload and not parallel.distributed_optimizer:
         raise UserError("optimizer.cpu_offload needs parallel.distributed_optimizer=true: set it, or offload nothing")
-    with mendable():
+    with as_user_error():
         build_schedule(algorithm.schedule, config.steps)
         build_objective(**algorithm.objective)
     longest = config.data.max_prompt_tokens + rollout.max_tokens

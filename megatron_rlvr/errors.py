@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def mendable() -> Iterator[None]:
+def as_user_error() -> Iterator[None]:
     """Raise a ValueError from inside as a UserError: for `control` and `objectives`, which know nothing of ours."""
     try:
         yield

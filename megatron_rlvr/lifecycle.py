@@ -21,7 +21,7 @@ EXIT_STOPPED = 75
 
 
 @contextmanager
-def owned(directory: Path) -> Iterator[Path]:
+def locked_run_directory(directory: Path) -> Iterator[Path]:
     """Hold the run directory for this process; the lock goes when the process does, however it ends.
 
     Raises:
@@ -55,7 +55,7 @@ def owned(directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def full_disk_told(directory: Path) -> Iterator[None]:
+def user_error_on_full_disk(directory: Path) -> Iterator[None]:
     """A disk that fills under a run ends it in one line: a checkpoint written in the background may be what fills it.
 
     Raises:

@@ -20,28 +20,32 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import torch
 
-from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_checks import warnings_of
 from megatron_rlvr.config_file import load_config, save_config
 from megatron_rlvr.control import build_schedule
-from megatron_rlvr.errors import UserError, mendable
-from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, StopSignal, full_disk_told, owned
+from megatron_rlvr.errors import UserError, as_user_error
+from megatron_rlvr.lifecycle import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    StopSignal,
+    locked_run_directory,
+    user_error_on_full_disk,
+)
+from megatron_rlvr.megatron import parallel
 from megatron_rlvr.objectives import build_objective, group_advantages
+from megatron_rlvr.rollout.collection import RolloutCollector
+from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
+from megatron_rlvr.rollout.engines.build import build_engine
+from megatron_rlvr.rollout.tokenization import Tokenization
+from megatron_rlvr.telemetry.reporter import Reporter
 from megatron_rlvr.telemetry.timer import StepTimer
-
-device.install()  # before anything imports megatron.core
-
-from megatron_rlvr.backend.aggregation import token_weights  # noqa: E402
-from megatron_rlvr.backend.checkpoint import Checkpoints  # noqa: E402
-from megatron_rlvr.backend.policy import Policy, UpdateReport, learning_rate  # noqa: E402
-from megatron_rlvr.rollout.build import build_engine  # noqa: E402
-from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
-from megatron_rlvr.rollout.engine import EngineLostError, RolloutError  # noqa: E402
-from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
-from megatron_rlvr.step_metrics import entropy_shift, measure_rollout, update_metrics  # noqa: E402
-from megatron_rlvr.telemetry.reporter import Reporter  # noqa: E402
-from megatron_rlvr.verifiers import build_pool  # noqa: E402
+from megatron_rlvr.training.checkpoint import Checkpoints
+from megatron_rlvr.training.policy import Policy, UpdateReport, learning_rate
+from megatron_rlvr.training.step_metrics import entropy_shift, measure_rollout, update_metrics
+from megatron_rlvr.training.token_weights import token_weights
+from megatron_rlvr.verifiers import build_pool
 
 
 def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
@@ -60,7 +64,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     first = tokens_seen = 0
     if (state := checkpoints.load_newest(policy)) is not None:
         first, tokens_seen = state["step"], state["tokens_seen"]
-        with mendable():
+        with as_user_error():
             schedule.load_state_dict(state["schedule"])
             objective.load_state_dict(state["objective"])
         engine.update_weights(first)
@@ -178,11 +182,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return EXIT_DONE if arguments else EXIT_USER_ERROR
         config = load_config(arguments[0], arguments[1:])
         torch.set_num_threads(config.threads or torch.get_num_threads())
-        with full_disk_told(Path(config.run_directory)), ExitStack() as resources:
+        with user_error_on_full_disk(Path(config.run_directory)), ExitStack() as resources:
             if rank == 0:
                 for line in warnings_of(config):
                     print(f"warning: {line}", file=sys.stderr)
-                directory = resources.enter_context(owned(Path(config.run_directory)))
+                directory = resources.enter_context(locked_run_directory(Path(config.run_directory)))
                 save_config(config, directory / "config.yaml", begun=(directory / "checkpoints" / "latest").is_file())
             layout = resources.enter_context(parallel.parallel_groups(config.parallel, config.seed))
             return train(config, layout, resources)

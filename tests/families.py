@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from megatron_rlvr.backend import parallel
 from megatron_rlvr.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.megatron import parallel
 from megatron_rlvr.objectives import build_objective
-from megatron_rlvr.rollout.engine import Completion
 from tests.rendezvous import renew
 
 VOCABULARY = 96
@@ -125,7 +125,7 @@ def policy_config(folder: Path, layout: ParallelConfig) -> Config:
 
 def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tuple[Measurement, Any]:
     """What a policy in this layout makes of the batch, and the policy; log-probs on the last stage only."""
-    from megatron_rlvr.backend.policy import Policy
+    from megatron_rlvr.training.policy import Policy
 
     policy = Policy(policy_config(folder, layout), here)
     weights = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.parts)}

@@ -12,18 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 
-from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.config import ModelConfig, ParallelConfig
+from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron.bridge import PolicyBridge
+from megatron_rlvr.training.checkpoint import DirectSave, fingerprint
+from megatron_rlvr.weights.huggingface_folder import read_tensor, tensor_files
 from tests.rendezvous import renew
-
-device.install()
-
-from megatron.core import dist_checkpointing  # noqa: E402
-
-from megatron_rlvr.backend.checkpoint import DirectSave, fingerprint  # noqa: E402
-from megatron_rlvr.backend.huggingface import PolicyBridge  # noqa: E402
-from megatron_rlvr.backend.model_folder import read_tensor, tensor_files  # noqa: E402
 
 
 def reshard(folder: Path, target: Path, here: parallel.Layout, layout: ParallelConfig) -> None:

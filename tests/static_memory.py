@@ -18,13 +18,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.config import Config, ParallelConfig
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.megatron import parallel
 from megatron_rlvr.objectives import build_objective
-from megatron_rlvr.rollout.engine import Completion
 from tests.families import ADVANTAGE, VOCABULARY, WEIGHT, policy_config
 from tests.rendezvous import renew
 
@@ -98,13 +98,16 @@ def longest_batch() -> RolloutBatch:
 
 def held_and_peak(config: Config, here: parallel.Layout) -> tuple[int, int]:
     """Bytes that a policy adds to the process, measured after one update, and the most that it adds during the next."""
-    from megatron_rlvr.backend.policy import Policy
+    from megatron_rlvr.training.policy import Policy
 
     batch = longest_batch()
     before = live_bytes()
     policy = Policy(config, here)
     # megatron-core keeps something of the last microbatch, which is no part of the static memory.
-    wanted, policy.cut = policy.cut, dataclasses.replace(policy.cut, sequences=1, tokens=0)
+    wanted, policy.microbatching = (
+        policy.microbatching,
+        dataclasses.replace(policy.microbatching, sequences=1, tokens=0),
+    )
     scores = policy.score(batch, ADVANTAGE)
     wide = AffineThreshold(0.2, 0.0)
     thresholds, objective = ClipThresholds(wide, wide), build_objective("clip")
@@ -113,7 +116,7 @@ def held_and_peak(config: Config, here: parallel.Layout) -> tuple[int, int]:
         policy.update(batch, torch.arange(8), ADVANTAGE, WEIGHT, scores, thresholds, NEUTRAL, objective)
 
     update()
-    policy.cut = wanted
+    policy.microbatching = wanted
     held = live_bytes() - before
     with HighWater() as water:
         update()
@@ -121,7 +124,6 @@ def held_and_peak(config: Config, here: parallel.Layout) -> tuple[int, int]:
 
 
 def main(folder: Path, output: Path, layouts: list[str]) -> None:
-    device.install()
     from megatron.core import parallel_state
 
     torch.set_num_threads(1)

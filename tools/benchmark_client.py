@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.config import SGLangConfig
-from megatron_rlvr.rollout.engine import Completion, SamplingPolicy
-from megatron_rlvr.rollout.sglang.client import Client
-from megatron_rlvr.rollout.sglang.endpoint import Weights
+from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.rollout.engines.base import SamplingPolicy
+from megatron_rlvr.rollout.engines.sglang.client import Client
+from megatron_rlvr.rollout.engines.sglang.endpoint import Weights
 
 
 @cache

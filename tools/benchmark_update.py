@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 
-from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.megatron import device, parallel
 from megatron_rlvr.objectives import build_objective
-from megatron_rlvr.rollout.engine import Completion
 
 QWEN25_HALF_B = {
     "model_type": "qwen2",
@@ -67,8 +67,8 @@ def case_config(folder: Path, arguments: argparse.Namespace) -> Config:
 
 def planned(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
     """Bytes that the plan computes; in a process of its own, where it may pretend to be a rank."""
+    from megatron_rlvr.megatron.stage_shapes import model_stages
     from megatron_rlvr.planning.memory import phase_memory, static_memory
-    from megatron_rlvr.planning.stages import model_stages
 
     config = case_config(folder, arguments)
     shape, dtype, (stage,) = model_stages(config, 1)
@@ -96,7 +96,6 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def measure(folder: Path, arguments: argparse.Namespace, vocabulary: int) -> None:
-    device.install()  # before anything imports megatron.core
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(0, vocabulary, (arguments.prompt,), generator=generator).tolist()
     shape = (arguments.sequences, arguments.response)
@@ -108,7 +107,7 @@ def measure(folder: Path, arguments: argparse.Namespace, vocabulary: int) -> Non
     wide = AffineThreshold(0.2, 0.0)
     thresholds, objective = ClipThresholds(wide, wide), build_objective("clip")
     with parallel.parallel_groups(ParallelConfig(), seed=0) as here:
-        from megatron_rlvr.backend.policy import Policy
+        from megatron_rlvr.training.policy import Policy
 
         gc.collect()
         before = torch.cuda.memory_allocated() if device.on_gpu() else 0

@@ -21,15 +21,13 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron.bridge import PolicyBridge, read_config
+from megatron_rlvr.weights import conversion
 
 warnings.simplefilter("ignore")
-device.install()  # before anything imports megatron.core
-
-from megatron_rlvr.backend import conversion  # noqa: E402
-from megatron_rlvr.backend.huggingface import PolicyBridge, read_config  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

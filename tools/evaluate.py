@@ -17,22 +17,19 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
+from megatron_rlvr.megatron import parallel
+from megatron_rlvr.rollout.collection import RolloutCollector
+from megatron_rlvr.rollout.engines.build import build_engine
+from megatron_rlvr.rollout.tokenization import Tokenization
+from megatron_rlvr.training.checkpoint import Checkpoints
+from megatron_rlvr.training.policy import Policy
 from megatron_rlvr.verifiers import build_pool
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 warnings.simplefilter("ignore")
-device.install()  # before anything imports megatron.core
-
-from megatron_rlvr.backend.checkpoint import Checkpoints  # noqa: E402
-from megatron_rlvr.backend.policy import Policy  # noqa: E402
-from megatron_rlvr.rollout.build import build_engine  # noqa: E402
-from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
-from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
 
 
 def evaluate(config: Config, run: Path, initial: bool, layout: parallel.Layout, resources: ExitStack) -> dict:

@@ -28,24 +28,22 @@ import torch
 from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement, read
 from torch import Tensor
 
-from megatron_rlvr.backend import device, parallel
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import load_config
 from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.megatron import parallel
 from megatron_rlvr.objectives import build_objective, group_advantages
+from megatron_rlvr.rollout.collection import RolloutCollector
+from megatron_rlvr.rollout.engines.build import build_engine
+from megatron_rlvr.rollout.tokenization import Tokenization
+from megatron_rlvr.training.checkpoint import Checkpoints
+from megatron_rlvr.training.head import LOSS_SUMS
+from megatron_rlvr.training.policy import Policy
+from megatron_rlvr.training.step_metrics import measure_rollout
+from megatron_rlvr.training.token_weights import token_weights
+from megatron_rlvr.verifiers import VerifierPool, build_verifier
 
 warnings.simplefilter("ignore")
-device.install()  # before anything imports megatron.core
-
-from megatron_rlvr.backend.aggregation import token_weights  # noqa: E402
-from megatron_rlvr.backend.checkpoint import Checkpoints  # noqa: E402
-from megatron_rlvr.backend.head import LOSS_SUMS  # noqa: E402
-from megatron_rlvr.backend.policy import Policy  # noqa: E402
-from megatron_rlvr.rollout.build import build_engine  # noqa: E402
-from megatron_rlvr.rollout.collect import RolloutCollector  # noqa: E402
-from megatron_rlvr.rollout.tokenization import Tokenization  # noqa: E402
-from megatron_rlvr.step_metrics import measure_rollout  # noqa: E402
-from megatron_rlvr.verifiers import VerifierPool, build_verifier  # noqa: E402
 
 OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "entropy_study" / "authority.csv"
 

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_rlvr.backend import device
 from megatron_rlvr.cluster.torchrun import die_with_parent, node_name
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
-from megatron_rlvr.rollout.sglang.server import ServerPool, gpus_of_a_server, visible_gpus
+from megatron_rlvr.megatron import device
+from megatron_rlvr.rollout.engines.sglang.server import ServerPool, gpus_of_a_server, visible_gpus
 
 _WATCH_PERIOD_S = 0.5
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rlvr.rollout.engine import Completion
+from megatron_rlvr.data.completion import Completion
 
 
 @dataclass

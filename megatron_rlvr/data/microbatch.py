@@ -14,7 +14,7 @@ from megatron_rlvr.data.batch import RolloutBatch
 
 
 @dataclass(frozen=True)
-class Cut:
+class MicrobatchConfig:
     """How a minibatch is cut into microbatches.
 
     Attributes:
@@ -81,21 +81,21 @@ def zigzag(boundaries: Sequence[int], size: int, rank: int) -> Tensor:
     return torch.cat(found)
 
 
-def partition(batch: RolloutBatch, sequences: Tensor, cut: Cut, at_least: int = 1) -> list[Tensor]:
+def partition(batch: RolloutBatch, sequences: Tensor, config: MicrobatchConfig, at_least: int = 1) -> list[Tensor]:
     """Share `sequences` (int64 [n]) out to microbatches, int64 [m] each; empty ones fill up to `at_least`.
 
     Sequences of like length share a padded microbatch, so that little of it is padding. Packed microbatches are
     balanced: the longest sequence left goes to the emptiest one, as many as the budget takes.
     """
     exact = (batch.prompt_lengths + batch.response_lengths)[sequences]
-    if not cut.tokens:
-        count = max(at_least, -(-len(sequences) // (cut.sequences or max(1, len(sequences)))))
+    if not config.tokens:
+        count = max(at_least, -(-len(sequences) // (config.sequences or max(1, len(sequences)))))
         if count == 1:
             return [sequences]
         ordered = sequences[exact.argsort(descending=True, stable=True)]
-        return list(ordered.tensor_split(count) if count == at_least else ordered.split(cut.sequences))
-    lengths: list[int] = (-(-exact // cut.unit) * cut.unit).tolist()
-    count = max(at_least, -(-sum(lengths) // cut.tokens))
+        return list(ordered.tensor_split(count) if count == at_least else ordered.split(config.sequences))
+    lengths: list[int] = (-(-exact // config.unit) * config.unit).tolist()
+    count = max(at_least, -(-sum(lengths) // config.tokens))
     while True:
         loads = [(0, number) for number in range(count)]
         members: list[list[int]] = [[] for _ in range(count)]
@@ -103,12 +103,12 @@ def partition(batch: RolloutBatch, sequences: Tensor, cut: Cut, at_least: int = 
             load, number = heapq.heappop(loads)
             members[number].append(index)
             heapq.heappush(loads, (load + lengths[index], number))
-        if max(loads)[0] <= cut.tokens or count >= len(lengths):
+        if max(loads)[0] <= config.tokens or count >= len(lengths):
             return [sequences[sorted(chosen)] for chosen in members]
         count += 1
 
 
-def microbatch(batch: RolloutBatch, sequences: Tensor, cut: Cut) -> Microbatch:
+def microbatch(batch: RolloutBatch, sequences: Tensor, config: MicrobatchConfig) -> Microbatch:
     """The microbatch of `sequences` (int64 [n]; none gives one of padding, which predicts nothing)."""
     prompt, response = batch.prompt_lengths[sequences], batch.response_lengths[sequences]
     lengths = prompt + response
@@ -125,12 +125,12 @@ def microbatch(batch: RolloutBatch, sequences: Tensor, cut: Cut) -> Microbatch:
         sequence_index=sequence,
         sequences=sequences,
     )
-    whole = cut.unit * cut.width_multiple
+    whole = config.unit * config.width_multiple
     real = position < lengths[:, None]
     if not len(sequences):
         found.tokens = torch.zeros(1, width, dtype=torch.int64)
-    if cut.tokens:
-        padded = -(-lengths // cut.unit) * cut.unit if len(sequences) else torch.ones(1, dtype=torch.int64)
+    if config.tokens:
+        padded = -(-lengths // config.unit) * config.unit if len(sequences) else torch.ones(1, dtype=torch.int64)
         padded[-1] += -int(padded.sum()) % whole
         ends = padded.cumsum(0)
         starts = ends - padded
@@ -141,22 +141,22 @@ def microbatch(batch: RolloutBatch, sequences: Tensor, cut: Cut) -> Microbatch:
         found.boundaries = torch.cat([starts[:1], ends]).int()
     elif found.tokens.size(1) % whole:
         found.tokens = torch.nn.functional.pad(found.tokens, (0, -found.tokens.size(1) % whole))
-    if cut.mark_padding:
+    if config.mark_padding:
         found.padding = torch.ones_like(found.tokens, dtype=torch.bool)
-        if cut.tokens:
+        if config.tokens:
             found.padding[0, starts[row] + column] = False
         else:
             found.padding[: len(real), :width] = ~real
-    if cut.context_size > 1:
-        _keep_own_part(found, cut)
+    if config.context_size > 1:
+        _keep_own_part(found, config)
     return found
 
 
-def _keep_own_part(part: Microbatch, cut: Cut) -> None:
+def _keep_own_part(part: Microbatch, config: MicrobatchConfig) -> None:
     """Leave of the tokens and rows those of this context-parallel rank."""
     count, width = part.tokens.shape
     own = zigzag(
-        [0, width] if part.boundaries is None else part.boundaries.tolist(), cut.context_size, cut.context_rank
+        [0, width] if part.boundaries is None else part.boundaries.tolist(), config.context_size, config.context_rank
     )
     local = torch.full((width,), -1)
     local[own] = torch.arange(len(own))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rlvr.config import Config
+from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage
 from megatron_rlvr.ops.vocab_projection import DEFAULT_CHUNK_BYTES
-from megatron_rlvr.planning.stages import ModelShape, Stage
 
 GIB = 1024**3
 CONTEXT_BYTES = 4 * GIB

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_checks import check
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage, model_stages
 from megatron_rlvr.planning.memory import (
     CONTEXT_BYTES,
     GIB,
@@ -19,7 +20,6 @@ from megatron_rlvr.planning.memory import (
     weight_sync,
 )
 from megatron_rlvr.planning.roofline import Hardware, StepTime, step_time
-from megatron_rlvr.planning.stages import ModelShape, Stage, model_stages
 
 
 @dataclass(frozen=True)

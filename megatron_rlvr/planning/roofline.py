@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rlvr.config import Config
+from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage
 from megatron_rlvr.planning.memory import microbatch, server_size, weight_sync
-from megatron_rlvr.planning.stages import ModelShape, Stage
 
 
 @dataclass(frozen=True)

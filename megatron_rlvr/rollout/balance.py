@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from megatron_rlvr.backend import parallel
 from megatron_rlvr.config import Config
 from megatron_rlvr.data import Example
+from megatron_rlvr.megatron import parallel
 from megatron_rlvr.rollout.groups import Group, RolledOut
 
 

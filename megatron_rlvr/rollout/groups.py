@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from megatron_rlvr.backend import parallel
 from megatron_rlvr.config import Config
 from megatron_rlvr.data import Example, PromptSampler
-from megatron_rlvr.rollout.engine import Completion, RolloutEngine, SamplingPolicy, StreamingEngine
+from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.megatron import parallel
+from megatron_rlvr.rollout.engines.base import RolloutEngine, SamplingPolicy, StreamingEngine
 from megatron_rlvr.rollout.recording import replay
 from megatron_rlvr.rollout.sampling import sample_seed
 from megatron_rlvr.rollout.tokenization import Tokenization

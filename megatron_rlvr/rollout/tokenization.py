@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.data import Example
+from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engine import Completion
 
 
 class Tokenization:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rlvr.backend.model_folder import INDEX, read_tensor, tensor_files
+from megatron_rlvr.weights.huggingface_folder import INDEX, read_tensor, tensor_files
 from tests.conftest import ROOT, launch, make_small_model, run_trainer
 from tests.families import FAMILIES, MIXTURES, make_family
 
@@ -104,7 +104,7 @@ def test_a_killed_conversion_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from megatron_rlvr.backend import whole_weights
+    from megatron_rlvr.weights import whole_weights
 
     source = make_family(tmp_path / "source", "qwen2-untied", num_hidden_layers=4)
     assert tool.main(["to-megatron", str(source), str(tmp_path / "checkpoint")]) == 0
@@ -250,7 +250,7 @@ def test_bad_input_is_one_line(
 def test_verification_finds_one_wrong_element(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_rlvr.backend.streamed_checkpoint import StreamedLoad
+    from megatron_rlvr.weights.streamed_checkpoint import StreamedLoad
 
     source = make_family(tmp_path / "source", "llama-untied")
     fill = StreamedLoad.fill

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_rlvr.megatron.stage_shapes import model_stages
 from megatron_rlvr.planning.memory import phase_memory, static_memory
-from megatron_rlvr.planning.stages import model_stages
 from tests.conftest import ROOT, launch
 from tests.families import make_family
 from tests.static_memory import layout_config

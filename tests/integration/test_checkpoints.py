@@ -94,7 +94,7 @@ def test_what_is_kept(arguments: list[str], tmp_path: Path, monkeypatch: pytest.
     """Every checkpoint an hour after the one before: every third for its time, the best, and the newest."""
     hours = count()
     clock = SimpleNamespace(time=lambda: 3600.0 * next(hours))
-    monkeypatch.setattr("megatron_rlvr.backend.checkpoint.time", clock)
+    monkeypatch.setattr("megatron_rlvr.training.checkpoint.time", clock)
     settings = ["steps=8", "checkpoint.keep=1", "checkpoint.keep_hours=3", "checkpoint.keep_best=reward"]
     assert main([*arguments, *settings]) == 0
     run = tmp_path / "run"

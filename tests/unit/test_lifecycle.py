@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.lifecycle import owned
+from megatron_rlvr.lifecycle import locked_run_directory
 
 
 def test_a_run_directory_has_one_owner(tmp_path: Path) -> None:
-    with owned(tmp_path / "run"), pytest.raises(UserError, match="is in use by process"), owned(tmp_path / "run"):
+    with (
+        locked_run_directory(tmp_path / "run"),
+        pytest.raises(UserError, match="is in use by process"),
+        locked_run_directory(tmp_path / "run"),
+    ):
         pass
-    with owned(tmp_path / "run"):
+    with locked_run_directory(tmp_path / "run"):
         pass
 
 
@@ -25,7 +29,7 @@ def test_a_file_system_without_locks_is_no_other_run(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with owned(tmp_path / "run") as directory:
+    with locked_run_directory(tmp_path / "run") as directory:
         assert directory.is_dir()
     assert (
         "has no locks (Function not implemented): see to it that no other run writes there" in capsys.readouterr().err

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.backend import device
 from megatron_rlvr.config import SGLangConfig
 from tests.conftest import ROOT
-
-device.install()
 
 PYTHON = Path(os.environ.get("SGLANG_PYTHON", ROOT / ".venv-sglang" / "bin" / "python"))
 
@@ -30,7 +27,7 @@ def sglang() -> SGLangConfig:
 @pytest.fixture(scope="session")
 def servers(sglang: SGLangConfig, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """A pool of one server with the small model."""
-    from megatron_rlvr.rollout.sglang.server import ServerPool
+    from megatron_rlvr.rollout.engines.sglang.server import ServerPool
 
     with ServerPool(sglang, small_model, "float32", tmp_path_factory.mktemp("sglang")) as pool:
         yield pool

@@ -15,11 +15,12 @@ import httpx
 import pytest
 import torch
 
-from megatron_rlvr.backend import parallel
 from megatron_rlvr.config import Config, ModelConfig, ParallelConfig, RolloutConfig, SGLangConfig
 from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engine import Completion, SamplingPolicy
+from megatron_rlvr.megatron import parallel
+from megatron_rlvr.rollout.engines.base import SamplingPolicy
 from tests.conftest import make_small_model
 
 WAYS = ("disk", "tensor", "distributed")
@@ -37,7 +38,7 @@ def layout() -> Iterator[parallel.Layout]:
 
 @pytest.fixture
 def policy(layout: parallel.Layout, small_model: Path):
-    from megatron_rlvr.backend.policy import Policy
+    from megatron_rlvr.training.policy import Policy
 
     rollout = RolloutConfig(temperature=TEMPERATURE)
     return Policy(Config(model=ModelConfig(path=str(small_model)), rollout=rollout), layout)
@@ -46,7 +47,7 @@ def policy(layout: parallel.Layout, small_model: Path):
 @pytest.fixture
 def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytest.FixtureRequest):
     """An engine of this test's own on the shared server, which it watches over as if it had started it."""
-    from megatron_rlvr.rollout.sglang.engine import SGLangEngine
+    from megatron_rlvr.rollout.engines.sglang.engine import SGLangEngine
 
     config = Config(run_directory=str(tmp_path / "run"))
     settings = {"bucket_mb": 1, "check_weights": True, **getattr(request, "param", {})}
@@ -238,8 +239,8 @@ def test_context_is_too_short(engine) -> None:
 
 
 def test_another_model_behind_the_url(layout, servers, sglang: SGLangConfig, tmp_path: Path) -> None:
-    from megatron_rlvr.backend.policy import Policy
-    from megatron_rlvr.rollout.sglang.engine import SGLangEngine
+    from megatron_rlvr.rollout.engines.sglang.engine import SGLangEngine
+    from megatron_rlvr.training.policy import Policy
 
     other = make_small_model(tmp_path / "other", hidden=48)
     config = Config(model=ModelConfig(path=str(other)), run_directory=str(tmp_path / "run"))

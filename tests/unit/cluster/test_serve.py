@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.backend import device
 from megatron_rlvr.cluster.serve import node_pool
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron import device
 
 
 @pytest.fixture

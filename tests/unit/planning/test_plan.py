@@ -14,9 +14,9 @@ import torch
 
 from megatron_rlvr.config import Config, ModelConfig, ParallelConfig
 from megatron_rlvr.config_file import load_config
+from megatron_rlvr.megatron.stage_shapes import model_stages
 from megatron_rlvr.planning.memory import CONTEXT_BYTES, phase_memory, static_memory
 from megatron_rlvr.planning.report import make_plan
-from megatron_rlvr.planning.stages import model_stages
 from tests.conftest import ROOT
 from tests.families import FAMILIES, make_family
 

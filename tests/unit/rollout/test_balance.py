@@ -8,8 +8,8 @@ from itertools import product
 
 import pytest
 
+from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.rollout.balance import balanced_owners, group_cost
-from megatron_rlvr.rollout.engine import Completion
 from megatron_rlvr.rollout.groups import Group
 from megatron_rlvr.verifiers import Verdict
 

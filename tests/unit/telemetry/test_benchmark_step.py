@@ -1,14 +1,12 @@
 import io
 import json
-import sys
 from pathlib import Path
 
+import benchmark_step
 import pytest
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[3]
-sys.path.insert(0, str(ROOT / "tools"))
-import benchmark_step  # noqa: E402
 
 
 def test_both_halves_get_prompts_of_the_same_number_of_tokens(tmp_path):

@@ -1,0 +1,20 @@
+"""Whether this process computes on a GPU or on the CPU."""
+
+from __future__ import annotations
+
+import torch
+
+
+def on_gpu() -> bool:
+    """Whether tensors of this process live on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process's model and batches."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
+
+
+def collective_backend() -> str:
+    """The name of the torch.distributed backend: ``nccl`` on a GPU, ``gloo`` on the CPU."""
+    return "nccl" if on_gpu() else "gloo"

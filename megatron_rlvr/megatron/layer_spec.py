@@ -1,0 +1,70 @@
+"""The one place that chooses between Transformer Engine's layers and megatron-core's local ones."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron import device
+from megatron_rlvr.megatron.attention import SDPAttention
+from megatron_rlvr.megatron.local_layers import GatedSiLU, LocalSelfAttention
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # megatron-core 0.16 defines it where Transformer Engine is installed only, and asks for it everywhere.
+    moe_utils.te_general_gemm = None
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm that tells megatron-core its gradient is partial under sequence parallelism.
+
+    megatron-core's WrappedTorchNorm refuses sequence parallelism; the mark below is all that is missing: with it
+    `finalize_model_grads` adds the weight's gradient over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: object):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device.device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def resolve(name: str) -> str:
+    """``auto`` becomes ``transformer_engine`` on a GPU that has it and ``local`` elsewhere.
+
+    Raises:
+        UserError: when Transformer Engine is asked for and not installed.
+    """
+    if name == "local" or (name == "auto" and not device.on_gpu()):
+        return "local"
+    try:
+        import transformer_engine  # noqa: F401
+    except ImportError:
+        raise UserError(
+            f"model.layer_spec={name} needs Transformer Engine, which is not installed: "
+            "pip install 'megatron-rlvr[gpu]', or set model.layer_spec=local"
+        ) from None
+    return "transformer_engine"
+
+
+def layer_spec(config: TransformerConfig, name: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The block spec of this pipeline stage for a resolved `name`."""
+    if name == "transformer_engine":
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.module = LocalSelfAttention
+    feed_forward = layer.submodules.mlp.submodules
+    (feed_forward.experts.submodules if config.num_moe_experts else feed_forward).activation_func = GatedSiLU
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SDPAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

@@ -1,0 +1,1 @@
+"""Rollout engines: the local one, SGLang servers, and replay of recorded rollouts."""

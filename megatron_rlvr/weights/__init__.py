@@ -1,0 +1,1 @@
+"""Weights at rest and in transit: Hugging Face folders, conversion, checkpoints, buckets."""

@@ -1,0 +1,123 @@
+"""Microbatches against a plain loop over sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.data.microbatch import MicrobatchConfig, microbatch, partition, zigzag
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
+RESPONSES = [[10], [11, 12, 13], [14, 15], [16, 17, 18, 19]]
+
+
+@pytest.fixture
+def batch() -> RolloutBatch:
+    completions = [
+        Completion(ids, [-0.5 * i for i in ids], "stop" if n % 2 else "length", 0) for n, ids in enumerate(RESPONSES)
+    ]
+    return RolloutBatch.from_completions(PROMPTS, completions, [0.0, 1.0, 0.0, 1.0], padding=99)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+@pytest.mark.parametrize("multiple_of", [1, 4])
+def test_rows_predict_exactly_the_response_tokens(batch: RolloutBatch, size: int, multiple_of: int) -> None:
+    chosen = torch.tensor([3, 0, 1])
+    seen = []
+    cut = MicrobatchConfig(sequences=size, width_multiple=multiple_of)
+    for part in (microbatch(batch, members, cut) for members in partition(batch, chosen, cut)):
+        b, s = part.tokens.shape
+        assert s % multiple_of == 0
+        for row, target, flat, index in zip(
+            *(x.tolist() for x in (part.rows, part.targets, part.flat, part.sequence_index)), strict=True
+        ):
+            position, sequence = divmod(row, b)
+            assert sequence == index
+            assert part.tokens[sequence, position + 1] == target
+            number = int(part.sequences[sequence])
+            offset = sum(len(r) for r in RESPONSES[:number])
+            head = PROMPTS[number // 2]
+            assert target == RESPONSES[number][flat - offset]
+            assert part.tokens[sequence, : position + 1].tolist() == (head + RESPONSES[number])[: position + 1]
+            seen.append(flat)
+    assert sorted(seen) == [0, 1, 2, 3, 6, 7, 8, 9]  # tokens of sequences 0, 1 and 3, each once
+
+
+def test_flat_arrays_and_flags(batch: RolloutBatch) -> None:
+    assert batch.rollout_logprob.tolist() == [-0.5 * t for r in RESPONSES for t in r]
+    assert batch.offsets.tolist() == [0, 1, 4, 6]
+    assert batch.truncated.tolist() == [True, False, True, False]
+    assert batch.group_size == 2
+    assert [m.tolist() for m in batch.minibatches(2)] == [[0, 1], [2, 3]]
+
+
+def test_zigzag_shares_the_causal_triangle() -> None:
+    assert zigzag([0, 8], 2, 0).tolist() == [0, 1, 6, 7] and zigzag([0, 8], 2, 1).tolist() == [2, 3, 4, 5]
+    boundaries = [0, 12, 18, 42]
+    ranks = [zigzag(boundaries, 3, rank) for rank in range(3)]
+    assert torch.cat(ranks).sort().values.tolist() == list(range(42))
+    seen = [sum(int(p) - max(b for b in boundaries if b <= p) for p in rank.tolist()) for rank in ranks]
+    assert len(set(seen)) == 1  # keys before each query, summed
+
+
+@pytest.mark.parametrize("tokens", [0, 24])
+@pytest.mark.parametrize("context", [1, 2, 3])
+@pytest.mark.parametrize("multiple_of", [1, 4])
+def test_context_parallel_ranks_and_packing(batch: RolloutBatch, tokens: int, context: int, multiple_of: int) -> None:
+    chosen = torch.tensor([3, 0, 1, 2])
+    seen = []
+    for rank in range(context):
+        cut = MicrobatchConfig(0 if tokens else 3, tokens, multiple_of, context, rank)
+        for members in partition(batch, chosen, cut):
+            part = microbatch(batch, members, cut)
+            count, width = part.tokens.shape
+            assert width % multiple_of == 0 and (count == 1 or not tokens)
+            whole = microbatch(batch, members, MicrobatchConfig(cut.sequences, tokens, multiple_of * cut.unit))
+            assert part.targets.equal(whole.targets) and part.flat.equal(whole.flat)
+            boundaries = [0, width * context] if part.boundaries is None else part.boundaries.tolist()
+            own = zigzag(boundaries, context, rank) if context > 1 else torch.arange(width)
+            if part.positions is not None:
+                assert part.positions.equal(own)
+            here = torch.arange(len(part.targets)) if part.here is None else part.here
+            for row, target, index in zip(
+                part.rows.tolist(), here.tolist(), part.sequence_index[here].tolist(), strict=True
+            ):
+                position, column = divmod(row, count)
+                number = int(part.sequences[index])
+                start = boundaries[index] if tokens else 0
+                at = int(own[position]) - start - len(PROMPTS[number // 2]) + 1
+                assert RESPONSES[number][at] == int(part.targets[target])
+                assert tokens or column == index
+                text = PROMPTS[number // 2] + RESPONSES[number]
+                assert int(part.tokens[column, position]) == text[int(own[position]) - start]
+                seen.append(int(part.flat[target]))
+    assert sorted(seen) == list(range(10))
+
+
+def test_packed_microbatches_keep_to_the_budget_and_balance(batch: RolloutBatch) -> None:
+    lengths = batch.prompt_lengths + batch.response_lengths  # 4, 6, 7, 9
+    chosen = torch.arange(4)
+    for budget, loads in ((26, [26]), (14, [13, 13]), (9, [4, 6, 7, 9])):
+        parts = partition(batch, chosen, MicrobatchConfig(tokens=budget))
+        assert sorted(int(lengths[part].sum()) for part in parts) == loads
+        assert torch.cat(parts).sort().values.tolist() == [0, 1, 2, 3]
+
+
+def test_padded_microbatches_hold_sequences_of_like_length(batch: RolloutBatch) -> None:
+    lengths = batch.prompt_lengths + batch.response_lengths  # 4, 6, 7, 9
+    chosen = torch.tensor([0, 3, 1, 2])
+    for at_least, expected in ((1, [[9, 7], [6, 4]]), (3, [[9, 7], [6], [4]])):
+        parts = partition(batch, chosen, MicrobatchConfig(sequences=2), at_least)
+        assert [lengths[part].tolist() for part in parts] == expected
+    assert [part.tolist() for part in partition(batch, chosen, MicrobatchConfig(sequences=4))] == [chosen.tolist()]
+
+
+@pytest.mark.parametrize("tokens", [0, 40])
+def test_empty_microbatches_fill_up(batch: RolloutBatch, tokens: int) -> None:
+    cut = MicrobatchConfig(tokens=tokens, context_size=2, width_multiple=3)
+    parts = partition(batch, torch.tensor([2, 1]), cut, at_least=3)
+    assert sorted(len(part) for part in parts) == [0, 1, 1]
+    empty = microbatch(batch, next(part for part in parts if not len(part)), cut)
+    assert len(empty.rows) == len(empty.targets) == 0 and empty.tokens.shape == (1, 6)

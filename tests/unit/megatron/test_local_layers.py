@@ -1,0 +1,38 @@
+"""The joined pieces of the local layers against their definitions, value and gradient in float64."""
+
+import pytest
+import torch
+
+from megatron_rlvr.megatron.local_layers import SplitAndRotate, _GatedSiLU
+
+
+def rotated(heads, angle):
+    """Each pair (x_i, x_{i + d/2}) turned by its position's angle."""
+    pairs = torch.complex(*heads.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+@pytest.mark.parametrize("batch", [1, 2], ids=["angles of all", "angles of each sequence"])
+@pytest.mark.parametrize(("groups", "heads"), [(2, 1), (2, 3), (1, 4)])
+def test_split_and_rotate(groups, heads, batch):
+    torch.manual_seed(0)
+    mixed = torch.randn(3, 2, groups, (heads + 2) * 4, dtype=torch.float64, requires_grad=True)
+    angle = torch.randn(3, batch, 1, 1, 2, dtype=torch.float64)
+    sizes = [heads * 4, 4, 4]
+
+    def apply(mixed):
+        return SplitAndRotate.apply(mixed, angle.cos(), angle.sin(), sizes)
+
+    query, key, value = (part.unflatten(-1, (-1, 4)) for part in mixed.split(sizes, dim=-1))
+    for found, expected in zip(apply(mixed), (rotated(query, angle), rotated(key, angle), value), strict=True):
+        torch.testing.assert_close(found, expected.flatten(2, 3))
+        assert found.is_contiguous()
+    assert torch.autograd.gradcheck(apply, mixed)
+
+
+def test_gated_silu():
+    torch.manual_seed(0)
+    both = torch.randn(3, 2, 10, dtype=torch.float64, requires_grad=True)
+    gate, up = both.chunk(2, dim=-1)
+    torch.testing.assert_close(_GatedSiLU.apply(both), gate * torch.sigmoid(gate) * up)
+    assert torch.autograd.gradcheck(_GatedSiLU.apply, both)

@@ -1,0 +1,205 @@
+"""The client against a server that answers at once, late, never, or nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_sglang import FakeServer, fake_server
+
+from megatron_rlvr.config import SGLangConfig
+from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engines.base import EngineLostError, SamplingPolicy
+from megatron_rlvr.rollout.engines.sglang.client import Client
+from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, Weights
+from megatron_rlvr.rollout.engines.sglang.protocol import sampling_parameters
+from megatron_rlvr.rollout.engines.sglang.weights import load_everywhere
+
+CONFIG = SGLangConfig(
+    concurrency=10, start_timeout_seconds=5, request_timeout_seconds=20, health_timeout_seconds=0.5, attempts=3
+)
+FOLDER = Path(__file__).parent
+SAMPLING = SamplingPolicy(samples=4, max_tokens=1)
+PROMPTS = [[100 * p, p] for p in range(1, 21)]
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with fake_server() as server:
+        yield server
+
+
+@pytest.fixture
+def other() -> Iterator[FakeServer]:
+    with fake_server() as server:
+        yield server
+
+
+def _generate(
+    urls: Sequence[str], config: SGLangConfig = CONFIG, version: int = 0, prompts: Sequence[list[int]] = PROMPTS
+) -> list[Completion]:
+    async def ask() -> list[Completion]:
+        async with Client(urls, config, Weights(version, FOLDER)) as client:
+            return await client.generate(prompts, SAMPLING, list(range(len(prompts) * SAMPLING.samples)))
+
+    return asyncio.run(ask())
+
+
+def _check(completions: list[Completion], version: int = 0) -> None:
+    expected = [Completion([sum(p)], [-0.5], "length", version) for p in PROMPTS for _ in range(SAMPLING.samples)]
+    assert completions == expected
+
+
+def test_concurrency_is_bounded_and_used(fake: FakeServer) -> None:
+    fake.delay = 0.02
+    _check(_generate([fake.url]))
+    assert fake.most_running == 8  # two prompts of four samples
+    assert len(fake.prompts) == 80
+
+
+def test_samples_of_a_prompt_go_to_one_server(fake: FakeServer, other: FakeServer) -> None:
+    fake.delay = other.delay = 0.05
+    _check(_generate([fake.url, other.url]))
+    ours, theirs = ({tuple(p) for p in server.prompts} for server in (fake, other))
+    assert not ours & theirs and len(ours | theirs) == 20
+    assert min(len(ours), len(theirs)) >= 6
+
+
+def test_server_that_hangs_up_loses_nothing(fake: FakeServer, other: FakeServer) -> None:
+    answered: list[int] = []
+
+    def die_after_five(body: dict[str, Any]) -> tuple[int, Any]:
+        if len(answered) >= 5:
+            return 0, None
+        answered.append(1)
+        return fake.completion(body)
+
+    fake.answer = die_after_five
+    _check(_generate([fake.url, other.url], dataclasses.replace(CONFIG, attempts=50)))
+    assert len(answered) == 5 and len(other.prompts) >= 60
+
+
+def test_hung_server_is_found_by_its_health(fake: FakeServer, other: FakeServer) -> None:
+    def hang(_: dict[str, Any]) -> tuple[int, Any]:
+        fake.healthy = False
+        time.sleep(15)
+        return 0, None
+
+    fake.answer = hang
+    began = time.monotonic()
+    _check(_generate([fake.url, other.url]))
+    assert time.monotonic() - began < 8
+
+
+def test_completion_that_takes_too_long_is_asked_again(fake: FakeServer) -> None:
+    slow = [True]
+
+    def first_one_slow(body: dict[str, Any]) -> tuple[int, Any]:
+        if body["input_ids"][0] == PROMPTS[0] and slow:
+            slow.pop()
+            time.sleep(3)
+        return fake.completion(body)
+
+    fake.answer = first_one_slow
+    began = time.monotonic()
+    _check(_generate([fake.url], dataclasses.replace(CONFIG, request_timeout_seconds=1.0)))
+    assert time.monotonic() - began < 2.8
+    assert fake.prompts.count(PROMPTS[0]) == 8
+
+
+def test_completion_that_kills_servers_ends_the_run(fake: FakeServer) -> None:
+    fake.answer = lambda body: (0, None)
+    with pytest.raises(UserError, match="3 SGLang servers were lost under one prompt"):
+        _generate([fake.url])
+
+
+def test_old_weights_are_replaced_before_anything_is_asked(fake: FakeServer) -> None:
+    _check(_generate([fake.url], version=4), version=4)
+    assert [load["weight_version"] for load in fake.loads] == ["4"]
+    assert fake.loads[0]["model_path"] == str(FOLDER) and fake.loads[0]["flush_cache"] is True
+
+
+def test_server_restarted_behind_our_back_gets_the_weights_again(fake: FakeServer) -> None:
+    fake.version = "4"
+    forgot = []
+
+    def forget(body: dict[str, Any]) -> tuple[int, Any]:
+        if len(fake.prompts) >= 30 and not forgot:
+            forgot.append(1)
+            fake.version = "default"
+        return fake.completion(body)
+
+    fake.answer = forget
+    _check(_generate([fake.url], version=4), version=4)
+    assert forgot and [load["weight_version"] for load in fake.loads] == ["4"]
+
+
+def test_version_that_does_not_take(fake: FakeServer) -> None:
+    fake.load = lambda body: (200, {"success": True})  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="serves weights of version 0 after it was given 4"):
+        _generate([fake.url], version=4)
+
+
+def test_refused_weights(fake: FakeServer) -> None:
+    fake.load = lambda body: (400, {"success": False, "message": "no such folder"})  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"did not take the weights in /.* .*no such folder"):
+        _generate([fake.url], version=4)
+
+
+def test_another_model_is_refused_before_it_gets_weights(fake: FakeServer) -> None:
+    class Trained:
+        model_type, architectures = "llama", None
+
+    async def load() -> list[str]:
+        return await load_everywhere([Endpoint(fake.url, CONFIG)], Weights(1, FOLDER), Trained, flush=True)
+
+    with pytest.raises(UserError, match="model_type=qwen2 instead of llama"):
+        asyncio.run(load())
+    assert not fake.loads
+
+
+def test_nobody_at_the_address() -> None:
+    config = dataclasses.replace(CONFIG, start_timeout_seconds=1.5)
+    with pytest.raises(EngineLostError, match=r"no SGLang server is left: http://127.0.0.1:9: .*cannot connect"):
+        _generate(["http://127.0.0.1:9"], config)
+
+
+GOOD = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-1.0, 5, None]], "weight_version": "0"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ((200, "<html>"), "malformed reply"),
+        ((200, [GOOD]), "malformed reply .*a list of 4 completions"),
+        ((200, [{"output_ids": [5]}] * 4), "malformed reply .*meta_info"),
+        ((200, [{"output_ids": [6], "meta_info": GOOD}] * 4), "of other tokens"),
+        ((200, [{"output_ids": [5, 5], "meta_info": GOOD}] * 4), "2 tokens with log-probs of 1"),
+        ((200, [{"output_ids": [5], "meta_info": GOOD | {"finish_reason": {"type": "bored"}}}] * 4), "'bored'"),
+        (
+            (200, [{"output_ids": [5], "meta_info": GOOD | {"output_token_logprobs": [[float("nan"), 5]]}}] * 4),
+            "no number",
+        ),
+        ((400, {"error": {"message": "longer than the context"}}), "status 400: .*longer than the context"),
+    ],
+)
+def test_malformed_reply(fake: FakeServer, reply: tuple[int, Any], expected: str) -> None:
+    fake.answer = lambda body: reply
+    with pytest.raises(UserError, match=expected) as caught:
+        _generate([fake.url])
+    assert "\n" not in str(caught.value)
+
+
+def test_sampling_parameters() -> None:
+    plain = sampling_parameters(SamplingPolicy(samples=2, max_tokens=9, temperature=0.7, top_p=0.9), seed=2**63 + 5)
+    assert plain["ignore_eos"] is True and "stop_token_ids" not in plain
+    assert (plain["temperature"], plain["top_p"], plain["top_k"], plain["max_new_tokens"]) == (0.7, 0.9, -1, 9)
+    assert plain["sampling_seed"] == 5
+    stopping = sampling_parameters(SamplingPolicy(samples=2, max_tokens=9, top_k=3, stop_token_ids=(1, 2)), seed=0)
+    assert stopping["stop_token_ids"] == [1, 2] and "ignore_eos" not in stopping and stopping["top_k"] == 3

@@ -1,0 +1,146 @@
+"""Servers as processes, with shell scripts in SGLang's place: what is said when one fails, and who stops it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_rlvr.config import SGLangConfig
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron import device
+from megatron_rlvr.rollout.engines.sglang.server import Server, ServerPool, command_line
+from tests.conftest import ROOT, environment
+
+
+def _program(folder: Path, body: str) -> str:
+    script = folder / "python"
+    script.write_text(f"#!/bin/sh\n{body}\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_arguments_become_a_command_line() -> None:
+    arguments = {"tensor_parallel_size": 2, "enable_metrics": True, "disable_radix_cache": False, "revision": None}
+    assert command_line(arguments) == ["--tensor-parallel-size", "2", "--enable-metrics"]
+    assert command_line({"json_model_override_args": {"a": 1}}) == ["--json-model-override-args", '{"a": 1}']
+
+
+def test_user_arguments_win_over_defaults(tmp_path: Path) -> None:
+    config = SGLangConfig(server={"max-total-tokens": 7, "dtype": "bfloat16"}, environment={"OMP_NUM_THREADS": "3"})
+    server = Server(config, "float32", tmp_path / "log")
+    assert server.arguments["max_total_tokens"] == 7 and server.arguments["dtype"] == "bfloat16"
+    assert server.environment["OMP_NUM_THREADS"] == "3"
+
+
+def test_servers_know_nothing_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its TORCHELASTIC_USE_AGENT_STORE a server would wait for a store that nobody starts."""
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HOME", "/somewhere")
+    environment = Server(SGLangConfig(), "float32", tmp_path / "log").environment
+    assert not [name for name in environment if "RANK" in name or "TORCHELASTIC" in name or "MASTER" in name]
+    assert environment["HOME"] == "/somewhere"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "each"),
+    [
+        ({}, 1),
+        ({"tp": 2}, 2),
+        ({"tensor-parallel-size": 2, "pp_size": 2}, 4),
+        ({"tp_size": 2, "dp": 2}, 4),
+        ({"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}, 4),
+    ],
+)
+def test_servers_of_one_machine_have_gpus_of_their_own(
+    arguments: dict[str, Any], each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer and its servers see the same GPUs, because CUDA IPC names one by its index."""
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    count = 8 // each
+    pool = ServerPool(SGLangConfig(servers=count, server=arguments), tmp_path, "bfloat16", tmp_path)
+    assert [server.arguments["base_gpu_id"] for server in pool.servers] == [each * n for n in range(count)]
+    later = ServerPool(SGLangConfig(servers=1, server=arguments | {"base_gpu_id": 4}), tmp_path, "bfloat16", tmp_path)
+    assert later.servers[0].arguments["base_gpu_id"] == 4
+    with pytest.raises(UserError, match=rf"{count + 1} servers .* of {each} GPUs each need more than the 8 GPUs"):
+        ServerPool(SGLangConfig(servers=count + 1, server=arguments), tmp_path, "bfloat16", tmp_path)
+
+
+def test_server_that_ends_is_quoted(tmp_path: Path) -> None:
+    config = SGLangConfig(python=_program(tmp_path, "echo starting; echo out of memory; exit 3"))
+    expected = rf"ended with status 3 before it was ready: see {tmp_path}/server_0.log, which ends with: out of memory"
+    with pytest.raises(UserError, match=expected), ServerPool(config, tmp_path, "float32", tmp_path):
+        pass
+
+
+def test_server_that_is_never_ready_is_stopped(tmp_path: Path) -> None:
+    # A child of the server's too: the whole group has to go.
+    program = _program(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/child; echo loading; exec sleep 1000")
+    config = SGLangConfig(python=program, start_timeout_seconds=1.0)
+    pool = ServerPool(config, tmp_path, "float32", tmp_path)
+    with pytest.raises(UserError, match=r"was not ready after .*=1: see .* which ends with: loading"), pool:
+        pass
+    child, deadline = int((tmp_path / "child").read_text()), time.monotonic() + 10  # it dies when it next runs
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("body", "given_up"), [("kill -9 $$", False), ("exit 1", True)], ids=["killed", "ends"])
+def test_server_that_is_killed_while_it_starts_is_started_again(body: str, given_up: bool, tmp_path: Path) -> None:
+    """One that ends by itself three times has something wrong; one that others kill has not."""
+    config = SGLangConfig(python=_program(tmp_path, body), start_timeout_seconds=60.0)
+    pool = ServerPool(config, tmp_path, "float32", tmp_path)
+    pool.servers[0].start(*pool.weights)
+    try:
+        for _ in range(6):
+            if pool.servers[0].process is not None:
+                pool.servers[0].process.wait(timeout=30)
+            pool._tend(pool.servers[0], probe=False)
+        assert (pool.failure is not None) == given_up and pool.servers[0].starts == (3 if given_up else 7)
+    finally:
+        pool.__exit__()
+
+
+def test_no_such_python(tmp_path: Path) -> None:
+    config = SGLangConfig(python="/nowhere/python")
+    with (
+        pytest.raises(UserError, match=r"rollout.sglang.python=/nowhere/python is no program"),
+        ServerPool(config, tmp_path, "float32", tmp_path),
+    ):
+        pass
+
+
+def test_server_dies_with_a_killed_trainer(tmp_path: Path) -> None:
+    program = _program(tmp_path, "exec sleep 1000")
+    code = f"""
+import time
+from pathlib import Path
+from megatron_rlvr.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.server import Server
+server = Server(SGLangConfig(python={program!r}), "float32", Path({str(tmp_path / "log")!r}))
+server.start(Path("model"), 0)
+print(server.process.pid, flush=True)
+time.sleep(1000)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT, stdout=subprocess.PIPE)
+    assert trainer.stdout is not None
+    try:
+        server = psutil.Process(int(trainer.stdout.readline()))
+        deadline = time.monotonic() + 20
+        while server.cmdline()[:1] != ["sleep"]:  # for a moment between two programs a process has no command line
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        trainer.kill()
+        trainer.wait()
+        trainer.stdout.close()
+    psutil.wait_procs([server], timeout=10)
+    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE

@@ -1,0 +1,207 @@
+"""Weights in buckets, and what happens when a server does not take one."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from fake_sglang import FakeServer, fake_server
+
+from megatron_rlvr.config import SGLangConfig
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint
+from megatron_rlvr.rollout.engines.sglang.identity import checksum
+from megatron_rlvr.rollout.engines.sglang.transfer import BroadcastTransfer, Receiver, SharedMemoryTransfer, Transfer
+from megatron_rlvr.rollout.engines.sglang.weights import stream_everywhere
+from megatron_rlvr.weights.buckets import Bucket, buckets
+from tests.conftest import environment
+
+CONFIG = SGLangConfig(update_timeout_seconds=5.0, health_timeout_seconds=2.0)
+TENSORS = {
+    "embed.weight": torch.randn(10, 8),
+    "a.weight": torch.randn(3, 5),
+    "a_norm.weight": torch.randn(7),
+    "half.weight": torch.randn(4, 4).bfloat16(),
+    "scalar": torch.tensor(3.0),
+    "b.weight": torch.randn(6, 2),
+}
+
+
+def _allocate(size: int) -> torch.Tensor:
+    return torch.full((size,), 255, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("size", [1, 64, 350, 10**6])
+def test_buckets_hold_every_tensor_once(size: int) -> None:
+    reused = torch.empty(80)
+
+    def exported() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in TENSORS.items():  # an exporter may give views of one buffer
+            view = reused.view(torch.uint8)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            yield name, view.copy_(tensor)
+
+    made = list(buckets(exported(), size, _allocate))
+    assert [b.last for b in made] == [False] * (len(made) - 1) + [True]
+    found = [pair for bucket in made for pair in bucket.tensors()]
+    assert [name for name, _ in found] == list(TENSORS)
+    for name, tensor in found:
+        assert torch.equal(tensor, TENSORS[name]) and tensor.dtype == TENSORS[name].dtype
+    for bucket in made:
+        assert len(bucket.flat) <= size or len(bucket.names) == 1
+    assert len(made) == {1: 6, 64: 5, 350: 4, 10**6: 3}[size]  # one dtype a bucket
+
+
+def test_one_bucket_is_in_memory_at_a_time(fake: FakeServer) -> None:
+    """While it is sent to a server, too."""
+
+    class Counting(SharedMemoryTransfer):
+        buffers: ClassVar[list[weakref.ref]] = []
+
+        def allocate(self, size: int) -> torch.Tensor:
+            assert not [reference for reference in self.buffers if reference() is not None]
+            buffer = super().allocate(size)
+            self.buffers.append(weakref.ref(buffer.untyped_storage()))
+            return buffer
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        fake.version = body.get("weight_version", fake.version)
+        return 200, {"success": True}
+
+    fake.control = control
+    assert _stream(fake, Counting()) == (None, 5)
+    assert len(Counting.buffers) == 5
+
+
+def test_checksum_is_that_of_the_bytes() -> None:
+    tensor = torch.arange(6, dtype=torch.int32)
+    assert checksum(tensor) == checksum(tensor.clone().view(2, 3)) == "cd9a54ed1f18bf97"
+    assert checksum(tensor) != checksum(tensor + 1)
+
+
+def test_shared_memory_leaves_nobody_waiting_for_our_output() -> None:
+    """torch's manager of shared memory outlives the trainer while a server knows it, and must not hold its pipes."""
+    program = """
+import os, psutil
+from megatron_rlvr.rollout.engines.sglang.transfer import SharedMemoryTransfer
+buffer = SharedMemoryTransfer().allocate(1000)
+buffer.fill_(1)
+managers = [p for p in psutil.Process().children() if "shm_manager" in p.name()]
+ours = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
+theirs = {os.readlink(f"/proc/{managers[0].pid}/fd/{fd}") for fd in os.listdir(f"/proc/{managers[0].pid}/fd")}
+print(len(managers), ours & theirs)
+os.write(2, b"still here")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=60
+    )
+    assert done.stdout.split("\n")[0] == "1 set()" and done.stderr.endswith("still here"), done.stderr
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with fake_server() as server:
+        yield server
+
+
+def _stream(
+    fake: FakeServer, transfer: Transfer, version: int = 3, config: SGLangConfig = CONFIG
+) -> tuple[str | None, int]:
+    taken = []
+
+    def stream() -> Iterator[Bucket]:
+        for bucket in buckets(TENSORS.items(), 64, transfer.allocate):
+            taken.append(bucket.names)
+            yield bucket
+            del bucket
+
+    with asyncio.Runner() as runner:
+        receiver = Receiver(Endpoint(fake.url, config), ranks=1, starts=1)
+        failure = stream_everywhere(runner, [receiver], transfer, stream(), version, flush=True, checked=False)
+    return failure, len(taken)
+
+
+def test_session_around_the_buckets_and_the_version_with_the_last(fake: FakeServer) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        asked.append((path, body))
+        fake.version = body.get("weight_version", fake.version)
+        return 200, {"success": True}
+
+    fake.control = control
+    assert _stream(fake, SharedMemoryTransfer()) == (None, 5)
+    assert [path for path, _ in asked] == [
+        "/begin_weight_update",
+        *["/update_weights_from_tensor"] * 5,
+        "/end_weight_update",
+    ]
+    assert [body.get("weight_version") for _, body in asked[1:-1]] == [None] * 4 + ["3"]
+    assert [body["flush_cache"] for _, body in asked[1:-1]] == [False] * 4 + [True]
+
+
+def test_open_session_of_a_failed_update_is_closed_first(fake: FakeServer) -> None:
+    asked: list[str] = []
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        asked.append(path)
+        fake.version = body.get("weight_version", fake.version)
+        return (400, {"success": False, "message": "already open"}) if len(asked) == 1 else (200, {"success": True})
+
+    fake.control = control
+    assert _stream(fake, SharedMemoryTransfer()) == (None, 5)
+    assert asked[:3] == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
+
+
+def test_server_that_falls_silent_in_an_update_is_found_by_its_health(fake: FakeServer) -> None:
+    """Long before ``update_timeout_seconds``; one that is only slow is waited for."""
+    slow = dataclasses.replace(CONFIG, update_timeout_seconds=60, health_timeout_seconds=0.5)
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/end_weight_update":
+            time.sleep(2.5)
+            fake.silent = fake.version == "4"
+        fake.version = body.get("weight_version", fake.version)
+        while fake.silent:
+            time.sleep(0.05)
+        return 200, {"success": True}
+
+    fake.control = control
+    assert _stream(fake, SharedMemoryTransfer(), config=slow) == (None, 5)
+    began = time.monotonic()
+    failure, taken = _stream(fake, SharedMemoryTransfer(), version=4, config=slow)
+    assert failure is not None and "/end_weight_update: silent, and so is /model_info" in failure and taken == 5
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("transfer", [SharedMemoryTransfer(), BroadcastTransfer(2.0)], ids=["tensor", "distributed"])
+def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transfer: Transfer) -> None:
+    refused = (
+        "/update_weights_from_tensor" if isinstance(transfer, SharedMemoryTransfer) else "/init_weights_update_group"
+    )
+    asked: list[str] = []
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        asked.append(path)
+        return (400, {"success": False, "message": "no"}) if path == refused else (200, {"success": True})
+
+    fake.control = control
+    failure, taken = _stream(fake, transfer)
+    assert failure is not None and "it answered" in failure and taken == 5
+    assert asked.count(refused) == 1
+    transfer.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
+
+
+def test_version_that_does_not_take(fake: FakeServer) -> None:
+    fake.control = lambda path, body: (200, {"success": True})
+    with pytest.raises(UserError, match="serves weights of version 0 after it was given 3"):
+        _stream(fake, SharedMemoryTransfer())

@@ -1,0 +1,151 @@
+"""The two passes of a step and the local engine against transformers in float64, every formula written out here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_rlvr.config import AlgorithmConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_rlvr.control import AffineThreshold, ClipThresholds
+from megatron_rlvr.control.steering import NEUTRAL
+from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.megatron import parallel
+from megatron_rlvr.objectives import build_objective
+from megatron_rlvr.rollout.engines.base import SamplingPolicy
+
+TEMPERATURE = 0.8
+LEARNING_RATE = 0.02
+PROMPTS = [[3, 4, 5, 105, 9, 106], [7, 8, 9, 10, 105, 50, 106]]
+THRESHOLDS = ClipThresholds(lower=AffineThreshold(0.3, -0.13), upper=AffineThreshold(0.5, -0.25))
+
+
+@pytest.fixture(scope="module")
+def layout() -> Iterator[parallel.Layout]:
+    with parallel.parallel_groups(ParallelConfig(), seed=0) as layout:
+        yield layout
+
+
+@pytest.fixture(params=[False, True], ids=["logits", "fused"])
+def policy(request: pytest.FixtureRequest, layout: parallel.Layout, small_model: Path):
+    from megatron_rlvr.training.policy import Policy
+
+    config = Config(
+        model=ModelConfig(path=str(small_model)),
+        rollout=RolloutConfig(temperature=TEMPERATURE),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad=1e9),
+        algorithm=AlgorithmConfig(fused_linear=request.param),
+        parallel=ParallelConfig(microbatch_sequences=3),
+    )
+    return Policy(config, layout)
+
+
+@pytest.fixture
+def reference(small_model: Path):
+    from transformers import Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM.from_pretrained(small_model).double()
+
+
+@pytest.fixture
+def batch() -> RolloutBatch:
+    generator = torch.Generator().manual_seed(1)
+    # transformers gives the pad token (109) no embedding gradient, so no response holds it
+    responses = [torch.randint(0, 108, (n,), generator=generator).tolist() for n in (4, 1, 7, 3, 6, 2, 5, 5)]
+    completions = [Completion(r, [-1.0] * len(r), "stop", 0) for r in responses]
+    return RolloutBatch.from_completions(PROMPTS, completions, [0, 1, 1, 0, 0, 0, 0, 1], padding=109)
+
+
+ADVANTAGE = torch.tensor([-0.9, 1.1, 0.7, -0.9, -0.5, 1.3, -0.5, 1.7])
+
+
+def _reference_logprobs(model, batch: RolloutBatch) -> torch.Tensor:
+    """float64 log-probabilities [T, V] of every response position, one sequence at a time."""
+    rows = []
+    for tokens, prompt, response in zip(batch.tokens, batch.prompt_lengths, batch.response_lengths, strict=True):
+        end = prompt + response
+        logits = model(tokens[None, :end]).logits[0, prompt - 1 : end - 1]
+        rows.append((logits / TEMPERATURE).log_softmax(-1))
+    return torch.cat(rows)
+
+
+def _targets(batch: RolloutBatch) -> torch.Tensor:
+    rows = zip(batch.tokens, batch.prompt_lengths, batch.response_lengths, strict=True)
+    return torch.cat([tokens[p : p + r] for tokens, p, r in rows])
+
+
+def test_score_is_exact(policy, reference, batch: RolloutBatch) -> None:
+    scores = policy.score(batch, ADVANTAGE)
+    with torch.no_grad():
+        logprobs = _reference_logprobs(reference, batch)
+    taken = logprobs.gather(1, _targets(batch)[:, None])[:, 0]
+    prob = logprobs.exp()
+    entropy = -(prob * logprobs).sum(1)
+    assert (scores.logprob - taken).abs().max() < 5e-6
+    assert (scores.entropy - entropy).abs().max() < 5e-6
+    # design 2: -A r [p_a (ln p_a + H) - sum p^2 (ln p + H)] with r = 1
+    advantage = ADVANTAGE.double()[batch.sequence_of_token()]
+    baseline = (prob**2 * (logprobs + entropy[:, None])).sum(1)
+    change = -advantage * (taken.exp() * (taken + entropy) - baseline)
+    assert (scores.entropy_change - change).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean"])
+def test_two_updates_have_the_exact_loss_and_gradient(policy, reference, batch: RolloutBatch, aggregation: str) -> None:
+    scores = policy.score(batch, ADVANTAGE)
+    everything = torch.arange(8)
+    lengths = batch.response_lengths
+    weight = (1.0 / lengths.sum()).expand(8) if aggregation == "token-mean" else 1.0 / (8 * lengths)
+    objective = build_objective("clip")
+    for _ in range(2):  # the second has ratios away from 1, some beyond their bounds
+        export = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.parts)}
+        reference.load_state_dict(export, strict=False)
+        report = policy.update(batch, everything, ADVANTAGE, weight.float(), scores, THRESHOLDS, NEUTRAL, objective)
+
+    index = batch.sequence_of_token()
+    advantage, old = ADVANTAGE.double()[index], scores.logprob.double()
+    taken = _reference_logprobs(reference, batch).gather(1, _targets(batch)[:, None])[:, 0]
+    ratio = (taken - old).exp()
+    high = (1 + 0.5) / (1 + 0.25 * old.exp())
+    low = (1 - 0.3) / (1 - 0.13 * old.exp())
+    clipped = torch.minimum(torch.maximum(ratio, low), high)
+    loss = -(weight.double()[index] * torch.minimum(ratio * advantage, clipped * advantage)).sum()
+    loss.backward()
+    outside_high, outside_low = (ratio > high) & (advantage > 0), (ratio < low) & (advantage < 0)
+    assert outside_high.any() and outside_low.any() and not (outside_high | outside_low).all()
+
+    from megatron_rlvr.training.head import LOSS_SUMS
+
+    sums = dict(zip(LOSS_SUMS, report.sums.tolist(), strict=True))
+    assert sums["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert sums["clipped_high"] == outside_high.sum() and sums["clipped_low"] == outside_low.sum()
+    norm = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm()
+    assert report.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    for ours, theirs in (
+        (policy.parts[-1].embedding.word_embeddings.weight, reference.model.embed_tokens.weight),
+        (policy.parts[-1].decoder.final_layernorm.weight, reference.model.norm.weight),
+        (policy.parts[-1].decoder.layers[1].mlp.linear_fc2.weight, reference.model.layers[1].mlp.down_proj.weight),
+    ):
+        assert (ours.main_grad - theirs.grad).norm() < 1e-5 * theirs.grad.norm()
+
+
+def test_local_engine_reports_the_policy_s_own_logprobs(policy, reference) -> None:
+    from megatron_rlvr.rollout.engines.local import LocalEngine
+
+    engine = LocalEngine(policy.parts, batch=5)  # two prompts do not fit together, so batches are cut
+    sampling = SamplingPolicy(samples=4, max_tokens=9, temperature=TEMPERATURE, stop_token_ids=tuple(range(0, 30)))
+    completions = engine.generate(PROMPTS, sampling, seeds=list(range(8)))
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    for number, completion in enumerate(completions):
+        head = PROMPTS[number // 4]
+        ids = completion.token_ids
+        assert (ids[-1] < 30) == (completion.finish_reason == "stop") and all(t >= 30 for t in ids[:-1])
+        with torch.no_grad():
+            logits = reference(torch.tensor([head + ids])).logits[0, len(head) - 1 : -1]
+        expected = (logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert (torch.tensor(completion.logprobs) - expected).abs().max() < 5e-6
+    alone = LocalEngine(policy.parts, batch=1000).generate(PROMPTS[1:], sampling, seeds=list(range(4, 8)))
+    assert [c.token_ids for c in alone] == [c.token_ids for c in completions[4:]]
