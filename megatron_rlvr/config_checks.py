@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_rlvr.config import Config, EvaluationConfig, RolloutConfig, SGLangConfig
+from megatron_rlvr.config import Config
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.objectives import build_objective
+from megatron_rlvr.rollout.config import EvaluationConfig, RolloutConfig
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 
 
 def check(config: Config) -> None:

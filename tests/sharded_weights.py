@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.bridge import PolicyBridge
+from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.training.checkpoint import DirectSave, fingerprint
 from megatron_rlvr.weights.huggingface_folder import read_tensor, tensor_files
 from tests.rendezvous import renew

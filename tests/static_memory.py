@@ -18,12 +18,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_rlvr.config import Config, ParallelConfig
+from megatron_rlvr.config import Config
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron.config import ParallelConfig
 from megatron_rlvr.objectives import build_objective
 from tests.families import ADVANTAGE, VOCABULARY, WEIGHT, policy_config
 from tests.rendezvous import renew

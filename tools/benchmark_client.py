@@ -18,10 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.rollout.engines.base import SamplingPolicy
 from megatron_rlvr.rollout.engines.sglang.client import Client
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Weights
 
 

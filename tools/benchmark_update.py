@@ -23,13 +23,15 @@ from typing import Any
 
 import torch
 
-from megatron_rlvr.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_rlvr.config import Config
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.megatron import device, parallel
+from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.objectives import build_objective
+from megatron_rlvr.rollout.config import RolloutConfig
 
 QWEN25_HALF_B = {
     "model_type": "qwen2",

@@ -21,10 +21,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.bridge import PolicyBridge, read_config
+from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.weights import conversion
 
 warnings.simplefilter("ignore")

@@ -22,9 +22,9 @@ with warnings.catch_warnings():  # mbridge imports every family it knows, some o
     from mbridge.core.bridge import _MODEL_REGISTRY as BRIDGES
     from mbridge.core.bridge import Bridge
 
-from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device, layer_spec
+from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.weights.huggingface_folder import SHARD_BYTES, check_shapes, tensor_files, write_folder
 

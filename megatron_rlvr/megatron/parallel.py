@@ -16,9 +16,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megatron_rlvr.config import ParallelConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import cpu_shim, device
+from megatron_rlvr.megatron.config import ParallelConfig
 
 T = TypeVar("T")
 

@@ -30,10 +30,10 @@ from torch.distributed.checkpoint import save as save_torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from megatron_rlvr.config import CheckpointConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import optimizer_state, parallel
 from megatron_rlvr.megatron.bridge import PolicyBridge
+from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy
 
 _NAME = re.compile(r"step_(\d+)")

@@ -16,13 +16,14 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_rlvr.config import Config, OptimizerConfig
+from megatron_rlvr.config import Config
 from megatron_rlvr.control import ClipThresholds, SteeringResponse
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, microbatch, partition
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import cpu_shim, device, optimizer_state, parallel
 from megatron_rlvr.megatron.bridge import PolicyBridge
+from megatron_rlvr.megatron.config import OptimizerConfig
 from megatron_rlvr.megatron.model import packed_sequences
 from megatron_rlvr.objectives import PolicyObjective
 from megatron_rlvr.training.head import LOSS_SUMS, Head, MinibatchLoss, TokenScores

@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from megatron_rlvr.config import VerifierConfig
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.verifiers.config import VerifierConfig
 from megatron_rlvr.verifiers.countdown import Countdown
 from megatron_rlvr.verifiers.exact import ExactMatch
 from megatron_rlvr.verifiers.math import MathAnswer

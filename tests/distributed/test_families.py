@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rlvr.config import ParallelConfig
 from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron.config import ParallelConfig
 from tests.conftest import ROOT, launch
 from tests.families import FAMILIES, MIXTURES, Measurement, make_batch, make_family, measure, reference
 

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_rlvr.config import RolloutConfig
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.config import RolloutConfig
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from tests.conftest import ROOT
 
 PYTHON = Path(os.environ.get("SGLANG_PYTHON", ROOT / ".venv-sglang" / "bin" / "python"))

@@ -15,12 +15,15 @@ import httpx
 import pytest
 import torch
 
-from megatron_rlvr.config import Config, ModelConfig, ParallelConfig, RolloutConfig, SGLangConfig
+from megatron_rlvr.config import Config
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
+from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import SamplingPolicy
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from tests.conftest import make_small_model
 
 WAYS = ("disk", "tensor", "distributed")

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rlvr.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.telemetry.metrics import read_metrics
 from tests.conftest import ROOT, environment, run_trainer
 

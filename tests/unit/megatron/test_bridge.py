@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_rlvr.config import ModelConfig, ParallelConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.bridge import PolicyBridge, read_config
+from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rlvr.config import ModelConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import _fp8
+from megatron_rlvr.megatron.config import ModelConfig
 from megatron_rlvr.train import main
 
 

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rlvr.config import Config, DataConfig, ModelConfig, RolloutConfig
+from megatron_rlvr.config import Config
 from megatron_rlvr.config_checks import check
 from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.data.config import DataConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron.config import ModelConfig
 from megatron_rlvr.rollout.collection import RolloutCollector
+from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import EngineLostError, Finished, RolloutError, SamplingPolicy
 from megatron_rlvr.rollout.mismatch import MismatchAlarm
 from megatron_rlvr.rollout.prefetch import RolloutsAhead
@@ -67,7 +70,7 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def layout():
-    from megatron_rlvr.config import ParallelConfig
+    from megatron_rlvr.megatron.config import ParallelConfig
 
     with parallel.parallel_groups(ParallelConfig(), seed=0) as layout:
         yield layout

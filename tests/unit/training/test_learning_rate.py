@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megatron_rlvr.config import OptimizerConfig
+from megatron_rlvr.megatron.config import OptimizerConfig
 from megatron_rlvr.telemetry.timer import StepTimer
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rlvr.config import AlgorithmConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig
+from megatron_rlvr.config import Config
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.objectives import build_objective
+from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import SamplingPolicy
+from megatron_rlvr.training.config import AlgorithmConfig
 
 TEMPERATURE = 0.8
 LEARNING_RATE = 0.02

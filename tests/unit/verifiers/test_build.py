@@ -2,9 +2,9 @@ import sys
 
 import pytest
 
-from megatron_rlvr.config import VerifierConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers import VerifierPool, build_pool, build_verifier, check_answers
+from megatron_rlvr.verifiers.config import VerifierConfig
 from megatron_rlvr.verifiers.math import final_answer
 
 

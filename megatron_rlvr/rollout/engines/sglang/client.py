@@ -7,10 +7,10 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 
-from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import EngineLostError, Finished, SamplingPolicy
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError, Weights
 from megatron_rlvr.rollout.engines.sglang.protocol import generate_body, read_completions
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.http import ConnectionLostError, Connections, Reply, ReplyTimeoutError
 
 _PROBE_PERIOD_S = 1.0

@@ -21,9 +21,9 @@ from typing import Any
 import httpx
 import torch
 
-from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 
 _WATCH_PERIOD_S = 0.5
 _PROBE_PERIOD_S = 2.0

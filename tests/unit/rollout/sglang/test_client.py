@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from fake_sglang import FakeServer, fake_server
 
-from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import EngineLostError, SamplingPolicy
 from megatron_rlvr.rollout.engines.sglang.client import Client
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, Weights
 from megatron_rlvr.rollout.engines.sglang.protocol import sampling_parameters
 from megatron_rlvr.rollout.engines.sglang.weights import load_everywhere

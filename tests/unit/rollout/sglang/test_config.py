@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.config import Config, RolloutConfig, SGLangConfig
+from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import check_same_run, save_config
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.config import RolloutConfig
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 
 
 def test_a_resumed_run_may_have_other_servers(tmp_path: Path) -> None:

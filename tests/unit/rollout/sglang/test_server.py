@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.server import Server, ServerPool, command_line
 from tests.conftest import ROOT, environment
 
@@ -123,7 +123,7 @@ def test_server_dies_with_a_killed_trainer(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from megatron_rlvr.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.server import Server
 server = Server(SGLangConfig(python={program!r}), "float32", Path({str(tmp_path / "log")!r}))
 server.start(Path("model"), 0)

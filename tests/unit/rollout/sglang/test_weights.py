@@ -16,8 +16,8 @@ import pytest
 import torch
 from fake_sglang import FakeServer, fake_server
 
-from megatron_rlvr.config import SGLangConfig
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint
 from megatron_rlvr.rollout.engines.sglang.identity import checksum
 from megatron_rlvr.rollout.engines.sglang.transfer import BroadcastTransfer, Receiver, SharedMemoryTransfer, Transfer
