@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.atomic_write import atomic_file
 from megatron_rlvr.data import Example, load_examples
 from megatron_rlvr.errors import UserError
 
@@ -98,12 +99,10 @@ def _unit_hash(text: str) -> float:
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Write JSONL beside its place and rename it, so that a half-written file never has the final name."""
+    """Write JSONL; a half-written file never has the final name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    with beside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    beside.replace(path)
+    with atomic_file(path) as file:
+        file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
 
 
 def run(arguments: argparse.Namespace) -> None:

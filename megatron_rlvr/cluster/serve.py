@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.cluster.torchrun import die_with_parent, node_name
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import load_config
@@ -75,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         pool = node_pool(load_config(options.config, options.overrides), options.folder / node)
         with pool:
-            ready = options.folder / f"{node}.partial"
-            ready.write_text(",".join(pool.urls) + "\n")
-            ready.replace(options.folder / f"{node}.urls")
+            write_text(options.folder / f"{node}.urls", ",".join(pool.urls) + "\n")
             while not stop.wait(_WATCH_PERIOD_S):
                 if pool.failure:
                     raise UserError(pool.failure)

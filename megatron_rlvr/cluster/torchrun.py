@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.cluster.rank import log_path
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
 
@@ -211,10 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.logs.mkdir(parents=True, exist_ok=True)
     with rendezvous_kept(options):
         status, reason = run(options, command, stop)
-        # The nodes end together, and their names may have dots: no two may write into the same file.
-        partial = options.logs / f".outcome.{node_name()}"
-        partial.write_text(f"{status} {reason}\n")
-        partial.replace(options.logs / f"outcome.{node_name()}")
+        write_text(options.logs / f"outcome.{node_name()}", f"{status} {reason}\n")
         await_outcomes(options, status)
     return status
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.errors import UserError
 
 STATUS_FILE = "status.json"
@@ -104,9 +105,8 @@ class StatusWriter:
 
     def _write(self) -> None:
         self.status.updated = time.time()
-        beside = self._path.with_suffix(".json.partial")
-        beside.write_text(json.dumps(asdict(self.status), allow_nan=False) + "\n")
-        beside.replace(self._path)
+        # Rewritten several times per step: waiting for the disk each time would cost more than a lost status.
+        write_text(self._path, json.dumps(asdict(self.status), allow_nan=False) + "\n", flush_to_disk=False)
 
 
 def read_status(run_directory: Path) -> Status:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint import save as save_torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
+from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import optimizer_state, parallel
 from megatron_rlvr.megatron.bridge import PolicyBridge
@@ -189,11 +189,10 @@ class Checkpoints:
         try:
             if main:
                 sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-                _write_text(partial / "run.json", json.dumps({**pending.record, "files": sizes}, indent=1))
+                write_text(partial / "run.json", json.dumps({**pending.record, "files": sizes}, indent=1))
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
-                _write_text(self.folder / "latest.partial", target.name)
-                (self.folder / "latest.partial").replace(self.folder / "latest")
+                write_text(self.folder / "latest", target.name)
                 for old in self._superfluous():
                     shutil.rmtree(self.folder / f"step_{old}")
         except OSError as refused:
@@ -329,11 +328,3 @@ def check_same_model(found: dict[str, Any], here: dict[str, Any], checkpoint: Pa
     different = [f"{key}={found.get(key)} instead of {here[key]}" for key in here if found.get(key) != here[key]]
     if different:
         raise UserError(f"{checkpoint} is a checkpoint of another model ({', '.join(different)}): {remedy}")
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write and flush to the disk, so that a name is never there before its contents."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

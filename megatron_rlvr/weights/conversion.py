@@ -19,6 +19,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.training.checkpoint import check_same_model, fingerprint, is_whole
@@ -67,7 +68,7 @@ def to_megatron(bridge: PolicyBridge, target: Path, say: Progress, verify: bool)
         compared = _compare(weights, StreamedLoad(partial), bridge.path) if verify else 0
         (partial / _INPUT).unlink()
         record["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        (partial / "run.json").write_text(json.dumps(record, indent=1))
+        write_text(partial / "run.json", json.dumps(record, indent=1))
         partial.rename(target)
     except UserError:  # what was made of a wrong input is of no use
         shutil.rmtree(partial, ignore_errors=True)
@@ -218,7 +219,7 @@ def _begin(target: Path, given: dict[str, Any], say: Progress) -> Path:
             return partial
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / _INPUT).write_text(json.dumps(given))
+        write_text(partial / _INPUT, json.dumps(given))
     except (OSError, ValueError) as error:
         raise _cannot_write(target, error) from error
     return partial

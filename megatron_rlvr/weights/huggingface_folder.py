@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_rlvr.atomic_write import replace_folder
 from megatron_rlvr.errors import UserError
 
 SHARD_BYTES = 4 * 1024**3
@@ -52,12 +53,7 @@ def write_folder(
         partial.mkdir(parents=True)
         count = _write_shards(partial, tensors, shard_bytes)
         copy_companions(companions, partial)
-        previous = folder.with_name(folder.name + ".replaced")
-        shutil.rmtree(previous, ignore_errors=True)
-        if folder.exists():
-            folder.rename(previous)
-        partial.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
+        replace_folder(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{folder} cannot be written: {error}") from error

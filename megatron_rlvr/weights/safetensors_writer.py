@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megatron_rlvr.atomic_write import atomic_file
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 Described = Mapping[str, tuple[torch.dtype, torch.Size]]
@@ -50,20 +51,16 @@ def write_shard(path: Path, described: Described, tensors: Iterable[tuple[str, T
         ValueError: when the tensors are not those described.
     """
     header = _header(described)
-    partial = path.with_name(path.name + ".partial")
     expected = iter(described.items())
-    with partial.open("wb") as file:
+    with atomic_file(path) as file:
         file.write(header)
         for name, tensor in tensors:
             key, (dtype, shape) = next(expected)
             if (name, tensor.dtype, tensor.shape) != (key, dtype, shape):
                 raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)} came for {key} {dtype} {list(shape)}")
             file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    if next(expected, None) is not None:
-        raise ValueError(f"{path} lacks tensors at its end")
-    partial.replace(path)
+        if next(expected, None) is not None:
+            raise ValueError(f"{path} lacks tensors at its end")
 
 
 def is_whole(path: Path, described: Described) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 import re
 from collections.abc import Callable, Iterable
@@ -35,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_rlvr.atomic_write import write_bytes
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.training.checkpoint import DiskWriter
 
@@ -74,7 +74,7 @@ class StreamedSave(TorchDistSaveShardedStrategy):
                 part = SavePlan([plan.items[i] for i in numbers], storage_data=_StoragePrefix(f"__{layer}_"))
                 planner = _OneByOne(self.pieces, {plan.items[i].index: names[i] for i in numbers}, state)
                 results = writer.write_data(part, planner).wait()
-                _write_whole(record, pickle.dumps(results))
+                write_bytes(record, pickle.dumps(results))
             written.append(pickle.loads(record.read_bytes()))
             self.tell(layer + 1, len(layers))
         writer.finish(metadata, written)
@@ -179,13 +179,3 @@ class _Into(DefaultLoadPlanner):
 def reason(error: BaseException) -> str:
     """An error in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file that has its name only when it is whole."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
