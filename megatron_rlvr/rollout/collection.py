@@ -114,7 +114,7 @@ class RolloutCollector:
         if not self.engine.collective or self.config.parallel.context > 1 or several:
             rolled, slots = parallel.share_with_model_peers((rolled, slots))
         assert rolled is not None
-        self.engine.rest()
+        self.engine.offload()
         seconds = time.perf_counter() - began
         rollout, groups = self.config.rollout, rolled.groups
         examples, prompts = self.train

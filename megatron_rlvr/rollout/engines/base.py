@@ -76,8 +76,11 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def rest(self) -> None:
-        """Nothing is generated until the next `update_weights`, unless ahead of its step. Collective over the job."""
+    def offload(self) -> None:
+        """Free what only generation needs, until the next `update_weights`. Collective over the job.
+
+        Called when a step has its rollout. Rollouts ahead of training (``max_staleness``) may still be generating.
+        """
         ...
 
     def update_weights(self, version: int) -> None:

@@ -43,7 +43,7 @@ class LocalEngine:
         if len(self.attentions) != sum(len(part.decoder.layers) for part in parts):
             raise UserError("rollout.engine=local needs model.layer_spec=local: set it, or choose another engine")
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         pass
 
     def update_weights(self, version: int) -> None:

@@ -228,7 +228,7 @@ def _running(url: str) -> int:
 def test_memory_is_given_up_and_taken_back(policy, engine) -> None:
     """On the CPU both calls change nothing but must be answered; weights and log-probs are right afterwards."""
     engine.config.release_memory = True
-    engine.rest()
+    engine.offload()
     _change(policy, seed=4)
     engine.update_weights(3)
     completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))

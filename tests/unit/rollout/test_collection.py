@@ -61,7 +61,7 @@ class Engine:
                 break
         return every
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         pass
 
     def update_weights(self, version: int) -> None:

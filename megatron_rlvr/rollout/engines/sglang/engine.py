@@ -57,8 +57,8 @@ class SGLangEngine:
         self.problem: str | None = None  # what the user must mend before any server can be used
         self.under_way = 0
         self._settled = threading.Condition()
-        self._at_rest = False
-        self._resting = ExitStack()
+        self._offloaded = False
+        self._probes_paused = ExitStack()
         self.pool: ServerPool | None = None
         urls = list(self.config.urls)
         if not urls:
@@ -116,14 +116,14 @@ class SGLangEngine:
                 self.under_way -= 1
                 self._settled.notify_all()
 
-    def rest(self) -> None:
-        """See `RolloutEngine.rest`: with ``rollout.sglang.release_memory`` servers give up their memory until then."""
+    def offload(self) -> None:
+        """See `RolloutEngine.offload`: servers release their memory under ``rollout.sglang.release_memory``."""
         if self.config.release_memory:
             parallel.barrier()  # until every rank has its rollout
-            self._at_rest = True
+            self._offloaded = True
             if self.layout.is_main:
                 if self.pool:
-                    self._resting.enter_context(self.pool.changing_weights())
+                    self._probes_paused.enter_context(self.pool.changing_weights())
                 with asyncio.Runner() as runner:
                     self._tell(runner, "/release_memory_occupation", {}, "release its memory")
 
@@ -167,7 +167,7 @@ class SGLangEngine:
         endpoints = [Endpoint(url, self.config) for url in self.urls]
         interrupted = self.weights.staleness > 0 and self.config.interrupt != "finish"
         flush = not interrupted or self.config.interrupt == "retract"  # a cache in use cannot be dropped
-        if self._at_rest:
+        if self._offloaded:
             self._tell(runner, "/resume_memory_occupation", {"tags": ["weights"]}, "resume its memory")
         if interrupted:
             self._tell(runner, "/pause_generation", {"mode": self.config.interrupt}, "pause")
@@ -179,10 +179,10 @@ class SGLangEngine:
         finally:
             if interrupted:
                 self._tell(runner, "/continue_generation", {}, "go on")
-        if self._at_rest:
+        if self._offloaded:
             self._tell(runner, "/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, "resume its memory")
-            self._resting.close()
-            self._at_rest = False
+            self._probes_paused.close()
+            self._offloaded = False
 
     def _tell(self, runner: asyncio.Runner, path: str, body: dict[str, Any], what: str) -> None:
         """Order every server something; one that is lost is none the worse for missing it."""
