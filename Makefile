@@ -45,7 +45,7 @@ slurm:  ## Debian's Slurm and shellcheck, for tests/integration/slurm; installed
 	else echo "not root on Debian, so not installed: $(SLURM_PACKAGES); the tests on a real Slurm will be skipped"; fi
 
 slurm-soak: $(STAMP) slurm  ## 10 random interruptions of a job on a virtual cluster, each to its end (about 10 minutes)
-	$(BIN)/python -m tests.integration.slurm.soak $(ARGS)
+	PYTHONPATH=.:examples/quickstart $(BIN)/python -m tests.integration.slurm.soak $(ARGS)
 
 quickstart: $(STAMP)  ## RLVR on Countdown in minutes; ARGS="key=value ..." overrides quickstart.yaml
 	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py

@@ -1,8 +1,8 @@
-"""Rewards for tests."""
+"""A reward function for tests."""
 
 from typing import Any
 
 
 def letter_sum(completion: str, answer: Any) -> float:
-    """1 for about half of all texts, whatever they say: random models get groups with both rewards."""
+    """1 for about half of all texts, whatever they say, so that a random model's groups contain both rewards."""
     return float(sum(completion.encode()) % 2)

@@ -10,7 +10,6 @@ and something to lose. The same seed and the same number of threads give the sam
 import argparse
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from pathlib import Path
 # times slower. The OpenMP runtime reads this when torch loads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import countdown
 import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,9 +25,6 @@ from transformers import AddedToken, DynamicCache, GenerationConfig, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 from megatron_rlvr.verifiers import VerifierPool, build_verifier
-
-sys.path.insert(0, str(Path(__file__).parent))
-import countdown
 
 # One token for each integer and sign, so that a play of 4 numbers is 17 tokens and the end.
 WORDS = [*map(str, range(countdown.LARGEST_VALUE + 1)), *countdown.SIGNS, "=", ";", ":", ">", "<eos>", "<pad>", "<unk>"]

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import emulator_build as building
+import pytest
 from emulated import Kernels
 
 

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.weights.huggingface_folder import INDEX, read_tensor, tensor_files
-from tests.conftest import ROOT, launch, make_small_model, run_trainer
 from tests.families import FAMILIES, MIXTURES, make_family
+from tests.processes import ROOT, launch, run_trainer
+from tests.small_model import make_small_model
 
 PROGRAM = ROOT / "tools" / "convert_checkpoint.py"
 

@@ -12,8 +12,8 @@ import torch
 
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ParallelConfig
-from tests.conftest import ROOT, launch
 from tests.families import FAMILIES, MIXTURES, Measurement, make_batch, make_family, measure, reference
+from tests.processes import ROOT, launch
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2},

@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
-from tests.conftest import make_small_model, run_trainers
+from tests.processes import run_trainers
+from tests.small_model import make_small_model
 
 LAYOUTS = {
     "dp2": (2, []),

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_rlvr.megatron.stage_shapes import model_stages
 from megatron_rlvr.planning.memory import phase_memory, static_memory
-from tests.conftest import ROOT, launch
 from tests.families import make_family
+from tests.processes import ROOT, launch
 from tests.static_memory import layout_config
 
 LAYOUTS: dict[str, dict[str, Any]] = {

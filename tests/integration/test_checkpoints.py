@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
 from megatron_rlvr.train import Checkpoints, main
-from tests.conftest import ROOT, launch
+from tests.processes import ROOT, launch
 
 
 @pytest.fixture

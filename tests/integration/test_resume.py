@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_rlvr.lifecycle import EXIT_STOPPED
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
-from tests.conftest import ROOT, environment, run_trainer
+from tests.processes import ROOT, environment, run_trainer
 
 FIELDS = {
     *("step", "reward", "entropy", "ratio_max", "grad_norm", "kl_rollout", "lr", "tokens"),
@@ -92,7 +92,7 @@ def test_run_directory_in_use_is_refused(run_yaml: Path, tmp_path: Path) -> None
 
 
 def test_checkpoint_of_another_model_is_refused(run_yaml: Path, tmp_path: Path) -> None:
-    from tests.conftest import make_small_model
+    from tests.small_model import make_small_model
 
     run_trainer(run_yaml, "steps=1")
     other = make_small_model(tmp_path / "other", hidden=48)

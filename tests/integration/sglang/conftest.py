@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 PYTHON = Path(os.environ.get("SGLANG_PYTHON", ROOT / ".venv-sglang" / "bin" / "python"))
 

@@ -24,7 +24,7 @@ from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import SamplingPolicy
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from tests.conftest import make_small_model
+from tests.small_model import make_small_model
 
 WAYS = ("disk", "tensor", "distributed")
 TEMPERATURE = 0.8

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.telemetry.metrics import read_metrics
-from tests.conftest import ROOT, environment, run_trainer
+from tests.processes import ROOT, environment, run_trainer
 
 
 def _check_rollouts(run: Path, steps: int) -> None:

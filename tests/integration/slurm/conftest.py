@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, environment
 from tests.integration.slurm.cluster import Cluster, virtual_cluster, why_not
 from tests.integration.slurm.jobs import Job, Settings
+from tests.processes import ROOT, environment
 
 NODES = 16
 

@@ -1,6 +1,6 @@
 """Interrupt the two-node quickstart job at random, over and over, and hold every run to the uninterrupted one.
 
-    python -m tests.integration.slurm.soak [--interruptions 10] [--seed 0] [--only 1-5]      # make slurm-soak
+    make slurm-soak ARGS="[--interruptions 10] [--seed 0] [--only 1-5]"
 
 Starts a virtual cluster (root, Debian's Slurm). The job trains on two nodes and generates on a server on a third, the
 tests' deterministic stand-in for SGLang. Every interruption is a job of its own, interrupted once at a random moment,
@@ -20,10 +20,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, make_small_model, write_problems
 from tests.integration.slurm.cluster import Cluster, virtual_cluster, why_not
 from tests.integration.slurm.conftest import NODES, set_job_environment
 from tests.integration.slurm.jobs import Job, Settings, wait_until, with_stand_in_servers
+from tests.processes import ROOT
+from tests.small_model import make_small_model, write_problems
 
 STEPS = 16
 SCRIPT = ROOT / "examples" / "slurm" / "quickstart-cpu.sbatch"

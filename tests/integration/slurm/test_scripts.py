@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.integration.slurm.cluster import Cluster
+from tests.processes import ROOT
 
 FOLDER = ROOT / "examples" / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sbatch"))

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.telemetry.status import read_status
-from tests.conftest import ROOT
 from tests.integration.slurm.cluster import Cluster
 from tests.integration.slurm.jobs import Job, wait_until, with_stand_in_servers
+from tests.processes import ROOT
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.telemetry.metrics import read_metrics
-from tests.conftest import ROOT
 from tests.integration.slurm.cluster import Cluster
 from tests.integration.slurm.jobs import Settings
+from tests.processes import ROOT
 
 pytestmark = pytest.mark.timeout(900)
 

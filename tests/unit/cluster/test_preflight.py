@@ -21,7 +21,7 @@ from megatron_rlvr.cluster.node_checks import NodeReport
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import load_config
 from megatron_rlvr.errors import UserError
-from tests.conftest import ROOT
+from tests.processes import ROOT
 
 FOLDER = ROOT / "examples" / "slurm"
 GPU_SCRIPTS = [script for script in sorted(FOLDER.glob("*.sbatch")) if "--gpus-per-node=8" in script.read_text()]

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rlvr.cluster import torchrun
 from megatron_rlvr.cluster.torchrun import describe, exit_status, last_words
-from tests.conftest import environment
+from tests.processes import environment
 
 RANK = """
 import os, signal, sys, time

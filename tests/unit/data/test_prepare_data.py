@@ -1,15 +1,11 @@
 import json
-import sys
-from pathlib import Path
 
+import prepare_data
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 import pytest
 
 from megatron_rlvr.data import load_examples
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-import prepare_data
 
 
 def run(*arguments):

@@ -1,31 +1,26 @@
-"""The study's report on made-up runs: its numbers, its verdicts, and that it is written whole."""
+"""The study's report on synthetic runs: its numbers, its verdicts, and that every section is written."""
 
+import csv
 import math
 import random
-import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import archive
+import measurements
 import pytest
+import report
+import results
+import study
+from coin import toss
 
-FOLDER = Path(__file__).parents[3] / "examples" / "entropy_study"
+from megatron_rlvr.config_file import load_config
+
+QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart" / "quickstart.yaml"
 TOTAL = 20
 
 
-@pytest.fixture(scope="module")
-def study():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import measurements
-        import report
-        import results
-        import study
-
-        yield study, results, report, measurements
-    finally:
-        sys.path.remove(str(FOLDER))
-
-
-def made_up(results, strategy, seed, *, final=0.5, mid64=0.8, noise=0.001):
+def synthetic_run(strategy, seed, *, final=0.5, mid64=0.8, noise=0.001):
     """A run whose entropy falls linearly to ``final`` times its start."""
     rng = random.Random(f"{strategy} {seed}")
     steps = [
@@ -51,7 +46,7 @@ def made_up(results, strategy, seed, *, final=0.5, mid64=0.8, noise=0.001):
     return results.Run(strategy, seed, steps, evaluations)
 
 
-def made_up_measurements(measurements):
+def synthetic_measurements():
     """Three states of which an upper bound raises entropy by 1 % a pass, give or take, and a lower one does nothing."""
     wanted = {"static": 0.0, "upper": 0.01, "steep": 0.02, "lower": 0.0}
     return [
@@ -65,9 +60,8 @@ def made_up_measurements(measurements):
     ]
 
 
-def test_numbers_of_a_run(study):
-    _, results, *_ = study
-    run = made_up(results, "grpo", 0, noise=0.0)
+def test_numbers_of_a_run():
+    run = synthetic_run("grpo", 0, noise=0.0)
     assert run.tracking_error(results.EntropyCurve("linear", end=0.5)) == pytest.approx(0.0, abs=1e-12)
     # After the first tenth: steps 2 to 19 against a constant, 0.5 k / 20 below it.
     expected = math.sqrt(sum((0.5 * k / 20) ** 2 for k in range(2, 20)) / 18)
@@ -77,12 +71,11 @@ def test_numbers_of_a_run(study):
     assert math.isnan(run.pass_at(1, 3))
 
 
-def test_differences_are_paired_and_judged(study):
-    _, results, report, _ = study
+def test_differences_are_paired_and_judged():
     runs = {
-        "grpo": {s: made_up(results, "grpo", s) for s in range(5)},
-        "id": {s: made_up(results, "id", s, mid64=0.85) for s in range(4)},
-        "did": {s: made_up(results, "did", s) for s in range(5)},
+        "grpo": {s: synthetic_run("grpo", s) for s in range(5)},
+        "id": {s: synthetic_run("id", s, mid64=0.85) for s in range(4)},
+        "did": {s: synthetic_run("did", s) for s in range(5)},
     }
     above = results.difference(runs, "id", "grpo", lambda run: run.pass_at(64, TOTAL // 2))
     assert (above.seeds, above.sign) == (4, 1)
@@ -98,25 +91,23 @@ def test_differences_are_paired_and_judged(study):
     assert results.Difference(0.1, 0.04, 5).sign == 0  # 2.5 standard errors of 5 seeds are within 95 percent
 
 
-def test_height_above_a_course(study):
-    _, results, *_ = study
+def test_height_above_a_course():
     course = [(0.3, 0.9), (0.4, 0.8), (0.5, 0.7)]
-    run = made_up(results, "floor", 0, noise=0.0)
+    run = synthetic_run("floor", 0, noise=0.0)
     for at, height, expected in ((0.35, 0.85, 0.0), (0.45, 0.8, 0.05), (0.6, 0.65, -0.05), (0.2, 0.95, 0.05)):
         run.evaluations[-1].update({"pass@1": at, "pass@16": height})
         assert results.above_course(run, course, TOTAL) == pytest.approx(expected)
 
 
-def test_the_report_is_written_whole(study, tmp_path):
-    strategies, results, report, measurements = study
-    everything = strategies.EVERYTHING
-    runs = {name: {s: made_up(results, name, s) for s in range(3)} for name in everything}
-    runs["target-linear"] = {s: made_up(results, "t", s, final=0.4) for s in range(3)}
+def test_the_report_is_written_whole(tmp_path):
+    everything = study.EVERYTHING
+    runs = {name: {s: synthetic_run(name, s) for s in range(3)} for name in everything}
+    runs["target-linear"] = {s: synthetic_run("t", s, final=0.4) for s in range(3)}
     document = tmp_path / "study.md"
     splits = {"0.3": "id-split-0.3", "0.5": "id"}
-    names, long = list(strategies.STRATEGIES), list(strategies.LONG)
-    made = made_up_measurements(measurements)
-    arguments = (names, strategies.CURVES, splits, strategies.REGIMES, long, made, TOTAL, document)
+    names, long = list(study.STRATEGIES), list(study.LONG)
+    made = synthetic_measurements()
+    arguments = (names, study.CURVES, splits, study.REGIMES, long, made, TOTAL, document)
     report.write_report(runs, *arguments)
     text = document.read_text()
     assert "nan" not in text
@@ -142,21 +133,13 @@ def test_the_report_is_written_whole(study, tmp_path):
     assert "id-split-0.3" in document.read_text().split("## Not run yet")[1]
 
 
-def test_every_strategy_is_a_valid_configuration(study, tmp_path):
-    from megatron_rlvr.config_file import load_config
-
-    strategies, *_ = study
-    quickstart = FOLDER.parent / "quickstart" / "quickstart.yaml"
-    for overrides in strategies.EVERYTHING.values():
-        load_config(quickstart, [f"run_directory={tmp_path}", *strategies.COMMON, *overrides])
+def test_every_strategy_is_a_valid_configuration(tmp_path):
+    for overrides in study.EVERYTHING.values():
+        load_config(QUICKSTART, [f"run_directory={tmp_path}", *study.COMMON, *overrides])
 
 
-def test_measurements_are_read_back(study, tmp_path):
-    import csv
-    from dataclasses import asdict
-
-    *_, measurements = study
-    made = made_up_measurements(measurements)
+def test_measurements_are_read_back(tmp_path):
+    made = synthetic_measurements()
     with (tmp_path / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(made[0])))
         writer.writeheader()
@@ -165,11 +148,8 @@ def test_measurements_are_read_back(study, tmp_path):
     assert measurements.read(tmp_path / "none.csv") == []
 
 
-def test_runs_are_kept_in_an_archive_and_not_made_again(study, tmp_path, monkeypatch):
-    strategies, results, *_ = study
-    import archive
-
-    short = {"grpo": {s: made_up(results, "grpo", s) for s in range(2)}, "id": {3: made_up(results, "id", 3)}}
+def test_runs_are_kept_in_an_archive_and_not_made_again(tmp_path, monkeypatch):
+    short = {"grpo": {s: synthetic_run("grpo", s) for s in range(2)}, "id": {3: synthetic_run("id", 3)}}
     archive.write(tmp_path / "runs.jsonl", short)
     again = archive.read(tmp_path / "runs.jsonl")
     assert {name: sorted(of_seed) for name, of_seed in again.items()} == {"grpo": [0, 1], "id": [3]}
@@ -181,8 +161,8 @@ def test_runs_are_kept_in_an_archive_and_not_made_again(study, tmp_path, monkeyp
     archive.write(tmp_path / "twice.jsonl", again)
     assert (tmp_path / "twice.jsonl").read_text() == (tmp_path / "runs.jsonl").read_text()
 
-    monkeypatch.setattr(strategies, "ARCHIVE", tmp_path / "runs.jsonl")
-    monkeypatch.setattr(strategies, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(study, "ARCHIVE", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     started = []
 
     class Done:
@@ -195,20 +175,15 @@ def test_runs_are_kept_in_an_archive_and_not_made_again(study, tmp_path, monkeyp
         started.append((name, seed))
         return Done()
 
-    monkeypatch.setattr(strategies, "_start", start)
-    assert strategies.run(["grpo", "id"], seeds=4, steps=TOTAL, jobs=1, hours=1.0) == 0
+    monkeypatch.setattr(study, "_start", start)
+    assert study.run(["grpo", "id"], seeds=4, steps=TOTAL, jobs=1, hours=1.0) == 0
     assert started == [("id", 0), ("id", 1), ("grpo", 2), ("id", 2), ("grpo", 3)]
     started.clear()
-    strategies.run(["grpo"], seeds=2, steps=2 * TOTAL, jobs=1, hours=1.0)  # archived runs are of another length
+    study.run(["grpo"], seeds=2, steps=2 * TOTAL, jobs=1, hours=1.0)  # archived runs are of another length
     assert started == [("grpo", 0), ("grpo", 1)]
 
 
 def test_a_coin_is_fair_and_the_same_for_the_same_answer():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        from coin import toss
-    finally:
-        sys.path.remove(str(FOLDER))
     tosses = [toss(f"{i}*2={2 * i}", {"numbers": [1, 2]}) for i in range(2000)]
     assert set(tosses) == {0.0, 1.0}
     assert abs(sum(tosses) / 2000 - 0.5) < 3 * 0.5 / math.sqrt(2000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import launch
+from tests.processes import launch
 
 LOADED = """
 import gc, sys, torch

@@ -18,8 +18,8 @@ from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.stage_shapes import model_stages
 from megatron_rlvr.planning.memory import CONTEXT_BYTES, phase_memory, static_memory
 from megatron_rlvr.planning.report import make_plan
-from tests.conftest import ROOT
 from tests.families import FAMILIES, make_family
+from tests.processes import ROOT
 
 CONFIGS = ROOT / "examples" / "configs"
 NODES = {"qwen2.5-math-7b": 1, "qwen2.5-32b": 4, "llama3.3-70b": 16, "qwen2.5-72b": 16, "qwen3-30b-a3b": 4}

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import status as tool
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry.status import STATUS_FILE, StatusWriter, read_status
-from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-import status as tool
 
 RECORD = {"step": 4, "reward": 0.5, "entropy": 0.25, "control/target": 0.3, "tokens": 1000}
 

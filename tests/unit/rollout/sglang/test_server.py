@@ -15,7 +15,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.server import Server, ServerPool, command_line
-from tests.conftest import ROOT, environment
+from tests.processes import ROOT, environment
 
 
 def _program(folder: Path, body: str) -> str:

@@ -23,7 +23,7 @@ from megatron_rlvr.rollout.engines.sglang.identity import checksum
 from megatron_rlvr.rollout.engines.sglang.transfer import BroadcastTransfer, Receiver, SharedMemoryTransfer, Transfer
 from megatron_rlvr.rollout.engines.sglang.weights import stream_everywhere
 from megatron_rlvr.weights.buckets import Bucket, buckets
-from tests.conftest import environment
+from tests.processes import environment
 
 CONFIG = SGLangConfig(update_timeout_seconds=5.0, health_timeout_seconds=2.0)
 TENSORS = {
