@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_rlvr.atomic_write import write_text
-from megatron_rlvr.cluster.torchrun import die_with_parent, node_name
+from megatron_rlvr.bound_to_parent import exit_with_parent
+from megatron_rlvr.cluster.torchrun import node_name
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_file import load_config
 from megatron_rlvr.errors import UserError
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     # Slurm's signal before the time limit is for the ranks, whose last step still needs the servers.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    die_with_parent()
+    exit_with_parent()
     try:
         pool = node_pool(load_config(options.config, options.overrides), options.folder / node)
         with pool:

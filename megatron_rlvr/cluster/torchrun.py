@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,16 +26,17 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_rlvr.atomic_write import write_text
-from megatron_rlvr.cluster.rank import log_path
+from megatron_rlvr.bound_to_parent import bound_command, exit_with_parent
+from megatron_rlvr.cluster.rank_log import log_path
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR
+from megatron_rlvr.log_tail import last_error
 
-_SHIM = Path(__file__).with_name("rank.py")
+_RANK_LOG = Path(__file__).with_name("rank_log.py")
 _JOIN_TIMEOUT_S = 300
 # How long a node whose ranks stopped, or failed, waits for the outcomes of the others.
 _STOPPED_TOGETHER_S = 30
 _FAILED_TOGETHER_S = 5
 _STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-_TELLING = re.compile(r"^(\[rank\d+\]: ?)?(error( \(rank \d+\))?: |[\w.]*(Error|Exception|Interrupt)\b)")
 
 
 class StopRequest:
@@ -62,25 +61,10 @@ class StopRequest:
                 rank.send_signal(number)
 
 
-def die_with_parent() -> None:
-    """End this process within a second of its parent's death, by a thread that watches.
-
-    The kernel's own signal for that (which binds the ranks to this process) comes when the parent's *thread* ends, and
-    nobody promises that the thread of a batch system's daemon that forked us stays.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(128 + signal.SIGKILL)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
 def rank_command(command: Sequence[str], logs: Path, parent: int | str) -> list[str]:
-    """What torchrun starts for every rank: the shim that binds it to `parent` and keeps its log, then Python."""
-    return [sys.executable, str(_SHIM), str(parent), str(logs), sys.executable, "-u", *command]
+    """Return the command line of a rank: Python on `command`, bound to `parent`, with its output in its log."""
+    with_log = [sys.executable, "-I", str(_RANK_LOG), str(logs), sys.executable, "-u", *command]
+    return bound_command(with_log, parent)
 
 
 def exit_status(codes: Sequence[int], asked: bool) -> int:
@@ -100,21 +84,11 @@ def exit_status(codes: Sequence[int], asked: bool) -> int:
     return others[0] if others[0] > 0 else 128 - others[0]
 
 
-def last_words(log: Path) -> str:
-    """The line of a rank's log that says best why it ended: the last that names an error, else the last."""
-    try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines()[-400:] if line.strip()]
-    except OSError:
-        return "it left no log"
-    telling = [line for line in lines if _TELLING.match(line)]
-    return (telling or lines or ["its log is empty"])[-1]
-
-
 def describe(codes: Mapping[int, int], logs: Path) -> str:
-    """Which rank ended first, how, and its last words; one line."""
+    """Which rank ended first, how, and the error that its log names; one line."""
     rank, code = min(codes.items(), key=lambda item: (item[1] == EXIT_STOPPED, item[0]))
     how = f"with status {code}" if code >= 0 else f"of {signal.Signals(-code).name}"
-    return f"rank {rank} on {node_name()} ended {how}: {last_words(log_path(logs, rank))}"
+    return f"rank {rank} on {node_name()} ended {how}: {last_error(log_path(logs, rank))}"
 
 
 def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) -> tuple[int, str]:
@@ -208,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_commands(options, command)
         return EXIT_DONE
     stop = StopRequest()
-    die_with_parent()
+    exit_with_parent()
     options.logs.mkdir(parents=True, exist_ok=True)
     with rendezvous_kept(options):
         status, reason = run(options, command, stop)

@@ -40,4 +40,4 @@ def test_servers_that_do_not_start_end_the_attempt_with_the_reason(quickstart: J
     job = replace(job, overrides=broken, variables={"RLVR_SERVERS": "colocated", "RLVR_MAX_TRIES": "1"})
     job.submit(f"steps={STEPS}")
     assert job.finish() == "FAILED"
-    assert re.search(r"failed: the SGLang servers ended: error: .*server_0\.log, which ends with: ", job.history())
+    assert re.search(r"failed: the SGLang servers ended: error: .*server_0\.log, which says: ", job.history())

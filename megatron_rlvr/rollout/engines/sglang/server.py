@@ -21,7 +21,9 @@ from typing import Any
 import httpx
 import torch
 
+from megatron_rlvr.bound_to_parent import bound_command
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.log_tail import last_error
 from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 
@@ -29,7 +31,6 @@ _WATCH_PERIOD_S = 0.5
 _PROBE_PERIOD_S = 2.0
 _FAILED_STARTS = 3
 _OF_THE_TRAINER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
-_BOUND_TO_PARENT = Path(__file__).with_name("bound_to_parent.py")
 
 
 class Server:
@@ -76,10 +77,11 @@ class Server:
         self.ready, self.model, self.began = False, model, time.monotonic()
         command = [python, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(self.port)]
         command += ["--weight-version", str(version), "--skip-tokenizer-init", *command_line(self.arguments)]
-        guard = [sys.executable, str(_BOUND_TO_PARENT), str(os.getpid())]
+        # A trainer that is killed with SIGKILL cannot stop its servers. SGLang's own workers are bound to the server in
+        # the same way, so the whole tree ends.
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*guard, *command],
+                bound_command(command, parent=os.getpid()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -104,11 +106,6 @@ class Server:
             self.process.wait()
             self.process = None
         self.ready = False
-
-    def last_words(self) -> str:
-        """The last line of its log that says anything."""
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "nothing"
 
 
 class ServerPool:
@@ -275,7 +272,7 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def _pointer(server: Server) -> str:
-    return f"see {server.log}, which ends with: {server.last_words()}"
+    return f"see {server.log}, which says: {last_error(server.log)}"
 
 
 def _free_port(host: str) -> int:

@@ -75,7 +75,7 @@ def test_servers_of_one_machine_have_gpus_of_their_own(
 
 def test_server_that_ends_is_quoted(tmp_path: Path) -> None:
     config = SGLangConfig(python=_program(tmp_path, "echo starting; echo out of memory; exit 3"))
-    expected = rf"ended with status 3 before it was ready: see {tmp_path}/server_0.log, which ends with: out of memory"
+    expected = rf"ended with status 3 before it was ready: see {tmp_path}/server_0.log, which says: out of memory"
     with pytest.raises(UserError, match=expected), ServerPool(config, tmp_path, "float32", tmp_path):
         pass
 
@@ -85,7 +85,7 @@ def test_server_that_is_never_ready_is_stopped(tmp_path: Path) -> None:
     program = _program(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/child; echo loading; exec sleep 1000")
     config = SGLangConfig(python=program, start_timeout_seconds=1.0)
     pool = ServerPool(config, tmp_path, "float32", tmp_path)
-    with pytest.raises(UserError, match=r"was not ready after .*=1: see .* which ends with: loading"), pool:
+    with pytest.raises(UserError, match=r"was not ready after .*=1: see .* which says: loading"), pool:
         pass
     child, deadline = int((tmp_path / "child").read_text()), time.monotonic() + 10  # it dies when it next runs
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:

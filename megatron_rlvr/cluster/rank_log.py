@@ -1,21 +1,18 @@
-"""The first moments of a rank: ``rank.py PARENT LOGS COMMAND...``, executed as a file, becomes COMMAND.
+"""Redirect a rank's output to its log, then become the rank: ``rank_log.py LOGS COMMAND ...``, executed as a file.
 
-The kernel kills it when PARENT dies, and its output goes to ``LOGS/rank_N.log``; rank 0's also to where it went before,
-so that the job's own output shows the run.
+The output goes to ``LOGS/rank_N.log``. Rank 0's output also goes to where it went before, so that the output of the job
+shows the run.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
-
 
 def log_path(logs: Path, rank: int) -> Path:
-    """The log of a rank."""
+    """Return the path of a rank's log."""
     return logs / f"rank_{rank}.log"
 
 
@@ -24,15 +21,12 @@ def _ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def main(parent: int, logs: Path, command: list[str]) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # survives the exec
-    if os.getppid() != parent:  # it died before the request
-        sys.exit(1)
+def main(logs: Path, command: list[str]) -> None:
     rank = int(os.environ["RANK"])
     log = log_path(logs, rank)
     if rank == 0:
-        # It ends when the last that writes to it ends. A stop signal for the rank is none for its log, and Slurm sends
-        # one to every process of a step.
+        # tee ends when the last process that writes to it ends. It ignores stop signals: Slurm sends one to every
+        # process of a step, and the rank still writes while it saves.
         copy = subprocess.Popen(
             ["tee", "-a", log], stdin=subprocess.PIPE, start_new_session=True, preexec_fn=_ignore_stop_signals
         )
@@ -46,4 +40,4 @@ def main(parent: int, logs: Path, command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])

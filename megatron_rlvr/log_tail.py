@@ -1,0 +1,27 @@
+"""Why a process ended, from the end of its log."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_TAIL_BYTES = 128 * 1024
+# The last line of a traceback, with or without the rank that torch puts in front, or one of the program's own errors.
+_ERROR = re.compile(r"^(\[rank\d+\]: ?)?(error( \(rank \d+\))?: |[\w.]*(Error|Exception|Interrupt)\b)")
+
+
+def last_error(log: Path) -> str:
+    """Return the last line of a log that names an error, or its last line where none does.
+
+    Only the last 128 KiB are read. A log that is missing or empty yields a line that says so.
+    """
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return "it left no log"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line)]
+    return (errors or lines or ["its log is empty"])[-1]
