@@ -9,6 +9,7 @@ from dataclasses import replace
 from megatron_rlvr.cluster.node_checks import NodeReport
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import normalized
 
 
 def plan(config: Config, reports: Sequence[NodeReport], nodes: int, processes: int, servers: str = "none") -> str:
@@ -38,8 +39,7 @@ def plan(config: Config, reports: Sequence[NodeReport], nodes: int, processes: i
             "generates on SGLang servers"
         )
     if memory and servers == "colocated":
-        arguments = {name.replace("-", "_"): value for name, value in rollout.sglang.server.items()}
-        share = arguments.get("mem_fraction_static")
+        share = normalized(rollout.sglang.server).get("mem_fraction_static")
         if share is None:
             raise UserError(
                 "servers beside training (RLVR_SERVERS=colocated) need rollout.sglang.server.mem_fraction_static: the "

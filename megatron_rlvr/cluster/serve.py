@@ -23,7 +23,8 @@ from megatron_rlvr.config_file import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device
-from megatron_rlvr.rollout.engines.sglang.server import ServerPool, gpus_of_a_server, visible_gpus
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
+from megatron_rlvr.rollout.engines.sglang.server import ServerPool, visible_gpus
 
 _WATCH_PERIOD_S = 0.5
 
@@ -43,7 +44,7 @@ def node_pool(config: Config, logs: Path) -> ServerPool:
     if dtype == "auto":
         dtype = "bfloat16" if device.on_gpu() else "float32"
     pool = ServerPool(sglang, Path(config.model.path).resolve(), dtype, logs)
-    each, visible = gpus_of_a_server(sglang.server), visible_gpus(sglang)
+    each, visible = ServerLayout.from_arguments(sglang.server).gpus, visible_gpus(sglang)
     if device.on_gpu() and len(visible) < each * len(pool.servers):
         raise UserError(
             f"{len(pool.servers)} servers (rollout.sglang.servers) of {each} GPUs each need more than the "

@@ -11,6 +11,7 @@ import torch
 from megatron_rlvr.config import Config
 from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage
 from megatron_rlvr.ops.vocab_projection import DEFAULT_CHUNK_BYTES
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
 
 GIB = 1024**3
 CONTEXT_BYTES = 4 * GIB
@@ -201,12 +202,6 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
     return Phases(activations, head, working, cache, sync)
 
 
-def server_size(config: Config) -> int:
-    """Tensor-parallel GPUs of one SGLang server."""
-    given = {name.replace("-", "_"): value for name, value in config.rollout.sglang.server.items()}
-    return int(given.get("tensor_parallel_size", given.get("tp_size", given.get("tp", 1))))
-
-
 def weight_sync(config: Config, nodes: int = 1) -> str:
     """How SGLang servers get new weights: ``tensor``, ``distributed`` or ``disk``.
 
@@ -219,8 +214,11 @@ def weight_sync(config: Config, nodes: int = 1) -> str:
 
 
 def server_weights(shape: ModelShape, config: Config, itemsize: int) -> int:
-    """Bytes of the weights of an SGLang server on one of its GPUs; 0 for servers on machines of their own."""
-    return 0 if config.rollout.sglang.urls else shape.parameters * itemsize // server_size(config)
+    """Bytes of an SGLang server's weights on one of its GPUs; 0 for servers on other machines."""
+    sglang = config.rollout.sglang
+    if sglang.urls:
+        return 0
+    return shape.parameters * itemsize // ServerLayout.from_arguments(sglang.server).gpus_per_replica
 
 
 def microbatch(config: Config, data_parallel: int) -> tuple[int, int]:

@@ -15,11 +15,11 @@ from megatron_rlvr.planning.memory import (
     Static,
     microbatch,
     phase_memory,
-    server_size,
     static_memory,
     weight_sync,
 )
 from megatron_rlvr.planning.roofline import Hardware, StepTime, step_time
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ def describe(plan: Plan) -> str:
         if fitting:
             lines.append(f"rollout.local_batch={fitting} would fit")
     if served and plan.fits and not config.rollout.sglang.urls:
-        a_token = shape.layers * 2 * shape.key_value * 2 // server_size(config)
+        gpus = ServerLayout.from_arguments(config.rollout.sglang.server).gpus_per_replica
+        a_token = shape.layers * 2 * shape.key_value * 2 // gpus
         lines.append(
             f"the spare memory of a server holds keys and values of {plan.spare_bytes / a_token:.0f} tokens: "
             f"{plan.spare_bytes / a_token / width:.1f} of the longest sequences"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage
-from megatron_rlvr.planning.memory import microbatch, server_size, weight_sync
+from megatron_rlvr.planning.memory import microbatch, weight_sync
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,13 @@ def step_time(
     # enough sequences at once make decoding compute-bound
     generate = max(decode, forward * parallel.pipeline / flops)
     if rollout.engine == "sglang":
-        # servers of their own layout on as many GPUs, each with its share of the sequences
-        size = server_size(config)
-        served = sequences * size / model_ranks
+        # The servers have their own layout on as many GPUs; each replica generates its share of the sequences. Pipeline
+        # stages take turns: a decoding step lasts as long as it takes to read the weights of one tensor-parallel shard.
+        server = ServerLayout.from_arguments(rollout.sglang.server)
+        served = sequences * server.gpus_per_replica / model_ranks
         cache = served * (prompt + response / 2) * shape.layers * 2 * shape.key_value * itemsize
-        decode = (rollout.max_tokens * shape.parameters * itemsize + response * cache) / size / memory
+        weight_reads = rollout.max_tokens * shape.parameters * itemsize / server.tensor
+        decode = (weight_reads + response * cache / server.gpus_per_replica) / memory
         generate = max(decode, forward / flops)
 
     tensor_rate = hardware.nvlink_rate if parallel.tensor <= gpus_per_node else hardware.network_rate

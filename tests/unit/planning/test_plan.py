@@ -196,6 +196,17 @@ def test_generation_by_hand(tmp_path: Path) -> None:
     plan = make_plan(config, 16, 8)
     assert plan.time.generate == pytest.approx((8192 * weights + 4096 * cache) / (3.35e12 * 0.6), rel=1e-6)
     assert plan.memory[0][1].cache == PARAMETERS["llama3.3-70b"] * 2 // 8
+    # 8 GPUs as 2 pipeline stages of 4 hold as much each, and read twice the weights one after the other
+    config.rollout.sglang.server = {"tp": 4, "pp": 2}
+    staged = make_plan(config, 16, 8)
+    assert staged.memory[0][1].cache == plan.memory[0][1].cache
+    assert staged.time.generate == pytest.approx((8192 * 2 * weights + 4096 * cache) / (3.35e12 * 0.6), rel=1e-6)
+    # two replicas of 4 GPUs in one server are two servers of 4
+    config.rollout.sglang.server = {"tp": 4, "dp": 2}
+    replicated = make_plan(config, 16, 8)
+    config.rollout.sglang.server = {"tp": 4}
+    assert replicated.time.generate == make_plan(config, 16, 8).time.generate
+    assert replicated.memory[0][1].cache == 2 * plan.memory[0][1].cache
     config.rollout.sglang.urls = ["http://elsewhere:30000"]
     assert make_plan(config, 16, 8).memory[0][1].cache == 0
 

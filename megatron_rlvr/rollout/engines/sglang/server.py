@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.log_tail import last_error
 from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout, command_line, normalized
 
 _WATCH_PERIOD_S = 0.5
 _PROBE_PERIOD_S = 2.0
@@ -54,10 +53,10 @@ class Server:
             defaults["sleep_on_idle"] = True  # else an idle server takes a core from the trainer
             self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
         self.environment |= config.environment
-        self.arguments = defaults | {name.replace("-", "_"): value for name, value in config.server.items()}
+        self.arguments = defaults | normalized(config.server)
         if device.on_gpu():
             first = int(self.arguments.get("base_gpu_id") or 0)
-            self.arguments["base_gpu_id"] = first + number * gpus_of_a_server(config.server)
+            self.arguments["base_gpu_id"] = first + number * ServerLayout.from_arguments(config.server).gpus
         self.host = str(self.arguments["host"])
         self.port = _free_port(self.host)
         reachable = socket.gethostname() if self.host == "0.0.0.0" else self.host
@@ -228,18 +227,6 @@ class ServerPool:
         server.start(*self.weights)
 
 
-def gpus_of_a_server(arguments: Mapping[str, Any]) -> int:
-    """Over how many GPUs server arguments spread a server."""
-    named = {name.replace("-", "_"): value for name, value in arguments.items()}
-
-    def size(*names: str) -> int:
-        return next((int(named[name]) for name in names if named.get(name)), 1)
-
-    # Under enable_dp_attention the data-parallel ranks share the tensor-parallel ones' GPUs.
-    copies = 1 if named.get("enable_dp_attention") else size("data_parallel_size", "dp_size", "dp")
-    return size("tensor_parallel_size", "tp_size", "tp") * size("pipeline_parallel_size", "pp_size", "pp") * copies
-
-
 def visible_gpus(config: SGLangConfig) -> list[str]:
     """The GPUs that servers on this machine may take, as CUDA_VISIBLE_DEVICES names them."""
     named = config.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -247,28 +234,12 @@ def visible_gpus(config: SGLangConfig) -> list[str]:
 
 
 def _check_gpus(config: SGLangConfig) -> None:
-    each = gpus_of_a_server(config.server)
+    each = ServerLayout.from_arguments(config.server).gpus
     if device.on_gpu() and (found := len(visible_gpus(config))) < each * config.servers:
         raise UserError(
             f"{config.servers} servers (rollout.sglang.servers) of {each} GPUs each need more than the {found} GPUs of "
             "this machine: start fewer, or spread each over fewer"
         )
-
-
-def command_line(arguments: Mapping[str, Any]) -> list[str]:
-    """Server arguments by name as command-line words: true is a bare flag, false and None leave it out."""
-    words = []
-    for name, value in arguments.items():
-        if value is None or value is False:
-            continue
-        words.append("--" + name.replace("_", "-"))
-        if isinstance(value, list):
-            words += [str(item) for item in value]
-        elif isinstance(value, dict):
-            words.append(json.dumps(value))
-        elif value is not True:
-            words.append(str(value))
-    return words
 
 
 def _pointer(server: Server) -> str:

@@ -14,7 +14,7 @@ import pytest
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from megatron_rlvr.rollout.engines.sglang.server import Server, ServerPool, command_line
+from megatron_rlvr.rollout.engines.sglang.server import Server, ServerPool
 from tests.processes import ROOT, environment
 
 
@@ -23,12 +23,6 @@ def _program(folder: Path, body: str) -> str:
     script.write_text(f"#!/bin/sh\n{body}\n")
     script.chmod(0o755)
     return str(script)
-
-
-def test_arguments_become_a_command_line() -> None:
-    arguments = {"tensor_parallel_size": 2, "enable_metrics": True, "disable_radix_cache": False, "revision": None}
-    assert command_line(arguments) == ["--tensor-parallel-size", "2", "--enable-metrics"]
-    assert command_line({"json_model_override_args": {"a": 1}}) == ["--json-model-override-args", '{"a": 1}']
 
 
 def test_user_arguments_win_over_defaults(tmp_path: Path) -> None:

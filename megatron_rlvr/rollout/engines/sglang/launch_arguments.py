@@ -1,0 +1,70 @@
+"""Arguments of ``sglang.launch_server``: their spelling, their command line, and the GPUs that a server needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+def normalized(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with underscores in their names, so that ``tp-size`` and ``tp_size`` are the same argument."""
+    return {name.replace("-", "_"): value for name, value in arguments.items()}
+
+
+def command_line(arguments: Mapping[str, Any]) -> list[str]:
+    """The arguments as words of a command line: true is a bare flag; false and None leave the argument out."""
+    words = []
+    for name, value in arguments.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, list):
+            words += [str(item) for item in value]
+        elif isinstance(value, dict):
+            words.append(json.dumps(value))
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+@dataclass(frozen=True)
+class ServerLayout:
+    """How a server spreads its model over GPUs.
+
+    Attributes:
+        tensor: tensor-parallel size of one replica of the model.
+        pipeline: pipeline-parallel size of one replica.
+        replicas: copies of the model in the server. Attention data parallelism adds none: its ranks share the GPUs of
+            the tensor-parallel group.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    replicas: int = 1
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> ServerLayout:
+        """Read the layout from server arguments, under any of SGLang's names for each size."""
+        given = normalized(arguments)
+
+        def size(*names: str) -> int:
+            return next((int(given[name]) for name in names if given.get(name)), 1)
+
+        data = size("data_parallel_size", "dp_size", "dp")
+        return cls(
+            tensor=size("tensor_parallel_size", "tp_size", "tp"),
+            pipeline=size("pipeline_parallel_size", "pp_size", "pp"),
+            replicas=1 if given.get("enable_dp_attention") else data,
+        )
+
+    @property
+    def gpus_per_replica(self) -> int:
+        """GPUs that hold one copy of the model between them."""
+        return self.tensor * self.pipeline
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the whole server."""
+        return self.gpus_per_replica * self.replicas
