@@ -20,9 +20,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 import torch
 
-from megatron_rlvr.config import Config
-from megatron_rlvr.config_checks import warnings_of
-from megatron_rlvr.config_file import load_config, save_config
+from megatron_rlvr.config import Config, load_config, save_config, warnings_of
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.lifecycle import (

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_rlvr.config_file import load_config
+from megatron_rlvr.config import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.planning.memory import GIB
 from megatron_rlvr.planning.report import describe, layout_name, make_plan, suggest

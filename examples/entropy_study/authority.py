@@ -28,8 +28,7 @@ import torch
 from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement, read
 from torch import Tensor
 
-from megatron_rlvr.config import Config
-from megatron_rlvr.config_file import load_config
+from megatron_rlvr.config import Config, load_config
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.objectives import build_objective, group_advantages

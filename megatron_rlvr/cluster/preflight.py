@@ -24,8 +24,7 @@ from megatron_rlvr.cluster.children import ChildError, start
 from megatron_rlvr.cluster.job_plan import plan
 from megatron_rlvr.cluster.meeting import BadNodesError, Meeting
 from megatron_rlvr.cluster.node_checks import NodeReport, check_node, differing_versions
-from megatron_rlvr.config import Config
-from megatron_rlvr.config_file import load_config
+from megatron_rlvr.config import Config, load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.bound_to_parent import exit_with_parent
 from megatron_rlvr.cluster.torchrun import node_name
-from megatron_rlvr.config import Config
-from megatron_rlvr.config_file import load_config
+from megatron_rlvr.config import Config, load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device

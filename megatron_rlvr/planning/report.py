@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_rlvr.config import Config
-from megatron_rlvr.config_checks import check
+from megatron_rlvr.config import Config, check
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage, model_stages
 from megatron_rlvr.planning.memory import (

@@ -75,7 +75,7 @@ def test_dry_run_prints_the_command_of_every_rank(script: Path) -> None:
 
 @pytest.mark.parametrize("script", TRAINING, ids=_name)
 def test_the_configuration_of_a_dry_run_is_accepted(script: Path) -> None:
-    from megatron_rlvr.config_file import load_config
+    from megatron_rlvr.config import load_config
 
     last = dry_run(script).splitlines()[-1]
     config, *overrides = last.split(" -m megatron_rlvr.train ")[1].replace("'", "").split()

@@ -18,8 +18,7 @@ from megatron_rlvr.cluster.collectives import timed_all_reduce
 from megatron_rlvr.cluster.job_plan import plan
 from megatron_rlvr.cluster.meeting import BadNodesError
 from megatron_rlvr.cluster.node_checks import NodeReport
-from megatron_rlvr.config import Config
-from megatron_rlvr.config_file import load_config
+from megatron_rlvr.config import Config, load_config
 from megatron_rlvr.errors import UserError
 from tests.processes import ROOT
 

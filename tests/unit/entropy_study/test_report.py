@@ -14,7 +14,7 @@ import results
 import study
 from coin import toss
 
-from megatron_rlvr.config_file import load_config
+from megatron_rlvr.config import load_config
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart" / "quickstart.yaml"
 TOTAL = 20

@@ -12,8 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron_rlvr.config import Config
-from megatron_rlvr.config_file import load_config
+from megatron_rlvr.config import Config, load_config
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.stage_shapes import model_stages
 from megatron_rlvr.planning.memory import CONTEXT_BYTES, phase_memory, static_memory

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rlvr.config import Config
-from megatron_rlvr.config_checks import check
+from megatron_rlvr.config import Config, check
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.data.config import DataConfig
 from megatron_rlvr.errors import UserError

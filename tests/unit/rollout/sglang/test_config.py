@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rlvr.config import Config
-from megatron_rlvr.config_file import check_same_run, save_config
+from megatron_rlvr.config import Config, save_config
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.resume import check_same_run
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 

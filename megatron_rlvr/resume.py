@@ -1,0 +1,46 @@
+"""What a resumed run may change: every setting but those that make it the run it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from megatron_rlvr.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_rlvr.config import Config
+
+# What makes a run the run it is. The rest (more steps, another layout, other telemetry) may change on the way.
+_IDENTITY = ("seed", "data", "verifier", "rollout", "algorithm", "optimizer")
+_MAY_CHANGE = ("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang")
+
+
+def check_same_run(config: Config, path: Path) -> None:
+    """Refuse to resume a run under settings that would make it another one.
+
+    Args:
+        config: of now.
+        path: the resolved configuration that the run began with.
+
+    Raises:
+        UserError: naming the first setting that differs.
+    """
+    then = OmegaConf.to_container(OmegaConf.load(path))
+    now = OmegaConf.to_container(OmegaConf.structured(config))
+    for key, old, new in _differences(then, now):
+        if key.split(".")[0] in _IDENTITY and not key.startswith(_MAY_CHANGE):
+            raise UserError(
+                f"{path.parent} holds a run with {key}={old}, this one has {new}: "
+                "choose another run_directory, or set it back"
+            )
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield key, old, new
