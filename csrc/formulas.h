@@ -208,21 +208,15 @@ MEGATRON_RLVR_FORMULA float objective_gradient(float ratio, float advantage, con
 
 // ---------------------------------------------------------------------------------------- entropy regions
 
-// 1 to 4 for E1 to E4 (E1 and E4 lower entropy, E2 and E3 raise it), 0 for a token in none: A = 0, or -ln p = H.
+// 1 to 4 for E1 to E4, and 0 for a token in no region: A = 0, or NaN among the three numbers. The border -ln p = H
+// belongs to E2 and E4; megatron_rlvr/control/regions.py says why.
 MEGATRON_RLVR_FORMULA int entropy_region(float logprob, float entropy, float advantage) {
   const float surprise = -logprob;
-  if (!(surprise < entropy || surprise > entropy)) return 0;
-  if (advantage > 0.0f) return surprise < entropy ? 1 : 2;
-  if (advantage < 0.0f) return surprise < entropy ? 3 : 4;
+  const bool is_likely = surprise < entropy, is_unlikely = surprise >= entropy;
+  if (!(is_likely || is_unlikely)) return 0;
+  if (advantage > 0.0f) return is_likely ? 1 : 2;
+  if (advantage < 0.0f) return is_likely ? 3 : 4;
   return 0;
-}
-
-// First-order change of the entropy for a step that raises ln pi(a) by a unit gradient, up to the learning rate:
-// -[ p_a (ln p_a + H) - sum p^2 (ln p + H) ]; the change of one token's objective is this times r A.
-MEGATRON_RLVR_FORMULA float entropy_change_coefficient(float logprob, float entropy, float sum_squared_probability,
-                                                       float sum_squared_probability_logprob) {
-  const float own = expf(logprob) * (logprob + entropy);
-  return sum_squared_probability_logprob + entropy * sum_squared_probability - own;
 }
 
 }  // namespace megatron_rlvr

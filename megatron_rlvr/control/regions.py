@@ -16,14 +16,35 @@ REGIONS = ("E1", "E2", "E3", "E4")
 
 
 def classify(logprob: Tensor, entropy: Tensor, advantage: Tensor) -> Tensor:
-    """The region of every token: int64 [T] of 1 to 4 for E1 to E4, 0 where the advantage is 0.
+    """Classify each token into an entropy region: int64 [T], 1 to 4 for E1 to E4.
 
-    E1 (-ln p < H, A > 0) lowers entropy, E2 (-ln p >= H, A > 0) raises it, E3 (-ln p < H, A < 0) raises it, E4
-    (-ln p >= H, A < 0) lowers it. Source: arXiv 2602.09782; a token exactly on the border counts as the less likely.
+    ======  ==============  =====  =================
+    region  -ln p           A      effect on entropy
+    ======  ==============  =====  =================
+    E1      below H         A > 0  lowers
+    E2      H or above      A > 0  raises
+    E3      below H         A < 0  raises
+    E4      H or above      A < 0  lowers
+    ======  ==============  =====  =================
+
+    Tokens with A = 0, or with NaN among the three numbers, are in no region: 0. Source: arXiv 2602.09782.
+
+    The border -ln p = H belongs to E2 and E4. There the token's own term p_a (ln p_a + H) of :func:`entropy_change` is
+    0, and the vocabulary baseline sum_x p_x^2 (ln p_x + H) decides alone. The baseline is the covariance of p_x and
+    ln p_x under p, so it is never negative (and 0 only where all possible tokens are equally likely): at the border a
+    token with A > 0 never lowers entropy and one with A < 0 never raises it.
     """
-    unlikely = (-logprob >= entropy).long()
-    region = torch.where(advantage > 0, 1 + unlikely, 3 + unlikely)
-    return torch.where(advantage == 0, torch.zeros_like(region), region)
+    likely, unlikely = -logprob < entropy, -logprob >= entropy
+    masks = (
+        (advantage > 0) & likely,
+        (advantage > 0) & unlikely,
+        (advantage < 0) & likely,
+        (advantage < 0) & unlikely,
+    )
+    region = torch.zeros_like(advantage, dtype=torch.int64)
+    for number, mask in enumerate(masks, start=1):
+        region = torch.where(mask, number, region)
+    return region
 
 
 def entropy_change(

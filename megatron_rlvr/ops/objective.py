@@ -73,7 +73,8 @@ def clipped_objective(
     All tensors are [T] on one device, float32, ``mask`` bool; r = e^(logprob - old_logprob). The bounds follow from the
     thresholds in closed form (arXiv 2602.09782): low = (1 - b_l) / (1 + a_l p_old), high = (1 + b_u) / (1 - a_u p_old).
     Counts: ``clip_high`` tokens with A > 0 and r > high, ``clip_low`` with A < 0 and r < low; regions, where
-    ``entropy`` H is given: E1 (-ln p < H, A > 0), E2 (-ln p > H, A > 0), E3 (-ln p < H, A < 0), E4 (-ln p > H, A < 0).
+    ``entropy`` H is given: E1 (-ln p < H, A > 0), E2 (-ln p >= H, A > 0), E3 (-ln p < H, A < 0),
+    E4 (-ln p >= H, A < 0).
     Tokens outside ``mask`` give objective and gradient 0 and count nowhere. Gradient flows to ``logprob`` only.
     Raises ValueError for a wrong type, shape or device, and thresholds whose bounds do not exist.
     """

@@ -177,8 +177,8 @@ def clipped_objective(
     if entropy is None:
         counts += [torch.zeros_like(counts[0])] * 4
     else:
-        common, rare = -logprob < entropy, -logprob > entropy
-        counts += [(up & common).sum(), (up & rare).sum(), (down & common).sum(), (down & rare).sum()]
+        likely, unlikely = -logprob < entropy, -logprob >= entropy
+        counts += [(up & likely).sum(), (up & unlikely).sum(), (down & likely).sum(), (down & unlikely).sum()]
     return objective, derivative, torch.stack(counts)
 
 

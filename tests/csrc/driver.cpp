@@ -241,7 +241,7 @@ void check_objective() {
     expect_near(gradient[i], is_high || is_low ? 0 : weight[i] * ratio * a, 1e-6, "objective gradient", "objective");
     expected[kCountClippedHigh] += is_high;
     expected[kCountClippedLow] += is_low;
-    if (a != 0) expected[size_t(kCountRegion1 + (a < 0 ? 2 : 0) + (-logprob[i] > entropies[i] ? 1 : 0))]++;
+    if (a != 0) expected[size_t(kCountRegion1 + (a < 0 ? 2 : 0) + (-logprob[i] >= entropies[i] ? 1 : 0))]++;
   }
   for (size_t i = 0; i < counts.size(); ++i) {
     expect(counts[i] == expected[i], "count", "objective", double(counts[i]), double(expected[i]));

@@ -100,7 +100,6 @@ PYBIND11_MODULE(emulated_kernels, module) {
   module.def("gradient_launch", [](int64_t rows, int64_t width, int multiprocessors) {
     return as_tuple(gradient_launch(rows, width, multiprocessors));
   });
-  module.def("entropy_change_coefficient", &entropy_change_coefficient);
   module.def("set_order", [](unsigned order) { simt::settings().order = order; });
   module.def("reset_traffic", [] { simt::traffic().loaded = simt::traffic().stored = 0; });
   module.def("traffic", [] {

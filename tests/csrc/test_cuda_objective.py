@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated import Kernels, exact_statistics
+from emulated import Kernels
 from torch import Tensor
 
 STATIC = (0.2, 0.0, 0.2, 0.0)
@@ -39,8 +39,8 @@ def exact(t: dict[str, Tensor], clip: tuple[float, float, float, float]) -> tupl
     bounded = torch.where(too_high, high, torch.where(too_low, low, ratio))
     objective = torch.where(t["mask"], bounded * a * t["weight"].double(), 0.0)
     objective.sum().backward()
-    common, h = -logprob.detach(), t["entropy"].double()
-    regions = [(a > 0) & (common < h), (a > 0) & (common > h), (a < 0) & (common < h), (a < 0) & (common > h)]
+    surprise, h = -logprob.detach(), t["entropy"].double()
+    regions = [(a > 0) & (surprise < h), (a > 0) & (surprise >= h), (a < 0) & (surprise < h), (a < 0) & (surprise >= h)]
     counts = [int(too_high.sum()), int(too_low.sum()), *(int((region & t["mask"]).sum()) for region in regions)]
     assert logprob.grad is not None
     return objective.detach(), logprob.grad, counts
@@ -114,19 +114,9 @@ def test_counts_are_added_to(kernels: Kernels) -> None:
     assert (added - 1000).tolist() == fresh.tolist()
 
 
-def test_first_order_entropy_change(kernels: Kernels) -> None:
-    """The coefficient against its definition: <grad_z ln p_a, grad_z H> by autograd."""
-    generator = torch.Generator().manual_seed(7)
-    for scale in (0.5, 2.0, 5.0):
-        z = (scale * torch.randn(50, generator=generator, dtype=torch.float64)).requires_grad_()
-        logprob = torch.log_softmax(z, -1)
-        entropy = -(logprob.exp() * logprob).sum()
-        gradient_entropy = torch.autograd.grad(entropy, z, retain_graph=True)[0]
-        for target in (0, 20, 49):
-            gradient_logprob = torch.autograd.grad(logprob[target], z, retain_graph=True)[0]
-            _, _, moments = exact_statistics(z.detach().unsqueeze(0), torch.tensor([target]))
-            found = kernels.module.entropy_change_coefficient(
-                logprob[target].item(), entropy.item(), moments[0].item(), moments[1].item()
-            )
-            expected = (gradient_logprob * gradient_entropy).sum().item()
-            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+def test_the_border_belongs_to_the_regions_of_unlikely_tokens(kernels: Kernels) -> None:
+    """-ln p = H exactly, as in every row whose logits are equal: E2 where A > 0, E4 where A < 0, nothing else."""
+    surprise = torch.tensor([0.5, 0.5, 0.5, 2.0])
+    advantage = torch.tensor([1.0, -1.0, 0.0, 3.0])
+    counts = kernels.objective(-surprise, -surprise, advantage, DYNAMIC, entropy=surprise)[2]
+    assert counts.tolist() == [0, 0, 0, 2, 0, 1]

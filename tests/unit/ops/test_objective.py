@@ -67,9 +67,9 @@ def test_against_definition(thresholds, seed):
     surprise = -lp
     regions = [
         (A > 0) & (surprise < H),
-        (A > 0) & (surprise > H),
+        (A > 0) & (surprise >= H),
         (A < 0) & (surprise < H),
-        (A < 0) & (surprise > H),
+        (A < 0) & (surprise >= H),
     ]
     assert found.region_counts.tolist() == [int(region.sum()) for region in regions]
 
