@@ -31,7 +31,7 @@ from megatron_rlvr.lifecycle import (
     locked_run_directory,
     user_error_on_full_disk,
 )
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import collectives, parallel
 from megatron_rlvr.objectives import build_objective, group_advantages
 from megatron_rlvr.rollout.collection import RolloutCollector
 from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
@@ -107,7 +107,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         with timer.part("score"):
             scores = policy.score(batch, advantage)
         weight = token_weights(config, batch, layout)
-        measured = measure_rollout(batch, weight, scores, policy.reports, layout.is_leader)
+        measured = measure_rollout(batch, weight, scores, layout.is_reporting_rank, layout.is_leader)
         if problem := rollouts.alarm.observe(step, measured.record):
             save(step)
             raise UserError(problem)
@@ -140,13 +140,15 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
                 updates.append(done)
                 steering.append(thresholds.steering)
                 if schedule.wants_updates:
-                    schedule.observe_update(step, len(updates) - 1, planned, entropy_shift(done, policy.reports))
+                    schedule.observe_update(
+                        step, len(updates) - 1, planned, entropy_shift(done, layout.is_reporting_rank)
+                    )
                     thresholds = schedule.thresholds(step)
         engine.update_weights(step + 1)
 
-        stopping, finished = parallel.any_rank(stop.received is not None), step + 1 == config.steps
+        stopping, finished = collectives.any_rank(stop.received is not None), step + 1 == config.steps
         record = {"step": step, **measured.record, **rolled.metrics, "lr": rate}
-        record |= update_metrics(updates, algorithm.epochs, policy.reports)
+        record |= update_metrics(updates, algorithm.epochs, layout.is_reporting_rank)
         predicted = measured.response.predicted(statistics.mean(steering))
         record["entropy_change/predicted"] = predicted / algorithm.minibatches
         record |= thresholds.metrics() | schedule.metrics() | objective.metrics()
@@ -164,7 +166,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
 
     if config.checkpoint.export_huggingface:
         report.phase("exporting")
-        policy.bridge.save(policy.parts, directory / "huggingface", write=layout.is_main)
+        policy.bridge.save(policy.model_chunks, directory / "huggingface", write=layout.is_main)
     report.finish()
     return EXIT_DONE
 

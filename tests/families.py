@@ -130,7 +130,7 @@ def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tupl
     from megatron_rlvr.training.policy import Policy
 
     policy = Policy(policy_config(folder, layout), here)
-    weights = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.parts)}
+    weights = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model_chunks)}
     batch = make_batch()
     scores = policy.score(batch, ADVANTAGE)
     wide = AffineThreshold(0.2, 0.0)
@@ -139,11 +139,11 @@ def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tupl
         batch, torch.arange(8), ADVANTAGE, weight, scores, ClipThresholds(wide, wide), NEUTRAL, build_objective("clip")
     )
     with torch.no_grad():
-        parameters = [p for part in policy.parts for p in part.parameters()]
+        parameters = [p for part in policy.model_chunks for p in part.parameters()]
         kept = [p.clone() for p in parameters]
         for parameter in parameters:
             parameter.copy_(parameter.main_grad)
-        gradients = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.parts)}
+        gradients = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model_chunks)}
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
     return Measurement(scores.logprob, scores.entropy, report.grad_norm, gradients, weights), policy
@@ -217,8 +217,8 @@ def main(arguments: list[str]) -> None:
         renew(number)
         with parallel.parallel_groups(ParallelConfig(**job["layout"]), seed=0) as here:
             for folder in map(Path, job["folders"]):
-                measurement, policy = measure(folder, ParallelConfig(**job["layout"]), here)
-                if policy.reports and here.data_rank == 0:
+                measurement, _ = measure(folder, ParallelConfig(**job["layout"]), here)
+                if here.is_reporting_rank and here.data_rank == 0:
                     output = Path(arguments[0]) / job["name"]
                     output.mkdir(exist_ok=True, parents=True)
                     torch.save(dataclasses.asdict(measurement), output / f"{folder.name}.pt")

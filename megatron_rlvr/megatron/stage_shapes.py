@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge, is_tied
+from megatron_rlvr.megatron.parallel import initialize_model_parallel
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,7 @@ def model_stages(config: Config, world_size: int) -> tuple[ModelShape, torch.dty
             "fake", store=FakeStore(), rank=index * (world_size // parallel.pipeline), world_size=world_size
         )
         try:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=parallel.tensor,
-                pipeline_model_parallel_size=parallel.pipeline,
-                virtual_pipeline_model_parallel_size=parallel.virtual_pipeline
-                if parallel.virtual_pipeline > 1
-                else None,
-                context_parallel_size=parallel.context,
-                expert_model_parallel_size=parallel.expert,
-                expert_tensor_parallel_size=parallel.expert_tensor,
-                create_gloo_process_groups=False,
-            )
+            initialize_model_parallel(parallel, create_gloo_groups=False)
             bridge = PolicyBridge(config.model.path, model_config, parallel)
             parts = bridge.build(shapes_only=True)
             named = [(f"{i}.{name}", p) for i, part in enumerate(parts) for name, p in part.named_parameters()]

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.data import Example
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import collectives, parallel
 from megatron_rlvr.rollout.groups import Group, RolledOut
 
 
@@ -67,7 +67,7 @@ def balance(
         config: of the run.
     """
     algorithm, prompts = config.algorithm, data[1]
-    costs = parallel.gather_over_leaders(
+    costs = collectives.all_gather_over_leaders(
         [group_cost(g, len(prompts[g.example]), algorithm.epochs, algorithm.drop_zero_advantage) for g in rolled.groups]
     )
     mine, size = parallel.data_rank(), len(costs)
@@ -78,6 +78,6 @@ def balance(
         for i, owner in enumerate(balanced_owners([row[part] for row in costs])[mine], start=part.start):
             parcels[owner].append((number, slots[i], rolled.groups[i]))
     kept, parcels[mine] = parcels[mine], []
-    received = [entry for parcel in parallel.exchange_over_leaders(parcels) for entry in parcel]
+    received = [entry for parcel in collectives.all_to_all_over_leaders(parcels) for entry in parcel]
     entries = sorted([*kept, *received], key=lambda entry: entry[:2])
     return replace(rolled, groups=[group for _, _, group in entries]), [slot for _, slot, _ in entries]

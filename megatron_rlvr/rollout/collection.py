@@ -16,7 +16,7 @@ from megatron_rlvr.data import Example, PromptSampler, load_examples
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import collectives, parallel
 from megatron_rlvr.objectives.advantages import overlong_penalty
 from megatron_rlvr.rollout.balance import balance
 from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutEngine, RolloutError, SamplingPolicy
@@ -112,7 +112,7 @@ class RolloutCollector:
             rolled, slots = balance(rolled, slots, self.train, self.config)
         # Context-parallel ranks hold the same weights: each generates for itself, and the leader's word is taken.
         if not self.engine.collective or self.config.parallel.context > 1 or several:
-            rolled, slots = parallel.share_with_model_peers((rolled, slots))
+            rolled, slots = collectives.broadcast_from_leader((rolled, slots))
         assert rolled is not None
         self.engine.offload()
         seconds = time.perf_counter() - began
@@ -149,7 +149,7 @@ class RolloutCollector:
             spans = [s for c in completions for s in c.version_spans or ((c.weight_version, len(c.token_ids)),)]
             sums |= {"stale": sum((step - version) * tokens for version, tokens in spans), "tokens": batch.token_count}
             sums["interrupted"] = sum(bool(c.version_spans) for c in completions)
-        total = parallel.sum_over_job(sums, contributes=self.layout.is_leader)
+        total = collectives.sum_over_job(sums, contributes=self.layout.is_leader)
         found = {"verifier/failed_fraction": total["failed"] / total["sequences"]}
         if rollout.dynamic_sampling:
             found["sampling/generated_groups"] = total["generated"] / total["groups"]
@@ -197,7 +197,7 @@ class RolloutCollector:
             return {}
         if self.layout.is_leader:
             _, verdicts = self.source.judge([examples[i] for i in mine], settings.samples, completions)
-        completions, verdicts = parallel.share_with_model_peers((completions, verdicts))
+        completions, verdicts = collectives.broadcast_from_leader((completions, verdicts))
         solved = [
             sum(v.reward > 0.5 for v in verdicts[g : g + settings.samples])
             for g in range(0, len(verdicts), settings.samples)
@@ -206,7 +206,7 @@ class RolloutCollector:
         sums = {f"pass@{k}": math.fsum(pass_at_k(settings.samples, c, k) for c in solved) for k in powers}
         sums["reward"] = math.fsum(v.reward for v in verdicts) / settings.samples
         sums["response_tokens"] = sum(len(c.token_ids) for c in completions) / settings.samples
-        totals = parallel.sum_over_job(sums, contributes=self.layout.is_leader)
+        totals = collectives.sum_over_job(sums, contributes=self.layout.is_leader)
         return {name: total / len(examples) for name, total in totals.items()}
 
     def _load(
@@ -226,7 +226,7 @@ class RolloutCollector:
 def _together(failure: EngineLostError | UserError | None) -> EngineLostError | RolloutError | None:
     """What every process raises after one of them failed, in its own words where it has any. Collective."""
     own = 0.0 if failure is None else 2.0 if isinstance(failure, UserError) else 1.0
-    worst = parallel.max_over_job({"failure": own})["failure"]
+    worst = collectives.max_over_job({"failure": own})["failure"]
     if worst == 0.0:
         return None
     if worst == 1.0:

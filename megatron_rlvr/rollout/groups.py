@@ -14,7 +14,7 @@ from typing import cast
 from megatron_rlvr.config import Config
 from megatron_rlvr.data import Example, PromptSampler
 from megatron_rlvr.data.completion import Completion
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import collectives, parallel
 from megatron_rlvr.rollout.engines.base import RolloutEngine, SamplingPolicy, StreamingEngine
 from megatron_rlvr.rollout.recording import replay
 from megatron_rlvr.rollout.sampling import sample_seed
@@ -162,7 +162,7 @@ class GroupSource:
         if self.layout.is_leader:
             texts, verdicts = self.judge([examples[example] for _, example in candidates], samples, completions)
         # Replicas of the same weights each generated for themselves; the leader's word is taken.
-        completions, verdicts = parallel.share_with_model_peers((completions, verdicts))
+        completions, verdicts = collectives.broadcast_from_leader((completions, verdicts))
         groups = []
         for place, (slot, example) in enumerate(candidates):
             own = slice(place * samples, (place + 1) * samples)

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import optimizer_state, parallel
+from megatron_rlvr.megatron import collectives, optimizer_state
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy
@@ -169,7 +169,7 @@ class Checkpoints:
         """Give a checkpoint its name if it is written by now; raises as `save` does."""
         if self._pending is None or self._pending.writing is None:
             return
-        if not parallel.any_rank(not self._pending.writing.done()):
+        if not collectives.any_rank(not self._pending.writing.done()):
             self.finish()
 
     def finish(self) -> None:
@@ -202,7 +202,7 @@ class Checkpoints:
 
     def _raise_if_any(self, error: BaseException | None, step: int, main: bool) -> None:
         """Raise on every process when one could not write, and leave nothing half written."""
-        if not parallel.any_rank(error is not None):
+        if not collectives.any_rank(error is not None):
             return
         if main:
             shutil.rmtree(self.folder / f"step_{step}.partial", ignore_errors=True)
@@ -261,7 +261,7 @@ class Checkpoints:
             raise UserError(
                 f"{folder} cannot be read ({_reason(error)}): remove it to go on from the one before"
             ) from error
-        for number, part in enumerate(policy.parts):
+        for number, part in enumerate(policy.model_chunks):
             part.load_state_dict(loaded[f"model{number}" if number else "model"])
         optimizer_state.load(policy.optimizer, loaded["optimizer"])
         return record
@@ -278,7 +278,7 @@ class Checkpoints:
         # Of any number of parts, tensors are named by their place in the whole model.
         model = {
             f"model{number}" if number else "model": part.sharded_state_dict()
-            for number, part in enumerate(policy.parts)
+            for number, part in enumerate(policy.model_chunks)
         }
         return model | {"optimizer": optimizer_state.sharded_state(policy.optimizer, model, loading)}
 

@@ -14,7 +14,7 @@ from megatron_rlvr.control import ClipThresholds, SteeringResponse
 from megatron_rlvr.control.regions import classify, entropy_change, gradient_norm, steering_weights
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import collectives
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.objectives import PolicyObjective, TokenInputs
 from megatron_rlvr.objectives.tokens import TokenOutputs, beyond_bounds
@@ -62,7 +62,9 @@ class Head:
             return found
         known = [getattr(found, f.name) for f in fields(found)]
         values = torch.stack([value for value in known if value is not None])
-        return ops.TokenStatistics(*parallel.share_tokens(values, part.here.to(output.device), len(part.targets)))
+        return ops.TokenStatistics(
+            *collectives.all_gather_tokens(values, part.here.to(output.device), len(part.targets))
+        )
 
     def _own_statistics(self, output: Tensor, targets: Tensor, second_moments: bool) -> ops.TokenStatistics:
         settings: dict[str, Any] = {

@@ -21,7 +21,7 @@ from megatron_rlvr.control import ClipThresholds, SteeringResponse
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, microbatch, partition
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import cpu_shim, device, optimizer_state, parallel
+from megatron_rlvr.megatron import collectives, cpu_shim, device, optimizer_state, parallel
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import OptimizerConfig
 from megatron_rlvr.megatron.model import packed_sequences
@@ -50,7 +50,6 @@ class Policy:
     Attributes:
         parts: this rank's parts of the model, one for each virtual pipeline stage.
         bridge: carries them to and from Hugging Face folders.
-        reports: whether this process speaks for its data-parallel rank's last stage.
     """
 
     def __init__(self, config: Config, layout: parallel.Layout):
@@ -66,12 +65,12 @@ class Policy:
             width_multiple=(config.parallel.tensor if config.parallel.sequence else 1)
             * (1 if config.model.fp8 == "none" else 32),
             context_size=config.parallel.context,
-            context_rank=parallel_state.get_context_parallel_rank(),
+            context_rank=parallel.context_rank(),
             mark_padding=config.model.router_aux_loss > 0,
         )
         self.bridge = PolicyBridge(config.model.path, config.model, config.parallel)
-        self.parts = self.bridge.build()
-        self.bridge.load(self.parts)
+        self.model_chunks = self.bridge.build()
+        self.bridge.load(self.model_chunks)
         half = self.bridge.dtype != torch.float32
         megatron = self.bridge.config
         wrapping = DistributedDataParallelConfig(
@@ -79,7 +78,7 @@ class Policy:
         )
         self._wrapped = [
             DistributedDataParallel(megatron, wrapping, part, disable_bucketing=number > 0)
-            for number, part in enumerate(self.parts)
+            for number, part in enumerate(self.model_chunks)
         ]
         for wrapped in self._wrapped:
             wrapped.broadcast_params()
@@ -105,13 +104,7 @@ class Policy:
         megatron.finalize_model_grads_func = finalize_model_grads
         self._forward_backward = get_forward_backward_func()
         self.head = Head(
-            self.parts[-1], config.rollout.temperature, parallel.tensor_group(), config.algorithm.fused_linear
-        )
-        # Of the last stage's tensor- and context-parallel ranks, which all know the same sums, one reports them.
-        self.reports = (
-            layout.is_last_stage
-            and parallel_state.get_tensor_model_parallel_rank() == 0
-            and parallel_state.get_context_parallel_rank() == 0
+            self.model_chunks[-1], config.rollout.temperature, parallel.tensor_group(), config.algorithm.fused_linear
         )
 
     def set_learning_rate(self, value: float) -> None:
@@ -191,8 +184,8 @@ class Policy:
         count = len(found)
         if parallel_state.get_expert_model_parallel_world_size() > 1:
             # Experts get tokens from every data-parallel rank of their group, at every microbatch of each.
-            count = int(parallel.max_over_job({"microbatches": count})["microbatches"])
-        if len(self.parts) > 1:
+            count = int(collectives.max_over_job({"microbatches": count})["microbatches"])
+        if len(self.model_chunks) > 1:
             stages = parallel_state.get_pipeline_model_parallel_world_size()
             count = -(-count // stages) * stages
         return found if count == len(found) else partition(batch, sequences, self.microbatching, at_least=count)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_rlvr.control import SteeringResponse
 from megatron_rlvr.control.regions import steering_sums
 from megatron_rlvr.data.batch import RolloutBatch
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import collectives
 from megatron_rlvr.objectives import informative_groups
 from megatron_rlvr.training.head import LOSS_SUMS, TokenScores
 from megatron_rlvr.training.policy import UpdateReport
@@ -39,15 +39,15 @@ class RolloutMeasure:
 
 
 def measure_rollout(
-    batch: RolloutBatch, token_weight: Tensor, scores: TokenScores, reports: bool, leader: bool
+    batch: RolloutBatch, token_weight: Tensor, scores: TokenScores, is_reporting_rank: bool, leader: bool
 ) -> RolloutMeasure:
     """Reward, lengths, exact entropy, train/rollout mismatch, and the response to steering of a step.
 
     Args:
         batch: this rank's rollouts.
         token_weight: float32 [N].
-        scores: of the old policy; real where `reports`.
-        reports: whether this process speaks for its data-parallel rank's last stage.
+        scores: of the old policy; real where `is_reporting_rank`.
+        is_reporting_rank: whether this process reports for the last pipeline stage of its data-parallel rank.
         leader: whether it speaks for its data-parallel rank's rollouts.
     """
     difference = scores.logprob - batch.rollout_logprob
@@ -73,10 +73,10 @@ def measure_rollout(
         "truncated": batch.truncated.sum(),
         "mixed_groups": informative_groups(groups).sum(),
     }
-    total = parallel.sum_over_job({k: float(v) for k, v in scored.items()}, contributes=reports)
-    count = parallel.sum_over_job({k: float(v) for k, v in rolled.items()}, contributes=leader)
-    squared = _squares(torch.stack([group_entropy, group_tokens]), batch, int(count["groups"]), reports)
-    largest = float(difference.abs().max()) if reports and len(difference) else 0.0
+    total = collectives.sum_over_job({k: float(v) for k, v in scored.items()}, contributes=is_reporting_rank)
+    count = collectives.sum_over_job({k: float(v) for k, v in rolled.items()}, contributes=leader)
+    squared = _squares(torch.stack([group_entropy, group_tokens]), batch, int(count["groups"]), is_reporting_rank)
+    largest = float(difference.abs().max()) if is_reporting_rank and len(difference) else 0.0
     tokens = count["tokens"]
     entropy = total["entropy"] / tokens
     squares = squared["ee"] - 2 * entropy * squared["et"] + entropy**2 * squared["tt"]
@@ -93,13 +93,13 @@ def measure_rollout(
         "mismatch/mean": total["mismatch/mean"] / tokens,
         # Kish's effective sample size of the tokens under importance weights train / rollout, as a share of them.
         "mismatch/effective_sample_size": total["importance"] ** 2 / (tokens * total["importance_squared"]),
-        "mismatch/max": parallel.max_over_job({"largest": largest})["largest"],
+        "mismatch/max": collectives.max_over_job({"largest": largest})["largest"],
     }
     steering = SteeringResponse.from_sums([total[f"response/{i}"] for i in range(4)])
     return RolloutMeasure(entropy, standard_error, steering, record)
 
 
-def _squares(groups: Tensor, batch: RolloutBatch, count: int, reports: bool) -> dict[str, float]:
+def _squares(groups: Tensor, batch: RolloutBatch, count: int, is_reporting_rank: bool) -> dict[str, float]:
     """Sums of squares and products of the job's ``count`` groups' (entropy, tokens), here [2, P / D]: ee, et, tt.
 
     They are the variances of the sums over groups, but for the mean. Of stratified groups half the squared differences
@@ -108,10 +108,10 @@ def _squares(groups: Tensor, batch: RolloutBatch, count: int, reports: bool) -> 
     on the layout.
     """
     if batch.strata is None or batch.slots is None:
-        return parallel.sum_over_job(_products(groups), contributes=reports)
+        return collectives.sum_over_job(_products(groups), contributes=is_reporting_rank)
     every = torch.zeros(3, count, dtype=torch.float64)
     every[:, batch.slots] = torch.cat([groups, batch.strata[None]])
-    every = parallel.sum_tensor_over_job(every, contributes=reports)
+    every = collectives.sum_tensor_over_job(every, contributes=is_reporting_rank)
     steps = every[:2, every[2].argsort(stable=True)].diff(dim=1)
     return _products(steps * math.sqrt(every.shape[1] / (2 * max(1, steps.shape[1]))))
 
@@ -122,19 +122,21 @@ def _products(groups: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in sums.items()}
 
 
-def entropy_shift(update: UpdateReport, reports: bool) -> float | None:
+def entropy_shift(update: UpdateReport, is_reporting_rank: bool) -> float | None:
     """ln of the mean entropy of an update's active tokens in its forward pass over that before the step. Collective.
 
     None for an update without active tokens; bounded where entropy has all but vanished.
     """
     sums = dict(zip(LOSS_SUMS, update.sums.tolist(), strict=True))
-    total = parallel.sum_over_job({k: sums[k] for k in ("entropy_drift", "old_entropy")}, contributes=reports)
+    total = collectives.sum_over_job(
+        {k: sums[k] for k in ("entropy_drift", "old_entropy")}, contributes=is_reporting_rank
+    )
     if not total["old_entropy"] > 0.0:
         return None
     return math.log(max(1e-3, 1.0 + total["entropy_drift"] / total["old_entropy"]))
 
 
-def update_metrics(updates: Sequence[UpdateReport], epochs: int, reports: bool) -> Record:
+def update_metrics(updates: Sequence[UpdateReport], epochs: int, is_reporting_rank: bool) -> Record:
     """What the updates of a step did: clip and region fractions, largest ratio, gradient norm, measured entropy change.
 
     Fractions are of tokens with a non-zero advantage. The measured change is the mean, over those of the last epoch, of
@@ -145,9 +147,10 @@ def update_metrics(updates: Sequence[UpdateReport], epochs: int, reports: bool) 
     whole = dict(zip(LOSS_SUMS, every.sum(0).tolist(), strict=True))
     end = dict(zip(LOSS_SUMS, last.sum(0).tolist(), strict=True))
     whole |= {"drift": end["entropy_drift"], "drift_tokens": end["active_tokens"]}
-    total = parallel.sum_over_job(whole, contributes=reports)
+    total = collectives.sum_over_job(whole, contributes=is_reporting_rank)
     active = max(1.0, total["active_tokens"])
-    ratio = parallel.max_over_job({"ratio": max(float(u.ratio_max) for u in updates) if reports else 0.0})["ratio"]
+    largest = max(float(u.ratio_max) for u in updates) if is_reporting_rank else 0.0
+    ratio = collectives.max_over_job({"ratio": largest})["ratio"]
     return {
         "loss": total["loss"] / len(updates),
         "grad_norm": sum(u.grad_norm for u in updates) / len(updates),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.data.batch import RolloutBatch
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import collectives, parallel
 from megatron_rlvr.objectives import aggregation_weights
 
 
@@ -15,7 +15,7 @@ def token_weights(config: Config, batch: RolloutBatch, layout: parallel.Layout) 
     """float32 [N]: the aggregation weight of every token of each sequence within its minibatch, over the whole job."""
     parts = batch.minibatches(config.algorithm.minibatches)
     tokens = {f"{m:06d}": float(batch.response_lengths[part].sum()) for m, part in enumerate(parts)}
-    totals = parallel.sum_over_job(tokens, contributes=layout.is_leader)
+    totals = collectives.sum_over_job(tokens, contributes=layout.is_leader)
     weights = [
         aggregation_weights(
             config.algorithm.aggregation,

@@ -100,10 +100,10 @@ def test_one_process(
     model = AutoModelForCausalLM.from_pretrained(folders / name, experts_implementation="eager").double()
     with torch.no_grad():
         expected = model(tokens).logits.transpose(0, 1).flatten(0, 1)
-        policy.bridge.load(policy.parts)  # undo the update
-        logits = policy.parts[-1](tokens)
+        policy.bridge.load(policy.model_chunks)  # undo the update
+        logits = policy.model_chunks[-1](tokens)
     assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
-    policy.bridge.save(policy.parts, tmp_path / "saved", write=True)
+    policy.bridge.save(policy.model_chunks, tmp_path / "saved", write=True)
     saved, given = (load_file(f / "model.safetensors") for f in (tmp_path / "saved", folders / name))
     assert saved.keys() == given.keys() and all(saved[key].equal(given[key]) for key in given)
 

@@ -30,4 +30,4 @@ def build_engine(config: Config, policy: Policy, resources: ExitStack) -> Rollou
             f"rollout.engine={config.rollout.engine} evaluates with the local engine, which does not generate under "
             f"parallel.expert={config.parallel.expert}: set data.heldout=null, or rollout.engine=sglang"
         )
-    return LocalEngine(policy.parts, config.rollout.local_batch)
+    return LocalEngine(policy.model_chunks, config.rollout.local_batch)

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import cpu_shim, device
+from megatron_rlvr.megatron import collectives, cpu_shim, device
 from megatron_rlvr.megatron.attention import KeyValueCache, SDPAttention
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.rollout.engines.base import SamplingPolicy
@@ -34,13 +32,13 @@ class LocalEngine:
 
     collective = True
 
-    def __init__(self, parts: Sequence[PolicyModel], batch: int):
-        self.parts = parts
-        self.config = parts[0].config
+    def __init__(self, model_chunks: Sequence[PolicyModel], batch: int):
+        self.model_chunks = model_chunks
+        self.config = model_chunks[0].config
         self.batch = batch
         self.version = 0
-        self.attentions = [m for part in parts for m in part.modules() if isinstance(m, SDPAttention)]
-        if len(self.attentions) != sum(len(part.decoder.layers) for part in parts):
+        self.attentions = [m for chunk in model_chunks for m in chunk.modules() if isinstance(m, SDPAttention)]
+        if len(self.attentions) != sum(len(chunk.decoder.layers) for chunk in model_chunks):
             raise UserError("rollout.engine=local needs model.layer_spec=local: set it, or choose another engine")
 
     def offload(self) -> None:
@@ -59,9 +57,9 @@ class LocalEngine:
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         prompts_a_batch = max(1, self.batch // sampling.samples)
-        was_training = self.parts[0].training
-        for part in self.parts:
-            part.eval()
+        was_training = self.model_chunks[0].training
+        for chunk in self.model_chunks:
+            chunk.eval()
         split = self._without_sequence_parallelism()
         try:
             for start in range(0, len(order), prompts_a_batch):
@@ -72,8 +70,8 @@ class LocalEngine:
                 for slot, completion in zip(slots, drawn, strict=True):
                     completions[slot] = completion
         finally:
-            for part in self.parts:
-                part.train(was_training)
+            for chunk in self.model_chunks:
+                chunk.train(was_training)
             for owner, name in split:
                 setattr(owner, name, True)
         return completions  # type: ignore[return-value]
@@ -81,7 +79,7 @@ class LocalEngine:
     def _without_sequence_parallelism(self) -> list[tuple[Any, str]]:
         """Switch it off, for one new token cannot be split over ranks; returns what to switch on again."""
         names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-        owners = [self.config, *(module for part in self.parts for module in part.modules())]
+        owners = [self.config, *(module for chunk in self.model_chunks for module in chunk.modules())]
         found = [(owner, name) for owner in owners for name in names if getattr(owner, name, False) is True]
         for owner, name in found:
             setattr(owner, name, False)
@@ -159,41 +157,36 @@ class LocalEngine:
         tokens, positions = tokens.to(where), positions.to(where)
         mask = mask.to(where) if mask is not None else None
         rows = rows.to(where) if rows is not None else None
-        for part in self.parts:
-            output = self._through(part, tokens, rows, positions, mask)
+        for chunk in self.model_chunks:
+            output = self._through(chunk, tokens, rows, positions, mask)
         return output
 
     def _through(
-        self, part: PolicyModel, tokens: Tensor, rows: Tensor | None, positions: Tensor, mask: Tensor | None
+        self, chunk: PolicyModel, tokens: Tensor, rows: Tensor | None, positions: Tensor, mask: Tensor | None
     ) -> Tensor | None:
         """One pass through this rank's part of a pipeline stage, from and to its neighbours."""
-        group = parallel_state.get_pipeline_model_parallel_group()
-        if not part.pre_process:
+        if not chunk.pre_process:
             shape = (tokens.size(1), tokens.size(0), self.config.hidden_size)
             received = torch.empty(shape, dtype=self.config.params_dtype, device=tokens.device)
-            dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
-            part.set_input_tensor(received)
-        output = part(tokens, rows, positions=positions, attention_mask=mask)
-        if not part.post_process:
-            dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
+            collectives.receive_from_previous_stage(received)
+            chunk.set_input_tensor(received)
+        output = chunk(tokens, rows, positions=positions, attention_mask=mask)
+        if not chunk.post_process:
+            collectives.send_to_next_stage(output)
             return None
         if self.config.tensor_model_parallel_size > 1:
             ranks = self.config.tensor_model_parallel_size
-            missing = -(-part.vocabulary // ranks) - output.size(-1)  # of the last shard, if ranks do not divide it
+            missing = -(-chunk.vocabulary // ranks) - output.size(-1)  # of the last shard, if ranks do not divide it
             output = torch.nn.functional.pad(output, (0, missing))
-            shards = [torch.empty_like(output) for _ in range(ranks)]
-            dist.all_gather(shards, output, group=parallel_state.get_tensor_model_parallel_group())
-            output = torch.cat(shards, dim=-1)[:, : part.vocabulary]
+            output = torch.cat(collectives.all_gather_over_tensor_ranks(output), dim=-1)[:, : chunk.vocabulary]
         return output
 
     def _draw(self, logits: Tensor | None, uniform: np.ndarray, sampling: SamplingPolicy) -> tuple[Tensor, Tensor]:
         """Draw on the last stage; every process of the replica gets the tokens [n] and log-probs [n], on the CPU."""
-        group = parallel_state.get_model_parallel_group()
         drawn = torch.empty(2, len(uniform), dtype=torch.float64, device=device.device())
         if logits is not None:
             threshold = torch.from_numpy(uniform).to(logits.device)
             drawn[0], drawn[1] = draw(logits, threshold, sampling.temperature, sampling.top_p, sampling.top_k)
-        if group.size() > 1:
-            dist.broadcast(drawn, src=dist.get_process_group_ranks(group)[-1], group=group)
+        collectives.broadcast_from_last_stage(drawn)
         token, logprob = drawn.cpu()
         return token.long(), logprob.float()

@@ -77,7 +77,7 @@ def _difference(policy, prompts: list[list[int]], completions: list[Completion])
 def _change(policy, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in policy.parts[-1].parameters():
+        for parameter in policy.model_chunks[-1].parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
@@ -158,7 +158,7 @@ def test_weights_change_under_completions(interrupt: str, policy, engine, server
     deadline = time.monotonic() + 60
     while b"Decode batch" not in log.read_bytes()[log_end:] and time.monotonic() < deadline:
         time.sleep(0.005)
-    before = {name: value.clone() for name, value in policy.parts[-1].state_dict().items() if value is not None}
+    before = {name: value.clone() for name, value in policy.model_chunks[-1].state_dict().items() if value is not None}
     _change(policy, seed=9)
     engine.update_weights(1)
     thread.join(timeout=120)
@@ -174,7 +174,7 @@ def test_weights_change_under_completions(interrupt: str, policy, engine, server
         [v for c in found for v, n in (c.version_spans or ((c.weight_version, 50),)) for _ in range(n)]
     )
     new = _scores(policy, prompts, found)
-    policy.parts[-1].load_state_dict(before, strict=False)
+    policy.model_chunks[-1].load_state_dict(before, strict=False)
     old = _scores(policy, prompts, found)
     assert (sampled - old)[drawn_by == 0].abs().max() < 1e-4
     if interrupt == "retract":

@@ -10,7 +10,7 @@ import torch
 from megatron_rlvr.data import PromptSampler
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import collectives
 from megatron_rlvr.training.head import LOSS_SUMS, TokenScores
 from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.step_metrics import entropy_shift, measure_rollout
@@ -20,9 +20,9 @@ PROMPTS, PER_STEP, SAMPLES = 1200, 24, 2
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr(parallel, "sum_over_job", lambda values, contributes: values if contributes else {})
-    monkeypatch.setattr(parallel, "sum_tensor_over_job", lambda values, contributes: values * contributes)
-    monkeypatch.setattr(parallel, "max_over_job", lambda values: values)
+    monkeypatch.setattr(collectives, "sum_over_job", lambda values, contributes: values if contributes else {})
+    monkeypatch.setattr(collectives, "sum_tensor_over_job", lambda values, contributes: values * contributes)
+    monkeypatch.setattr(collectives, "max_over_job", lambda values: values)
 
 
 def measure(indices, kinds, rng):
@@ -52,7 +52,7 @@ def test_the_standard_error_is_the_spread_over_steps(stratified):
         batch, scores = measure(sampler.indices(step), kinds, rng)
         if not stratified:
             batch.strata = None
-        measured = measure_rollout(batch, torch.ones(PER_STEP * SAMPLES), scores, reports=True, leader=True)
+        measured = measure_rollout(batch, torch.ones(PER_STEP * SAMPLES), scores, is_reporting_rank=True, leader=True)
         entropies.append(measured.entropy)
         errors.append(measured.standard_error)
     claimed = math.sqrt(statistics.mean(e * e for e in errors))
@@ -64,9 +64,9 @@ def test_the_standard_error_is_the_spread_over_steps(stratified):
 def test_the_shift_is_of_the_mean_entropy_of_active_tokens():
     sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64)
     report = UpdateReport(sums, torch.tensor(1.0), 0.1, 0.0, 0.0)
-    assert entropy_shift(report, reports=True) is None  # no active token
+    assert entropy_shift(report, is_reporting_rank=True) is None  # no active token
     sums[LOSS_SUMS.index("old_entropy")] = 8.0
     sums[LOSS_SUMS.index("entropy_drift")] = -2.0
-    assert entropy_shift(report, reports=True) == pytest.approx(math.log(0.75))
+    assert entropy_shift(report, is_reporting_rank=True) == pytest.approx(math.log(0.75))
     sums[LOSS_SUMS.index("entropy_drift")] = -8.0  # entropy vanished
-    assert entropy_shift(report, reports=True) == pytest.approx(math.log(1e-3))
+    assert entropy_shift(report, is_reporting_rank=True) == pytest.approx(math.log(1e-3))

@@ -104,7 +104,7 @@ def test_two_updates_have_the_exact_loss_and_gradient(policy, reference, batch: 
     weight = (1.0 / lengths.sum()).expand(8) if aggregation == "token-mean" else 1.0 / (8 * lengths)
     objective = build_objective("clip")
     for _ in range(2):  # the second has ratios away from 1, some beyond their bounds
-        export = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.parts)}
+        export = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model_chunks)}
         reference.load_state_dict(export, strict=False)
         report = policy.update(batch, everything, ADVANTAGE, weight.float(), scores, THRESHOLDS, NEUTRAL, objective)
 
@@ -127,10 +127,11 @@ def test_two_updates_have_the_exact_loss_and_gradient(policy, reference, batch: 
     assert sums["clipped_high"] == outside_high.sum() and sums["clipped_low"] == outside_low.sum()
     norm = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm()
     assert report.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    [model] = policy.model_chunks
     for ours, theirs in (
-        (policy.parts[-1].embedding.word_embeddings.weight, reference.model.embed_tokens.weight),
-        (policy.parts[-1].decoder.final_layernorm.weight, reference.model.norm.weight),
-        (policy.parts[-1].decoder.layers[1].mlp.linear_fc2.weight, reference.model.layers[1].mlp.down_proj.weight),
+        (model.embedding.word_embeddings.weight, reference.model.embed_tokens.weight),
+        (model.decoder.final_layernorm.weight, reference.model.norm.weight),
+        (model.decoder.layers[1].mlp.linear_fc2.weight, reference.model.layers[1].mlp.down_proj.weight),
     ):
         assert (ours.main_grad - theirs.grad).norm() < 1e-5 * theirs.grad.norm()
 
@@ -138,7 +139,7 @@ def test_two_updates_have_the_exact_loss_and_gradient(policy, reference, batch: 
 def test_local_engine_reports_the_policy_s_own_logprobs(policy, reference) -> None:
     from megatron_rlvr.rollout.engines.local import LocalEngine
 
-    engine = LocalEngine(policy.parts, batch=5)  # two prompts do not fit together, so batches are cut
+    engine = LocalEngine(policy.model_chunks, batch=5)  # two prompts do not fit together, so batches are cut
     sampling = SamplingPolicy(samples=4, max_tokens=9, temperature=TEMPERATURE, stop_token_ids=tuple(range(0, 30)))
     completions = engine.generate(PROMPTS, sampling, seeds=list(range(8)))
     assert {c.finish_reason for c in completions} == {"stop", "length"}
@@ -150,5 +151,5 @@ def test_local_engine_reports_the_policy_s_own_logprobs(policy, reference) -> No
             logits = reference(torch.tensor([head + ids])).logits[0, len(head) - 1 : -1]
         expected = (logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
         assert (torch.tensor(completion.logprobs) - expected).abs().max() < 5e-6
-    alone = LocalEngine(policy.parts, batch=1000).generate(PROMPTS[1:], sampling, seeds=list(range(4, 8)))
+    alone = LocalEngine(policy.model_chunks, batch=1000).generate(PROMPTS[1:], sampling, seeds=list(range(4, 8)))
     assert [c.token_ids for c in alone] == [c.token_ids for c in completions[4:]]

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rlvr.config import Config
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import collectives
 from megatron_rlvr.rollout.engines.base import Finished, SamplingPolicy
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError, Weights
@@ -66,7 +66,7 @@ class SGLangEngine:
                 self._check_host()
                 dtype = str(policy.bridge.dtype).removeprefix("torch.")
                 self.pool = resources.enter_context(ServerPool(self.config, base, dtype, directory / "logs"))
-            urls = parallel.share_with_job(self.pool.urls if self.pool else None)
+            urls = collectives.broadcast_from_main(self.pool.urls if self.pool else None)
         self.urls = urls
         way = self.config.weight_sync
         if way == "auto":
@@ -84,7 +84,7 @@ class SGLangEngine:
                     lost = self._load(runner, [Endpoint(url, self.config) for url in self.urls], flush=True)
                 if len(lost) == len(self.urls):
                     raise UserError(f"no server of rollout.sglang.urls can be used: {'; '.join(lost)}")
-            parallel.barrier()
+            collectives.barrier()
 
     def generate(
         self,
@@ -119,7 +119,7 @@ class SGLangEngine:
     def offload(self) -> None:
         """See `RolloutEngine.offload`: servers release their memory under ``rollout.sglang.release_memory``."""
         if self.config.release_memory:
-            parallel.barrier()  # until every rank has its rollout
+            collectives.barrier()  # until every rank has its rollout
             self._offloaded = True
             if self.layout.is_main:
                 if self.pool:
@@ -146,8 +146,8 @@ class SGLangEngine:
         self.weights.version = version
         self.weights.folder = folder if self.transfer is None or self.config.recovery_copy else None
         if self.weights.staleness:
-            parallel.barrier()  # until no rank takes a silent server for a hung one
-        tensors = iter(()) if self.transfer is None else self.policy.bridge.export(self.policy.parts)
+            collectives.barrier()  # until no rank takes a silent server for a hung one
+        tensors = iter(()) if self.transfer is None else self.policy.bridge.export(self.policy.model_chunks)
         if main:
             try:
                 with self.pool.changing_weights() if self.pool else nullcontext(), asyncio.Runner() as runner:
@@ -156,7 +156,7 @@ class SGLangEngine:
                 self.problem = str(error)
         for _ in tensors:  # the export is collective, whatever the servers say
             pass
-        self.failure, self.problem = parallel.share_with_job((self.failure, self.problem) if main else None)
+        self.failure, self.problem = collectives.broadcast_from_main((self.failure, self.problem) if main else None)
         self.weights.changing = False
 
     def _failure(self) -> str | None:

@@ -45,7 +45,7 @@ class WeightFolders:
         """Write the present weights. Collective over the job; the main process touches the disk."""
         if policy.layout.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
-        self.bridge.save(policy.parts, self.folder(version), write=policy.layout.is_main)
+        self.bridge.save(policy.model_chunks, self.folder(version), write=policy.layout.is_main)
         if policy.layout.is_main:
             self._publish(version)
 

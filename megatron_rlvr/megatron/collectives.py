@@ -1,0 +1,181 @@
+"""Collectives of the training loop and of the local rollout engine.
+
+Each docstring names the processes that must call the function together and the messages that it sends. The backend is
+NCCL on a GPU and gloo on the CPU.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_rlvr.megatron import device
+
+T = TypeVar("T")
+
+# ---- the whole job ----
+
+
+def barrier() -> None:
+    """Wait until every process of the job has called this. One all-reduce of one float64 in the default group.
+
+    The wait ends on the host, too: it reads the result. On a GPU a process that waits here waits in an NCCL kernel.
+    """
+    any_rank(False)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any process; every process gets the same answer. One all-reduce, as `barrier`."""
+    return max_over_job({"flag": float(flag)})["flag"] > 0
+
+
+def broadcast_from_main(value: T | None) -> T:
+    """Send rank 0's `value` (any picklable object) to every process of the job; the others' are ignored."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0, device=device.device())
+    return box[0]  # type: ignore[return-value]
+
+
+def sum_over_job(sums: Mapping[str, float], contributes: bool) -> dict[str, float]:
+    """Add `sums` of every contributing process; all processes get the result. One all-reduce of len(sums) float64.
+
+    Each data-parallel rank must contribute once. Pass ``contributes=layout.is_leader`` for what the leader knows, and
+    ``contributes=layout.is_reporting_rank`` for what the last pipeline stage knows.
+    """
+    names = sorted(sums)
+    values = torch.tensor([sums[n] if contributes else 0.0 for n in names], dtype=torch.float64, device=device.device())
+    dist.all_reduce(values)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def sum_tensor_over_job(values: Tensor, contributes: bool) -> Tensor:
+    """`sum_over_job` for a float64 tensor of the same shape on every process. One all-reduce; returns a CPU tensor."""
+    total = (values if contributes else torch.zeros_like(values)).to(device.device())
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def max_over_job(maxima: Mapping[str, float]) -> dict[str, float]:
+    """The largest value of any process, for each name. One all-reduce of len(maxima) float64."""
+    names = sorted(maxima)
+    values = torch.tensor([maxima[n] for n in names], dtype=torch.float64, device=device.device())
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+# ---- the leaders of all data-parallel ranks ----
+
+
+def all_gather_over_leaders(values: Sequence[float]) -> list[list[float]]:
+    """The values of every data-parallel rank's leader, by rank. One all-gather of len(values) float64.
+
+    Collective over leaders, who must all pass the same number of values.
+    """
+    group = parallel_state.get_data_parallel_group()  # of a leader: the group of all leaders
+    own = torch.tensor(values, dtype=torch.float64, device=device.device())
+    gathered = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(gathered, own, group=group)
+    return [row.tolist() for row in gathered]
+
+
+def all_to_all_over_leaders(objects: Sequence[T]) -> list[T]:
+    """Send object r (any picklable one) to the leader of data-parallel rank r; return what every leader sent here.
+
+    Two all-to-alls, of sizes and of bytes. Collective over leaders.
+    """
+    group, here = parallel_state.get_data_parallel_group(), device.device()
+    packed = [pickle.dumps(item) for item in objects]
+    sizes_out = torch.tensor([len(data) for data in packed], device=here)
+    sizes_in = torch.empty_like(sizes_out)
+    dist.all_to_all_single(sizes_in, sizes_out, group=group)
+    sizes = sizes_in.tolist()
+    sent = torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8).to(here)
+    received = torch.empty(sum(sizes), dtype=torch.uint8, device=here)
+    dist.all_to_all_single(received, sent, sizes, sizes_out.tolist(), group=group)
+    return [pickle.loads(data.numpy().tobytes()) for data in received.cpu().split(sizes)]
+
+
+# ---- one model replica: the processes that work on the same sequences ----
+
+
+def broadcast_from_leader(value: T | None) -> T:
+    """Send the leader's `value` (any picklable object) to every process of its data-parallel rank.
+
+    One broadcast over the leader's context-parallel group, then one over the model-parallel group of each of its ranks.
+    """
+    for group in (parallel_state.get_context_parallel_group(), parallel_state.get_model_parallel_group()):
+        if group.size() > 1:
+            box = [value]
+            source = dist.get_process_group_ranks(group)[0]
+            dist.broadcast_object_list(box, src=source, group=group, device=device.device())
+            value = box[0]
+    return value  # type: ignore[return-value]
+
+
+def broadcast_from_last_stage(values: Tensor) -> None:
+    """Overwrite `values` with those of the last rank of the model-parallel group, which is on the last pipeline stage.
+
+    One broadcast over the model-parallel group; none if it has one member.
+    """
+    group = parallel_state.get_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(values, src=dist.get_process_group_ranks(group)[-1], group=group)
+
+
+def receive_from_previous_stage(buffer: Tensor) -> None:
+    """Fill `buffer` with the tensor that the previous pipeline stage sends. One point-to-point message."""
+    source = parallel_state.get_pipeline_model_parallel_prev_rank()
+    dist.recv(buffer, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+
+
+def send_to_next_stage(values: Tensor) -> None:
+    """Send a tensor to the next pipeline stage, which must know its shape and dtype. One point-to-point message."""
+    target = parallel_state.get_pipeline_model_parallel_next_rank()
+    dist.send(values.contiguous(), dst=target, group=parallel_state.get_pipeline_model_parallel_group())
+
+
+def all_gather_over_tensor_ranks(values: Tensor) -> list[Tensor]:
+    """The tensors of all tensor-parallel ranks, which must have one shape, by rank. One all-gather."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    gathered = [torch.empty_like(values) for _ in range(group.size())]
+    dist.all_gather(gathered, values, group=group)
+    return gathered
+
+
+class _AllGatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(index)
+        all_tokens = values.new_zeros(len(values), count)
+        all_tokens[:, index] = values
+        dist.all_reduce(all_tokens, group=parallel_state.get_context_parallel_group())
+        return all_tokens
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return gradients[0][:, index], None, None
+
+
+def all_gather_tokens(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """Combine the values of different tokens that context-parallel ranks know; differentiable.
+
+    Collective over the context-parallel group: one all-reduce forward. Nothing is exchanged backward, because every
+    rank must compute the same loss from the result, so the gradient of its own tokens is all that a rank needs.
+
+    Args:
+        values: [k, R], of this rank's tokens.
+        index: int64 [R], which of the `count` tokens these are.
+        count: tokens of all ranks together.
+
+    Returns:
+        [k, count], the same on every rank.
+    """
+    return _AllGatherTokens.apply(values, index, count)
