@@ -15,14 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.rollout.engines.base import SamplingPolicy
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from megatron_rlvr.rollout.engines.sglang.endpoint import Weights
+from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 
 
 @cache
@@ -72,8 +71,10 @@ def canned_server(samples: int, tokens: int) -> Iterator[str]:
 
 
 def rollout(url: str, prompts: list[list[int]], sampling: SamplingPolicy, concurrency: int) -> list[Completion]:
+    state = ServerState(0, folder=None, max_staleness=10**9)
+
     async def ask() -> list[Completion]:
-        async with Client([url], SGLangConfig(concurrency=concurrency), Weights(0, Path(), staleness=10**9)) as client:
+        async with Client([url], SGLangConfig(concurrency=concurrency), state) as client:
             client.endpoints[0].up = True  # no health check, which takes SGLang a second
             return await client.generate(prompts, sampling, list(range(len(prompts) * sampling.samples)))
 

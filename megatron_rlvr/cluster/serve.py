@@ -23,7 +23,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
-from megatron_rlvr.rollout.engines.sglang.server import ServerPool, visible_gpus
+from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool, visible_gpus
 
 _WATCH_PERIOD_S = 0.5
 

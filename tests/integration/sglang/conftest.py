@@ -27,7 +27,7 @@ def sglang() -> SGLangConfig:
 @pytest.fixture(scope="session")
 def servers(sglang: SGLangConfig, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """A pool of one server with the small model."""
-    from megatron_rlvr.rollout.engines.sglang.server import ServerPool
+    from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 
     with ServerPool(sglang, small_model, "float32", tmp_path_factory.mktemp("sglang")) as pool:
         yield pool

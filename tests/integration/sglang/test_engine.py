@@ -57,9 +57,9 @@ def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytes
     config.rollout = RolloutConfig(sglang=dataclasses.replace(sglang, urls=servers.urls, **settings))
     with ExitStack() as resources:
         engine = SGLangEngine(config, policy, resources)
-        engine.pool = servers
+        engine.pool = engine.weight_sync.pool = servers
         yield engine
-    servers.weights = (policy.bridge.path, 0)
+    servers.start_with(policy.bridge.path, 0)
 
 
 def _scores(policy, prompts: list[list[int]], completions: list[Completion]) -> torch.Tensor:
@@ -99,7 +99,7 @@ def test_logprobs_are_the_trainer_s_before_and_after_each_sync(policy, engine, t
         completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
         assert {c.weight_version for c in completions} == {version}
         assert _difference(policy, PROMPTS, completions) < 1e-4
-    engine.folders.wait()
+    engine.weight_sync.folders.wait()
     assert [folder.name for folder in (tmp_path / "run" / "sglang" / "weights").iterdir()] == ["step_000002"]
     assert "through the disk this time" not in capsys.readouterr().err
 
@@ -148,7 +148,7 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
 )
 def test_weights_change_under_completions(interrupt: str, policy, engine, servers) -> None:
     """Each token has the version that drew it; after a retract all that follows is what the new weights say."""
-    engine.weights.staleness, engine.config.interrupt = 1, interrupt
+    engine.state.max_staleness, engine.config.interrupt = 1, interrupt
     prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(24)]
     sampling = SamplingPolicy(samples=8, max_tokens=50, temperature=TEMPERATURE)
     log, found = servers.servers[0].log, []
@@ -187,7 +187,7 @@ def test_broadcast_that_a_server_refuses(policy, engine, capsys) -> None:
     """A server that does not know the group is given the copy on disk, and joins a new group for the next update."""
     _change(policy, seed=11)
     engine.update_weights(1)
-    engine.transfer.name = "another"
+    engine.weight_sync.transport.group_name = "another"
     for version in (2, 3):
         _change(policy, seed=11 + version)
         engine.update_weights(version)
@@ -251,4 +251,4 @@ def test_another_model_behind_the_url(layout, servers, sglang: SGLangConfig, tmp
     policy = Policy(config, layout)
     with ExitStack() as resources, pytest.raises(UserError, match="hidden_size=32 instead of 48"):
         SGLangEngine(config, policy, resources)
-    assert servers.servers[0].answers(10.0)
+    assert servers.servers[0].passes_health_check(10.0)

@@ -38,7 +38,7 @@ LAYOUTS = {
 def test_three_steps(name: str, run_yaml: Path, servers, tmp_path: Path) -> None:
     processes, overrides = LAYOUTS[name]
     overrides = [*overrides, "rollout.engine=sglang", f"rollout.sglang.urls=[{servers.urls[0]}]", "steps=3"]
-    with servers.changing_weights():  # the run is this server's owner now
+    with servers.without_health_checks():  # the run is this server's owner now
         done = run_trainer(run_yaml, *overrides, "rollout.record=true", "data.heldout=null", processes=processes)
     assert "through the disk this time" not in done.stderr
     run = tmp_path / "run"
@@ -60,7 +60,7 @@ def test_rollouts_ahead_of_training(run_yaml: Path, servers, tmp_path: Path) -> 
     ]
     settings += ["rollout.max_staleness=1", "algorithm.objective.importance_cap=2.0", "steps=5", "rollout.record=true"]
     settings += ["rollout.dynamic_sampling=true", "rollout.over_sampling=1.5", "rollout.max_tokens=40"]
-    with servers.changing_weights():
+    with servers.without_health_checks():
         run_trainer(run_yaml, *settings, "data.heldout=null")
     run = tmp_path / "run"
     metrics = read_metrics(run)

@@ -1,4 +1,4 @@
-"""The asynchronous client of one or several SGLang servers: every prompt is answered once, whichever server dies."""
+"""The asynchronous client of SGLang servers: every prompt is answered once, whichever server dies."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import EngineLostError, Finished, SamplingPolicy
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError, Weights
+from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
 from megatron_rlvr.rollout.engines.sglang.protocol import generate_body, read_completions
+from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 
 _PROBE_PERIOD_S = 1.0
 
 
 class Client:
-    """Talks to the servers behind `urls`, within one running event loop.
+    """Sends prompts to the servers behind `urls`, within one running event loop.
 
-    A watch on each server probes it all the time, so that one that hangs without closing its connections is found
-    a few seconds after ``health_timeout_seconds``; its open requests are cancelled and asked elsewhere, or again when
-    it is back.
+    A watch per server probes it all the time. A server that hangs without closing its connections is therefore found a
+    few seconds after ``health_timeout_seconds``. Its open requests are cancelled and sent to other servers, or sent
+    again when it is back.
 
     Args:
         urls: of the servers.
         config: limits and timeouts.
-        weights: what a server must hold before it is asked anything; may change while the client works.
-        failure: gives the reason why no server will come back any more, if there is one.
+        state: what a server must hold before it is sent a prompt; may change while the client works.
+        unavailable: returns the reason why no server will come back, or None while one may.
     """
 
     def __init__(
         self,
         urls: Sequence[str],
         config: SGLangConfig,
-        weights: Weights,
-        failure: Callable[[], str | None] = lambda: None,
+        state: ServerState,
+        unavailable: Callable[[], str | None] = lambda: None,
     ):
-        self.config, self.weights, self.failure = config, weights, failure
+        self.config, self.state, self.unavailable = config, state, unavailable
         self.endpoints = [Endpoint(url, config) for url in urls]
-        self._room = asyncio.Event()
+        self._capacity_changed = asyncio.Event()
 
     async def __aenter__(self) -> Client:
         return self
@@ -56,21 +57,21 @@ class Client:
         seeds: Sequence[int],
         finished: Finished | None = None,
     ) -> list[Completion]:
-        """See `RolloutEngine.generate`; those of prompts that were no longer needed (see `Finished`) are left out.
+        """See `StreamingEngine.generate`; prompts that `finished` no longer needs are missing from the result.
 
         Raises:
-            UserError: when a server refuses a request or answers nonsense.
+            UserError: when a server refuses a request or sends a malformed reply.
             EngineLostError: when no server is left.
         """
-        count = sampling.samples
-        most = max(1, self.config.concurrency // count)
+        samples = sampling.samples
+        limit = max(1, self.config.concurrency // samples)
         groups: list[asyncio.Task[list[Completion]]] = []
         enough = False
 
-        async def group(index: int, endpoint: Endpoint) -> list[Completion]:
+        async def run_group(index: int, endpoint: Endpoint) -> list[Completion]:
             nonlocal enough
-            seeds_of_it = seeds[index * count : (index + 1) * count]
-            completions = await self._group(prompts[index], sampling, seeds_of_it, endpoint, most)
+            group_seeds = seeds[index * samples : (index + 1) * samples]
+            completions = await self._generate_group(prompts[index], sampling, group_seeds, endpoint, limit)
             if finished is not None and not enough and await finished(index, completions):
                 enough = True
                 for other in groups:
@@ -82,11 +83,11 @@ class Client:
             async with asyncio.TaskGroup() as tasks:
                 watches = [tasks.create_task(self._watch(endpoint)) for endpoint in self.endpoints]
                 for index in range(len(prompts)):
-                    # One prompt after the other as servers have room, so that a quick or a new server gets more.
-                    endpoint = await self._claim(most)
+                    # Prompts are handed out one by one as servers have capacity, so a fast server gets more of them.
+                    endpoint = await self._claim_endpoint(limit)
                     if enough:
                         break
-                    groups.append(tasks.create_task(group(index, endpoint)))
+                    groups.append(tasks.create_task(run_group(index, endpoint)))
                 if groups:
                     await asyncio.wait(groups)
                 for watch in watches:
@@ -95,100 +96,111 @@ class Client:
             raise failures.exceptions[0] from None
         return [completion for task in groups if not task.cancelled() for completion in task.result()]
 
-    async def _group(
-        self, prompt: Sequence[int], sampling: SamplingPolicy, seeds: Sequence[int], endpoint: Endpoint, most: int
+    async def _generate_group(
+        self, prompt: Sequence[int], sampling: SamplingPolicy, seeds: Sequence[int], endpoint: Endpoint, limit: int
     ) -> list[Completion]:
-        """The samples of one prompt, in one request: the server that is claimed for them computes the prompt once."""
+        """All samples of a prompt in one request, so that the server computes the prompt once."""
         body = generate_body(prompt, sampling, seeds)
-        lost: list[str] = []
+        losses: list[str] = []
         while True:
             try:
-                return await self._ask(endpoint, body, sampling)
+                return await self._request_group(endpoint, body, sampling)
             except ServerLostError as error:
-                lost.append(str(error))
+                losses.append(str(error))
             finally:
-                endpoint.groups -= 1
-                self._room.set()
-            if len(lost) >= self.config.attempts:
+                endpoint.prompts_in_flight -= 1
+                self._capacity_changed.set()
+            if len(losses) >= self.config.attempts:
                 raise UserError(
-                    f"{len(lost)} SGLang servers were lost under one prompt (rollout.sglang.attempts); "
-                    f"the last: {lost[-1]}"
+                    f"{len(losses)} SGLang servers were lost under one prompt (rollout.sglang.attempts); "
+                    f"the last: {losses[-1]}"
                 )
-            endpoint = await self._claim(most)
+            endpoint = await self._claim_endpoint(limit)
 
-    async def _ask(self, endpoint: Endpoint, body: bytes, sampling: SamplingPolicy) -> list[Completion]:
+    async def _request_group(self, endpoint: Endpoint, body: bytes, sampling: SamplingPolicy) -> list[Completion]:
         completions = read_completions(endpoint.url, await endpoint.generate(body), sampling)
         if completions is None:
-            raise endpoint.lose("it aborted a request")
+            raise endpoint.mark_lost("it aborted a request")
         for completion in completions:
-            if not self.weights.accept(completion):
+            if not self.state.accepts(completion):
                 spans = " then ".join(str(version) for version, _ in completion.version_spans)
                 found = spans or completion.weight_version
-                raise endpoint.lose(f"it answered with weights {found} instead of {self.weights.version}")
+                raise endpoint.mark_lost(f"it answered with weights {found} instead of {self.state.expected_version}")
         return completions
 
-    # Which servers there are ----------------------------------------------------------------------------------------
+    # Which servers can be used --------------------------------------------------------------------------------------
 
-    async def _claim(self, most: int) -> Endpoint:
-        """The living server with the fewest prompts, once it has fewer than `most`; the caller's prompt is counted."""
+    async def _claim_endpoint(self, limit: int) -> Endpoint:
+        """Wait for a living server with fewer than `limit` prompts, and count one more there.
+
+        Takes the server with the fewest prompts.
+
+        Raises:
+            EngineLostError: when there is no living server and none will come back.
+        """
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.config.start_timeout_seconds
-        told = False
+        warned = False
         while True:
-            self._room.clear()
+            self._capacity_changed.clear()
             alive = [e for e in self.endpoints if e.up]
             if alive:
                 deadline = clock() + self.config.start_timeout_seconds
-                idlest = min(alive, key=lambda e: e.groups)
-                if idlest.groups < most:
-                    idlest.groups += 1
+                idlest = min(alive, key=lambda e: e.prompts_in_flight)
+                if idlest.prompts_in_flight < limit:
+                    idlest.prompts_in_flight += 1
                     return idlest
-            elif reason := self.failure():
+            elif reason := self.unavailable():
                 raise EngineLostError(f"no SGLang server is left: {reason}")
             elif clock() > deadline:
                 if self.config.when_all_lost == "stop":
-                    raise EngineLostError(f"no SGLang server is left: {self._down()}")
-                if not told:
-                    print(f"warning: no SGLang server is left, waiting for one: {self._down()}", file=sys.stderr)
-                    told = True
-            await _happens(self._room)
+                    raise EngineLostError(f"no SGLang server is left: {self._reasons()}")
+                if not warned:
+                    print(f"warning: no SGLang server is left, waiting for one: {self._reasons()}", file=sys.stderr)
+                    warned = True
+            await _wait_for_event(self._capacity_changed)
 
-    def _down(self) -> str:
+    def _reasons(self) -> str:
         return "; ".join(f"{e.url}: {e.why_down}" for e in self.endpoints if not e.up)
 
     async def _watch(self, endpoint: Endpoint) -> None:
         while True:
             endpoint.probe_now.clear()
             try:
-                if self.weights.changing:  # a server that loads weights, or is paused for them, need not answer
+                if self.state.updating:  # a server that loads weights, or is paused for them, need not answer
                     pass
                 elif endpoint.up:
                     await endpoint.check_health()
                 else:
-                    await self.adopt(endpoint)
+                    await self.prepare(endpoint)
             except ServerLostError as error:
-                if not self.weights.changing:
-                    endpoint.lose(str(error))
+                if not self.state.updating:
+                    endpoint.mark_lost(str(error))
                     endpoint.probe_now.clear()
             else:
-                if not endpoint.up and not self.weights.changing:
+                if not endpoint.up and not self.state.updating:
                     endpoint.up = True
-                    self._room.set()
-            await _happens(endpoint.probe_now)
+                    self._capacity_changed.set()
+            await _wait_for_event(endpoint.probe_now)
 
-    async def adopt(self, endpoint: Endpoint) -> None:
-        """Make sure that a server answers and holds the current weights; give them to it where it does not."""
-        if endpoint.lost_before:  # else the watch finds out soon enough: a health check takes SGLang a second
-            if self.weights.staleness:  # it may have been lost while it was paused for an update
-                await endpoint.order("/continue_generation", {}, "go on")
+    async def prepare(self, endpoint: Endpoint) -> None:
+        """Make sure that a server answers and holds the expected weights; has it load them where it does not.
+
+        Raises:
+            ServerLostError: when it cannot be used yet.
+            UserError: when it refuses the weights.
+        """
+        if endpoint.was_lost:  # for a new server the watch finds out soon enough; a health check takes SGLang a second
+            if self.state.max_staleness:  # it may have been lost while it was paused for an update
+                await endpoint.command("/continue_generation", {}, "continue generation")
             await endpoint.check_health()
-        if await endpoint.weight_version() != str(self.weights.version):
-            await endpoint.load_folder(self.weights)
+        if await endpoint.weight_version() != str(self.state.expected_version):
+            await endpoint.load_folder(self.state)
 
 
-async def _happens(event: asyncio.Event) -> None:
-    """Wait for the event, one probe's period at most."""
-    # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that comes together with the event.
+async def _wait_for_event(event: asyncio.Event) -> None:
+    """Wait for the event, at most one probe period."""
+    # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that arrives together with the event.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_PROBE_PERIOD_S):
             await event.wait()

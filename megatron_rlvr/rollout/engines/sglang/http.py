@@ -1,8 +1,8 @@
-"""As much of HTTP/1.1 as SGLang's servers need, in a tenth of the CPU time of a general client.
+"""The part of HTTP/1.1 that SGLang servers need, in a tenth of the CPU time of a general client.
 
 A rollout keeps hundreds of requests open in the process that trains. General clients search all of their connections
-for every request and parse replies in Python; here a server has a stack of idle connections, and a reply is a header
-and so many bytes.
+for every request and parse replies in Python. Here each server has a stack of idle connections, and a reply is a header
+followed by a known number of bytes.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ _LARGEST_HEADER = 2**16
 
 
 class ConnectionLostError(Exception):
-    """The server cannot be reached, hung up, or does not speak HTTP."""
+    """The server cannot be reached, closed the connection, or does not speak HTTP."""
 
 
 class ReplyTimeoutError(Exception):
-    """The reply was not complete in time."""
+    """The reply was not complete before the deadline."""
 
 
 @dataclass(frozen=True)
 class Reply:
+    """A complete reply of a server."""
+
     status: int
     body: bytes
 
     def json(self) -> Any:
-        """Raises ValueError when the body is no JSON."""
+        """The parsed body; raises ValueError when it is not JSON."""
         return json.loads(self.body)
 
     def excerpt(self) -> str:
@@ -42,7 +44,7 @@ class Reply:
 
 @dataclass
 class Connections:
-    """Keep-alive connections to one server, within one event loop; as many as there are requests at once."""
+    """Keep-alive connections to one server within one event loop: one for each request in flight, and idle ones."""
 
     url: str
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list)
@@ -54,11 +56,19 @@ class Connections:
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
 
     async def request(self, method: str, path: str, timeout: float, body: bytes = b"") -> Reply:
-        """One request and its whole reply.
+        """Send a request and read its whole reply.
+
+        Cancelling the request closes its connection, at which the server stops working on it.
+
+        Args:
+            method: ``GET`` or ``POST``.
+            path: from the server's URL on.
+            timeout: seconds until the reply must be complete.
+            body: JSON, encoded.
 
         Raises:
-            ConnectionLostError, ReplyTimeoutError: see there. A request that is cancelled closes its connection, which
-                tells the server to stop working on it.
+            ConnectionLostError: when the server cannot be reached, closes the connection, or does not speak HTTP.
+            ReplyTimeoutError: when `timeout` passes.
         """
         head = (
             f"{method} {self.prefix}{path} HTTP/1.1\r\nHost: {self.netloc}\r\n"
@@ -76,7 +86,7 @@ class Connections:
                     except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
                         writer.close()
                         if reused and isinstance(error, OSError | EOFError) and not getattr(error, "partial", b""):
-                            continue  # the server closed an idle connection just now
+                            continue  # the server has just closed an idle connection: take another
                         raise ConnectionLostError(f"{type(error).__name__} {error}".strip()) from error
                     except BaseException:
                         writer.close()
@@ -96,17 +106,17 @@ class Connections:
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                # The limit is also how much is read ahead: large, so that a reply of megabytes comes in few steps.
+                # The limit is also the size of the read-ahead: large, so that a reply of megabytes takes few reads.
                 return await asyncio.open_connection(self.host, self.port, ssl=self.tls, limit=2**20)
         except (OSError, TimeoutError) as error:
             raise ConnectionLostError(f"cannot connect ({error or type(error).__name__})") from error
 
 
 async def _read_reply(reader: asyncio.StreamReader) -> tuple[Reply, bool]:
-    """A reply, and whether the connection may be used again."""
+    """Read a reply; returns it and whether the connection may be used again."""
     header = await reader.readuntil(b"\r\n\r\n")
     if len(header) > _LARGEST_HEADER or not header.startswith(b"HTTP/1."):
-        raise ValueError(f"no HTTP reply: {header[:40]!r}")
+        raise ValueError(f"not an HTTP reply: {header[:40]!r}")
     status_line, *lines = header.decode("latin-1").split("\r\n")
     fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines) if name}
     if fields.get("transfer-encoding", "").lower() == "chunked":

@@ -1,4 +1,4 @@
-"""SGLang's ``/generate``: a prompt with its samples as one request, and what comes back as completions."""
+"""SGLang's ``/generate``: the request for all samples of a prompt, and the completions in its reply."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from megatron_rlvr.rollout.engines.base import SamplingPolicy
 from megatron_rlvr.rollout.engines.sglang.http import Reply
 
 UNKNOWN_VERSION = -1
+"""The weight version of a server that names none of the trainer's."""
 
 
 def sampling_parameters(sampling: SamplingPolicy, seed: int) -> dict[str, Any]:
-    """A `SamplingPolicy` in SGLang's words. The seed acts only on servers with ``enable_deterministic_inference``."""
+    """SGLang's sampling parameters. Servers use the seed only under ``enable_deterministic_inference``."""
     parameters: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -33,9 +34,9 @@ def sampling_parameters(sampling: SamplingPolicy, seed: int) -> dict[str, Any]:
 
 
 def generate_body(prompt: Sequence[int], sampling: SamplingPolicy, seeds: Sequence[int]) -> bytes:
-    """The request for one completion of `prompt` for each seed.
+    """The JSON of a request for one completion of `prompt` per seed.
 
-    One request carries all samples of a prompt: a request costs the client more than the tokens in it.
+    One request carries all samples of a prompt, because a request costs the client more than the tokens in it.
     """
     prompts = ",".join([json.dumps(list(prompt))] * len(seeds))
     parameters = json.dumps([sampling_parameters(sampling, seed) for seed in seeds])
@@ -43,10 +44,10 @@ def generate_body(prompt: Sequence[int], sampling: SamplingPolicy, seeds: Sequen
 
 
 def read_completions(url: str, reply: Reply, sampling: SamplingPolicy) -> list[Completion] | None:
-    """The completions in a reply of ``/generate``; None when the server aborted one of them.
+    """Read the completions in a reply of ``/generate``; returns None when the server aborted one of them.
 
     Raises:
-        UserError: when the server refused the request, or the reply has not the form it should.
+        UserError: when the server refused the request, or the reply is malformed.
     """
     if reply.status != 200:
         raise UserError(f"{url} refused a prompt with status {reply.status}: {reply.excerpt()}")
@@ -56,15 +57,15 @@ def read_completions(url: str, reply: Reply, sampling: SamplingPolicy) -> list[C
             raise ValueError(f"it should be a list of {sampling.samples} completions")
         if any(one["meta_info"]["finish_reason"]["type"] == "abort" for one in content):
             return None
-        return [_read_one(url, one, sampling) for one in content]
+        return [_read_completion(url, one, sampling) for one in content]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"{url} sent a malformed reply ({type(error).__name__}: {error}): {reply.excerpt()}; is it SGLang, and of "
-            "the version that docs/sglang.md names?"
+            f"{url} sent a malformed reply ({type(error).__name__}: {error}): {reply.excerpt()}; is it an SGLang "
+            "server, of the version that docs/sglang.md names?"
         ) from error
 
 
-def _read_one(url: str, content: dict[str, Any], sampling: SamplingPolicy) -> Completion:
+def _read_completion(url: str, content: dict[str, Any], sampling: SamplingPolicy) -> Completion:
     meta, tokens = content["meta_info"], content["output_ids"]
     reason = meta["finish_reason"]["type"]
     entries = meta["output_token_logprobs"]
@@ -72,14 +73,14 @@ def _read_one(url: str, content: dict[str, Any], sampling: SamplingPolicy) -> Co
     if not 0 < len(tokens) <= sampling.max_tokens or scored != tokens or not set(map(type, tokens)) <= {int}:
         raise UserError(f"{url} sent {len(tokens)} tokens with log-probs of {len(scored)} (or of other tokens)")
     if reason not in ("stop", "length") or not all(map(math.isfinite, logprobs)):
-        raise UserError(f"{url} sent a log-prob that is no number, or the unknown finish reason {reason!r}")
+        raise UserError(f"{url} sent a log-prob that is not a number, or the unknown finish reason {reason!r}")
     version = _version(meta["weight_version"])
     spans = [(_version(s["version"]), int(s["end"]) - int(s["start"])) for s in meta.get("weight_versions") or []]
     if spans and sum(length for _, length in spans) != len(tokens):
-        raise UserError(f"{url} sent weight versions of another number of tokens than {len(tokens)}: {spans}")
+        raise UserError(f"{url} sent {len(tokens)} tokens with weight versions for another number of tokens: {spans}")
     return Completion(tokens, logprobs, reason, version, tuple(spans) if len(spans) > 1 else ())
 
 
 def _version(name: object) -> int:
-    """A weight version as the number that the trainer gave; a server that was started by hand says "default"."""
+    """The weight version as the number that the trainer gave; a server that was started by hand says "default"."""
     return int(str(name)) if str(name).isdecimal() else UNKNOWN_VERSION

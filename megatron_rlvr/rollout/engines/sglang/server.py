@@ -1,4 +1,4 @@
-"""SGLang servers that the trainer starts, watches and stops."""
+"""One SGLang server as a process: its arguments and environment, its start, its health check, its end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
 from megatron_rlvr.bound_to_parent import bound_command
 from megatron_rlvr.errors import UserError
@@ -26,31 +23,45 @@ from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout, command_line, normalized
 
-_WATCH_PERIOD_S = 0.5
-_PROBE_PERIOD_S = 2.0
-_FAILED_STARTS = 3
-_OF_THE_TRAINER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+_TRAINER_ONLY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 
 
 class Server:
-    """One server process in a process group of its own; its output goes to `log`.
+    """A server process in a process group of its own.
 
-    On a GPU machine the server of `number` n takes the GPUs after those of the n before it.
+    On a GPU machine, server `number` takes the GPUs after those of the servers with lower numbers.
+
+    Args:
+        config: of the engine.
+        dtype: of the model, as SGLang calls it.
+        log: file that the output is appended to.
+        number: of the server on this machine, from 0.
+
+    Attributes:
+        arguments: of ``sglang.launch_server``, without those that change from start to start.
+        environment: of the process.
+        url: under which the trainer reaches it.
+        process: while it runs.
+        ready: whether it has passed a health check since it was last started.
+        folder: of the weights that it was last started with.
+        started_at: when that was, on the monotonic clock.
+        starts: how many times it was started.
+        failed_starts: how many times in a row it ended by itself, or hung, before it was ready.
     """
 
     def __init__(self, config: SGLangConfig, dtype: str, log: Path, number: int = 0):
         self.config, self.log = config, log
         defaults: dict[str, Any] = {"host": "127.0.0.1", "dtype": dtype}
         self.environment = dict(os.environ)
-        # The trainer's own rendezvous would be taken for the server's.
+        # A server would take the trainer's rendezvous for its own.
         for name in list(self.environment):
-            if name in _OF_THE_TRAINER or name.startswith("TORCHELASTIC_"):
+            if name in _TRAINER_ONLY or name.startswith("TORCHELASTIC_"):
                 del self.environment[name]
-        # With it, log-probs are those of the undivided logits; the trainer's are those at the sampling temperature.
+        # With it, log-probs would be those of the logits before the temperature divides them; the trainer's are not.
         self.environment.pop("SGLANG_RETURN_ORIGINAL_LOGPROB", None)
         if not device.on_gpu():
             defaults |= {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 65536}
-            defaults["sleep_on_idle"] = True  # else an idle server takes a core from the trainer
+            defaults["sleep_on_idle"] = True  # otherwise an idle server takes a core from the trainer
             self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
         self.environment |= config.environment
         self.arguments = defaults | normalized(config.server)
@@ -63,18 +74,22 @@ class Server:
         self.url = f"http://{reachable}:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = False
-        self.model: Path | None = None
-        self.began = 0.0
-        self.failed_starts = 0
+        self.folder: Path | None = None
+        self.started_at = 0.0
         self.starts = 0
+        self.failed_starts = 0
 
-    def start(self, model: Path, version: int) -> None:
-        """Start it on the weights of a Hugging Face folder, without waiting for it."""
+    def start(self, folder: Path, version: int) -> None:
+        """Start the process with the weights of a Hugging Face folder, without waiting until it is ready.
+
+        Raises:
+            UserError: when ``rollout.sglang.python`` is not a program.
+        """
         python = shutil.which(self.config.python or sys.executable)
         if python is None:
-            raise UserError(f"rollout.sglang.python={self.config.python} is no program: give the path of a Python")
-        self.ready, self.model, self.began = False, model, time.monotonic()
-        command = [python, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(self.port)]
+            raise UserError(f"rollout.sglang.python={self.config.python} is not a program: give the path of a Python")
+        self.ready, self.folder, self.started_at = False, folder, time.monotonic()
+        command = [python, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(self.port)]
         command += ["--weight-version", str(version), "--skip-tokenizer-init", *command_line(self.arguments)]
         # A trainer that is killed with SIGKILL cannot stop its servers. SGLang's own workers are bound to the server in
         # the same way, so the whole tree ends.
@@ -89,8 +104,8 @@ class Server:
             )
         self.starts += 1
 
-    def answers(self, timeout: float) -> bool:
-        """Whether it passes a health check, in which it generates a token."""
+    def passes_health_check(self, timeout: float) -> bool:
+        """Whether it generates a token within `timeout` seconds."""
         try:
             reply = httpx.get(f"{self.url}/health_generate", timeout=timeout, trust_env=False, verify=False)
             return reply.status_code == 200
@@ -98,7 +113,7 @@ class Server:
             return False
 
     def kill(self) -> None:
-        """End the whole process group at once and wait for its first process."""
+        """Kill the whole process group and wait for its first process."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -106,148 +121,13 @@ class Server:
             self.process = None
         self.ready = False
 
-
-class ServerPool:
-    """Starts servers, and starts them again, with the current weights, when they die or hang.
-
-    A thread watches the processes, so that one that dies while its clients wait comes back without them.
-
-    Args:
-        config: of the engine.
-        model: Hugging Face folder of the weights to begin with, under version 0.
-        dtype: of the model, as SGLang calls it.
-        logs: folder of the log files, one a server.
-
-    Raises:
-        UserError: on a GPU machine, when the servers need more GPUs than it has.
-    """
-
-    def __init__(self, config: SGLangConfig, model: Path, dtype: str, logs: Path):
-        self.config = config
-        self.weights: tuple[Path, int] = (model, 0)
-        _check_gpus(config)
-        logs.mkdir(parents=True, exist_ok=True)
-        self.servers = [Server(config, dtype, logs / f"server_{i}.log", i) for i in range(config.servers)]
-        self.failure: str | None = None
-        self._steady = threading.RLock()  # held while weights change: a server that loads them may not answer
-        self._stopping = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="sglang-watcher", daemon=True)
-
-    @property
-    def urls(self) -> list[str]:
-        return [server.url for server in self.servers]
-
-    def __enter__(self) -> ServerPool:
-        """Start the servers and wait until all answer.
-
-        Raises:
-            UserError: when one does not; names its log and the log's last line.
-        """
-        try:
-            for server in self.servers:
-                server.start(*self.weights)
-            for server in self.servers:
-                self._wait_until_ready(server)
-        except BaseException:
-            self.__exit__()
-            raise
-        self._watcher.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self.failure = self.failure or "the run is over"
-        if self._watcher.is_alive():
-            self._watcher.join(timeout=self.config.health_timeout_seconds + 5.0)
-        for server in self.servers:
-            server.kill()
-
-    def changing_weights(self) -> AbstractContextManager[object]:
-        """Hold this while servers load new weights or have given up their memory: no health check then."""
-        return self._steady
-
-    def folders_in_use(self) -> set[Path]:
-        """The folders that servers which are not ready yet read their weights from."""
-        return {server.model for server in self.servers if server.model is not None and not server.ready}
-
-    def _wait_until_ready(self, server: Server) -> None:
-        while not server.answers(self.config.health_timeout_seconds):
-            self._check_start(server)
-            time.sleep(_WATCH_PERIOD_S)
-        server.ready = True
-
-    def _check_start(self, server: Server) -> None:
-        assert server.process is not None
-        status = server.process.poll()
-        if status is not None:
-            raise UserError(f"the SGLang server ended with status {status} before it was ready: {_pointer(server)}")
-        if time.monotonic() - server.began > self.config.start_timeout_seconds:
-            raise UserError(
-                f"the SGLang server was not ready after rollout.sglang.start_timeout_seconds="
-                f"{self.config.start_timeout_seconds:g}: {_pointer(server)}"
-            )
-
-    def _watch(self) -> None:
-        probed = 0.0
-        while not self._stopping.wait(_WATCH_PERIOD_S):
-            probe = time.monotonic() - probed > _PROBE_PERIOD_S
-            try:
-                with self._steady:
-                    for server in self.servers:
-                        if not self._stopping.is_set():
-                            self._tend(server, probe)
-            except Exception as error:  # nobody would look at a thread that ended: whoever waits for a server does
-                self.failure = f"watching the SGLang servers failed: {error}"
-                raise
-            if probe:
-                probed = time.monotonic()
-
-    def _tend(self, server: Server, probe: bool) -> None:
-        if server.process is None:
-            return
-        dead = server.process.poll() is not None
-        if server.ready:
-            hung = not dead and probe and not server.answers(self.config.health_timeout_seconds)
-            if dead or hung:
-                self._restart(server)
-        elif dead or time.monotonic() - server.began > self.config.start_timeout_seconds:
-            # One that was killed by a signal, from outside, says nothing about the next; and whoever waits for a server
-            # has a limit of its own.
-            server.failed_starts += 0 if (server.process.returncode or 0) < 0 else 1
-            if server.failed_starts < _FAILED_STARTS:
-                self._restart(server)
-            else:
-                self.failure = f"an SGLang server could not be started again: {_pointer(server)}"
-                server.kill()
-        elif server.answers(timeout=2.0):
-            server.ready, server.failed_starts = True, 0
-
-    def _restart(self, server: Server) -> None:
-        server.kill()
-        server.start(*self.weights)
-
-
-def visible_gpus(config: SGLangConfig) -> list[str]:
-    """The GPUs that servers on this machine may take, as CUDA_VISIBLE_DEVICES names them."""
-    named = config.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
-
-
-def _check_gpus(config: SGLangConfig) -> None:
-    each = ServerLayout.from_arguments(config.server).gpus
-    if device.on_gpu() and (found := len(visible_gpus(config))) < each * config.servers:
-        raise UserError(
-            f"{config.servers} servers (rollout.sglang.servers) of {each} GPUs each need more than the {found} GPUs of "
-            "this machine: start fewer, or spread each over fewer"
-        )
-
-
-def _pointer(server: Server) -> str:
-    return f"see {server.log}, which says: {last_error(server.log)}"
+    def where_to_look(self) -> str:
+        """The end of an error message: the log file, and the error in it."""
+        return f"see {self.log}, which says: {last_error(self.log)}"
 
 
 def _free_port(host: str) -> int:
-    # Below the ports that the system hands out to connections, so that none of those is in the way of a restart.
+    # Below the range from which the system takes the ports of connections, so that none of these blocks a restart.
     for port in random.Random().sample(range(20000, 32000), 1000):
         with socket.socket() as probe:
             try:

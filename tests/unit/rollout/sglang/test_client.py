@@ -17,9 +17,10 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import EngineLostError, SamplingPolicy
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, Weights
+from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint
 from megatron_rlvr.rollout.engines.sglang.protocol import sampling_parameters
-from megatron_rlvr.rollout.engines.sglang.weights import load_everywhere
+from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
+from megatron_rlvr.rollout.engines.sglang.weight_sync.update import load_on_servers
 
 CONFIG = SGLangConfig(
     concurrency=10, start_timeout_seconds=5, request_timeout_seconds=20, health_timeout_seconds=0.5, attempts=3
@@ -45,7 +46,7 @@ def _generate(
     urls: Sequence[str], config: SGLangConfig = CONFIG, version: int = 0, prompts: Sequence[list[int]] = PROMPTS
 ) -> list[Completion]:
     async def ask() -> list[Completion]:
-        async with Client(urls, config, Weights(version, FOLDER)) as client:
+        async with Client(urls, config, ServerState(version, FOLDER)) as client:
             return await client.generate(prompts, SAMPLING, list(range(len(prompts) * SAMPLING.samples)))
 
     return asyncio.run(ask())
@@ -157,7 +158,7 @@ def test_another_model_is_refused_before_it_gets_weights(fake: FakeServer) -> No
         model_type, architectures = "llama", None
 
     async def load() -> list[str]:
-        return await load_everywhere([Endpoint(fake.url, CONFIG)], Weights(1, FOLDER), Trained, flush=True)
+        return await load_on_servers([Endpoint(fake.url, CONFIG)], ServerState(1, FOLDER), Trained, flush_cache=True)
 
     with pytest.raises(UserError, match="model_type=qwen2 instead of llama"):
         asyncio.run(load())
@@ -184,7 +185,7 @@ GOOD = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-1.0, 5, N
         ((200, [{"output_ids": [5], "meta_info": GOOD | {"finish_reason": {"type": "bored"}}}] * 4), "'bored'"),
         (
             (200, [{"output_ids": [5], "meta_info": GOOD | {"output_token_logprobs": [[float("nan"), 5]]}}] * 4),
-            "no number",
+            "not a number",
         ),
         ((400, {"error": {"message": "longer than the context"}}), "status 400: .*longer than the context"),
     ],

@@ -14,7 +14,8 @@ import pytest
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from megatron_rlvr.rollout.engines.sglang.server import Server, ServerPool
+from megatron_rlvr.rollout.engines.sglang.server import Server
+from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 from tests.processes import ROOT, environment
 
 
@@ -92,12 +93,12 @@ def test_server_that_is_killed_while_it_starts_is_started_again(body: str, given
     """One that ends by itself three times has something wrong; one that others kill has not."""
     config = SGLangConfig(python=_program(tmp_path, body), start_timeout_seconds=60.0)
     pool = ServerPool(config, tmp_path, "float32", tmp_path)
-    pool.servers[0].start(*pool.weights)
+    pool.servers[0].start(tmp_path, 0)
     try:
         for _ in range(6):
             if pool.servers[0].process is not None:
                 pool.servers[0].process.wait(timeout=30)
-            pool._tend(pool.servers[0], probe=False)
+            pool._supervise(pool.servers[0], check_health=False)
         assert (pool.failure is not None) == given_up and pool.servers[0].starts == (3 if given_up else 7)
     finally:
         pool.__exit__()
@@ -106,7 +107,7 @@ def test_server_that_is_killed_while_it_starts_is_started_again(body: str, given
 def test_no_such_python(tmp_path: Path) -> None:
     config = SGLangConfig(python="/nowhere/python")
     with (
-        pytest.raises(UserError, match=r"rollout.sglang.python=/nowhere/python is no program"),
+        pytest.raises(UserError, match=r"rollout.sglang.python=/nowhere/python is not a program"),
         ServerPool(config, tmp_path, "float32", tmp_path),
     ):
         pass

@@ -19,9 +19,11 @@ from fake_sglang import FakeServer, fake_server
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint
-from megatron_rlvr.rollout.engines.sglang.identity import checksum
-from megatron_rlvr.rollout.engines.sglang.transfer import BroadcastTransfer, Receiver, SharedMemoryTransfer, Transfer
-from megatron_rlvr.rollout.engines.sglang.weights import stream_everywhere
+from megatron_rlvr.rollout.engines.sglang.weight_sync.broadcast import BroadcastTransport
+from megatron_rlvr.rollout.engines.sglang.weight_sync.checks import checksum
+from megatron_rlvr.rollout.engines.sglang.weight_sync.shared_memory import SharedMemoryTransport
+from megatron_rlvr.rollout.engines.sglang.weight_sync.transport import Receiver, Transport
+from megatron_rlvr.rollout.engines.sglang.weight_sync.update import stream_to_servers
 from megatron_rlvr.weights.buckets import Bucket, buckets
 from tests.processes import environment
 
@@ -63,7 +65,7 @@ def test_buckets_hold_every_tensor_once(size: int) -> None:
 def test_one_bucket_is_in_memory_at_a_time(fake: FakeServer) -> None:
     """While it is sent to a server, too."""
 
-    class Counting(SharedMemoryTransfer):
+    class Counting(SharedMemoryTransport):
         buffers: ClassVar[list[weakref.ref]] = []
 
         def allocate(self, size: int) -> torch.Tensor:
@@ -91,8 +93,8 @@ def test_shared_memory_leaves_nobody_waiting_for_our_output() -> None:
     """torch's manager of shared memory outlives the trainer while a server knows it, and must not hold its pipes."""
     program = """
 import os, psutil
-from megatron_rlvr.rollout.engines.sglang.transfer import SharedMemoryTransfer
-buffer = SharedMemoryTransfer().allocate(1000)
+from megatron_rlvr.rollout.engines.sglang.weight_sync.shared_memory import SharedMemoryTransport
+buffer = SharedMemoryTransport().allocate(1000)
 buffer.fill_(1)
 managers = [p for p in psutil.Process().children() if "shm_manager" in p.name()]
 ours = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
@@ -113,19 +115,21 @@ def fake() -> Iterator[FakeServer]:
 
 
 def _stream(
-    fake: FakeServer, transfer: Transfer, version: int = 3, config: SGLangConfig = CONFIG
+    fake: FakeServer, transport: Transport, version: int = 3, config: SGLangConfig = CONFIG
 ) -> tuple[str | None, int]:
     taken = []
 
     def stream() -> Iterator[Bucket]:
-        for bucket in buckets(TENSORS.items(), 64, transfer.allocate):
+        for bucket in buckets(TENSORS.items(), 64, transport.allocate):
             taken.append(bucket.names)
             yield bucket
             del bucket
 
     with asyncio.Runner() as runner:
         receiver = Receiver(Endpoint(fake.url, config), ranks=1, starts=1)
-        failure = stream_everywhere(runner, [receiver], transfer, stream(), version, flush=True, checked=False)
+        failure = stream_to_servers(
+            runner, [receiver], transport, stream(), version, flush_cache=True, compare_checksums=False
+        )
     return failure, len(taken)
 
 
@@ -138,7 +142,7 @@ def test_session_around_the_buckets_and_the_version_with_the_last(fake: FakeServ
         return 200, {"success": True}
 
     fake.control = control
-    assert _stream(fake, SharedMemoryTransfer()) == (None, 5)
+    assert _stream(fake, SharedMemoryTransport()) == (None, 5)
     assert [path for path, _ in asked] == [
         "/begin_weight_update",
         *["/update_weights_from_tensor"] * 5,
@@ -157,7 +161,7 @@ def test_open_session_of_a_failed_update_is_closed_first(fake: FakeServer) -> No
         return (400, {"success": False, "message": "already open"}) if len(asked) == 1 else (200, {"success": True})
 
     fake.control = control
-    assert _stream(fake, SharedMemoryTransfer()) == (None, 5)
+    assert _stream(fake, SharedMemoryTransport()) == (None, 5)
     assert asked[:3] == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
 
 
@@ -175,17 +179,17 @@ def test_server_that_falls_silent_in_an_update_is_found_by_its_health(fake: Fake
         return 200, {"success": True}
 
     fake.control = control
-    assert _stream(fake, SharedMemoryTransfer(), config=slow) == (None, 5)
+    assert _stream(fake, SharedMemoryTransport(), config=slow) == (None, 5)
     began = time.monotonic()
-    failure, taken = _stream(fake, SharedMemoryTransfer(), version=4, config=slow)
+    failure, taken = _stream(fake, SharedMemoryTransport(), version=4, config=slow)
     assert failure is not None and "/end_weight_update: silent, and so is /model_info" in failure and taken == 5
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("transfer", [SharedMemoryTransfer(), BroadcastTransfer(2.0)], ids=["tensor", "distributed"])
-def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transfer: Transfer) -> None:
+@pytest.mark.parametrize("transport", [SharedMemoryTransport(), BroadcastTransport(2.0)], ids=["tensor", "distributed"])
+def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transport: Transport) -> None:
     refused = (
-        "/update_weights_from_tensor" if isinstance(transfer, SharedMemoryTransfer) else "/init_weights_update_group"
+        "/update_weights_from_tensor" if isinstance(transport, SharedMemoryTransport) else "/init_weights_update_group"
     )
     asked: list[str] = []
 
@@ -194,14 +198,14 @@ def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transfer
         return (400, {"success": False, "message": "no"}) if path == refused else (200, {"success": True})
 
     fake.control = control
-    failure, taken = _stream(fake, transfer)
+    failure, taken = _stream(fake, transport)
     assert failure is not None and "it answered" in failure and taken == 5
     assert asked.count(refused) == 1
-    transfer.close()
+    transport.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
 
 
 def test_version_that_does_not_take(fake: FakeServer) -> None:
     fake.control = lambda path, body: (200, {"success": True})
     with pytest.raises(UserError, match="serves weights of version 0 after it was given 3"):
-        _stream(fake, SharedMemoryTransfer())
+        _stream(fake, SharedMemoryTransport())

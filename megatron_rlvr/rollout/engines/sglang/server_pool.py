@@ -1,0 +1,173 @@
+"""The SGLang servers that this process starts, watches, restarts and stops."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron import device
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
+from megatron_rlvr.rollout.engines.sglang.server import Server
+
+_WATCH_PERIOD_S = 0.5
+_HEALTH_CHECK_PERIOD_S = 2.0
+_MAX_FAILED_STARTS = 3
+
+
+class ServerPool:
+    """Starts servers, and restarts those that die or hang, with the current weights.
+
+    A thread watches the processes, so a server that dies is restarted even while its clients wait for it.
+
+    Args:
+        config: of the engine.
+        folder: Hugging Face folder of the first weights, which have version 0.
+        dtype: of the model, as SGLang calls it.
+        logs: folder of the log files, one per server.
+
+    Attributes:
+        servers: in the order of their GPUs.
+        failure: the reason why a server will not come back; None while all of them may.
+
+    Raises:
+        UserError: on a GPU machine, when the servers need more GPUs than it has.
+    """
+
+    def __init__(self, config: SGLangConfig, folder: Path, dtype: str, logs: Path):
+        self.config = config
+        _check_gpus(config)
+        logs.mkdir(parents=True, exist_ok=True)
+        self.servers = [Server(config, dtype, logs / f"server_{i}.log", i) for i in range(config.servers)]
+        self.failure: str | None = None
+        self._start_weights: tuple[Path, int] = (folder, 0)
+        self._health_checks = threading.RLock()
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="sglang-watcher", daemon=True)
+
+    @property
+    def urls(self) -> list[str]:
+        return [server.url for server in self.servers]
+
+    def __enter__(self) -> ServerPool:
+        """Start the servers and wait until all of them are ready.
+
+        Raises:
+            UserError: when one does not become ready; names its log and the error in it.
+        """
+        try:
+            for server in self.servers:
+                server.start(*self._start_weights)
+            for server in self.servers:
+                self._wait_until_ready(server)
+        except BaseException:
+            self.__exit__()
+            raise
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self.failure = self.failure or "the run is over"
+        if self._watcher.is_alive():
+            self._watcher.join(timeout=self.config.health_timeout_seconds + 5.0)
+        for server in self.servers:
+            server.kill()
+
+    def without_health_checks(self) -> AbstractContextManager[object]:
+        """A context in which no server is checked or restarted.
+
+        Enter it while servers load weights or have released their memory: they may not answer then. Reentrant within a
+        thread.
+        """
+        return self._health_checks
+
+    def start_with(self, folder: Path, version: int) -> set[Path]:
+        """Start servers with these weights from now on.
+
+        Returns:
+            the folders that starting servers still read their weights from.
+        """
+        self._start_weights = (folder, version)
+        return {server.folder for server in self.servers if server.folder is not None and not server.ready}
+
+    def _wait_until_ready(self, server: Server) -> None:
+        while not server.passes_health_check(self.config.health_timeout_seconds):
+            self._check_start(server)
+            time.sleep(_WATCH_PERIOD_S)
+        server.ready = True
+
+    def _check_start(self, server: Server) -> None:
+        assert server.process is not None
+        status = server.process.poll()
+        if status is not None:
+            raise UserError(
+                f"the SGLang server ended with status {status} before it was ready: {server.where_to_look()}"
+            )
+        if time.monotonic() - server.started_at > self.config.start_timeout_seconds:
+            raise UserError(
+                f"the SGLang server was not ready after rollout.sglang.start_timeout_seconds="
+                f"{self.config.start_timeout_seconds:g}: {server.where_to_look()}"
+            )
+
+    def _watch(self) -> None:
+        checked_at = 0.0
+        while not self._stopping.wait(_WATCH_PERIOD_S):
+            check_health = time.monotonic() - checked_at > _HEALTH_CHECK_PERIOD_S
+            try:
+                with self._health_checks:
+                    for server in self.servers:
+                        if not self._stopping.is_set():
+                            self._supervise(server, check_health)
+            except Exception as error:  # nobody looks at a thread that ended, but whoever waits for a server reads this
+                self.failure = f"watching the SGLang servers failed: {error}"
+                raise
+            if check_health:
+                checked_at = time.monotonic()
+
+    def _supervise(self, server: Server, check_health: bool) -> None:
+        """Look at a server once, and restart it where it died or hangs."""
+        if server.process is None:
+            return
+        dead = server.process.poll() is not None
+        if server.ready:
+            timeout = self.config.health_timeout_seconds
+            if dead or (check_health and not server.passes_health_check(timeout)):
+                self._restart(server)
+        elif dead or time.monotonic() - server.started_at > self.config.start_timeout_seconds:
+            # A server that was killed by a signal says nothing about the next start, so it does not count as a failed
+            # one. Whoever waits for a server has a deadline of its own.
+            killed = (server.process.returncode or 0) < 0
+            server.failed_starts += 0 if killed else 1
+            if server.failed_starts < _MAX_FAILED_STARTS:
+                self._restart(server)
+            else:
+                self.failure = f"an SGLang server could not be started again: {server.where_to_look()}"
+                server.kill()
+        elif server.passes_health_check(timeout=2.0):
+            server.ready, server.failed_starts = True, 0
+
+    def _restart(self, server: Server) -> None:
+        server.kill()
+        server.start(*self._start_weights)
+
+
+def visible_gpus(config: SGLangConfig) -> list[str]:
+    """The GPUs that servers on this machine may take, as CUDA_VISIBLE_DEVICES names them."""
+    named = config.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
+def _check_gpus(config: SGLangConfig) -> None:
+    each = ServerLayout.from_arguments(config.server).gpus
+    if device.on_gpu() and (found := len(visible_gpus(config))) < each * config.servers:
+        raise UserError(
+            f"{config.servers} servers (rollout.sglang.servers) of {each} GPUs each need more than the {found} GPUs of "
+            "this machine: start fewer, or spread each over fewer"
+        )

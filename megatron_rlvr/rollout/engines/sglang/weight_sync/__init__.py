@@ -1,0 +1,1 @@
+"""Giving the policy's weights to running SGLang servers."""

@@ -1,0 +1,162 @@
+"""Weights by broadcast in a process group with the servers: for servers on any machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import itertools
+import os
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from megatron_rlvr.megatron import device
+from megatron_rlvr.rollout.engines.sglang.endpoint import ServerLostError
+from megatron_rlvr.rollout.engines.sglang.weight_sync.transport import Receiver
+from megatron_rlvr.weights.buckets import Bucket
+
+T = TypeVar("T")
+_GLOO_TIMEOUT_S = 60.0  # per bucket; a bucket that a server refused blocks its thread and the other servers this long
+
+# Numbers of the groups of this process: torch keeps the name of a group that was left to its timeout.
+_group_numbers = itertools.count(1)
+
+
+class BroadcastTransport:
+    """See `Transport`. The group holds this process, as rank 0, and every rank of every server.
+
+    The backend is NCCL, or gloo on the CPU. The group is kept for later updates as long as its members are the same
+    servers, started the same number of times.
+
+    Args:
+        timeout_seconds: limit of one collective; gloo has a limit of 60 s of its own.
+    """
+
+    def __init__(self, timeout_seconds: float):
+        self.timeout = timeout_seconds
+        self.backend = "nccl" if device.on_gpu() else "gloo"
+        self.receivers: Sequence[Receiver] = ()
+        self.group: dist.ProcessGroup | None = None
+        self.group_name = ""
+        self._members: list[tuple[str, int, int]] = []
+        self._threads: list[threading.Thread] = []
+
+    def allocate(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=device.device())
+
+    async def connect(self, receivers: Sequence[Receiver]) -> None:
+        self.receivers = receivers
+        members = [(r.endpoint.url, r.ranks, r.starts) for r in receivers]
+        if self.group is not None and members == self._members:
+            return
+        self.abandon()
+        local = all(r.endpoint.connections.host in ("127.0.0.1", "localhost") for r in receivers)
+        host = "127.0.0.1" if local else socket.gethostname()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        self.group_name = f"weights-{os.getpid()}-{next(_group_numbers)}"
+        size = 1 + sum(r.ranks for r in receivers)
+        commands, rank_offset = [], 1
+        for receiver in receivers:
+            body = {"master_address": host, "master_port": port, "rank_offset": rank_offset, "world_size": size}
+            body |= {"group_name": self.group_name, "backend": self.backend}
+            action = "join the group for weights"
+            commands.append(receiver.endpoint.command("/init_weights_update_group", body, action))
+            rank_offset += receiver.ranks
+        self.group = await self._run_with_servers(commands, lambda: self._join(host, port, size))
+        self._members = members
+
+    def _join(self, host: str, port: int, size: int) -> dist.ProcessGroup:
+        """Join the group as rank 0, in the way in which SGLang's ranks join it: the same store and the same names."""
+        seconds = self.timeout if self.backend == "nccl" else min(self.timeout, _GLOO_TIMEOUT_S)
+        timeout = datetime.timedelta(seconds=seconds)
+        # Not dist.rendezvous: under torchrun it takes every store for torchrun's own, and starts none.
+        store = dist.TCPStore(host, port, size, is_master=True, timeout=timeout)
+        store.set_timeout(timeout)
+        # torch has no public function that forms a group with processes outside of the default group.
+        group, _ = distributed_c10d._new_process_group_helper(
+            size,
+            0,
+            [],
+            dist.Backend(self.backend),
+            dist.PrefixStore(self.group_name, store),
+            group_name=distributed_c10d.GroupName(self.group_name),
+            timeout=timeout,
+        )
+        distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
+        return group
+
+    async def send(self, bucket: Bucket, fields: dict[str, Any]) -> None:
+        dtype = str(bucket.dtype).removeprefix("torch.")
+        body = {"names": bucket.names, "shapes": [list(shape) for shape in bucket.shapes]}
+        body |= {"dtypes": [dtype] * len(bucket.names), "group_name": self.group_name, **fields}
+        body["load_format"] = "flattened_bucket"
+        path, action = "/update_weights_from_distributed", "take weights from the broadcast"
+        group = self.group
+        commands = [receiver.endpoint.command(path, body, action) for receiver in self.receivers]
+        await self._run_with_servers(commands, lambda: dist.broadcast(bucket.flat, group_src=0, group=group))
+
+    async def _run_with_servers(self, commands: Sequence[Coroutine[Any, Any, None]], collective: Callable[[], T]) -> T:
+        """Run a collective in a thread while the servers are commanded to take part in it; returns its result.
+
+        A server that refuses leaves the collective hanging. Its thread is then left behind at once, and `abandon` ends
+        the collective.
+        """
+        local_future, thread = _run_in_thread(collective)
+        self._threads = [earlier for earlier in self._threads if earlier.is_alive()] + [thread]
+        server_tasks = [asyncio.ensure_future(command) for command in commands]
+        futures: list[asyncio.Future[Any]] = [*server_tasks, local_future]
+        try:
+            await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION, timeout=self.timeout)
+            for future in futures:
+                if future.done() and (error := future.exception()) is not None:
+                    raise ServerLostError(str(error)) from error
+            if not all(future.done() for future in futures):
+                raise ServerLostError("a broadcast of weights did not end within rollout.sglang.update_timeout_seconds")
+            return local_future.result()
+        finally:
+            for task in server_tasks:
+                task.cancel()
+
+    def abandon(self) -> None:
+        group, self.group, self._members = self.group, None, []
+        if group is not None and self.backend == "nccl":
+            group.abort()
+            dist.destroy_process_group(group)
+        # Gloo has no abort, and its destructor waits for running collectives. The group is therefore left to its
+        # timeout, which closes its connections and so ends the waiting of the servers in it.
+
+    def close(self) -> None:
+        """Wait for threads that were left behind: one that ends during interpreter shutdown may abort the process."""
+        for thread in self._threads:
+            thread.join(_GLOO_TIMEOUT_S)
+
+
+def _run_in_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threading.Thread]:
+    """Run `work` in a daemon thread, which nothing has to wait for; the threads of an executor are joined at exit."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def finish(set_outcome: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the caller has given up
+            loop.call_soon_threadsafe(lambda: None if future.done() else set_outcome())
+
+    def run() -> None:
+        try:
+            result = work()
+        except Exception as error:
+            finish(lambda error=error: future.set_exception(error))  # type: ignore[misc]
+        else:
+            finish(lambda: future.set_result(result))
+
+    thread = threading.Thread(target=run, name="weights", daemon=True)
+    thread.start()
+    return future, thread

@@ -1,0 +1,117 @@
+"""One weight update: all servers load a folder, or receive all buckets through a transport."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
+from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
+from megatron_rlvr.rollout.engines.sglang.weight_sync.checks import check_checksums, check_model, checksum, is_norm
+from megatron_rlvr.rollout.engines.sglang.weight_sync.transport import Receiver, Transport
+from megatron_rlvr.weights.buckets import Bucket
+
+
+async def load_on_servers(
+    endpoints: Sequence[Endpoint], state: ServerState, hf_config: Any, flush_cache: bool
+) -> list[str]:
+    """Have all servers load the folder of the expected weights at once.
+
+    A server that is lost here gets the weights when it is back, before it is sent a prompt.
+
+    Returns:
+        one line for each server that did not answer.
+
+    Raises:
+        UserError: when a server has another model, refuses the weights, or reports another version afterwards.
+    """
+
+    async def load(endpoint: Endpoint) -> str | None:
+        try:
+            check_model(endpoint.url, await endpoint.model_info(), hf_config)
+            await endpoint.load_folder(state, flush_cache)
+        except ServerLostError as error:
+            return f"{endpoint.url}: {error}"
+        return None
+
+    failures = await asyncio.gather(*[load(endpoint) for endpoint in endpoints])
+    return [failure for failure in failures if failure is not None]
+
+
+def stream_to_servers(
+    runner: asyncio.Runner,
+    receivers: Sequence[Receiver],
+    transport: Transport,
+    stream: Iterable[Bucket],
+    version: int,
+    flush_cache: bool,
+    compare_checksums: bool,
+) -> str | None:
+    """Send all buckets to running servers and read the version back.
+
+    The version travels with the last bucket, so a server that received only some of the buckets still reports the old
+    version.
+
+    Args:
+        runner: of the event loop that the receivers' connections belong to.
+        receivers: the servers; empty counts as a failure.
+        transport: that the buckets were allocated by.
+        stream: exhausted in any case, because it is collective.
+        version: of the weights.
+        flush_cache: whether servers drop their prefix cache.
+        compare_checksums: whether to compare the checksums of all norms afterwards.
+
+    Returns:
+        why the update failed, or None. After a failure no server can be relied on.
+
+    Raises:
+        UserError: when a server reports another version afterwards, or another checksum.
+    """
+    failure = None if receivers else "no server answers"
+    checksums: dict[str, str] = {}
+    last_fields: dict[str, Any] = {"weight_version": str(version), "flush_cache": flush_cache}
+    if failure is None:
+        try:
+            runner.run(_begin(receivers, transport))
+        except ServerLostError as error:
+            failure = str(error)
+    for bucket in stream:
+        if compare_checksums:
+            checksums |= {name: checksum(tensor) for name, tensor in bucket.tensors() if is_norm(name)}
+        if failure is None:
+            try:
+                runner.run(transport.send(bucket, last_fields if bucket.last else {"flush_cache": False}))
+            except ServerLostError as error:
+                failure = str(error)
+        del bucket  # before the next one is allocated
+    if failure is None:
+        try:
+            runner.run(_end(receivers, version, checksums))
+        except ServerLostError as error:
+            failure = str(error)
+    if failure is not None:
+        transport.abandon()
+    return failure
+
+
+async def _begin(receivers: Sequence[Receiver], transport: Transport) -> None:
+    await transport.connect(receivers)
+    try:
+        for receiver in receivers:
+            try:
+                await receiver.endpoint.command("/begin_weight_update", {}, "begin a weight update")
+            except UserError:  # an update that failed half-way is still open
+                await receiver.endpoint.command("/end_weight_update", {}, "end a weight update")
+                await receiver.endpoint.command("/begin_weight_update", {}, "begin a weight update")
+    except UserError as error:
+        raise ServerLostError(str(error)) from error
+
+
+async def _end(receivers: Sequence[Receiver], version: int, checksums: dict[str, str]) -> None:
+    for endpoint in (receiver.endpoint for receiver in receivers):
+        await endpoint.command("/end_weight_update", {}, "end a weight update")
+        await endpoint.check_version(version)
+        if checksums:
+            await check_checksums(endpoint, checksums)
