@@ -44,6 +44,7 @@ from megatron_rlvr.training.policy import Policy, UpdateReport, learning_rate
 from megatron_rlvr.training.step_metrics import entropy_shift, measure_rollout, update_metrics
 from megatron_rlvr.training.token_weights import token_weights
 from megatron_rlvr.verifiers import build_pool
+from megatron_rlvr.weights.export import export_folder
 
 
 def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
@@ -166,7 +167,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
 
     if config.checkpoint.export_huggingface:
         report.phase("exporting")
-        policy.bridge.save(policy.model_chunks, directory / "huggingface", write=layout.is_main)
+        export_folder(policy.bridge, policy.model_chunks, directory / "huggingface", write=layout.is_main)
     report.finish()
     return EXIT_DONE
 

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import parallel
-from megatron_rlvr.megatron.bridge import PolicyBridge, read_config
+from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
+from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights import conversion
 
 warnings.simplefilter("ignore")

@@ -108,8 +108,3 @@ def packed_sequences(boundaries: Tensor | None, device: torch.device) -> PackedS
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-
-
-def parameter_count(model: torch.nn.Module) -> int:
-    """Parameters that this process holds."""
-    return sum(p.numel() for p in model.parameters())

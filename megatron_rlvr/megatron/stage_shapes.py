@@ -16,7 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron.bridge import PolicyBridge, is_tied
+from megatron_rlvr.megatron.bridge import PolicyBridge
+from megatron_rlvr.megatron.huggingface_config import is_tied
 from megatron_rlvr.megatron.parallel import initialize_model_parallel
 
 

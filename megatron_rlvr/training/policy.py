@@ -27,6 +27,7 @@ from megatron_rlvr.megatron.config import OptimizerConfig
 from megatron_rlvr.megatron.model import packed_sequences
 from megatron_rlvr.objectives import PolicyObjective
 from megatron_rlvr.training.head import LOSS_SUMS, Head, MinibatchLoss, TokenScores
+from megatron_rlvr.weights.loading import load_folder
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Policy:
         )
         self.bridge = PolicyBridge(config.model.path, config.model, config.parallel)
         self.model_chunks = self.bridge.build()
-        self.bridge.load(self.model_chunks)
+        load_folder(self.bridge, self.model_chunks)
         half = self.bridge.dtype != torch.float32
         megatron = self.bridge.config
         wrapping = DistributedDataParallelConfig(

@@ -152,7 +152,7 @@ def _tensors(weights: WholeWeights, loaded: StreamedLoad) -> Callable[[str], Ten
     """Gives the checkpoint's Hugging Face tensors by name; holds those of one weight, so ask for them in order."""
     source: dict[str, str] = {}
     for name in weights.names:
-        for key in weights.bridge.formats(name)[0]:
+        for key in weights.formats[name].names:
             source.setdefault(key, name)
     held: dict[str, Tensor] = {}
 

@@ -27,6 +27,7 @@ class WholeWeights:
     Attributes:
         state: megatron-core's description of the model's checkpoint, by name in the model.
         names: of the weights, in the order of their modules.
+        formats: how each weight maps to Hugging Face tensors, by name.
     """
 
     def __init__(self, bridge: PolicyBridge):
@@ -34,7 +35,7 @@ class WholeWeights:
         [model] = bridge.build(shapes_only=True)
         self.state: dict[str, ShardedBase] = model.sharded_state_dict()
         self.names = [name for name, _ in model.named_parameters()]
-        self._formats = {name: bridge.formats(name) for name in self.names}
+        self.formats = {name: bridge.weight_format(name) for name in self.names}
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def huggingface_tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -55,14 +56,14 @@ class WholeWeights:
         Raises:
             UserError: when one of them is missing or has another shape.
         """
-        sources, to_megatron, _ = self._formats[name]
+        sources = self.formats[name].names
         parts = []
         for source in sources:
             if source not in files:
                 raise UserError(f"{self.bridge.path} lacks {source}, which {self.bridge.hf_config.model_type} needs")
             parts.append(read_tensor(files[source], source))
         try:
-            weight = to_megatron(parts)
+            weight = self.formats[name].to_megatron(parts)
         except (AssertionError, RuntimeError):
             weight = None
         if weight is None or weight.shape != self._shapes[name]:
@@ -75,8 +76,7 @@ class WholeWeights:
 
     def to_huggingface(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face tensors that a weight is made of, by name."""
-        _, _, to_huggingface = self._formats[name]
-        yield from to_huggingface(weight)
+        yield from self.formats[name].to_huggingface(weight)
 
     def pieces(self, name: str, weight: Tensor) -> list[ShardedTensor]:
         """A weight as the checkpoint holds it: in one piece, or gate and up projection each in its own; views of it."""

@@ -12,6 +12,8 @@ import torch
 
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ParallelConfig
+from megatron_rlvr.weights.export import export_folder
+from megatron_rlvr.weights.loading import load_folder
 from tests.families import FAMILIES, MIXTURES, Measurement, make_batch, make_family, measure, reference
 from tests.processes import ROOT, launch
 
@@ -100,10 +102,10 @@ def test_one_process(
     model = AutoModelForCausalLM.from_pretrained(folders / name, experts_implementation="eager").double()
     with torch.no_grad():
         expected = model(tokens).logits.transpose(0, 1).flatten(0, 1)
-        policy.bridge.load(policy.model_chunks)  # undo the update
+        load_folder(policy.bridge, policy.model_chunks)  # undo the update
         logits = policy.model_chunks[-1](tokens)
     assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
-    policy.bridge.save(policy.model_chunks, tmp_path / "saved", write=True)
+    export_folder(policy.bridge, policy.model_chunks, tmp_path / "saved", write=True)
     saved, given = (load_file(f / "model.safetensors") for f in (tmp_path / "saved", folders / name))
     assert saved.keys() == given.keys() and all(saved[key].equal(given[key]) for key in given)
 

@@ -10,8 +10,9 @@ import pytest
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import parallel
-from megatron_rlvr.megatron.bridge import PolicyBridge, read_config
+from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
+from megatron_rlvr.megatron.huggingface_config import read_config
 
 
 @pytest.mark.parametrize(

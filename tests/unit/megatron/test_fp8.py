@@ -8,22 +8,22 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron.bridge import _fp8
 from megatron_rlvr.megatron.config import ModelConfig
+from megatron_rlvr.megatron.transformer_settings import fp8_settings
 from megatron_rlvr.train import main
 
 
 def test_megatron_core_takes_it() -> None:
-    assert _fp8(ModelConfig(), "transformer_engine") == {}
+    assert fp8_settings(ModelConfig(), "transformer_engine") == {}
     for recipe in ("delayed", "tensorwise"):
-        settings = _fp8(ModelConfig(fp8="hybrid", fp8_recipe=recipe), "transformer_engine")
+        settings = fp8_settings(ModelConfig(fp8="hybrid", fp8_recipe=recipe), "transformer_engine")
         config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4, bf16=True, **settings)
         assert config.fp8 == "hybrid" and config.fp8_recipe == recipe
 
 
 def test_local_layers_refuse_it() -> None:
     with pytest.raises(UserError, match=r"model\.fp8=e4m3 needs Transformer Engine's layers"):
-        _fp8(ModelConfig(fp8="e4m3"), "local")
+        fp8_settings(ModelConfig(fp8="e4m3"), "local")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 from transformers import Qwen2Config
 
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron.bridge import check_layout
 from megatron_rlvr.megatron.config import ParallelConfig
+from megatron_rlvr.megatron.layout_checks import check_layout
 
 MODEL = Qwen2Config(
     num_attention_heads=12, num_key_value_heads=4, intermediate_size=96, vocab_size=120, num_hidden_layers=6

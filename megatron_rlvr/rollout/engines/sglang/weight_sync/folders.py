@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.training.policy import Policy
 from megatron_rlvr.weights.buckets import Bucket
+from megatron_rlvr.weights.export import export_folder
 from megatron_rlvr.weights.huggingface_folder import write_folder
 
 
@@ -46,7 +47,7 @@ class WeightFolders:
         """Write the policy's present weights. Collective over the job; the main process writes."""
         if policy.layout.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
-        self.bridge.save(policy.model_chunks, self.folder(version), write=policy.layout.is_main)
+        export_folder(self.bridge, policy.model_chunks, self.folder(version), write=policy.layout.is_main)
         if policy.layout.is_main:
             self._publish(version)
 

@@ -1,0 +1,64 @@
+"""Whether a parallel layout divides a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron.config import ParallelConfig
+from megatron_rlvr.megatron.huggingface_config import is_mixture
+
+
+def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
+    """Refuse parallel sizes that do not divide the model.
+
+    Raises:
+        UserError: names the number that is not divisible.
+    """
+    _check_tensor(hf_config, parallel)
+    _check_experts(hf_config, parallel)
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if hf_config.num_hidden_layers % stages:
+        name = "parallel.pipeline" + (" x parallel.virtual_pipeline" if parallel.virtual_pipeline > 1 else "")
+        raise UserError(
+            f"{name}={stages} does not divide the model's {hf_config.num_hidden_layers} layers: choose a divisor"
+        )
+
+
+def _check_tensor(hf_config: Any, parallel: ParallelConfig) -> None:
+    heads = {
+        "attention heads": hf_config.num_attention_heads,
+        "key/value heads": hf_config.num_key_value_heads,
+    }
+    for name, count in heads.items():
+        if count % parallel.tensor:
+            raise UserError(
+                f"parallel.tensor={parallel.tensor} does not divide the model's {count} {name}: choose a divisor"
+            )
+    if is_mixture(hf_config):
+        key, ranks, feed_forward = "expert_tensor", parallel.expert_tensor, hf_config.moe_intermediate_size
+    else:
+        key, ranks, feed_forward = "tensor", parallel.tensor, hf_config.intermediate_size
+    if feed_forward % ranks:
+        raise UserError(
+            f"parallel.{key}={ranks} does not divide the model's {feed_forward} feed-forward size: choose a divisor"
+        )
+
+
+def _check_experts(hf_config: Any, parallel: ParallelConfig) -> None:
+    if not is_mixture(hf_config):
+        if parallel.expert > 1:
+            raise UserError(f"parallel.expert={parallel.expert} but the model has no experts: set it to 1")
+        return
+    if hf_config.num_experts % parallel.expert:
+        raise UserError(
+            f"parallel.expert={parallel.expert} does not divide the model's {hf_config.num_experts} experts: choose a "
+            "divisor"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise UserError("a mixture of experts under parallel.tensor > 1 needs parallel.sequence=true: set it")
+    if parallel.tensor > 1 and parallel.expert == 1 and parallel.expert_tensor != parallel.tensor:
+        raise UserError(
+            f"parallel.expert=1 with parallel.tensor={parallel.tensor} needs parallel.expert_tensor={parallel.tensor}: "
+            "set it, or split the experts with parallel.expert"
+        )
