@@ -1,4 +1,4 @@
-"""The report's sections beside the strategies: thresholds alone, other settings, the phase split, and long runs."""
+"""Further sections of the report: thresholds alone, other settings, the phase split, and long runs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement
-from results import Difference, Run, Runs, difference, percents, spread, tracking_errors
+from results import Difference, Run, Runs, count, difference, percents, spread, tracking_errors
 
 from megatron_rlvr.control import EntropyCurve
 
 
 def authority_section(measurements: Sequence[Measurement], folder: str) -> list[str]:
-    """What thresholds do to one rollout's entropy, by rewards, learning rate and passes, less static clipping."""
+    """What thresholds do to the entropy of one rollout, compared with static clipping."""
     if not measurements:
         return []
     states = {(m.seed, m.step) for m in measurements}
@@ -21,16 +21,19 @@ def authority_section(measurements: Sequence[Measurement], folder: str) -> list[
     lines = [
         "## What thresholds alone can do to a step",
         "",
-        "From the same state (weights and Adam's moments of a GRPO run) and on the same rollout, training under "
-        "constant thresholds: *upper* and *lower* are the paper's dynamic ones, *steep* an upper one of slope −2.8 and "
-        "intercept 3.0. Static: ln of entropy after over before, of the same tokens. Then the others' less static's, "
-        f"paired, mean ± standard error over {len(states)} states of {len({s for s, _ in states})} runs, in percent of "
-        "entropy a rollout; bold as above. *Coin*: the same rollouts with rewards drawn by a coin, so that there is "
-        "nothing to learn. The last column: rollouts until the difference of *upper* adds up to a tenth of the "
-        "entropy, if it adds up.",
+        "Each row trains on one rollout from one saved state (weights and Adam's moments of a GRPO run), once with "
+        "each of four constant thresholds: static, the default dynamic *upper* and *lower* thresholds, and *steep*, an "
+        "upper threshold with slope −2.8 and intercept 3.0. `python examples/entropy_study/authority.py` measures it.",
+        "",
+        "- *static* is the change of ln entropy on the same tokens, in percent per rollout.",
+        f"- *minus static* is the paired difference, mean ± standard error over {len(states)} states of "
+        f"{count(len({seed for seed, _ in states}), 'run')}; bold as above.",
+        "- *coin* rows use the same rollouts with random rewards, so there is nothing to learn.",
+        "- *rollouts to 10 %* is the number of rollouts after which the difference of *upper* would add up to a tenth "
+        "of the entropy. It is empty where the difference is not resolved or negative.",
         "",
         "| rewards | learning rate | passes | static, % | "
-        + " | ".join(f"{b} less static, %" for b in others)
+        + " | ".join(f"{b} minus static, %" for b in others)
         + " | clipped high, low | rollouts to 10 % |",
         "| --- | --- | --- | --- |" + " --- |" * (len(others) + 2),
     ]
@@ -46,13 +49,13 @@ def authority_section(measurements: Sequence[Measurement], folder: str) -> list[
         static = of_bound["static"]
         if not static:
             continue
-        apart = {
+        differences = {
             bound: Difference.of(
                 [100 * (m.shift - static[state].shift) for state, m in of_bound[bound].items() if state in static]
             )
             for bound in others
         }
-        upper = apart["upper"]
+        upper = differences["upper"]
         rollouts = f"{10 / upper.mean:.0f}" if upper.sign > 0 else ""
         clipped = ", ".join(
             f"{100 * statistics.mean(getattr(m, name) for m in static.values()):.1f} %"
@@ -60,21 +63,24 @@ def authority_section(measurements: Sequence[Measurement], folder: str) -> list[
         )
         lines.append(
             f"| {rewards} | {rate:g} | {passes} | {spread((100 * m.shift for m in static.values()), 1)} | "
-            + " | ".join(apart[bound].text(2) for bound in others)
+            + " | ".join(differences[bound].text(2) for bound in others)
             + f" | {clipped} | {rollouts} |"
         )
-    return [*lines, "", f"![authority]({folder}/authority.png)"]
+    return [
+        *lines,
+        "",
+        f"![Entropy change under each threshold minus static clipping, by passes]({folder}/authority.png)",
+    ]
 
 
 def regime_section(runs: Runs, regimes: dict[str, dict[str, str]]) -> list[str]:
-    """Whole runs where more updates a rollout, or rewards without a signal, give thresholds more to do."""
+    """Complete runs in settings in which thresholds act on more tokens."""
     lines = [
         "## Where thresholds separate",
         "",
-        "Whole runs of other settings. Entropy kept, with the difference to static clipping of the same seed; final "
-        "pass@1; tokens clipped high and low.",
+        "Complete runs with 4 passes (32 updates per rollout), with the task's rewards and with random ones (coin).",
         "",
-        "| setting | strategy | seeds | entropy kept | less static | final pass@1 | clipped high | clipped low |",
+        "| setting | strategy | seeds | entropy kept | minus static | final pass@1 | clipped high | clipped low |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     rows = 0
@@ -83,19 +89,20 @@ def regime_section(runs: Runs, regimes: dict[str, dict[str, str]]) -> list[str]:
             if not runs.get(name):
                 continue
             rows += 1
-            of = list(runs[name].values())
+            of_seed = list(runs[name].values())
             static = strategies["static"]
-            apart = "" if name == static else difference(runs, name, static, lambda run: run.entropy_kept)
+            change = "" if name == static else difference(runs, name, static, lambda run: run.entropy_kept)
             lines.append(
-                f"| {setting} | {label} | {len(of)} | {spread(r.entropy_kept for r in of)} | {apart} | "
-                f"{spread(r.pass_at(1, len(r.steps)) for r in of)} | "
-                f"{spread(r.mean('clip/fraction_high') for r in of)} | "
-                f"{spread(r.mean('clip/fraction_low') for r in of)} |"
+                f"| {setting} | {label} | {len(of_seed)} | {spread(r.entropy_kept for r in of_seed)} | {change} | "
+                f"{spread(r.pass_at(1, len(r.steps)) for r in of_seed)} | "
+                f"{spread(r.mean('clip/fraction_high') for r in of_seed)} | "
+                f"{spread(r.mean('clip/fraction_low') for r in of_seed)} |"
             )
     return lines if rows else []
 
 
 def splits_section(runs: Runs, splits: dict[str, str], total: int) -> list[str]:
+    """The ablation of where increase-then-decrease begins its second phase; ``splits`` maps labels to strategies."""
     present = {label: name for label, name in splits.items() if runs.get(name)}
     if len(present) < 2:
         return []
@@ -108,22 +115,22 @@ def splits_section(runs: Runs, splits: dict[str, str], total: int) -> list[str]:
     lines = [
         "## Where increase-then-decrease is split",
         "",
-        "Mean ± standard deviation, and the difference to the split at 0.5 over the seeds that both have.",
+        "*Split* is the share of the run at which the second phase begins. Differences are to the split at 0.5.",
         "",
-        "| split | seeds | " + " | ".join(f"{m} | less 0.5" for m in measures) + " |",
+        "| split | seeds | " + " | ".join(f"{m} | minus 0.5" for m in measures) + " |",
         "| --- | --- |" + " --- | --- |" * len(measures),
     ]
     for label, name in present.items():
         cells = []
         for value in measures.values():
-            apart = "" if label == "0.5" else str(difference(runs, name, splits["0.5"], value))
-            cells.append(f"{spread(value(run) for run in runs[name].values())} | {apart}")
+            change = "" if label == "0.5" else str(difference(runs, name, splits["0.5"], value))
+            cells.append(f"{spread(value(run) for run in runs[name].values())} | {change}")
         lines.append(f"| {label} | {len(runs[name])} | " + " | ".join(cells) + " |")
     return lines
 
 
 def long_section(runs: Runs, names: Sequence[str], curves: dict[str, EntropyCurve], folder: str) -> list[str]:
-    """The long runs; ``names`` has the static one first."""
+    """The long runs; the first of ``names`` is the one with static clipping."""
     static, present = names[0], [name for name in names if runs.get(name)]
     if static not in present:
         return []
@@ -138,17 +145,16 @@ def long_section(runs: Runs, names: Sequence[str], curves: dict[str, EntropyCurv
     lines = [
         "## Longer runs",
         "",
-        f"{total} steps, everything else as above. Mean ± standard deviation, and the difference to the static clip "
-        "of the same seeds.",
+        f"{total} steps, everything else as above. Differences are to static clipping (long-grpo).",
         "",
-        "| strategy | seeds | " + " | ".join(f"{m} | less static" for m in measures) + " |",
+        "| strategy | seeds | " + " | ".join(f"{m} | minus static" for m in measures) + " |",
         "| --- | --- |" + " --- | --- |" * len(measures),
     ]
     for name in present:
         cells = []
         for value in measures.values():
-            apart = "" if name == static else str(difference(runs, name, static, value))
-            cells.append(f"{spread(value(run) for run in runs[name].values())} | {apart}")
+            change = "" if name == static else str(difference(runs, name, static, value))
+            cells.append(f"{spread(value(run) for run in runs[name].values())} | {change}")
         lines.append(f"| {name} | {len(runs[name])} | " + " | ".join(cells) + " |")
     for name in present:
         if name in curves:
@@ -156,6 +162,7 @@ def long_section(runs: Runs, names: Sequence[str], curves: dict[str, EntropyCurv
             mean = 100 * statistics.mean(errors)
             lines += [
                 "",
-                f"{name} is off its curve by {mean:.1f} % root mean square (each seed {percents(errors)}).",
+                f"{name} follows its curve with a root mean square error of {mean:.1f} % "
+                f"(each seed: {percents(errors)}).",
             ]
-    return [*lines, "", f"![long runs]({folder}/long.png)"]
+    return [*lines, "", f"![Entropy, reward and gradient norm of the long runs]({folder}/long.png)"]

@@ -1,6 +1,7 @@
-"""The study's finished runs in one file that is kept with the project, so that machines and days add up.
+"""The archive of finished runs, kept in the repository so that runs of different machines and days add up.
 
-One JSON line a run: of every step what the report needs, and all evaluations. Numbers have six significant digits.
+One JSON line per run: the metrics of every step that the report needs, and all evaluations. Numbers are rounded to six
+significant digits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ METRICS = (
 
 
 def read(path: Path) -> Runs:
-    """The runs of an archive; none where there is no file."""
+    """The runs of an archive; none if the file does not exist."""
     runs: Runs = {}
     if path.is_file():
         for line in path.read_text().splitlines():
@@ -42,21 +43,21 @@ def read(path: Path) -> Runs:
 
 
 def write(path: Path, runs: Runs) -> None:
-    """Write ``runs``, in order of strategy and seed."""
+    """Write ``runs``, ordered by strategy and seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [_line(run) for _, of_seed in sorted(runs.items()) for _, run in sorted(of_seed.items())]
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def _line(run: Run) -> str:
-    steps = {name: [_short(record[name]) for record in run.steps] for name in METRICS if name in run.steps[0]}
-    evaluations = _shortened(run.evaluations)
+    steps = {name: [_rounded(record[name]) for record in run.steps] for name in METRICS if name in run.steps[0]}
+    evaluations = _rounded_records(run.evaluations)
     return json.dumps({"strategy": run.strategy, "seed": run.seed, "steps": steps, "evaluations": evaluations})
 
 
-def _shortened(records: Sequence[Record]) -> list[Record]:
-    return [{name: _short(value) for name, value in record.items()} for record in records]
+def _rounded_records(records: Sequence[Record]) -> list[Record]:
+    return [{name: _rounded(value) for name, value in record.items()} for record in records]
 
 
-def _short(value: float) -> float:
+def _rounded(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.6g}")

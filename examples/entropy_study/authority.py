@@ -1,13 +1,14 @@
-"""What clip thresholds alone can do to entropy: the same rollouts trained on under several thresholds, side by side.
+"""Measure what clip thresholds alone can do to entropy: train on the same rollout under several thresholds.
 
     python examples/entropy_study/authority.py RUN_DIRECTORY ... [--output authority.csv]
 
-A run of training says little about thresholds: what they do to a step is small beside what differs between runs. So
-this takes checkpoints of a static-clip run (weights and Adam's state), rolls out the step that followed, and trains on
-that rollout under each of the thresholds from the very same state, for 1, 2, 4 and 8 passes and several learning
-rates. The entropy afterwards is that of the same tokens, so that no sampling noise is left in a comparison. Once with
-the task's rewards, and once with a coin's, which leave nothing to learn. One line of the table a measurement; what the
-table has already is not measured again.
+Complete runs say little about thresholds, because the effect of a threshold on one step is small compared with the
+differences between runs. This program loads checkpoints of a static-clip run (weights and Adam's state), repeats the
+rollout of the next step, and trains on that rollout under each of the thresholds from the same state, for 1, 2, 4 and
+8 passes and several learning rates. Entropy is measured on the same tokens before and after, so comparisons contain no
+sampling noise. Every case is measured with the task's rewards and with random ones, which leave nothing to learn.
+
+The output is a CSV file with one line per measurement. Measurements that the file already holds are not repeated.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "entropy_study" / "autho
 
 @dataclass(frozen=True)
 class Bench:
-    """A policy, one rollout, and what training on it needs, whatever the thresholds."""
+    """A policy and one rollout, to be trained on under any thresholds."""
 
     config: Config
     layout: parallel.Layout
@@ -58,7 +59,7 @@ class Bench:
     step: int
 
     def advantage(self, rewards: str) -> Tensor:
-        """Group advantages of the task's rewards or of a coin's, float32 [N]."""
+        """Group advantages of the task's rewards or of random ones, float32 [N]."""
         values = self.batch.rewards
         if rewards == "coin":
             coin = torch.Generator().manual_seed(1000 * self.config.seed + self.step)
@@ -66,7 +67,7 @@ class Bench:
         return group_advantages(values.view(-1, self.batch.group_size), self.config.algorithm.advantage).flatten()
 
     def train(self, rewards: str, rate: float, bound: str) -> list[Measurement]:
-        """Train on the rollout from the policy's present state; a measurement after each of `PASSES`."""
+        """Train on the rollout from the policy's present state; return a measurement for each number of `PASSES`."""
         policy, batch, algorithm = self.policy, self.batch, self.config.algorithm
         advantage = self.advantage(rewards)
         weight = token_weights(self.config, batch, self.layout)
@@ -75,7 +76,7 @@ class Bench:
         objective = build_objective(**algorithm.objective)
         policy.set_learning_rate(rate)
         sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64)
-        found = []
+        measurements = []
         for passes in range(1, max(PASSES) + 1):
             for sequences in batch.minibatches(algorithm.minibatches, advantage != 0):
                 done = policy.update(
@@ -86,13 +87,13 @@ class Bench:
                 shift = math.log(float(policy.score(batch, advantage).entropy.double().mean()) / before.entropy)
                 counted = dict(zip(LOSS_SUMS, sums.tolist(), strict=True))
                 clipped = (counted[name] / counted["active_tokens"] for name in ("clipped_high", "clipped_low"))
-                where = (self.config.seed, self.step, rewards, rate, bound, passes)
-                found.append(Measurement(*where, before.entropy, shift, *clipped))
-        return found
+                case = (self.config.seed, self.step, rewards, rate, bound, passes)
+                measurements.append(Measurement(*case, before.entropy, shift, *clipped))
+        return measurements
 
 
 def measure(config: Config, layout: parallel.Layout, resources: ExitStack, done: set[tuple]) -> Iterator[Measurement]:
-    """All measurements at a run's checkpoints, but those whose (seed, step, rewards, rate, bound) is in ``done``."""
+    """Measure at every checkpoint of a run; skip the cases (seed, step, rewards, rate, bound) in ``done``."""
     verifiers = resources.enter_context(VerifierPool(build_verifier(config.verifier.name)))
     policy = Policy(config, layout)
     engine = build_engine(config, policy, resources)
@@ -127,12 +128,12 @@ def main() -> None:
             if fresh:
                 writer.writeheader()
             layout = resources.enter_context(parallel.parallel_groups(config.parallel, config.seed))
-            for found in measure(config, layout, resources, done):
-                row = asdict(found)
-                shown = {k: f"{row[k]:.6f}" for k in ("entropy", "shift", "clipped_high", "clipped_low")}
-                writer.writerow(row | shown)
+            for measurement in measure(config, layout, resources, done):
+                row = asdict(measurement)
+                rounded = {k: f"{row[k]:.6f}" for k in ("entropy", "shift", "clipped_high", "clipped_low")}
+                writer.writerow(row | rounded)
                 file.flush()
-                print(*(row | shown).values(), flush=True)
+                print(*(row | rounded).values(), flush=True)
 
 
 if __name__ == "__main__":

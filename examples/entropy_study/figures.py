@@ -1,4 +1,4 @@
-"""The study's figures: small PNG files."""
+"""The study's figures, as small PNG files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOTS_PER_INCH = 75
 
 
 def tracking(runs: Runs, curves: dict[str, EntropyCurve], path: Path) -> None:
-    """Measured entropy over its start, beside the curve and GRPO: mean and range over seeds."""
+    """Entropy relative to step 0, with the target curve and GRPO; mean and range over seeds."""
     figure, axes = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.2), sharey=True, squeeze=False)
     for ax, name in zip(axes[0], curves, strict=True):
         for label, colour in (("grpo", COLOURS[6]), (name, COLOURS[0])):
@@ -38,11 +38,10 @@ def tracking(runs: Runs, curves: dict[str, EntropyCurve], path: Path) -> None:
 
 
 def courses(runs: Runs, strategies: Sequence[str], path: Path) -> None:
-    """Entropy, reward and gradient norm of every strategy, mean over seeds."""
+    """Entropy, reward and gradient norm of every strategy; mean over seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    for ax, (metric, title) in zip(
-        axes, (("entropy", "entropy, nats a token"), ("reward", "reward"), ("grad_norm", "gradient norm")), strict=True
-    ):
+    panels = (("entropy", "entropy, nats per token"), ("reward", "reward"), ("grad_norm", "gradient norm"))
+    for ax, (metric, title) in zip(axes, panels, strict=True):
         for i, name in enumerate(s for s in strategies if runs.get(s)):
             colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS)]
             _band(ax, list(runs[name].values()), name, colour, metric, style=style, band=False)
@@ -53,7 +52,7 @@ def courses(runs: Runs, strategies: Sequence[str], path: Path) -> None:
 
 
 def pass_at_k(runs: Runs, strategies: Sequence[str], steps: Sequence[int], path: Path) -> None:
-    """pass@k over k, mean over seeds, half way and at the end."""
+    """pass@k over k after each of ``steps``; mean over seeds."""
     figure, axes = plt.subplots(1, len(steps), figsize=(5 * len(steps), 3.6), sharey=True)
     for ax, step in zip(axes, steps, strict=True):
         for i, name in enumerate(s for s in strategies if runs.get(s)):
@@ -69,7 +68,7 @@ def pass_at_k(runs: Runs, strategies: Sequence[str], steps: Sequence[int], path:
 
 
 def frontier(runs: Runs, strategies: Sequence[str], total: int, path: Path) -> None:
-    """pass@16 against pass@1 at the end, mean and standard deviation over seeds; GRPO's course from its start."""
+    """pass@16 against pass@1 at the end, mean and standard deviation over seeds, with GRPO's course to its end."""
     figure, ax = plt.subplots(figsize=(6, 4.2))
     if runs.get("grpo"):
         course = [_point(list(runs["grpo"].values()), step) for step in (0, total // 2, total)]
@@ -85,7 +84,7 @@ def frontier(runs: Runs, strategies: Sequence[str], total: int, path: Path) -> N
 
 
 def authority(measurements: Sequence[Measurement], path: Path) -> None:
-    """Entropy change of a rollout under a threshold less that under static clipping: mean over states, by passes."""
+    """Entropy change under each threshold minus that under static clipping, by passes; mean over states."""
     figure, axes = plt.subplots(1, len(REWARDS), figsize=(5 * len(REWARDS), 3.4), sharey=True)
     shift = {(m.seed, m.step, m.rewards, m.rate, m.passes, m.bound): m.shift for m in measurements}
     for ax, rewards in zip(axes, REWARDS, strict=True):
@@ -100,8 +99,8 @@ def authority(measurements: Sequence[Measurement], path: Path) -> None:
         ax.axhline(0.0, color="black", linewidth=0.6)
         ax.set_xscale("log", base=2)
         ax.set_xlabel("passes over the rollout")
-        ax.set_title("rewards of the task" if rewards == "task" else "rewards of a coin")
-    axes[0].set_ylabel("entropy less static clipping's, %")
+        ax.set_title("rewards of the task" if rewards == "task" else "random rewards (coin)")
+    axes[0].set_ylabel("entropy change minus static clipping's, %")
     axes[0].legend(fontsize=7)
     _save(figure, path)
 

@@ -1,4 +1,4 @@
-"""What thresholds alone did to single steps, as numbers: the table that authority.py writes."""
+"""The table that authority.py writes: what thresholds alone did to the entropy of one rollout."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ PASSES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Measurement:
-    """What ``passes`` over one rollout did under constant thresholds.
+    """What training on one rollout under constant thresholds did.
 
     Attributes:
-        seed, step: of the run whose state it began with.
-        rewards: ``task`` or ``coin``.
+        seed, step: the run and the step of the state that training started from.
+        rewards: ``task``, or ``coin`` for random rewards.
         rate: learning rate.
-        bound: of `BOUNDS`.
-        passes: over the rollout, each of the run's minibatches.
-        entropy: before, nats a token.
-        shift: ln of the entropy after over that before, of the same tokens.
-        clipped_high, clipped_low: share of the active tokens that a bound acted on, over all passes.
+        bound: name of the thresholds, a key of `BOUNDS`.
+        passes: passes over the rollout.
+        entropy: entropy before, nats per token.
+        shift: ln of entropy after / entropy before, on the same tokens.
+        clipped_high, clipped_low: fraction of the active tokens on which a bound acted, over all passes.
     """
 
     seed: int
@@ -48,7 +48,7 @@ class Measurement:
 
 
 def read(path: Path) -> list[Measurement]:
-    """The measurements of a table; none where there is no file."""
+    """The measurements of a table; none if the file does not exist."""
     if not path.is_file():
         return []
     kinds = {"seed": int, "step": int, "passes": int, "rewards": str, "bound": str}

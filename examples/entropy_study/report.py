@@ -1,7 +1,7 @@
-"""The study's report: docs/entropy_study.md, its figures and its table of results, from the runs that have finished.
+"""The study's report: docs/entropy_study.md, its figures and its table of results, from the finished runs.
 
-Every sentence that says whether something shows is decided by the numbers: a difference to GRPO, paired by seed, counts
-where its 95 percent interval (Student's t) excludes 0.
+Every statement about whether an effect is there follows from the numbers: a difference to GRPO, paired by seed, counts
+if its 95 percent interval (Student's t) excludes 0.
 """
 
 from __future__ import annotations
@@ -14,40 +14,46 @@ import figures
 from ablations import authority_section, long_section, regime_section, splits_section
 from measurements import Measurement
 from results import KS, Difference, Run, Runs, above_course, difference, percents, spread, tracking_errors, write_csv
+from strategies import CURVES, LONG, REGIMES, SPLIT_LABELS, STRATEGIES
 
 from megatron_rlvr.control import EntropyCurve
 
-THRESHOLDS = ("clip-higher", "upper-only", "lower-only", "id", "did", "od", "ce-gppo")
+# Strategies compared with GRPO, in the order of the table.
+COMPARED = (
+    "clip-higher",
+    "upper-only",
+    "lower-only",
+    "id",
+    "did",
+    "od",
+    "ce-gppo",
+    "floor",
+    "target-constant",
+    "target-rise-fall",
+    "target-linear",
+)
+# The paper's claims about its schedules and their thresholds: text, measure, sign of the difference, strategies.
+CLAIMS = (
+    ("more entropy at the end", "entropy kept", 1, ("id", "did", "od", "upper-only", "clip-higher")),
+    ("less entropy at the end", "entropy kept", -1, ("lower-only",)),
+    ("higher pass@64 halfway", "mid pass@64", 1, ("id", "did", "od")),
+    ("higher pass@1 at the end", "final pass@1", 1, ("id", "did", "od")),
+)
 
 
-def write_report(
-    runs: Runs,
-    strategies: Sequence[str],
-    curves: dict[str, EntropyCurve],
-    splits: dict[str, str],
-    regimes: dict[str, dict[str, str]],
-    long: Sequence[str],
-    measurements: Sequence[Measurement],
-    total: int,
-    document: Path,
-) -> None:
-    """Write ``document`` and, in the folder of its name, figures and ``results.csv``.
+def write_report(runs: Runs, measurements: Sequence[Measurement], total: int, document: Path) -> None:
+    """Write ``document``, and figures and ``results.csv`` into the folder of the same name.
 
     Args:
         runs: finished runs.
-        strategies: names, in the order of the tables.
-        curves: of the strategies that follow one.
-        splits: label -> strategy of the phase-split ablation.
-        regimes: setting -> label -> strategy, the static one under the label ``static``.
-        long: names of the long runs, the static one first.
         measurements: of what thresholds alone do to a step.
-        total: steps of a run.
+        total: steps of a run, the long ones aside.
         document: the Markdown file.
     """
     folder = document.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    shown = [name for name in strategies if runs.get(name)]
-    followed = {name: curve for name, curve in curves.items() if name in shown}
+    shown = [name for name in STRATEGIES if runs.get(name)]
+    followed = {name: curve for name, curve in CURVES.items() if name in shown}
     if followed:
         figures.tracking(runs, followed, folder / "tracking.png")
     figures.courses(runs, shown, folder / "courses.png")
@@ -55,24 +61,25 @@ def write_report(
     figures.frontier(runs, shown, total, folder / "frontier.png")
     if measurements:
         figures.authority(measurements, folder / "authority.png")
-    if any(runs.get(name) for name in long):
-        figures.courses(runs, long, folder / "long.png")
-    write_csv(folder / "results.csv", runs, curves)
-    parts = [
+    if any(runs.get(name) for name in LONG):
+        figures.courses(runs, list(LONG), folder / "long.png")
+    write_csv(folder / "results.csv", runs, CURVES)
+    regimes = [name for names in REGIMES.values() for name in names.values()]
+    sections = [
         _head(runs, shown, total),
         _tracking(runs, followed, folder.name) if followed else [],
         _strategies(runs, shown, folder.name),
         _held_out(runs, shown, total, folder.name),
-        _claims(runs, total),
+        _comparison(runs, total),
         _frontier(runs, shown, total, folder.name),
         authority_section(measurements, folder.name),
-        regime_section(runs, regimes),
-        splits_section(runs, splits, total),
-        long_section(runs, long, curves, folder.name),
+        regime_section(runs, REGIMES),
+        splits_section(runs, SPLIT_LABELS, total),
+        long_section(runs, list(LONG), CURVES, folder.name),
         _prediction(runs, shown),
-        _missing(runs, [*strategies, *splits.values(), *(n for names in regimes.values() for n in names.values())]),
+        _missing(runs, [*STRATEGIES, *SPLIT_LABELS.values(), *regimes]),
     ]
-    document.write_text("\n\n".join("\n".join(part) for part in parts if part) + "\n")
+    document.write_text("\n\n".join("\n".join(section) for section in sections if section) + "\n")
 
 
 def _head(runs: Runs, shown: Sequence[str], total: int) -> list[str]:
@@ -81,16 +88,26 @@ def _head(runs: Runs, shown: Sequence[str], total: int) -> list[str]:
     return [
         "# Entropy study",
         "",
-        "Written by `examples/entropy_study/study.py report` (`make study`) from its runs: the quickstart's model "
-        f"and task, {total} steps of 128 stratified prompts × 8 samples, two passes in 8 minibatches each (16 "
-        f"updates a rollout), Adam at 1e-4, on CPU threads; {seeds} seeds a strategy, every finished run counted. "
-        "A seed has its own order of the data and its own samples; the base model and the 128 held-out prompts "
-        "(64 samples each) are the same.",
+        "Generated by `make study` (`examples/entropy_study/study.py report`). Do not edit this page.",
         "",
-        "Numbers are mean ± standard deviation over seeds. Differences are paired by seed and given as mean ± "
-        "standard error; **bold** where the 95 % interval excludes 0. There are many of them: about one in twenty "
-        "is bold by chance. All runs one by one: [results.csv](entropy_study/results.csv), step by step: "
-        "[runs.jsonl](entropy_study/runs.jsonl). What the strategies are: [entropy_control.md](entropy_control.md).",
+        "| | |",
+        "| --- | --- |",
+        "| model and task | the quickstart's: 0.6 million parameters, Countdown with 3 and 4 numbers |",
+        f"| run | {total} steps of 128 stratified prompts × 8 samples, 2 passes in 8 minibatches each: 16 updates per "
+        "rollout |",
+        "| optimizer | Adam, learning rate 1e-4 |",
+        f"| seeds | {seeds} seeds per strategy; every finished run counts |",
+        "| differs between seeds | the order of the data and the samples |",
+        "| same for all runs | the base model and the 128 held-out prompts (64 samples each) |",
+        "| hardware | CPU threads |",
+        "",
+        "Values are mean ± standard deviation over seeds. Differences are paired by seed and are mean ± standard "
+        "error; **bold** means that the 95 % interval excludes 0. The report contains many differences, so about one "
+        "in twenty is bold by chance.",
+        "",
+        "Data: [results.csv](entropy_study/results.csv) has one line per run, "
+        "[runs.jsonl](entropy_study/runs.jsonl) has every step of every run. The strategies are described in the "
+        "[guide to entropy control](entropy_control/guide.md).",
     ]
 
 
@@ -101,7 +118,7 @@ def _missing(runs: Runs, names: Sequence[str]) -> list[str]:
     return [
         "## Not run yet",
         "",
-        f"{', '.join(missing)}. `make study` goes on where it stopped, and adds seeds to what has few.",
+        f"{', '.join(missing)}. `make study` continues with these and adds seeds to strategies that have few.",
     ]
 
 
@@ -109,9 +126,10 @@ def _tracking(runs: Runs, curves: dict[str, EntropyCurve], folder: str) -> list[
     lines = [
         "## Following a curve",
         "",
-        "Root mean square of measured entropy / target − 1 after the first tenth of the steps; the entropy is the "
-        "plain mean of each step, as in `metrics.jsonl`. Noise floor: the standard error of a step's entropy, "
-        "root mean square over the same steps. GRPO: its error on the same curve, same seeds.",
+        "The error is the root mean square of measured entropy / target − 1 after the first tenth of the steps. The "
+        "measured entropy is the plain mean of a step, as in `metrics.jsonl`. The noise floor is the root mean square "
+        "of the standard error of a step's entropy over the same steps. The GRPO column is GRPO's error on the same "
+        "curve with the same seeds.",
         "",
         "| curve | mean | each seed | noise floor | GRPO | within 5 % |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -119,13 +137,13 @@ def _tracking(runs: Runs, curves: dict[str, EntropyCurve], folder: str) -> list[
     for name, curve in curves.items():
         errors = tracking_errors(runs[name], curve)
         floor = statistics.mean(run.noise_floor for run in runs[name].values())
-        free = [run.tracking_error(curve) for seed, run in runs.get("grpo", {}).items() if seed in runs[name]]
-        beside = f"{100 * statistics.mean(free):.1f} %" if free else ""
+        uncontrolled = [run.tracking_error(curve) for seed, run in runs.get("grpo", {}).items() if seed in runs[name]]
+        grpo = f"{100 * statistics.mean(uncontrolled):.1f} %" if uncontrolled else ""
         lines.append(
             f"| {name} | {100 * statistics.mean(errors):.1f} % | {percents(errors)} "
-            f"| {100 * floor:.1f} % | {beside} | {sum(e <= 0.05 for e in errors)} of {len(errors)} seeds |"
+            f"| {100 * floor:.1f} % | {grpo} | {sum(e <= 0.05 for e in errors)} of {len(errors)} seeds |"
         )
-    return [*lines, "", f"![tracking]({folder}/tracking.png)"]
+    return [*lines, "", f"![Measured entropy, target curve and GRPO, step by step]({folder}/tracking.png)"]
 
 
 def _strategies(runs: Runs, shown: Sequence[str], folder: str) -> list[str]:
@@ -139,9 +157,9 @@ def _strategies(runs: Runs, shown: Sequence[str], folder: str) -> list[str]:
     lines = [
         "## The strategies",
         "",
-        "*Entropy kept*: the mean of the last three steps over the first step's; reward and gradient norm are of "
-        "the last three steps, too. Clipped: fraction of tokens with an advantage that a bound acted on, over the "
-        "run.",
+        "*Entropy kept* is the mean entropy of the last three steps divided by the entropy of the first step. Reward "
+        "and gradient norm are means over the last three steps. *Clipped* is the fraction of tokens with a nonzero "
+        "advantage on which a bound acted, over the run.",
         "",
         "| strategy | seeds | " + " | ".join(columns) + " |",
         "| --- |" + " --- |" * (len(columns) + 1),
@@ -149,25 +167,35 @@ def _strategies(runs: Runs, shown: Sequence[str], folder: str) -> list[str]:
     for name in shown:
         cells = [spread(column(run) for run in runs[name].values()) for column in columns.values()]
         lines.append(f"| {name} | {len(runs[name])} | " + " | ".join(cells) + " |")
-    return [*lines, "", f"![courses]({folder}/courses.png)"]
+    lines += [
+        "",
+        f"![Entropy, reward and gradient norm of every strategy]({folder}/courses.png)",
+        "",
+        "What each strategy sets, on top of the settings that all share:",
+        "",
+        "| strategy | overrides of quickstart.yaml |",
+        "| --- | --- |",
+    ]
+    return [*lines, *(f"| {name} | {' '.join(f'`{override}`' for override in STRATEGIES[name])} |" for name in shown)]
 
 
 def _held_out(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list[str]:
     lines = ["## Held-out prompts: pass@k"]
-    for title, step in ((f"Half way (step {total // 2})", total // 2), (f"At the end (step {total})", total)):
+    for title, step in ((f"Halfway (step {total // 2})", total // 2), (f"At the end (step {total})", total)):
         head = " | ".join(f"pass@{k}" for k in KS)
         lines += ["", f"### {title}", "", f"| strategy | {head} |", "| --- |" + " --- |" * len(KS)]
         for name in shown:
             cells = [spread(run.pass_at(k, step) for run in runs[name].values()) for k in KS]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    base = next((run for of_seed in runs.values() for run in of_seed.values()), None)
-    if base is not None:
-        cells = ", ".join(f"{base.pass_at(k, 0):.3f}" for k in KS)
-        lines += ["", f"The base model (one evaluation): {cells}."]
-    return [*lines, "", f"![pass@k]({folder}/pass_at_k.png)"]
+        if step == total:
+            base = next((run for of_seed in runs.values() for run in of_seed.values()), None)
+            if base is not None:
+                cells = [f"{base.pass_at(k, 0):.3f}" for k in KS]
+                lines.append("| base model (one evaluation) | " + " | ".join(cells) + " |")
+    return [*lines, "", f"![pass@k over k, halfway and at the end]({folder}/pass_at_k.png)"]
 
 
-def _claims(runs: Runs, total: int) -> list[str]:
+def _comparison(runs: Runs, total: int) -> list[str]:
     measures: dict[str, Callable[[Run], float]] = {
         "entropy kept": lambda run: run.entropy_kept,
         "mid pass@1": lambda run: run.pass_at(1, total // 2),
@@ -176,47 +204,42 @@ def _claims(runs: Runs, total: int) -> list[str]:
         "final pass@16": lambda run: run.pass_at(16, total),
         "final pass@64": lambda run: run.pass_at(64, total),
     }
-    names = [n for n in (*THRESHOLDS, "floor", "target-constant", "target-rise-fall", "target-linear") if runs.get(n)]
-    names = [n for n in names if set(runs[n]) & set(runs.get("grpo", {}))]
+    names = [name for name in COMPARED if set(runs.get(name, {})) & set(runs.get("grpo", {}))]
     if not names:
         return []
     table = {n: {m: difference(runs, n, "grpo", value) for m, value in measures.items()} for n in names}
     lines = [
         "## Against GRPO",
         "",
-        "| strategy less GRPO | seeds | " + " | ".join(measures) + " |",
+        "Differences to GRPO, which clips at ±0.2.",
+        "",
+        "| strategy minus GRPO | seeds | " + " | ".join(measures) + " |",
         "| --- | --- |" + " --- |" * len(measures),
         *(
             f"| {n} | {row['entropy kept'].seeds} | " + " | ".join(str(d) for d in row.values()) + " |"
             for n, row in table.items()
         ),
         "",
-        "What the paper claims of its schedules, and of the thresholds they are made of, here:",
+        "The paper's claims about its schedules and the thresholds they consist of, checked on these runs. A claim is "
+        "confirmed or contradicted if the 95 % interval excludes 0, and otherwise not resolved at this scale.",
         "",
+        "| claim: compared with GRPO | strategy | difference | result |",
+        "| --- | --- | --- | --- |",
     ]
-    asked = (
-        ("keeps more entropy to the end than GRPO", "entropy kept", ("id", "did", "od", "upper-only", "clip-higher")),
-        ("ends with less entropy than GRPO", "entropy kept", ("lower-only",)),
-        ("has a higher pass@64 half way", "mid pass@64", ("id", "did", "od")),
-        ("has a higher pass@1 at the end", "final pass@1", ("id", "did", "od")),
-    )
-    for claim, measure, of in asked:
-        for name in of:
+    for claim, measure, sign, strategies in CLAIMS:
+        for name in strategies:
             if name in table:
-                wanted = -1 if "less" in claim else 1
-                lines.append(f"- {name} {claim}: {_verdict(table[name][measure], wanted)}.")
+                found = table[name][measure]
+                lines.append(f"| {claim} | {name} | {found} | {_verdict(found, sign)} |")
     return lines
 
 
-def _verdict(found: Difference, wanted: int) -> str:
+def _verdict(found: Difference, claimed_sign: int) -> str:
     if found.seeds < 3:
-        return f"too few seeds to say ({found.mean:+.3f}, of {found.seeds})"
-    numbers = f"{found.mean:+.3f} ± {found.standard_error:.3f}"
-    if found.sign == wanted:
-        return f"shows ({numbers})"
-    if found.sign == -wanted:
-        return f"the opposite shows ({numbers})"
-    return f"does not show at this scale ({numbers})"
+        return f"too few seeds ({found.seeds})"
+    if found.sign == 0:
+        return "not resolved"
+    return "confirmed" if found.sign == claimed_sign else "contradicted"
 
 
 def _frontier(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list[str]:
@@ -225,9 +248,9 @@ def _frontier(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list
     lines = [
         "## Diversity against accuracy",
         "",
-        "pass@16 at the end above GRPO's own course from the base model to its end, at the same pass@1 (beyond "
-        "the course: above its nearest end), paired by seed. Above 0 a strategy gives more diversity for its "
-        "accuracy than stopping GRPO early would.",
+        "How far a strategy's final pass@16 lies above GRPO's course at the same pass@1, paired by seed. The course "
+        "leads from the base model through GRPO's middle to its end; beyond it, the nearest end counts. A positive "
+        "value means that the strategy gives more diversity for its accuracy than stopping GRPO early would.",
         "",
         "| strategy | pass@1 | pass@16 | above GRPO's course |",
         "| --- | --- | --- | --- |",
@@ -244,17 +267,19 @@ def _frontier(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list
         ends = [spread(run.pass_at(k, total) for run in runs[name].values()) for k in (1, 16)]
         lines.append(f"| {name} | {ends[0]} | {ends[1]} | {'' if name == 'grpo' else above} |")
     if floor is not None and floor.seeds > 1:
-        word = {1: "above", 0: "on, within its spread,", -1: "below"}[floor.sign]
-        lines += ["", f"The floor mode lies {word} GRPO's frontier: {floor.mean:+.3f} ± {floor.standard_error:.3f}."]
-    return [*lines, "", f"![frontier]({folder}/frontier.png)"]
+        place = {1: "lies above", 0: "cannot be distinguished from", -1: "lies below"}[floor.sign]
+        number = f"{floor.mean:+.3f} ± {floor.standard_error:.3f}"
+        lines += ["", f"The entropy floor {place} GRPO's frontier ({number})."]
+    return [*lines, "", f"![pass@16 against pass@1 at the end of every strategy]({folder}/frontier.png)"]
 
 
 def _prediction(runs: Runs, shown: Sequence[str]) -> list[str]:
     lines = [
         "## Predicted against measured entropy change",
         "",
-        "Correlation, over a run's steps, of the first-order change of the step as steered (times the learning "
-        "rate) with the change that its updates made at the same states; on tabular policies it is 0.997.",
+        "The correlation, over the steps of a run, between the predicted and the measured entropy change. The "
+        "prediction is the first-order change of the step as steered, times the learning rate. The measurement is the "
+        "change that the step's updates made at the same states. On tabular policies the correlation is 0.997.",
         "",
         "| strategy | mean | least | greatest |",
         "| --- | --- | --- | --- |",

@@ -1,4 +1,4 @@
-"""The study's runs as numbers: what is measured of a run, and how strategies compare over the same seeds."""
+"""What is measured of a run, and how strategies compare over the same seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rlvr.control import EntropyCurve
 from megatron_rlvr.telemetry.metrics import Record
 
 KS = (1, 2, 4, 8, 16, 32, 64)
-# Two-sided 95 percent points of Student's t, by degrees of freedom; a comparison has seeds - 1 of them.
+# Two-sided 95 percent quantiles of Student's t by degrees of freedom. A comparison of n seeds has n - 1.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
@@ -32,12 +32,12 @@ class Run:
 
     @property
     def entropy_kept(self) -> float:
-        """Entropy of the last three steps over that of the first."""
+        """Mean entropy of the last three steps divided by the entropy of the first step."""
         return self.mean("entropy", 3) / self.steps[0]["entropy"]
 
     @property
     def noise_floor(self) -> float:
-        """Relative standard error of a step's entropy, root mean square over the steps that tracking counts."""
+        """Root mean square of the relative standard error of a step's entropy, over the steps of `tracking_error`."""
         return _rms(r["entropy_standard_error"] / r["entropy"] for r in self.steps[self._counted :])
 
     def tracking_error(self, curve: EntropyCurve) -> float:
@@ -50,12 +50,12 @@ class Run:
         return math.ceil(len(self.steps) / 10)
 
     def pass_at(self, k: int, step: int) -> float:
-        """pass@k of the policy after ``step`` steps; nan where it was not evaluated."""
+        """pass@k of the policy after ``step`` steps; nan if it was not evaluated then."""
         return next((e.get(f"pass@{k}", math.nan) for e in self.evaluations if e["step"] == step), math.nan)
 
     @property
     def prediction_correlation(self) -> float:
-        """Of the first-order entropy change and that measured at the same states, over steps."""
+        """Correlation over steps of the first-order entropy change with the one measured at the same states."""
         predicted = [r["entropy_change/predicted"] * r["lr"] for r in self.steps]
         return statistics.correlation(predicted, [r["entropy_change/measured"] for r in self.steps])
 
@@ -66,7 +66,7 @@ Runs = dict[str, dict[int, Run]]
 
 @dataclass(frozen=True)
 class Difference:
-    """A strategy less another over the seeds both have: mean and standard error, nan for fewer than two seeds."""
+    """One strategy minus another over the seeds that both have; the standard error is nan for fewer than two seeds."""
 
     mean: float
     standard_error: float
@@ -74,13 +74,13 @@ class Difference:
 
     @classmethod
     def of(cls, each: Sequence[float]) -> Difference:
-        """Of the paired differences, one a seed."""
+        """From the paired differences, one per seed."""
         error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else math.nan
         return cls(statistics.mean(each) if each else math.nan, error, len(each))
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the 95 percent interval excludes 0, else 0; of two seeds the spread is known too badly."""
+        """1 or -1 if the 95 percent interval excludes 0, else 0; always 0 for fewer than three seeds."""
         if self.seeds < 3 or not abs(self.mean) > STUDENT.get(self.seeds - 1, 2.2) * self.standard_error:
             return 0
         return 1 if self.mean > 0 else -1
@@ -89,7 +89,7 @@ class Difference:
         return self.text()
 
     def text(self, digits: int = 3) -> str:
-        """Mean ± standard error, bold where the sign is known."""
+        """Mean ± standard error; bold if `sign` is not 0."""
         if self.seeds < 2:
             return f"{self.mean:+.{digits}f}" if self.seeds else ""
         text = f"{self.mean:+.{digits}f} ± {self.standard_error:.{digits}f}"
@@ -97,14 +97,14 @@ class Difference:
 
 
 def difference(runs: Runs, strategy: str, other: str, value: Callable[[Run], float]) -> Difference:
-    """``value`` of ``strategy`` less that of ``other``, paired by seed: a seed has its data order and evaluation."""
+    """``value`` of ``strategy`` minus that of ``other``, paired by seed (the same order of the data)."""
     shared = sorted(set(runs.get(strategy, {})) & set(runs.get(other, {})))
     each = [value(runs[strategy][seed]) - value(runs[other][seed]) for seed in shared]
     return Difference.of([x for x in each if math.isfinite(x)])
 
 
 def tracking_errors(of_seed: dict[int, Run], curve: EntropyCurve) -> list[float]:
-    """`Run.tracking_error` of each seed, in their order."""
+    """`Run.tracking_error` of each seed, in the order of seeds."""
     return [run.tracking_error(curve) for _, run in sorted(of_seed.items())]
 
 
@@ -113,8 +113,13 @@ def percents(values: Iterable[float]) -> str:
     return ", ".join(f"{100 * value:.1f}" for value in values)
 
 
+def count(number: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def spread(values: Iterable[float], digits: int = 3) -> str:
-    """Mean ± standard deviation of what is finite."""
+    """Mean ± standard deviation of the finite values."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return ""
@@ -123,10 +128,10 @@ def spread(values: Iterable[float], digits: int = 3) -> str:
 
 
 def above_course(run: Run, course: Sequence[tuple[float, float]], total: int) -> float:
-    """How far pass@16 of a run's end lies above another run's course in the (pass@1, pass@16) plane.
+    """How far the final pass@16 of ``run`` lies above another run's course in the (pass@1, pass@16) plane.
 
-    ``course`` is the other run's points from its start to its end. Beyond their range the nearest end counts: a policy
-    that is better at pass@1 than any of the course is compared with its last point.
+    ``course`` is a list of (pass@1, pass@16) points of the other run, from its start to its end. Between two points it
+    is interpolated linearly; outside their range of pass@1, the nearest point counts.
     """
     at, height = run.pass_at(1, total), run.pass_at(16, total)
     points = sorted(course)
@@ -140,7 +145,7 @@ def above_course(run: Run, course: Sequence[tuple[float, float]], total: int) ->
 
 
 def write_csv(path: Path, runs: Runs, curves: dict[str, EntropyCurve]) -> None:
-    """One line a run, with everything that the report's tables are made of; pass@k at its start, middle and end."""
+    """Write one line per run with every value that the report's tables use."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         scalars = ["entropy_first", "entropy_kept", "reward", "grad_norm", "clipped_high", "clipped_low"]

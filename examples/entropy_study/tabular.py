@@ -1,12 +1,12 @@
 """The mechanism of entropy control in isolation: experiments on tabular softmax policies.
 
-A policy is a table of logits, one row a state; a "completion" is one action in a state, so every token has its own
-logits and the theory's assumptions hold. All seeds of an experiment run side by side as more rows of one table.
+A policy is a table of logits with one row per state, and a completion is one action in a state. Every token thus has
+logits of its own, and the theory's assumptions hold. All seeds of an experiment run at once, as additional rows.
 
-(a) gradient from the tokens of one region only: E1 and E4 lower entropy, E2 and E3 raise it;
-(b) random rewards, several updates a rollout: what the clip thresholds alone do to entropy;
-(c) the predicted against the measured entropy change of every step;
-(d) a target curve followed by the controller, from measurements with sampling noise.
+(a) Gradient from the tokens of one region only: E1 and E4 lower entropy, E2 and E3 raise it.
+(b) Random rewards and several updates per rollout: what clip thresholds alone do to entropy.
+(c) Predicted against measured entropy change of every step.
+(d) The controller follows a target curve, from measurements with sampling noise.
 
     python examples/entropy_study/tabular.py [--seeds 10]
 """
@@ -48,7 +48,7 @@ CURVES = {
 
 @dataclass
 class Statistics:
-    """Per-token statistics of a rollout, each flat: log-prob and entropy in nats, and the second moments."""
+    """Statistics of a rollout's tokens, flat tensors: log-prob and entropy in nats, and the second moments."""
 
     logprob: Tensor
     entropy: Tensor
@@ -57,12 +57,12 @@ class Statistics:
 
 
 def initial_logits(seeds: int, states: int, actions: int, scale: float, generator: torch.Generator) -> Tensor:
-    """Logits [seeds, states, actions] of random policies; the larger ``scale``, the lower their entropy."""
+    """Logits [seeds, states, actions] of random policies. A larger ``scale`` means lower entropy."""
     return scale * torch.randn(seeds, states, actions, generator=generator, dtype=torch.float64)
 
 
 def entropy_of(logits: Tensor) -> Tensor:
-    """The mean entropy over the states of each seed, [seeds], in nats."""
+    """Mean entropy over the states of each seed, [seeds], in nats."""
     logprobs = logits.log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1).mean(-1)
 
@@ -83,14 +83,14 @@ def sample(logits: Tensor, samples: int, generator: torch.Generator) -> Tensor:
 
 
 def advantages_of(rewards: Tensor) -> Tensor:
-    """Group advantages, flat, of rewards [seeds, states, samples]; a group is the samples of one state."""
+    """Flat group advantages of rewards [seeds, states, samples]. The samples of a state are a group."""
     return group_advantages(rewards.flatten(0, 1)).reshape(-1)
 
 
 def token_inputs(
     now: Statistics, old: Statistics, advantage: Tensor, thresholds: ClipThresholds, weight: Tensor | None
 ) -> TokenInputs:
-    """The objective's inputs, float32 as the operators take them; every token is a sequence of its own."""
+    """Inputs of the objective, in float32 as the operators require. Every token is a sequence of its own."""
     return TokenInputs(
         logprob=now.logprob.float(),
         entropy=now.entropy.detach().float(),
@@ -112,7 +112,7 @@ def update(
     rate: float,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """One gradient ascent step on the clipped objective, summed over a state's samples; returns new logits."""
+    """One gradient ascent step on the clipped objective, averaged over a state's samples; returns new logits."""
     table = logits.detach().requires_grad_()
     inputs = token_inputs(statistics(table, actions), old, advantage, thresholds, weight)
     objective = build_objective("clip")(inputs).objective.sum() / actions.shape[-1]
@@ -121,12 +121,12 @@ def update(
 
 
 def change_of(old: Statistics, advantage: Tensor) -> Tensor:
-    """The exact first-order entropy change of every token."""
+    """The exact first-order entropy change due to every token."""
     return entropy_change(old.logprob, old.entropy, advantage, old.sum_squared_prob, old.sum_squared_prob_logprob)
 
 
 def region_experiment(seeds: int = 10, states: int = 64, actions: int = 20, rate: float = 0.2) -> Tensor:
-    """(a) The entropy change [seeds, 4] of one update whose gradient comes from tokens of one region, E1 to E4."""
+    """(a) Entropy change [seeds, 4] of one update whose gradient comes from the tokens of one region, E1 to E4."""
     generator = torch.Generator().manual_seed(0)
     logits = initial_logits(seeds, states, actions, 1.5, generator)
     taken = sample(logits, 16, generator)
@@ -143,7 +143,7 @@ def region_experiment(seeds: int = 10, states: int = 64, actions: int = 20, rate
 def random_reward_experiment(
     seeds: int = 10, states: int = 96, actions: int = 20, steps: int = 80, updates: int = 8, rate: float = 0.4
 ) -> dict[str, Tensor]:
-    """(b) The final entropy [seeds] of each clip setting under random rewards, several updates a rollout."""
+    """(b) Final entropy [seeds] of each clip setting under random rewards with several updates per rollout."""
     final = {}
     for name, thresholds in RANDOM_REWARD_SETTINGS.items():
         generator = torch.Generator().manual_seed(1)  # the same policies and rewards for every setting
@@ -161,7 +161,7 @@ def random_reward_experiment(
 def prediction_experiment(
     seeds: int = 10, states: int = 64, actions: int = 20, steps: int = 60, rate: float = 0.5
 ) -> Tensor:
-    """(c) The correlation [seeds] over steps of the predicted and the measured entropy change; one update a rollout."""
+    """(c) Correlation [seeds] over steps of predicted and measured entropy change, with one update per rollout."""
     generator = torch.Generator().manual_seed(2)
     logits = initial_logits(seeds, states, actions, 1.5, generator)
     value = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
@@ -181,7 +181,7 @@ def prediction_experiment(
 
 @dataclass
 class Tracking:
-    """A run of experiment (d): per step the measured and the true entropy, the target, u, and the mean reward."""
+    """A run of experiment (d). Per step: measured and true entropy, target, steering u, and mean reward."""
 
     measured: list[float]
     true: list[float]
@@ -190,7 +190,7 @@ class Tracking:
     reward: list[float]
 
     def error(self, of: str = "measured", skip: float = 0.1) -> float:
-        """The root-mean-square error relative to the target, after the first ``skip`` of the steps."""
+        """Root mean square of entropy / target - 1 after the first ``skip`` (a share) of the steps."""
         start = math.ceil(skip * len(self.target))
         pairs = zip(getattr(self, of)[start:], self.target[start:], strict=True)
         squares = [(entropy / target - 1.0) ** 2 for entropy, target in pairs]
@@ -209,11 +209,11 @@ def tracking_experiment(
     updates: int = 16,
     rate: float = 0.01,
 ) -> Tracking:
-    """(d) Learning while ``schedule`` controls entropy, in a policy whose states share parameters.
+    """(d) Train a policy whose states share parameters while ``schedule`` controls its entropy.
 
-    The logits of a state are a linear map of its random features, trained with Adam. A completion is ``length`` actions
-    and is rewarded as a whole, when more than half of them are good, so credit is as blurred as it is for text. Every
-    step draws new prompts, so the measured entropy carries sampling noise.
+    The logits of a state are a linear map of its random features, trained with Adam. A completion consists of
+    ``length`` actions and is rewarded as a whole, if more than half of its actions are good; credit assignment is
+    therefore as coarse as for text. Every step draws new prompts, so the measured entropy has sampling noise.
     """
     generator = torch.Generator().manual_seed(100 + seed)
     dimension = 24
@@ -223,8 +223,8 @@ def tracking_experiment(
 
     known, unknown = normal(dimension, actions), normal(dimension, actions)
     hidden = (known + unknown) / math.sqrt(2.0 * dimension)
-    weights = (4.0 * known / math.sqrt(dimension)).requires_grad_()  # fairly sure of itself, and half right
-    fixed = normal(2048, dimension)  # the states on which the true entropy is read
+    weights = (4.0 * known / math.sqrt(dimension)).requires_grad_()  # confident, and right about half of the time
+    evaluation_states = normal(2048, dimension)  # states on which the true entropy is evaluated
     optimizer = torch.optim.Adam([weights], lr=rate, betas=(0.9, 0.95))
     objective = build_objective("clip")
     run = Tracking([], [], [], [], [])
@@ -232,7 +232,7 @@ def tracking_experiment(
         features = normal(prompts * length, dimension)
         with torch.no_grad():
             table = (features @ weights)[None]
-            run.true.append(entropy_of((fixed @ weights)[None]).item())
+            run.true.append(entropy_of((evaluation_states @ weights)[None]).item())
         taken = sample(table, samples, generator)
         good = (features @ hidden)[None].gather(-1, taken) > 1.0
         rewards = (good.view(prompts, length, samples).double().mean(1) > 0.5).double()
@@ -267,17 +267,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     seeds = parser.parse_args().seeds
-    print(f"(a) entropy change of one update from tokens of one region, {seeds} seeds: mean (least .. greatest)")
+    print(f"(a) entropy change of one update from tokens of one region, {seeds} seeds: mean (min .. max)")
     for name, column in zip(("E1", "E2", "E3", "E4"), region_experiment(seeds).T, strict=True):
         print(f"    {name}  {column.mean():+.4f}  ({column.min():+.4f} .. {column.max():+.4f})")
-    print("(b) final entropy under random rewards: mean (least .. greatest)")
+    print("(b) final entropy under random rewards: mean (min .. max)")
     for name, column in random_reward_experiment(seeds).items():
         print(f"    {name:14s} {column.mean():.3f}  ({column.min():.3f} .. {column.max():.3f})")
     correlation = prediction_experiment(seeds)
-    print(f"(c) correlation of predicted and measured change: {correlation.mean():.4f}, least {correlation.min():.4f}")
-    print(
-        "(d) root-mean-square tracking error after the first tenth of the steps: mean (greatest), static clip beside it"
-    )
+    numbers = f"{correlation.mean():.4f}, min {correlation.min():.4f}"
+    print(f"(c) correlation of predicted and measured entropy change: {numbers}")
+    print("(d) root-mean-square tracking error after the first tenth of the steps: mean (max), and static clipping's")
     for name, curve in CURVES.items():
         runs = [tracking_experiment(TargetEntropy(60, curve=curve), curve, seed) for seed in range(seeds)]
         free = [tracking_experiment(Constant(), curve, seed) for seed in range(seeds)]

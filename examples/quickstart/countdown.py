@@ -1,10 +1,10 @@
-"""Make Countdown problems: reach a target from 3 or 4 numbers with + - * and /, each number used once.
+"""Generate Countdown problems: reach a target from 3 or 4 numbers with + - * and /, each number used once.
 
     python examples/quickstart/countdown.py --output runs/quickstart/data
 
-writes train.jsonl and heldout.jsonl with lines such as
+This writes train.jsonl and heldout.jsonl with lines such as
 {"prompt": "3 5 7 : 22 >", "answer": {"numbers": [3, 5, 7], "target": 22}}. A right answer is "3*5=15;15+7=22".
-Every problem is solvable: it is the outcome of a random play. The same seed gives the same files.
+Every problem is solvable, because its target is the result of a random play. The same seed gives the same files.
 """
 
 import argparse
@@ -13,33 +13,33 @@ from pathlib import Path
 
 import numpy as np
 
-LARGEST_NUMBER = 9  # of those given
-LARGEST_VALUE = 99  # of a target or an intermediate value; the smallest is 1
+LARGEST_NUMBER = 9  # of the given numbers
+LARGEST_VALUE = 99  # of targets and intermediate values; the smallest is 1
 SIGNS = ("+", "-", "*", "/")
 PLUS, MINUS, TIMES, DIVIDE = range(4)
-HELD_OUT_SHARE = 8  # one problem in eight
+HELD_OUT_ONE_IN = 8  # one problem in eight is held out
 
 
 def random_numbers(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """Numbers of ``count`` problems, int64 [count, size], uniform in 1..LARGEST_NUMBER."""
+    """The numbers of ``count`` problems: int64 [count, size], uniform in 1..LARGEST_NUMBER."""
     return rng.integers(1, LARGEST_NUMBER + 1, (count, size))
 
 
 def random_plays(rng: np.random.Generator, numbers: np.ndarray) -> np.ndarray:
     """One random legal play for each row of numbers [count, size].
 
-    Returns int64 [count, size - 1, 4]: the steps (left, sign, right, value), sign an index into SIGNS. A step takes
-    two of the values at hand at random, then one of the signs that are legal for them; subtraction and division have
-    the larger value on the left, and values stay whole and within 1..LARGEST_VALUE.
+    Returns int64 [count, size - 1, 4]: steps (left, sign, right, value), where sign is an index into SIGNS. A step
+    draws two of the remaining values, then one of the signs that are legal for them. Subtraction and division have the
+    larger value on the left. All values are integers in 1..LARGEST_VALUE.
     """
     count, size = numbers.shape
     rows = np.arange(count)
     pool = numbers.copy()
     steps = np.empty((count, size - 1, 4), dtype=np.int64)
     for step in range(size - 1):
-        at_hand = size - step
-        i = rng.integers(at_hand, size=count)
-        j = (i + 1 + rng.integers(at_hand - 1, size=count)) % at_hand
+        remaining = size - step
+        i = rng.integers(remaining, size=count)
+        j = (i + 1 + rng.integers(remaining - 1, size=count)) % remaining
         left, right = pool[rows, i], pool[rows, j]
         large, small = np.maximum(left, right), np.minimum(left, right)
         values = np.stack([left + right, large - small, left * right, large // small], axis=1)
@@ -52,22 +52,24 @@ def random_plays(rng: np.random.Generator, numbers: np.ndarray) -> np.ndarray:
         steps[:, step] = np.stack(
             [np.where(ordered, large, left), sign, np.where(ordered, small, right), value], axis=1
         )
-        # The value takes the place of the left one, and the last value at hand the place of the right one.
+        # The result replaces the left value; the last remaining value replaces the right one.
         pool[rows, i] = value
-        pool[rows, j] = pool[:, at_hand - 1]
+        pool[rows, j] = pool[:, remaining - 1]
     return steps
 
 
 def is_held_out(numbers: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Whether problems belong to the held-out split, bool [count]: by a hash of the sorted numbers and the target, so
-    that no training problem is a held-out one with its numbers in another order.
+    """Whether problems belong to the held-out split, bool [count].
+
+    A hash of the sorted numbers and the target decides, so no training problem is a held-out one with its numbers in
+    another order.
     """
     key = target.astype(np.uint64)
     for column in np.sort(numbers, axis=1).T:
         key = key * np.uint64(LARGEST_VALUE + 1) + column.astype(np.uint64)
     # Fibonacci hashing: the high bits of the product depend on all bits of the key.
     return (key * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32) & np.uint64(0xFFFF) < np.uint64(
-        0x10000 // HELD_OUT_SHARE
+        0x10000 // HELD_OUT_ONE_IN
     )
 
 
@@ -84,25 +86,25 @@ def play_text(steps: np.ndarray) -> str:
 def make_problems(
     rng: np.random.Generator, count: int, *, held_out: bool, four_share: float
 ) -> list[tuple[list[int], int]]:
-    """``count`` problems (numbers, target) of one split, no two alike, in random order.
+    """``count`` different problems (numbers, target) of one split, in random order.
 
-    ``four_share`` of them have 4 numbers, the rest 3. Raises ValueError if there are not so many.
+    A share of ``four_share`` has 4 numbers, the rest 3. Raises ValueError if there are not enough different problems.
     """
     problems: list[tuple[list[int], int]] = []
     four = round(count * four_share)
     for size, wanted in ((3, count - four), (4, four)):
-        found: dict[tuple[int, ...], tuple[list[int], int]] = {}
+        different: dict[tuple[int, ...], tuple[list[int], int]] = {}
         for _ in range(200):
-            if len(found) >= wanted:
+            if len(different) >= wanted:
                 break
             numbers = random_numbers(rng, 4096, size)
             target = random_plays(rng, numbers)[:, -1, 3]
             for row in np.flatnonzero(is_held_out(numbers, target) == held_out):
                 problem = (numbers[row].tolist(), int(target[row]))
-                found.setdefault((*problem[0], problem[1]), problem)
-        if len(found) < wanted:
-            raise ValueError(f"only {len(found)} of {wanted} problems of {size} numbers were found")
-        problems += list(found.values())[:wanted]
+                different.setdefault((*problem[0], problem[1]), problem)
+        if len(different) < wanted:
+            raise ValueError(f"only {len(different)} of {wanted} problems of {size} numbers were found")
+        problems += list(different.values())[:wanted]
     return [problems[i] for i in rng.permutation(len(problems))]
 
 
@@ -114,19 +116,21 @@ def write_problems(path: Path, problems: list[tuple[list[int], int]]) -> None:
             line = {
                 "prompt": prompt_text(numbers, target),
                 "answer": {"numbers": numbers, "target": target},
-                # For data.stratify_key: problems of as many numbers and near targets are alike.
+                # For data.stratify_key: problems with equally many numbers and close targets are similar.
                 "kind": len(numbers) * (LARGEST_VALUE + 1) + target,
             }
             file.write(json.dumps(line) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Make Countdown problems as JSONL, a training and a held-out split.")
+    parser = argparse.ArgumentParser(
+        description="Generate Countdown problems as JSONL: a training split and a held-out split."
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart/data"), help="folder for both files")
     parser.add_argument("--train", type=int, default=4096, help="number of training problems")
     parser.add_argument("--held-out", type=int, default=256, help="number of held-out problems")
     parser.add_argument(
-        "--four-share", type=float, default=0.35, help="share of problems with 4 numbers; the rest has 3"
+        "--four-share", type=float, default=0.35, help="share of problems with 4 numbers; the rest have 3"
     )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)

@@ -1,10 +1,10 @@
-"""Train the small base model of the quickstart, from scratch, and save it as an ordinary Hugging Face folder.
+"""Train the quickstart's small base model from scratch and save it as an ordinary Hugging Face folder.
 
     python examples/quickstart/make_base_model.py --output runs/quickstart/base_model
 
-The model learns random legal plays of Countdown (countdown.py), part of which miss the target: it ends up solving
-some of the held-out problems with an entropy well above zero, so that reinforcement learning has something to raise
-and something to lose. The same seed and the same number of threads give the same model.
+The model learns random legal plays of Countdown (countdown.py), some of which miss the target. It then solves some of
+the held-out problems, with an entropy well above zero: reinforcement learning can raise the reward, and can lose the
+entropy. The same seed and the same number of threads give the same model.
 """
 
 import argparse
@@ -13,8 +13,8 @@ import os
 import time
 from pathlib import Path
 
-# Threads that wait may spin for a moment only: where another process has taken a core, spinning makes a step several
-# times slower. The OpenMP runtime reads this when torch loads it.
+# Limits how long idle OpenMP threads spin. If another process has taken a core, spinning makes a step several times
+# slower. The OpenMP runtime reads this when torch loads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import countdown
@@ -26,21 +26,21 @@ from transformers.utils import logging as transformers_logging
 
 from megatron_rlvr.verifiers import VerifierPool, build_verifier
 
-# One token for each integer and sign, so that a play of 4 numbers is 17 tokens and the end.
+# One token per integer and sign, so a play of 4 numbers has 17 tokens and the end-of-sequence token.
 WORDS = [*map(str, range(countdown.LARGEST_VALUE + 1)), *countdown.SIGNS, "=", ";", ":", ">", "<eos>", "<pad>", "<unk>"]
 TOKEN = {word: index for index, word in enumerate(WORDS)}
-# Padded to a multiple of 8, so that tensor-parallel ranks share it evenly.
+# Padded to a multiple of 8, which tensor-parallel ranks can divide.
 VOCABULARY_SIZE = math.ceil(len(WORDS) / 8) * 8
 FIRST_SIGN = TOKEN[countdown.SIGNS[0]]
 MAX_RESPONSE_TOKENS = 18
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """A token for each integer and sign, with or without white space between them; decodes without white space.
+    """A tokenizer with one token per integer and sign. White space is ignored when encoding and absent when decoding.
 
-    transformers gives every Qwen2 model folder to Qwen2Tokenizer, which brings its own way of cutting text, digit by
-    digit, whatever tokenizer.json says. Added tokens are matched before that cut, the longest first, so the words are
-    all of that kind. White space and any other text has no token.
+    For every Qwen2 folder, transformers uses Qwen2Tokenizer, which splits text into single digits whatever
+    tokenizer.json says. Added tokens are matched before that split, the longest first, so all words are added tokens.
+    White space and any other text have no token.
     """
     vocabulary = TOKEN | {f"<unused{index}>": index for index in range(len(WORDS), VOCABULARY_SIZE)}
     tokenizer = Qwen2Tokenizer(
@@ -59,8 +59,10 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 
 def make_model(hidden: int, layers: int, ffn: int) -> Qwen2ForCausalLM:
-    """A randomly initialised Qwen2. Heads, key-value heads, vocabulary and ffn divide by 2 for tensor parallelism, and
-    the layers for pipeline parallelism.
+    """A randomly initialised Qwen2.
+
+    Heads, key-value heads, vocabulary and ffn are even, for tensor parallelism; so are the layers, for pipeline
+    parallelism.
     """
     config = Qwen2Config(
         vocab_size=VOCABULARY_SIZE,
@@ -81,13 +83,13 @@ def make_model(hidden: int, layers: int, ffn: int) -> Qwen2ForCausalLM:
 
 
 def prompt_ids(numbers: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Prompts as token ids [count, size + 3]: the numbers, ":", the target, ">"."""
+    """Prompts as token ids [count, size + 3]: numbers, ":", target, ">"."""
     signs = [np.full((len(target), 1), TOKEN[word]) for word in (":", ">")]
     return np.concatenate([numbers, signs[0], target[:, None], signs[1]], axis=1)
 
 
 def response_ids(plays: np.ndarray) -> np.ndarray:
-    """Plays [count, size - 1, 4] as token ids [count, 6 * (size - 1)], the last one the end of text."""
+    """Plays [count, size - 1, 4] as token ids [count, 6 * (size - 1)]; the last token ends the text."""
     left, sign, right, value = np.moveaxis(plays, 2, 0)
     equals, separator = np.full_like(left, TOKEN["="]), np.full_like(left, TOKEN[";"])
     tokens = np.stack([left, FIRST_SIGN + sign, right, equals, value, separator], axis=2).reshape(len(plays), -1)
@@ -96,14 +98,14 @@ def response_ids(plays: np.ndarray) -> np.ndarray:
 
 
 def training_rows(rng: np.random.Generator, count: int, size: int, miss_share: float) -> torch.Tensor:
-    """Prompts followed by plays, int64 [count, 7 * size - 3], none of a held-out problem.
+    """Prompts followed by plays, int64 [count, 7 * size - 3], without held-out problems.
 
-    A share of the plays ignores the target (and seldom hits it): the model is left with mistakes to unlearn, and with
-    the breadth of random play.
+    A share ``miss_share`` of the plays ignores the target and seldom reaches it. It leaves the model with mistakes to
+    unlearn and with the entropy of random play.
     """
     rows: list[np.ndarray] = []
-    found = 0
-    while found < count:
+    collected = 0
+    while collected < count:
         numbers = countdown.random_numbers(rng, count, size)
         plays = countdown.random_plays(rng, numbers)
         target = plays[:, -1, 3]
@@ -111,12 +113,12 @@ def training_rows(rng: np.random.Generator, count: int, size: int, miss_share: f
         plays = np.where(ignores[:, None, None], countdown.random_plays(rng, numbers), plays)
         keep = ~countdown.is_held_out(numbers, target)
         rows.append(np.concatenate([prompt_ids(numbers, target), response_ids(plays)], axis=1)[keep])
-        found += len(rows[-1])
+        collected += len(rows[-1])
     return torch.from_numpy(np.concatenate(rows)[:count])
 
 
 def make_optimizers(model: Qwen2ForCausalLM, lr: float, muon_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the weight matrices, which needs about half the steps AdamW would; AdamW for everything else."""
+    """Muon for the weight matrices, which needs about half of AdamW's steps; AdamW for everything else."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     if not muon_lr:
@@ -131,7 +133,7 @@ def make_optimizers(model: Qwen2ForCausalLM, lr: float, muon_lr: float) -> list[
 
 
 def train(model: Qwen2ForCausalLM, arguments: argparse.Namespace) -> None:
-    """Next-token training on the responses, with both sizes of problem in every batch."""
+    """Train on the tokens of the responses. Every batch contains problems of both sizes."""
     rng = np.random.default_rng([arguments.seed, 2])
     four = round(arguments.batch * arguments.four_share)
     batches = {size: rows for size, rows in ((3, arguments.batch - four), (4, four)) if rows}
@@ -171,7 +173,7 @@ def train(model: Qwen2ForCausalLM, arguments: argparse.Namespace) -> None:
             for optimizer in optimizers:
                 optimizer.step()
             progress.update(bar, advance=1, loss=f"{loss.item():.3f}")
-            # Where there is no terminal to draw on, a line now and then.
+            # Without a terminal the progress bar is not drawn, so print a line instead.
             if not progress.console.is_terminal and (step + 1) % 50 == 0:
                 print(f"step {step + 1} of {arguments.steps}: loss {loss.item():.3f}", flush=True)
 
@@ -180,10 +182,10 @@ def train(model: Qwen2ForCausalLM, arguments: argparse.Namespace) -> None:
 def sample(
     model: Qwen2ForCausalLM, prompts: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One response to each prompt [rows, length] at temperature 1.
+    """Sample one response to each prompt [rows, length] at temperature 1.
 
-    Returns tokens, int64 [rows, MAX_RESPONSE_TOKENS], padded after the end, and the exact entropies of the tokens'
-    distributions in nats, float32 of the same shape, zero on padding.
+    Returns the tokens, int64 [rows, MAX_RESPONSE_TOKENS], padded after the end, and the exact entropy of each token's
+    distribution in nats, float32 of the same shape, 0 on padding.
     """
     model.eval()
     cache = DynamicCache(config=model.config)
@@ -207,7 +209,7 @@ def measure(
     samples: int,
     seed: int,
 ) -> dict[str, float]:
-    """pass@1 and pass@samples of the problems, by size and together, and the mean entropy over response tokens."""
+    """pass@1 (also by problem size) and pass@samples of the problems, and the mean entropy over response tokens."""
     generator = torch.Generator().manual_seed(seed)
     verifier = VerifierPool(build_verifier("countdown"))
     solved: dict[int, np.ndarray] = {}
@@ -242,11 +244,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=256, help="plays a step")
+    parser.add_argument("--batch", type=int, default=256, help="plays per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
     parser.add_argument("--muon-lr", type=float, default=0.03, help="peak learning rate of Muon")
     parser.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up")
-    parser.add_argument("--four-share", type=float, default=0.35, help="share of plays with 4 numbers; the rest has 3")
+    parser.add_argument("--four-share", type=float, default=0.35, help="share of plays with 4 numbers; the rest have 3")
     parser.add_argument("--miss-share", type=float, default=0.2, help="share of plays that ignore the target")
     parser.add_argument("--hidden", type=int, default=144)
     parser.add_argument("--layers", type=int, default=2)

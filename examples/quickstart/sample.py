@@ -1,6 +1,8 @@
-"""Sample completions of a prompt from a Hugging Face folder, and verify them if the prompt is a Countdown problem.
+"""Sample completions of a prompt from a Hugging Face folder; verify them if the prompt is a Countdown problem.
 
-python examples/quickstart/sample.py runs/quickstart/base_model "3 5 7 : 22 >"
+    python examples/quickstart/sample.py runs/quickstart/base_model "3 5 7 : 22 >"
+
+Completions of any other prompt are printed without a verdict.
 """
 
 import argparse
@@ -20,15 +22,19 @@ _COUNTDOWN = re.compile(r"\s*(\d+(?:\s+\d+)+)\s*:\s*(\d+)\s*>\s*")
 
 
 def sample_texts(folder: Path, prompt: str, count: int, temperature: float, max_tokens: int, seed: int) -> list[str]:
-    """``count`` completions of ``prompt`` as text, special tokens left out."""
+    """Sample ``count`` completions of ``prompt``; returns their texts without special tokens."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no Hugging Face model there (no config.json); give the folder of a checkpoint")
+        raise UserError(
+            f"{folder}: no Hugging Face model there (no config.json); pass a folder with config.json and weights"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
-    understood = tokenizer.decode(inputs.input_ids[0], skip_special_tokens=True)
-    if "".join(understood.split()) != "".join(prompt.split()):
-        raise UserError(f"this model's tokenizer reads the prompt {prompt!r} as {understood!r}: it lacks words for it")
+    decoded = tokenizer.decode(inputs.input_ids[0], skip_special_tokens=True)
+    if "".join(decoded.split()) != "".join(prompt.split()):
+        raise UserError(
+            f"this model's tokenizer reads the prompt {prompt!r} as {decoded!r}: its vocabulary lacks some words"
+        )
     torch.manual_seed(seed)
     with torch.no_grad():
         output = model.generate(
@@ -44,13 +50,13 @@ def sample_texts(folder: Path, prompt: str, count: int, temperature: float, max_
 
 
 def countdown_answer(prompt: str) -> dict[str, object] | None:
-    """The answer to verify against if the prompt reads "3 5 7 : 22 >", else None."""
+    """The answer to verify against if the prompt has the form "3 5 7 : 22 >", else None."""
     match = _COUNTDOWN.fullmatch(prompt)
     return {"numbers": [int(number) for number in match[1].split()], "target": int(match[2])} if match else None
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Sample and print the different completions, the most frequent first."""
+    """Sample, and print the distinct completions, the most frequent first."""
     if arguments.samples < 1 or arguments.max_tokens < 1 or arguments.seed < 0 or not arguments.temperature > 0:
         raise UserError("--samples and --max-tokens must be at least 1, --temperature above 0, --seed at least 0")
     texts = sample_texts(

@@ -11,6 +11,7 @@ import measurements
 import pytest
 import report
 import results
+import strategies
 import study
 from coin import toss
 
@@ -47,7 +48,7 @@ def synthetic_run(strategy, seed, *, final=0.5, mid64=0.8, noise=0.001):
 
 
 def synthetic_measurements():
-    """Three states of which an upper bound raises entropy by 1 % a pass, give or take, and a lower one does nothing."""
+    """Three states in which an upper bound raises entropy by about 1 % per pass, and a lower bound does nothing."""
     wanted = {"static": 0.0, "upper": 0.01, "steep": 0.02, "lower": 0.0}
     return [
         measurements.Measurement(seed, 8, rewards, rate, bound, passes, 0.3, shift, 0.01, 0.02)
@@ -82,11 +83,11 @@ def test_differences_are_paired_and_judged():
     assert above.mean == pytest.approx(0.05, abs=0.005)
     same = results.difference(runs, "did", "grpo", lambda run: run.pass_at(64, TOTAL // 2))
     assert same.sign == 0
-    assert report._verdict(above, 1).startswith("shows")
-    assert report._verdict(above, -1).startswith("the opposite shows")
-    assert report._verdict(same, 1).startswith("does not show")
+    assert report._verdict(above, 1) == "confirmed"
+    assert report._verdict(above, -1) == "contradicted"
+    assert report._verdict(same, 1) == "not resolved"
     assert results.Difference(0.5, math.nan, 1).sign == 0  # one seed shows nothing
-    assert report._verdict(results.Difference(0.5, math.nan, 1), 1) == "too few seeds to say (+0.500, of 1)"
+    assert report._verdict(results.Difference(0.5, math.nan, 1), 1) == "too few seeds (1)"
     assert results.Difference(0.5, 1e-9, 2).sign == 0  # nor do two that happen to agree
     assert results.Difference(0.1, 0.04, 5).sign == 0  # 2.5 standard errors of 5 seeds are within 95 percent
 
@@ -100,22 +101,19 @@ def test_height_above_a_course():
 
 
 def test_the_report_is_written_whole(tmp_path):
-    everything = study.EVERYTHING
+    everything = strategies.EVERYTHING
     runs = {name: {s: synthetic_run(name, s) for s in range(3)} for name in everything}
     runs["target-linear"] = {s: synthetic_run("t", s, final=0.4) for s in range(3)}
     document = tmp_path / "study.md"
-    splits = {"0.3": "id-split-0.3", "0.5": "id"}
-    names, long = list(study.STRATEGIES), list(study.LONG)
-    made = synthetic_measurements()
-    arguments = (names, study.CURVES, splits, study.REGIMES, long, made, TOTAL, document)
-    report.write_report(runs, *arguments)
+    measured = synthetic_measurements()
+    report.write_report(runs, measured, TOTAL, document)
     text = document.read_text()
     assert "nan" not in text
     assert "Not run yet" not in text
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in reversed(text.splitlines())}
     assert rows["target-linear"].endswith("| 3 of 3 seeds |")
     assert rows["target-constant"].endswith("| 0 of 3 seeds |")
-    assert "long-target-linear is off its curve by" in text
+    assert "long-target-linear follows its curve with a root mean square error of" in text
     # Static clipping of the three states: 0, -10 and -20 %; the upper bound adds 4 % in four passes, a tenth in 2.5.
     assert "| coin | 0.0001 | 4 | -10.0 ± 10.0 | **+4.00 ± 0.01** | **+8.00 ± 0.01** |" in text
     assert "| 1.0 %, 2.0 % | 2 |" in text
@@ -127,24 +125,33 @@ def test_the_report_is_written_whole(tmp_path):
         assert (tmp_path / "study" / f"{figure}.png").stat().st_size < 150_000
     lines = (tmp_path / "study" / "results.csv").read_text().splitlines()
     assert len(lines) == 1 + 3 * len(everything)
-    # A part of the runs is enough.
-    report.write_report({"grpo": {0: runs["grpo"][0]}}, *arguments)
-    assert "1 seeds a strategy" in document.read_text()
+    # A subset of the runs is enough.
+    report.write_report({"grpo": {0: runs["grpo"][0]}}, measured, TOTAL, document)
+    assert "1 seeds per strategy" in document.read_text()
     assert "id-split-0.3" in document.read_text().split("## Not run yet")[1]
 
 
+def test_the_committed_report_is_that_of_the_archive(tmp_path):
+    """If this fails, run ``python examples/entropy_study/study.py report`` and commit what it writes."""
+    table = measurements.read(study.REPORT.with_suffix("") / "authority.csv")
+    report.write_report(archive.read(study.ARCHIVE), table, 32, tmp_path / study.REPORT.name)
+    assert (tmp_path / study.REPORT.name).read_text() == study.REPORT.read_text()
+    results_csv = Path(study.REPORT.stem) / "results.csv"
+    assert (tmp_path / results_csv).read_text() == (study.REPORT.parent / results_csv).read_text()
+
+
 def test_every_strategy_is_a_valid_configuration(tmp_path):
-    for overrides in study.EVERYTHING.values():
-        load_config(QUICKSTART, [f"run_directory={tmp_path}", *study.COMMON, *overrides])
+    for overrides in strategies.EVERYTHING.values():
+        load_config(QUICKSTART, [f"run_directory={tmp_path}", *strategies.COMMON, *overrides])
 
 
 def test_measurements_are_read_back(tmp_path):
-    made = synthetic_measurements()
+    rows = synthetic_measurements()
     with (tmp_path / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(made[0])))
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
-        writer.writerows(map(asdict, made))
-    assert measurements.read(tmp_path / "table.csv") == made
+        writer.writerows(map(asdict, rows))
+    assert measurements.read(tmp_path / "table.csv") == rows
     assert measurements.read(tmp_path / "none.csv") == []
 
 

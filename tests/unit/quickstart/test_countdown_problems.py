@@ -29,7 +29,7 @@ def test_split_ignores_the_order_of_the_numbers():
     target = rng.integers(1, 100, 20000)
     held_out = countdown.is_held_out(numbers, target)
     assert (countdown.is_held_out(rng.permuted(numbers, axis=1), target) == held_out).all()
-    assert abs(held_out.mean() - 1 / countdown.HELD_OUT_SHARE) < 0.01
+    assert abs(held_out.mean() - 1 / countdown.HELD_OUT_ONE_IN) < 0.01
     # No number decides alone: within each target and each largest number the share is about the same.
     for value in range(5, 10):
         assert abs(held_out[numbers.max(1) == value].mean() - 1 / 8) < 0.04
