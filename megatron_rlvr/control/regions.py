@@ -98,7 +98,7 @@ def steering_sums(change: Tensor, ascent: Tensor, token_weight: Tensor) -> Tenso
 def steering_weights(change: Tensor, steering: float, response: SteeringResponse) -> Tensor:
     """The gradient weight of every token under steering u in (-1, 1), [T]: (1 + u s) / (1 + u nu), above 0.
 
-    The division keeps the step's first-order reward ascent: sum n (1 + u s) / (1 + u nu) = sum n. Derivation in
-    docs/entropy_control.md.
+    The division keeps the step's first-order reward ascent: sum n (1 + u s) / (1 + u nu) = sum n. Derived in
+    docs/entropy_control/derivation.md.
     """
     return (1.0 + steering * steering_direction(change)) / response.normaliser(steering)
