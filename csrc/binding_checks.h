@@ -1,5 +1,7 @@
-// What both bindings check of tensors before they hand out raw pointers. The Python face has checked the user's
-// arguments with better words already; this is for those who call torch.ops.megatron_rlvr.* themselves.
+// Checks of tensors before a kernel gets their raw pointers, and allocation of outputs; for both bindings.
+//
+// The Python functions check the user's arguments first, with more detailed messages. These checks protect callers of
+// torch.ops.megatron_rlvr.* from reading outside a tensor.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,7 +12,9 @@
 #include <sstream>
 #include <stdexcept>
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name until torch 2.10
+#include "kernel_arguments.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // named otherwise up to torch 2.10
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
@@ -26,12 +30,11 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-// 0 float32, 1 bfloat16, 2 float16: the order of both LogitsType enumerations.
-inline int logits_type(const Tensor& logits) {
+inline LogitsType logits_type(const Tensor& logits) {
   switch (logits.scalar_type()) {
-    case ScalarType::Float: return 0;
-    case ScalarType::BFloat16: return 1;
-    case ScalarType::Half: return 2;
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
     default: refuse("logits: must be float32, bfloat16 or float16");
   }
 }
@@ -46,7 +49,6 @@ inline void check_logits(const Tensor& logits, const Tensor& targets) {
     refuse("targets: must be contiguous int64 [", logits.size(0), "]");
 }
 
-// `tensor` float32, contiguous, with `count` numbers.
 inline void check_floats(const char* name, const Tensor& tensor, int64_t count) {
   if (tensor.scalar_type() != ScalarType::Float || !tensor.is_contiguous() || tensor.numel() != count)
     refuse(name, ": must be contiguous float32 with ", count, " elements, found ", tensor.numel());
@@ -57,26 +59,37 @@ inline void check_in_place(const Tensor& logits) {
     refuse("logits: rows overlap in memory (row stride ", logits.stride(0), "), the gradient cannot be written over them");
 }
 
-// 4 or 6 numbers a row: whether the second moments are among them.
+// Returns whether the gathered partials hold second moments.
 inline bool check_gathered(const Tensor& gathered, const Tensor& targets) {
   const int64_t rows = targets.numel();
   if (targets.scalar_type() != ScalarType::Long || !targets.is_contiguous()) refuse("targets: must be contiguous int64");
-  if (gathered.dim() != 3 || gathered.size(1) != rows || (gathered.size(2) != 4 && gathered.size(2) != 6))
-    refuse("gathered: must be [shards, ", rows, ", 4 or 6]");
+  if (gathered.dim() != 3 || gathered.size(1) != rows ||
+      (gathered.size(2) != kPartialWidth && gathered.size(2) != kPartialWidthWithMoments))
+    refuse("gathered: must be [shards, ", rows, ", ", kPartialWidth, " or ", kPartialWidthWithMoments, "]");
   check_floats("gathered", gathered, gathered.numel());
-  return gathered.size(2) == 6;
+  return gathered.size(2) == kPartialWidthWithMoments;
 }
 
+inline const int64_t* ids(const Tensor& targets) { return static_cast<const int64_t*>(targets.const_data_ptr()); }
+
+inline const float* floats(const char* name, const Tensor& tensor, int64_t count) {
+  check_floats(name, tensor, count);
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+inline float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// Null for no tensor.
 template <class T>
 inline const T* optional_pointer(const char* name, const std::optional<Tensor>& tensor, ScalarType type, int64_t tokens) {
   if (!tensor) return nullptr;
   if (tensor->scalar_type() != type || !tensor->is_contiguous() || tensor->numel() != tokens)
-    refuse(name, ": must be contiguous with ", tokens, " elements of its type");
+    refuse(name, ": must be contiguous ", type == ScalarType::Bool ? "bool" : "float32", " with ", tokens, " elements");
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
-// An uninitialised contiguous tensor on the device of `like`. Straight from the allocator: torch::stable::new_empty goes
-// through the dispatcher, boxed, and that would be most of a small call's time.
+// An uninitialised contiguous tensor on the device of `like`, straight from the allocator: torch::stable::new_empty goes
+// through the dispatcher, boxed, which would take most of the time of a small call.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, int32_t type) {
   int64_t strides[4], stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= shape.begin()[i]) strides[i] = stride;

@@ -1,18 +1,20 @@
-// Every scalar formula of the operators, once: the CPU path, the CUDA kernels and their emulation include it.
+// Every scalar formula of the operators. The CPU kernels, the CUDA kernels and their emulator include this one file.
 //
 // Notation: z is a raw logit, T the temperature, k = 1/T, p = softmax(z k), H = -sum p ln p, a the sampled token,
-// r = pi(a) / pi_old(a) the importance ratio, A the advantage. Raw C++17 without torch. Row statistics exist in fp32
-// (what is done for every logit) and in fp64 (what is done once a row, and costs nothing there).
+// r = pi(a) / pi_old(a) the importance ratio, A the advantage. Plain C++17 without torch. Row statistics exist in
+// float32, for what is done per logit, and in float64, for what is done per row and costs nothing there.
 //
-// A row is summed up by its raw maximum m and sums over x = (z - m) k <= 0. Why in this shape:
-// - the maximum is subtracted before the temperature is applied, so that logits of scale 100 lose nothing to rounding;
-// - sum e^x is kept as *excess* = sum e^x - 1, summed without the maximum's own e^0, so that ln sum e^x = log1p(excess)
-//   and 1 - p of an almost sure token (most tokens, late in training) keep their relative accuracy;
+// The statistics of a row are its raw maximum m and sums over x = (z - m) k <= 0, in a form that keeps precision:
+// - the maximum is subtracted before the temperature is applied, so logits of scale 100 lose nothing to rounding;
+// - sum e^x is stored as *excess* = sum e^x - 1, summed without the maximum's own e^0, so ln sum e^x = log1p(excess), and
+//   1 - p of a token that is almost certain (most tokens late in training) keep their relative accuracy;
 // - the entropy, log1p(excess) - (sum x e^x) / (1 + excess), adds two terms that are never negative: nothing cancels;
 // - two of them merge exactly, whether they come from lanes, slices of a row or tensor-parallel shards.
 #pragma once
 #include <cmath>
 #include <cstdint>
+
+#include "kernel_arguments.h"
 
 #if defined(__CUDACC__)
 #define MEGATRON_RLVR_FORMULA __host__ __device__ __forceinline__
@@ -22,12 +24,9 @@
 
 namespace megatron_rlvr {
 
-// e^x is 0 long before this, so a product x e^x with x clamped here is 0 where x = -inf would make it NaN.
-// The clamp loses no NaN: e^x is taken of the unclamped x.
+// e^x underflows to 0 long before this, so x e^x with x clamped here is 0, where x = -inf would make it NaN. The clamp
+// hides no NaN, because e^x is taken of the unclamped x.
 constexpr float kLowestExponent = -1.0e4f;
-
-// A target that is ignored (padding, prompt): its log-prob is 0 and has no gradient; the row's entropy is still exact.
-constexpr int64_t kIgnoredTarget = -100;
 
 // ---------------------------------------------------------------------------------------------- statistics of a row
 
@@ -36,18 +35,18 @@ MEGATRON_RLVR_FORMULA double exponential_of(double x) { return exp(x); }
 MEGATRON_RLVR_FORMULA float log_one_plus(float x) { return log1pf(x); }
 MEGATRON_RLVR_FORMULA double log_one_plus(double x) { return log1p(x); }
 
-// Of no logits at all, or of none but -inf: the maximum is -inf, and the excess means nothing.
+// Without logits, or with nothing but -inf among them, the maximum is -inf and the excess has no meaning.
 template <class Real>
 struct RowSums {
   Real maximum = -INFINITY;      // m, in raw logits
   Real excess = 0;               // sum e^x - 1
   Real exponential_x = 0;        // sum e^x x
-  Real squared_excess = 0;       // sum e^2x - 1     second moments, used only where asked for
+  Real squared_excess = 0;       // sum e^2x - 1; second moments, filled only on request
   Real squared_x = 0;            // sum e^2x x
 };
 
-// What is subtracted from logits: an all -inf stretch has no maximum to subtract (-inf - -inf is NaN), and any number
-// will do since e^-inf is 0 all the same.
+// The number to subtract from logits. Where all are -inf there is no maximum to subtract (-inf - -inf is NaN), and any
+// number will do, because e^-inf is 0 all the same.
 template <class Real>
 MEGATRON_RLVR_FORMULA Real shift_of(Real maximum) { return maximum == -INFINITY ? Real(0) : maximum; }
 
@@ -55,9 +54,9 @@ MEGATRON_RLVR_FORMULA Real shift_of(Real maximum) { return maximum == -INFINITY 
 template <class Real>
 MEGATRON_RLVR_FORMULA Real clamped_exponent(Real x) { return x > kLowestExponent ? x : Real(kLowestExponent); }
 
-// Makes `maximum`, which is at least the own one, the shift of the sums; the maximum itself is not in them yet. So what
-// was the old maximum's own e^0 enters the excess: (own + excess) e^difference. `own` is 1, or 0 for sums that share a
-// maximum with others, of which one alone leaves its e^0 out.
+// Makes `maximum`, which must be at least the current one, the shift of the sums. It is not part of the sums yet, so the
+// e^0 of the old maximum now enters the excess: (own + excess) e^difference. `own` is 1; it is 0 for sums that share
+// their maximum with other sums, of which only one leaves its e^0 out.
 template <bool kSecondMoments, class Real>
 MEGATRON_RLVR_FORMULA void raise_maximum(RowSums<Real>& sums, Real maximum, Real inverse_temperature, Real own = 1) {
   const Real difference = (sums.maximum - shift_of(maximum)) * inverse_temperature;
@@ -75,7 +74,7 @@ MEGATRON_RLVR_FORMULA void raise_maximum(RowSums<Real>& sums, Real maximum, Real
   }
 }
 
-// Statistics of the union of two disjoint sets of logits: exact up to rounding, NaN if either has one.
+// Statistics of the union of two disjoint sets of logits. Exact up to rounding; NaN if either holds one.
 template <bool kSecondMoments, class Real>
 MEGATRON_RLVR_FORMULA RowSums<Real> merged(const RowSums<Real>& a, const RowSums<Real>& b, Real inverse_temperature) {
   const bool a_leads = a.maximum >= b.maximum;
@@ -91,7 +90,7 @@ MEGATRON_RLVR_FORMULA RowSums<Real> merged(const RowSums<Real>& a, const RowSums
   return out;
 }
 
-// A row can be normalised iff this holds: NaN, +inf and rows of nothing but -inf fail it.
+// Whether a row can be normalised. False for NaN, for +inf and for a row of nothing but -inf.
 template <class Real>
 MEGATRON_RLVR_FORMULA bool is_normalisable(const RowSums<Real>& sums) {
   return sums.maximum > -INFINITY && sums.maximum < INFINITY && sums.excess < INFINITY;
@@ -101,7 +100,7 @@ MEGATRON_RLVR_FORMULA bool is_normalisable(const RowSums<Real>& sums) {
 template <class Real>
 MEGATRON_RLVR_FORMULA Real log_normaliser(const RowSums<Real>& sums) { return log_one_plus(sums.excess); }
 
-// ln p of one logit, of the target above all.
+// ln p of one logit.
 template <class Real>
 MEGATRON_RLVR_FORMULA Real log_probability(Real logit, Real maximum, Real log_normaliser, Real inverse_temperature) {
   return (logit - maximum) * inverse_temperature - log_normaliser;
@@ -127,11 +126,46 @@ MEGATRON_RLVR_FORMULA Real sum_squared_probability_logprob(const RowSums<Real>& 
   return sums.squared_x / (exponential * exponential) - log_one_plus(sums.excess) * sum_squared_probability(sums);
 }
 
+// What a row's sums are finished to, rounded to float32 once. All but the maximum are NaN where `is_normalisable` is
+// false.
+struct FinishedRow {
+  bool is_normalisable;
+  float maximum;
+  float log_sum;
+  float entropy;
+  float logprob;              // of the target; 0 for an ignored one
+  float squared;              // sum p^2
+  float squared_logprob;      // sum p^2 ln p
+};
+
+template <bool kSecondMoments>
+MEGATRON_RLVR_FORMULA FinishedRow finished_row(const RowSums<double>& sums, float target_logit, int64_t target,
+                                               double inverse_temperature) {
+  FinishedRow row;
+  row.is_normalisable = is_normalisable(sums);
+  const double log_sum = row.is_normalisable ? log_normaliser(sums) : double(NAN);
+  row.maximum = float(sums.maximum);
+  row.log_sum = float(log_sum);
+  row.entropy = row.is_normalisable ? float(entropy(sums)) : NAN;
+  row.logprob = float(log_probability(double(target_logit), sums.maximum, log_sum, inverse_temperature));
+  if (target < 0) row.logprob = row.is_normalisable ? 0.0f : NAN;
+  if (kSecondMoments) {
+    row.squared = row.is_normalisable ? float(sum_squared_probability(sums)) : NAN;
+    row.squared_logprob = row.is_normalisable ? float(sum_squared_probability_logprob(sums)) : NAN;
+  }
+  return row;
+}
+
+// Whether a target may stand in a row: an id of the vocabulary, or none.
+MEGATRON_RLVR_FORMULA bool is_valid_target(int64_t target, int64_t vocabulary) {
+  return target == kIgnoredTarget || (target >= 0 && target < vocabulary);
+}
+
 // ------------------------------------------------------------------------------- gradient of (log-prob, entropy)
 
-// With g, h the gradients of the loss to the row's log-prob and entropy, for every logit z_i with x_i = (z_i - m) k:
+// With g and h the gradients of the loss to the row's log-prob and entropy, for every logit z_i with x_i = (z_i - m) k:
 //   d/dz_i = k [ g (1[i = a] - p_i) - h p_i (ln p_i + H) ]
-// which is p_i (constant + linear x_i) for all but the target.
+// which is p_i (constant + linear x_i) for every logit but the target's.
 struct LogitGradient {
   float constant;
   float linear;
@@ -145,12 +179,12 @@ MEGATRON_RLVR_FORMULA LogitGradient logit_gradient(float gradient_logprob, float
   return out;
 }
 
-// Gradient to one logit that is not the target's; probability must be that of the unclamped x.
+// Gradient to a logit that is not the target's. `probability` must be that of the unclamped x.
 MEGATRON_RLVR_FORMULA float gradient_at(const LogitGradient& gradient, float probability, float x) {
   return probability * (gradient.constant + gradient.linear * clamped_exponent(x));
 }
 
-// Gradient to the target's logit. 1 - p is -expm1(ln p): the difference itself would be noise for a sure token.
+// Gradient to the target's logit. 1 - p is -expm1(ln p): subtracting p from 1 would leave noise where p is almost 1.
 MEGATRON_RLVR_FORMULA float gradient_at_target(float gradient_logprob, float gradient_entropy, float logprob,
                                                float entropy, float inverse_temperature) {
   const float probability = expf(logprob);
@@ -160,21 +194,13 @@ MEGATRON_RLVR_FORMULA float gradient_at_target(float gradient_logprob, float gra
 
 // ---------------------------------------------------------------------------------------- clipped objective
 
-// The four scalars of a step (design.md section 2): eps(p) = intercept + slope p for the lower and the upper threshold.
-// The caller has checked that both closed forms exist for p in [0, 1]: slopes in (-1, ...) below, (..., 1) above.
-struct ClipScalars {
-  float lower_intercept;
-  float lower_slope;
-  float upper_intercept;
-  float upper_slope;
-};
-
 struct RatioBounds {
   float low;
   float high;
 };
 
-// r >= 1 - eps_lower(r p_old) and r <= 1 + eps_upper(r p_old), solved for r: constant in theta, so no gradient here.
+// r >= 1 - eps_lower(r p_old) and r <= 1 + eps_upper(r p_old), solved for r. The solution does not depend on the current
+// policy, so no gradient runs through a threshold. Source: arXiv 2602.09782; closed form derived for this project.
 MEGATRON_RLVR_FORMULA RatioBounds ratio_bounds(const ClipScalars& clip, float old_probability) {
   RatioBounds bounds;
   bounds.low = (1.0f - clip.lower_intercept) / (1.0f + clip.lower_slope * old_probability);
@@ -184,7 +210,7 @@ MEGATRON_RLVR_FORMULA RatioBounds ratio_bounds(const ClipScalars& clip, float ol
 
 enum class Gate : int { kOpen = 0, kClippedHigh = 1, kClippedLow = 2 };
 
-// Where the objective is flat in theta: above the upper bound for A > 0, under the lower one for A < 0.
+// Where the objective is flat in theta: above the upper bound for A > 0, below the lower one for A < 0.
 MEGATRON_RLVR_FORMULA Gate gate(float ratio, float advantage, const RatioBounds& bounds) {
   if (advantage > 0.0f && ratio > bounds.high) return Gate::kClippedHigh;
   if (advantage < 0.0f && ratio < bounds.low) return Gate::kClippedLow;

@@ -1,7 +1,8 @@
 #include "vector_baseline.h"
 
-#include "row_kernels.h"  // in terms of the Vector above
+#include "row_kernels.h"  // written in terms of the Vector above
+#include "token_kernels.h"
 
 namespace megatron_rlvr::cpu {
-const Kernels kBaselineKernels = {"cpu", row_statistics, logits_gradient};
+const Kernels kBaselineKernels = {"cpu", row_statistics, combine_statistics, logits_gradient, clipped_objective};
 }

@@ -1,20 +1,16 @@
-// The row kernels, written once in terms of `Vector`; one source file for each instruction set defines that and includes
-// this. Everything has internal linkage: a function compiled for AVX-512 must never stand in for the baseline's copy
-// of it at link time, which is what happens to plain inline functions and templates.
+// The kernels that work on rows of logits, written once in terms of `Vector`. One source file per instruction set defines
+// a `Vector` and includes this file. Everything has internal linkage, for the reason given in isolated_formulas.h.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "isolated_formulas.h"
 #include "kernels.h"
 #include "number_types.h"
 
 namespace megatron_rlvr::cpu {
 namespace {
-namespace isolated {
-#include "../formulas.h"
-}
-namespace formulas = isolated::megatron_rlvr;
 
 // Small enough to stay in the first-level cache between the pass for its maximum and the pass for its sums.
 constexpr int64_t kBlock = 4096;
@@ -111,6 +107,7 @@ void add_block(const T* p, int64_t count, float inverse_temperature, formulas::R
 
 template <bool kMoments, class T>
 void row_statistics_of(const RowStatisticsArguments& a, int64_t begin, int64_t end) {
+  const float inverse_temperature = float(a.inverse_temperature);
   for (int64_t row = begin; row < end; row++) {
     const T* p = static_cast<const T*>(a.logits) + row * a.row_stride;
     formulas::RowSums<double> sums;
@@ -118,45 +115,94 @@ void row_statistics_of(const RowStatisticsArguments& a, int64_t begin, int64_t e
       const int64_t count = a.vocabulary - start < kBlock ? a.vocabulary - start : kBlock;
       const float largest = block_maximum(p + start, count);
       if (largest > sums.maximum) {
-        formulas::raise_maximum<kMoments>(sums, double(largest), double(a.inverse_temperature));
-        add_block<kMoments, true>(p + start, count, a.inverse_temperature, sums);
+        formulas::raise_maximum<kMoments>(sums, double(largest), double(inverse_temperature));
+        add_block<kMoments, true>(p + start, count, inverse_temperature, sums);
       } else {
-        add_block<kMoments, false>(p + start, count, a.inverse_temperature, sums);
+        add_block<kMoments, false>(p + start, count, inverse_temperature, sums);
       }
     }
     const int64_t column = a.targets[row] - a.vocabulary_start;
-    const bool here = a.targets[row] >= 0 && column >= 0 && column < a.vocabulary;
-    float* out = a.partials + row * (kMoments ? 6 : 4);
-    out[0] = float(sums.maximum);
-    out[1] = float(sums.excess);
-    out[2] = float(sums.exponential_x);
-    out[3] = here ? to_float(p[column]) : -INFINITY;
+    const bool is_here = a.targets[row] >= 0 && column >= 0 && column < a.vocabulary;
+    float* partial = a.partials + row * (kMoments ? kPartialWidthWithMoments : kPartialWidth);
+    partial[kMaximum] = float(sums.maximum);
+    partial[kExcess] = float(sums.excess);
+    partial[kExponentialX] = float(sums.exponential_x);
+    partial[kTargetLogit] = is_here ? to_float(p[column]) : -INFINITY;
     if (kMoments) {
-      out[4] = float(sums.squared_excess);
-      out[5] = float(sums.squared_x);
+      partial[kSquaredExcess] = float(sums.squared_excess);
+      partial[kSquaredX] = float(sums.squared_x);
     }
+  }
+}
+
+// Lowers `*first` to `row`, also while other threads do.
+inline void report_row(int32_t* first, int64_t row) {
+  int32_t current = __atomic_load_n(first, __ATOMIC_RELAXED);
+  while (row < current &&
+         !__atomic_compare_exchange_n(first, &current, int32_t(row), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+// Shards merge in their order, in float64, and the result is rounded once: it is the same on every rank, bit for bit.
+template <bool kMoments>
+void combine_statistics_of(const CombineStatisticsArguments& a, int64_t begin, int64_t end) {
+  constexpr int64_t width = kMoments ? kPartialWidthWithMoments : kPartialWidth;
+  for (int64_t row = begin; row < end; row++) {
+    formulas::RowSums<double> sums;
+    float target_logit = -INFINITY;
+    for (int64_t shard = 0; shard < a.shards; shard++) {
+      const float* partial = a.partials + (shard * a.rows + row) * width;
+      formulas::RowSums<double> of_shard;
+      of_shard.maximum = partial[kMaximum];
+      of_shard.excess = partial[kExcess];
+      of_shard.exponential_x = partial[kExponentialX];
+      if (kMoments) {
+        of_shard.squared_excess = partial[kSquaredExcess];
+        of_shard.squared_x = partial[kSquaredX];
+      }
+      if (partial[kTargetLogit] > target_logit) target_logit = partial[kTargetLogit];
+      sums = shard == 0 ? of_shard : formulas::merged<kMoments>(sums, of_shard, a.inverse_temperature);
+    }
+    const auto finished = formulas::finished_row<kMoments>(sums, target_logit, a.targets[row], a.inverse_temperature);
+    a.logprob[row] = finished.logprob;
+    a.entropy[row] = finished.entropy;
+    float* state = a.state + row * kStateWidth;
+    state[kStateMaximum] = finished.maximum;
+    state[kStateLogSum] = finished.log_sum;
+    state[kStateEntropy] = finished.entropy;
+    state[kStateLogprob] = finished.logprob;
+    if (kMoments) {
+      a.moments[row] = finished.squared;
+      a.moments[a.rows + row] = finished.squared_logprob;
+    }
+    if (!a.bad_rows) continue;
+    if (!finished.is_normalisable) report_row(a.bad_rows, row);
+    if (!formulas::is_valid_target(a.targets[row], a.vocabulary)) report_row(a.bad_rows + 1, row);
   }
 }
 
 template <class T>
 void logits_gradient_of(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
   using Floats = Vector::Floats;
+  const float inverse_temperature = float(a.inverse_temperature);
   for (int64_t row = begin; row < end; row++) {
     const T* p = static_cast<const T*>(a.logits) + row * a.row_stride;
     T* out = static_cast<T*>(a.gradient) + row * a.gradient_row_stride;
     const bool has_target = a.targets[row] >= 0;
-    const float g = has_target ? a.gradient_logprob[row] : 0.0f, h = a.gradient_entropy[row];
+    const float g = a.gradient_logprob && has_target ? a.gradient_logprob[row] : 0.0f;
+    const float h = a.gradient_entropy ? a.gradient_entropy[row] : 0.0f;
     if (g == 0.0f && h == 0.0f) {
       memset(out, 0, size_t(a.vocabulary) * sizeof(T));
       continue;
     }
-    const float *state = a.state + row * 4, maximum = state[0], log_normaliser = state[1], entropy = state[2];
-    const auto line = formulas::logit_gradient(g, h, log_normaliser, entropy, a.inverse_temperature);
-    // p = e^x / S: the 1 / S goes into the two coefficients, so that an element costs one exponential and one line
-    const double weight = exp(-double(log_normaliser));
+    const float* state = a.state + row * kStateWidth;
+    const float log_sum = state[kStateLogSum], entropy = state[kStateEntropy];
+    const auto line = formulas::logit_gradient(g, h, log_sum, entropy, inverse_temperature);
+    // p = e^x / S. Scaling both coefficients by 1 / S leaves one exponential and one line per logit.
+    const double weight = exp(-double(log_sum));
     const Floats constant = Vector::set(float(line.constant * weight));
     const Floats linear = Vector::set(float(line.linear * weight));
-    const Floats shift = Vector::set(maximum), scale = Vector::set(a.inverse_temperature);
+    const Floats shift = Vector::set(state[kStateMaximum]), scale = Vector::set(inverse_temperature);
     const auto gradient = [&](Floats z) {
       const Floats x = Vector::multiply(Vector::subtract(z, shift), scale);
       return Vector::times_exponential(Vector::multiply_add(linear, x, constant), x);
@@ -173,27 +219,37 @@ void logits_gradient_of(const LogitsGradientArguments& a, int64_t begin, int64_t
     }
     const int64_t column = a.targets[row] - a.vocabulary_start;
     if (has_target && column >= 0 && column < a.vocabulary)
-      assign(out[column], formulas::gradient_at_target(g, h, state[3], entropy, a.inverse_temperature));
+      assign(out[column], formulas::gradient_at_target(g, h, state[kStateLogprob], entropy, inverse_temperature));
   }
 }
 
+// Calls `run` with a value of the type that the logits have.
+template <class F>
+void with_logits_type(int32_t type, const F& run) {
+  if (type == kFloat32) run(0.0f);
+  if (type == kBFloat16) run(BFloat16{});
+  if (type == kFloat16) run(Float16{});
+}
+
 void row_statistics(const RowStatisticsArguments& a, int64_t begin, int64_t end) {
-  const auto run = [&](auto type) {
-    using T = decltype(type);
+  with_logits_type(a.logits_type, [&](auto zero) {
+    using T = decltype(zero);
     if (a.second_moments)
       row_statistics_of<true, T>(a, begin, end);
     else
       row_statistics_of<false, T>(a, begin, end);
-  };
-  if (a.logits_type == kFloat32) run(0.0f);
-  if (a.logits_type == kBFloat16) run(BFloat16{});
-  if (a.logits_type == kFloat16) run(Float16{});
+  });
+}
+
+void combine_statistics(const CombineStatisticsArguments& a, int64_t begin, int64_t end) {
+  if (a.second_moments)
+    combine_statistics_of<true>(a, begin, end);
+  else
+    combine_statistics_of<false>(a, begin, end);
 }
 
 void logits_gradient(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
-  if (a.logits_type == kFloat32) logits_gradient_of<float>(a, begin, end);
-  if (a.logits_type == kBFloat16) logits_gradient_of<BFloat16>(a, begin, end);
-  if (a.logits_type == kFloat16) logits_gradient_of<Float16>(a, begin, end);
+  with_logits_type(a.logits_type, [&](auto zero) { logits_gradient_of<decltype(zero)>(a, begin, end); });
 }
 
 }  // namespace

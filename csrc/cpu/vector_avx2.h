@@ -82,7 +82,6 @@ struct Vector {
   static Mask not_zero(Floats x, Mask among) {
     return _mm256_and_ps(among, _mm256_cmp_ps(x, set(0.0f), _CMP_NEQ_UQ));
   }
-  static Mask all() { return _mm256_castsi256_ps(_mm256_set1_epi32(-1)); }
   static int count_zeros(Floats x) {
     return __builtin_popcount(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(x, set(0.0f), _CMP_EQ_OQ))));
   }

@@ -71,7 +71,6 @@ struct Vector {
   }
 
   static Mask not_zero(Floats x, Mask among) { return _mm512_mask_cmp_ps_mask(among, x, set(0.0f), _CMP_NEQ_UQ); }
-  static Mask all() { return 0xffff; }
   static int count_zeros(Floats x) { return __builtin_popcount(_mm512_cmp_ps_mask(x, set(0.0f), _CMP_EQ_OQ)); }
   // Under the mask, else the sum unchanged: what is masked out may be NaN or infinite.
   static Floats add_where(Mask mask, Floats sum, Floats v) { return _mm512_mask_add_ps(sum, mask, sum, v); }

@@ -67,7 +67,6 @@ struct Vector {
   }
 
   static Mask not_zero(Floats x, Mask among) { return among & (x != set(0.0f)); }
-  static Mask all() { return Mask{-1, -1, -1, -1}; }
   static int count_zeros(Floats x) {
     const Mask zero = x == set(0.0f);
     return -(zero[0] + zero[1] + zero[2] + zero[3]);

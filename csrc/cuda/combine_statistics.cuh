@@ -66,24 +66,18 @@ __global__ void __launch_bounds__(kCombineThreads) combine_statistics_kernel(Com
   }
 
   const int64_t target = load_read_only(reinterpret_cast<const long long*>(a.targets) + row);
-  const bool is_row_good = is_normalisable(sums);
-  const bool is_target_good = target == kIgnoredTarget || (target >= 0 && target < a.vocabulary);
-  const double log_sum = is_row_good ? log_normaliser(sums) : double(NAN);
-  const float row_entropy = is_row_good ? float(entropy(sums)) : NAN;
-  float logprob = float(log_probability(double(target_logit), sums.maximum, log_sum, a.inverse_temperature));
-  if (target < 0) logprob = is_row_good ? 0.0f : NAN;
-
-  store(a.logprob + row, logprob);
-  store(a.entropy + row, row_entropy);
+  const FinishedRow finished = finished_row<kSecondMoments>(sums, target_logit, target, a.inverse_temperature);
+  store(a.logprob + row, finished.logprob);
+  store(a.entropy + row, finished.entropy);
   store(reinterpret_cast<float4*>(a.state) + row,
-        make_float4(float(sums.maximum), float(log_sum), row_entropy, logprob));
+        make_float4(finished.maximum, finished.log_sum, finished.entropy, finished.logprob));
   if (kSecondMoments) {
-    store(a.moments + row, is_row_good ? float(sum_squared_probability(sums)) : NAN);
-    store(a.moments + a.rows + row, is_row_good ? float(sum_squared_probability_logprob(sums)) : NAN);
+    store(a.moments + row, finished.squared);
+    store(a.moments + a.rows + row, finished.squared_logprob);
   }
   if (a.bad_rows != nullptr) {
-    if (!is_row_good) atomicMin(a.bad_rows, int(row));
-    if (!is_target_good) atomicMin(a.bad_rows + 1, int(row));
+    if (!finished.is_normalisable) atomicMin(a.bad_rows, int(row));
+    if (!is_valid_target(target, a.vocabulary)) atomicMin(a.bad_rows + 1, int(row));
   }
 }
 

@@ -36,7 +36,7 @@ def _run(command: list[str | Path]) -> None:
 
 def _digest(sources: Path, flags: list[str]) -> str:
     digest = hashlib.sha256(repr([COMPILER, FLAGS, flags, sysconfig.get_config_var("SOABI")]).encode())
-    inputs = [sources / "formulas.h", *sorted((sources / "cuda").glob("*.*")), *sorted(EMULATOR.glob("*.h"))]
+    inputs = [*sorted(sources.glob("*.h")), *sorted((sources / "cuda").glob("*.*")), *sorted(EMULATOR.glob("*.h"))]
     for path in [*inputs, *sorted(TESTS.glob("*.cpp"))]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())

@@ -1,0 +1,158 @@
+// The operators of torch.ops.megatron_rlvr, for any backend: each checks its tensors, allocates its outputs, fills in the
+// arguments of a kernel and launches it. binding_cpu.cpp and binding_cuda.cpp say how their backend launches.
+//
+// Schemas, fake kernels and autograd formulas are registered in Python, in megatron_rlvr/ops.
+//
+// A Backend is made for each call, from one of its tensors. It has
+//   void* stream                                               where CUDA queues the work
+//   void check_targets(targets, rows, vocabulary)              raises for a bad target, if looking costs no wait
+//   int64_t workspace_floats(rows, vocabulary, second_moments) scratch memory of row_statistics
+//   Tensor zeroed_counts(like)                                 int64 [kObjectiveCounts]
+//   void launch(const ...Arguments&)                           one overload per kernel
+//   class RowReport                                            memory for bad_rows(), and check(), which raises
+#pragma once
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "binding_checks.h"
+
+namespace megatron_rlvr {
+
+template <class Backend>
+Tensor row_statistics(const Tensor logits, const Tensor targets, int64_t vocab_start, int64_t vocab_size,
+                      double inverse_temperature, bool second_moments) {
+  check_logits(logits, targets);
+  const Backend backend(logits);
+  const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+  backend.check_targets(ids(targets), rows, vocab_size);
+  Tensor partials = new_floats(logits, {rows, second_moments ? kPartialWidthWithMoments : kPartialWidth});
+  const int64_t scratch = backend.workspace_floats(rows, vocabulary, second_moments);
+  std::optional<Tensor> workspace;
+  if (scratch) workspace = new_floats(logits, {scratch});
+  RowStatisticsArguments a;
+  a.logits = logits.const_data_ptr();
+  a.logits_type = logits_type(logits);
+  a.rows = rows;
+  a.vocabulary = vocabulary;
+  a.row_stride = logits.stride(0);
+  a.targets = ids(targets);
+  a.vocabulary_start = vocab_start;
+  a.inverse_temperature = inverse_temperature;
+  a.second_moments = second_moments;
+  a.partials = mutable_floats(partials);
+  a.workspace = workspace ? mutable_floats(*workspace) : nullptr;
+  a.stream = backend.stream;
+  backend.launch(a);
+  return partials;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> combine_statistics(const Tensor gathered, const Tensor targets,
+                                                              int64_t vocab_size, double inverse_temperature) {
+  const bool second_moments = check_gathered(gathered, targets);
+  const Backend backend(gathered);
+  const int64_t rows = gathered.size(1);
+  Tensor logprob = new_floats(gathered, {rows}), entropy = new_floats(gathered, {rows});
+  Tensor state = new_floats(gathered, {rows, kStateWidth});
+  Tensor moments = new_floats(gathered, {second_moments ? 2 : 0, rows});
+  typename Backend::RowReport report(backend, gathered);
+  CombineStatisticsArguments a;
+  a.partials = floats("gathered", gathered, gathered.numel());
+  a.shards = gathered.size(0);
+  a.rows = rows;
+  a.second_moments = second_moments;
+  a.targets = ids(targets);
+  a.vocabulary = vocab_size;
+  a.inverse_temperature = inverse_temperature;
+  a.logprob = mutable_floats(logprob);
+  a.entropy = mutable_floats(entropy);
+  a.state = mutable_floats(state);
+  a.moments = second_moments ? mutable_floats(moments) : nullptr;
+  a.bad_rows = report.bad_rows();
+  a.stream = backend.stream;
+  backend.launch(a);
+  report.check(a);
+  return {logprob, entropy, state, moments};
+}
+
+template <class Backend>
+void write_logits_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& targets, const Tensor& state,
+                           const Tensor& grad_logprob, const Tensor& grad_entropy, int64_t vocab_start,
+                           double inverse_temperature) {
+  check_logits(logits, targets);
+  const Backend backend(logits);
+  const int64_t rows = logits.size(0);
+  LogitsGradientArguments a;
+  a.logits = logits.const_data_ptr();
+  a.gradient = gradient.mutable_data_ptr();
+  a.logits_type = logits_type(logits);
+  a.rows = rows;
+  a.vocabulary = logits.size(1);
+  a.row_stride = logits.stride(0);
+  a.gradient_row_stride = gradient.stride(0);
+  a.targets = ids(targets);
+  a.vocabulary_start = vocab_start;
+  a.inverse_temperature = inverse_temperature;
+  a.state = floats("state", state, rows * kStateWidth);
+  a.gradient_logprob = floats("grad_logprob", grad_logprob, rows);
+  a.gradient_entropy = floats("grad_entropy", grad_entropy, rows);
+  a.stream = backend.stream;
+  backend.launch(a);
+}
+
+template <class Backend>
+Tensor logits_gradient(const Tensor logits, const Tensor targets, const Tensor state, const Tensor grad_logprob,
+                       const Tensor grad_entropy, int64_t vocab_start, double inverse_temperature) {
+  Tensor gradient = new_logits(logits);
+  write_logits_gradient<Backend>(logits, gradient, targets, state, grad_logprob, grad_entropy, vocab_start,
+                                 inverse_temperature);
+  return gradient;
+}
+
+template <class Backend>
+void logits_gradient_(Tensor logits, const Tensor targets, const Tensor state, const Tensor grad_logprob,
+                      const Tensor grad_entropy, int64_t vocab_start, double inverse_temperature) {
+  check_in_place(logits);
+  write_logits_gradient<Backend>(logits, logits, targets, state, grad_logprob, grad_entropy, vocab_start,
+                                 inverse_temperature);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> clipped_objective(const Tensor logprob, const Tensor old_logprob,
+                                                     const Tensor advantage, const std::optional<Tensor> mask,
+                                                     const std::optional<Tensor> weight,
+                                                     const std::optional<Tensor> entropy, double upper_slope,
+                                                     double upper_intercept, double lower_slope,
+                                                     double lower_intercept) {
+  const Backend backend(logprob);
+  const int64_t tokens = logprob.numel();
+  ClippedObjectiveArguments a;
+  a.logprob = floats("logprob", logprob, tokens);
+  a.old_logprob = floats("old_logprob", old_logprob, tokens);
+  a.advantage = floats("advantage", advantage, tokens);
+  a.mask = optional_pointer<bool>("mask", mask, ScalarType::Bool, tokens);
+  a.weight = optional_pointer<float>("weight", weight, ScalarType::Float, tokens);
+  a.entropy = optional_pointer<float>("entropy", entropy, ScalarType::Float, tokens);
+  a.tokens = tokens;
+  a.clip = {float(lower_intercept), float(lower_slope), float(upper_intercept), float(upper_slope)};
+  Tensor objective = new_floats(logprob, {tokens}), derivative = new_floats(logprob, {tokens});
+  Tensor counts = backend.zeroed_counts(logprob);
+  a.objective = mutable_floats(objective);
+  a.gradient = mutable_floats(derivative);
+  a.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
+  a.stream = backend.stream;
+  backend.launch(a);
+  return {objective, derivative, counts};
+}
+
+template <class Backend, class Library>
+void register_operators(Library& library) {
+  library.impl("row_statistics", TORCH_BOX(&row_statistics<Backend>));
+  library.impl("combine_statistics", TORCH_BOX(&combine_statistics<Backend>));
+  library.impl("logits_gradient", TORCH_BOX(&logits_gradient<Backend>));
+  library.impl("logits_gradient_", TORCH_BOX(&logits_gradient_<Backend>));
+  library.impl("clipped_objective", TORCH_BOX(&clipped_objective<Backend>));
+}
+
+}  // namespace megatron_rlvr
