@@ -1,93 +1,205 @@
-"""Configuration keys as dataclass fields: unknown keys and wrong types are refused in one line."""
+"""What a configuration key takes: types, bounds and choices of dataclass fields, read from their annotations.
+
+A section of the configuration is a plain dataclass. Its annotations say what a key takes (``PositiveInt``,
+``Literal["a", "b"]``, ``list[str]``, another section); this module checks values against them and converts what YAML
+gave, and `tools/document_configuration.py` writes the reference page from the same annotations. A section may have a
+method ``check()`` that refuses combinations of its own keys.
+
+Plain dataclasses rather than pydantic models: the suggestions of `config_reader` would have to be built on top of
+pydantic's errors all the same, and `megatron_rlvr.control`, whose schedules are sections, must need torch alone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
+import math
 import types
-from collections.abc import Iterator
-from typing import Any, get_args, get_origin, get_type_hints
-
-from omegaconf import OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from megatron_rlvr.errors import UserError
 
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split("\n    full_key")[0].split())
-
-
-def _type(schema: type, name: str) -> Any:
-    """The type of a field, int for ``int | None``."""
-    found = get_type_hints(schema)[name]
-    return get_args(found)[0] if isinstance(found, types.UnionType) else found
+REQUIRED = "???"
+"""The default of a key that has none: the configuration must give its value."""
 
 
-def _kind(wanted: Any, key: str, value: Any) -> str:
-    """What a key takes, in words that end "X must be ...", and how it is written."""
-    if dataclasses.is_dataclass(wanted):
-        return f"a section: write {key}.{dataclasses.fields(wanted)[0].name}=... and the like"
-    if get_origin(wanted) is dict:
-        return f"a section: write {key}.name={value if isinstance(value, str) else '...'} and the like"
-    if get_origin(wanted) is list:
-        return f"a list: write {key}=[{value if isinstance(value, str) else '...'}]"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[wanted]
+class Limits(Protocol):
+    """Numbers that a field takes, as an annotation: ``Annotated[float, limits]``. Its text completes "must lie ..."."""
+
+    def allow(self, value: float) -> bool: ...
 
 
-def check_shape(given: Any, schema: type, root: type, prefix: str = "") -> None:
-    """Refuse unknown keys, keys without a value, single values where a section belongs, and the other way round.
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Numbers from ``at_least`` or ``above`` to ``at_most`` or ``below``; infinity only if ``infinite``."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    infinite: bool = False
+
+    def allow(self, value: float) -> bool:
+        """Whether ``value`` is within the bounds; NaN is not."""
+        return (
+            not math.isnan(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        lower = self.at_least if self.above is None else self.above
+        upper = self.at_most if self.below is None else self.below
+        if upper is None:
+            return f"greater than {_number(lower)}" if self.above is not None else f"at least {_number(lower)}"
+        left, right = "[("[self.above is not None], "])"[self.below is not None]
+        return f"in {left}{_number(lower)}, {_number(upper)}{right}"
+
+
+def _number(value: float | None) -> str:
+    if isinstance(value, int) and value >= 2**31 and value & (value - 1) == 0:
+        return f"2**{value.bit_length() - 1}"
+    return f"{value:g}"
+
+
+PositiveInt = Annotated[int, Bounds(above=0)]
+NonNegativeInt = Annotated[int, Bounds(at_least=0)]
+PositiveFloat = Annotated[float, Bounds(above=0)]
+NonNegativeFloat = Annotated[float, Bounds(at_least=0)]
+Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ByName:
+    """Marks a section whose key ``name`` says which of several dataclasses describes its other keys."""
+
+    sections: Mapping[str, type]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyType:
+    """What a key takes.
+
+    Attributes:
+        type: bool, int, float, str, list, dict, or the dataclass of a section.
+        optional: whether null is a value.
+        choices: the only texts that are allowed; empty where any is.
+        element: of a list, or of the values of a dict.
+        by_name: the dataclasses of a section chosen by its key ``name``.
+    """
+
+    type: Any
+    optional: bool = False
+    limits: Limits | None = None
+    choices: tuple[str, ...] = ()
+    element: KeyType | None = None
+    by_name: Mapping[str, type] | None = None
+
+    @property
+    def is_section(self) -> bool:
+        return dataclasses.is_dataclass(self.type)
+
+    def problem(self, value: Any) -> str | None:
+        """Why ``value``, of the right type, is not allowed, as the end of "KEY must ..."; None when it is."""
+        if value is None:
+            return None
+        if self.choices and value not in self.choices:
+            return f"be one of {', '.join(self.choices)}, not {value!r}"
+        if self.limits is not None:
+            if not self.limits.allow(value):
+                text = str(self.limits)
+                return f"{'lie' if text.startswith('in ') else 'be'} {text}, not {value}"
+            if math.isinf(value) and not getattr(self.limits, "infinite", False):
+                return f"be a finite number, not {value}"
+        if self.type is list and self.element is not None:
+            return next((problem for item in value if (problem := self.element.problem(item))), None)
+        return None
+
+
+def key_type(annotation: Any) -> KeyType:
+    """What a field with this (evaluated) annotation takes."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = key_type(arguments[0])
+        for mark in arguments[1:]:
+            if isinstance(mark, ByName):
+                inner = dataclasses.replace(inner, by_name=mark.sections)
+            else:
+                inner = dataclasses.replace(inner, limits=mark)
+        return inner
+    if origin in (Union, types.UnionType):
+        (inner,) = (key_type(argument) for argument in arguments if argument is not type(None))
+        return dataclasses.replace(inner, optional=True)
+    if origin is Literal:
+        return KeyType(str, choices=arguments)
+    if origin in (list, Sequence):
+        return KeyType(list, element=key_type(arguments[0]))
+    if origin in (dict, Mapping):
+        return KeyType(dict, element=key_type(arguments[1]))
+    return KeyType(annotation)
+
+
+def key_types(section: type) -> dict[str, KeyType]:
+    """What every field of the dataclass ``section`` takes, by name."""
+    return _key_types(section)
+
+
+@functools.cache
+def _key_types(section: Any) -> dict[str, KeyType]:
+    annotations = get_type_hints(section, include_extras=True)
+    return {field.name: key_type(annotations[field.name]) for field in dataclasses.fields(section) if field.init}
+
+
+def keys(section: type, prefix: str = "") -> Iterator[str]:
+    """Every key of a section and of the sections in it, dotted."""
+    for name, wanted in key_types(section).items():
+        yield f"{prefix}{name}"
+        if wanted.is_section and wanted.by_name is None:
+            yield from keys(wanted.type, f"{prefix}{name}.")
+
+
+def check_values(section: Any, prefix: str = "") -> None:
+    """Refuse values outside their bounds or choices in a section and those inside it, and what their ``check`` refuses.
 
     Raises:
-        UserError: for the first that is wrong.
+        UserError: for the first that is wrong, naming its dotted key.
     """
-    for name, value in given.items():
-        key = f"{prefix}{name}"
-        if name not in (field.name for field in dataclasses.fields(schema)):
-            raise UserError(f"unknown configuration key {key}: {_hint(str(name), schema, root, prefix)}")
-        wanted = _type(schema, name)
-        section = dataclasses.is_dataclass(wanted) or get_origin(wanted) is dict
-        if isinstance(value, str) and "${" in value:
-            continue  # OmegaConf's to resolve
-        several = get_origin(wanted) is list
-        if value is None:
-            if isinstance(get_type_hints(schema)[name], types.UnionType):
-                continue
-            raise UserError(f"{key} has no value: it must be {_kind(wanted, key, value)}")
-        if section != isinstance(value, dict) or several != isinstance(value, list):
-            raise UserError(f"{key}={value!r}: {key} must be {_kind(wanted, key, value)}")
-        if dataclasses.is_dataclass(wanted):
-            check_shape(value, wanted, root, f"{key}.")  # type: ignore[arg-type]
+    required = {field.name for field in dataclasses.fields(section) if field.default == REQUIRED}
+    for name, wanted in key_types(type(section)).items():
+        key, value = f"{prefix}{name}", getattr(section, name)
+        if name in required and value in (None, "", REQUIRED):
+            raise UserError(
+                f"{key} is not set: write it in the configuration file or give {key}=... on the command line"
+            )
+        if wanted.is_section:
+            check_values(value, f"{key}.")
+        elif problem := wanted.problem(value):
+            raise UserError(f"{key} must {problem}")
+    if hasattr(section, "check"):
+        section.check()
 
 
-def _hint(name: str, schema: type, root: type, prefix: str) -> str:
-    """What an unknown key in a section should have been."""
-    known = [field.name for field in dataclasses.fields(schema)]
-    if close := difflib.get_close_matches(name, known, n=1):
-        return f"did you mean {prefix}{close[0]}?"
-    elsewhere = [key for key in _keys(root) if key.split(".")[-1] == name]
-    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known keys: {', '.join(known)}"
+def to_dict(section: Any) -> dict[str, Any]:
+    """A section as plain values, for YAML; of one chosen by name, the parameters that are not the name's defaults."""
+    values: dict[str, Any] = {}
+    for name, wanted in key_types(type(section)).items():
+        value = getattr(section, name)
+        if wanted.by_name is not None:
+            default = wanted.by_name[value.name]()
+            changed = {k: v for k, v in dataclasses.asdict(value).items() if v != getattr(default, k)}
+            values[name] = {"name": value.name} | changed
+        else:
+            values[name] = to_dict(value) if wanted.is_section else value
+    return values
 
 
-def _keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every key of a section and of those in it, dotted."""
-    for field in dataclasses.fields(schema):
-        yield f"{prefix}{field.name}"
-        wanted = _type(schema, field.name)
-        if dataclasses.is_dataclass(wanted):
-            yield from _keys(wanted, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-
-
-def refusal(error: OmegaConfBaseException, root: type, path: str, *given: Any) -> str:
-    """One line on what OmegaConf refused in one of the `given` configurations, the last one first."""
-    key = error.full_key or ""
-    if key not in _keys(root) or isinstance(error, InterpolationResolutionError):
-        return f"configuration key {key}: {one_line(error)}" if key else f"{path}: {one_line(error)}"
-    *sections, name = key.split(".")
-    schema: Any = root
-    for section in sections:
-        schema = _type(schema, section)
-    values = [value for part in reversed(given) if (value := OmegaConf.select(part, key)) is not None]
-    if not values:
-        return f"{key} is not set: write it in the configuration file or give {key}=... on the command line"
-    return f"{key}={values[0]!r}: {key} must be {_kind(_type(schema, name), key, values[0])}"
+def describe_sections(section: type) -> str:
+    """One line per section of a configuration, from the first sentence of each dataclass's docstring."""
+    sections = {name: wanted.type for name, wanted in key_types(section).items() if wanted.is_section}
+    width = max(map(len, sections))
+    return "\n".join(
+        f"  {name:{width}}  {(kind.__doc__ or '').splitlines()[0].rstrip('.')}" for name, kind in sections.items()
+    )

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
+from megatron_rlvr.config import Config
+from megatron_rlvr.config_reader import read
 from megatron_rlvr.errors import UserError
 
-if TYPE_CHECKING:
-    from megatron_rlvr.config import Config
-
-# What makes a run the run it is. The rest (more steps, another layout, other telemetry) may change on the way.
+# The rest (more steps, another parallel layout, other telemetry) may change when a run is resumed.
 _IDENTITY = ("seed", "data", "verifier", "rollout", "algorithm", "optimizer")
 _MAY_CHANGE = ("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang")
 
 
 def check_same_run(config: Config, path: Path) -> None:
-    """Refuse to resume a run under settings that would make it another one.
+    """Refuse to resume a run under settings that would make it another run.
 
     Args:
-        config: of now.
-        path: the resolved configuration that the run began with.
+        config: the present one.
+        path: the config.yaml that the run began with.
 
     Raises:
         UserError: naming the first setting that differs.
     """
-    then = OmegaConf.to_container(OmegaConf.load(path))
-    now = OmegaConf.to_container(OmegaConf.structured(config))
-    for key, old, new in _differences(then, now):
+    if not path.is_file():
+        return
+    begun: Any = OmegaConf.to_container(OmegaConf.load(path))
+    for key, old, new in _differences(asdict(read(Config, begun)), asdict(config)):
         if key.split(".")[0] in _IDENTITY and not key.startswith(_MAY_CHANGE):
             raise UserError(
                 f"{path.parent} holds a run with {key}={old}, this one has {new}: "
@@ -39,6 +40,7 @@ def check_same_run(config: Config, path: Path) -> None:
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every (dotted key, old value, new value) that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in {**old, **new}:
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)

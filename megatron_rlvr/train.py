@@ -33,6 +33,7 @@ from megatron_rlvr.lifecycle import (
 )
 from megatron_rlvr.megatron import collectives, parallel
 from megatron_rlvr.objectives import build_objective, group_advantages
+from megatron_rlvr.resume import check_same_run
 from megatron_rlvr.rollout.collection import RolloutCollector
 from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
 from megatron_rlvr.rollout.engines.build import build_engine
@@ -51,7 +52,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     """Run the steps of `config` from the newest checkpoint on; returns the exit status."""
     algorithm, directory = config.algorithm, Path(config.run_directory)
     schedule = build_schedule(algorithm.schedule, config.steps)
-    objective = build_objective(**algorithm.objective)
+    objective = build_objective(algorithm.objective)
     verifiers = resources.enter_context(build_pool(config.verifier, layout.is_leader))
     policy = Policy(config, layout)
     tokenization = Tokenization(config.model.path, policy.bridge.vocab_size, policy.bridge.context_length)
@@ -188,7 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for line in warnings_of(config):
                     print(f"warning: {line}", file=sys.stderr)
                 directory = resources.enter_context(locked_run_directory(Path(config.run_directory)))
-                save_config(config, directory / "config.yaml", begun=(directory / "checkpoints" / "latest").is_file())
+                if (directory / "checkpoints" / "latest").is_file():
+                    check_same_run(config, directory / "config.yaml")
+                save_config(config, directory / "config.yaml")
             layout = resources.enter_context(parallel.parallel_groups(config.parallel, config.seed))
             return train(config, layout, resources)
     except (UserError, EngineLostError) as error:

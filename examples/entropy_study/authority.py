@@ -73,7 +73,7 @@ class Bench:
         weight = token_weights(self.config, batch, self.layout)
         scores = policy.score(batch, advantage)
         before = measure_rollout(batch, weight, scores, self.layout.is_reporting_rank, self.layout.is_leader)
-        objective = build_objective(**algorithm.objective)
+        objective = build_objective(algorithm.objective)
         policy.set_learning_rate(rate)
         sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64)
         measurements = []

@@ -4,7 +4,12 @@ Imports nothing of the rest of the project and nothing distributed, so that anot
 rank must hold the same schedule and observe the same entropy, averaged over data and context parallel ranks.
 """
 
-from megatron_rlvr.control.build import build_schedule, schedule_parameters
+from megatron_rlvr.control.build import (
+    SCHEDULE_PARAMETERS,
+    ScheduleParameters,
+    build_schedule,
+    schedule_parameters,
+)
 from megatron_rlvr.control.curves import EntropyCurve
 from megatron_rlvr.control.schedules import (
     ClipSchedule,
@@ -18,6 +23,7 @@ from megatron_rlvr.control.target import TargetEntropy
 from megatron_rlvr.control.thresholds import AffineThreshold, ClipThresholds
 
 __all__ = [
+    "SCHEDULE_PARAMETERS",
     "AffineThreshold",
     "ClipSchedule",
     "ClipThresholds",
@@ -26,6 +32,7 @@ __all__ = [
     "EntropyCurve",
     "IncreaseThenDecrease",
     "OscillatoryDecay",
+    "ScheduleParameters",
     "SteeringResponse",
     "TargetEntropy",
     "build_schedule",

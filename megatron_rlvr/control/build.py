@@ -1,11 +1,12 @@
-"""From a configuration's ``name`` and parameters to a schedule."""
+"""Schedules by name: from the ``name`` and parameters in a configuration to a schedule of a given length."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
 
 from megatron_rlvr.control.curves import EntropyCurve
 from megatron_rlvr.control.schedules import (
@@ -30,24 +31,62 @@ SCHEDULES: dict[str, tuple[type[ClipSchedule], dict[str, Any]]] = {
 CURVE_PARAMETERS = [f.name for f in fields(EntropyCurve)]
 
 
+@dataclass
+class ScheduleParameters:
+    """A schedule's ``name`` and parameters: all that it needs but the length of the run.
+
+    Each name has a subclass in ``SCHEDULE_PARAMETERS``, whose fields are the schedule's own, with their types and
+    defaults.
+    """
+
+    name: str
+
+
+def _parameters(name: str, schedule_class: type, preset: Mapping[str, Any]) -> type[ScheduleParameters]:
+    """The subclass of ScheduleParameters for ``name``; each field's metadata has the class that documents it."""
+    sources = [(schedule_class, f) for f in fields(schedule_class) if f.init and f.name not in ("total_steps", "curve")]
+    if schedule_class is TargetEntropy:  # the curve's parameters stand beside the schedule's, so that both are flat
+        sources = [(EntropyCurve, f) for f in fields(EntropyCurve)] + sources
+    described = [
+        (
+            f.name,
+            get_type_hints(source, include_extras=True)[f.name],
+            dataclasses.field(default=preset.get(f.name, f.default), metadata={"source": source}),
+        )
+        for source, f in sources
+    ]
+    made = dataclasses.make_dataclass(
+        f"{schedule_class.__name__}Parameters",
+        [("name", str, dataclasses.field(default=name)), *described],
+        bases=(ScheduleParameters,),
+    )
+    made.__doc__ = schedule_class.__doc__
+    return made
+
+
+SCHEDULE_PARAMETERS: dict[str, type[ScheduleParameters]] = {
+    name: _parameters(name, schedule_class, preset) for name, (schedule_class, preset) in SCHEDULES.items()
+}
+
+
 def schedule_parameters(name: str) -> list[str]:
     """The parameters that a configuration may give the schedule ``name``. Raises ValueError for an unknown name."""
     if name not in SCHEDULES:
         raise ValueError(
-            f"schedule: unknown name {name!r}{_suggest(name, list(SCHEDULES))}; valid: {', '.join(SCHEDULES)}"
+            f"schedule: unknown name {name!r}{did_you_mean(name, SCHEDULES)}; valid: {', '.join(SCHEDULES)}"
         )
-    schedule_class = SCHEDULES[name][0]
-    own = [f.name for f in fields(schedule_class) if f.init and f.name != "total_steps"]  # type: ignore[arg-type]
-    # The curve's own parameters stand beside the schedule's, so that a configuration stays flat.
-    return [*CURVE_PARAMETERS, *(x for x in own if x != "curve")] if schedule_class is TargetEntropy else own
+    return [f.name for f in fields(SCHEDULE_PARAMETERS[name]) if f.name != "name"]
 
 
-def build_schedule(config: Mapping[str, Any], total_steps: int) -> ClipSchedule:
-    """The schedule that ``config`` describes: ``{"name": ..., parameter: value, ...}``, over ``total_steps`` steps.
+def build_schedule(config: Mapping[str, Any] | ScheduleParameters, total_steps: int) -> ClipSchedule:
+    """Build the schedule that ``config`` describes, for a run of ``total_steps`` steps.
 
+    ``config`` is ``{"name": ..., parameter: value, ...}`` or a ScheduleParameters.
     Raises ValueError, in one line that names the valid choices, for an unknown name, an unknown parameter or an
     impossible value.
     """
+    if isinstance(config, ScheduleParameters):
+        config = dataclasses.asdict(config)
     if "name" not in config:
         raise ValueError(f"schedule: no name given; valid: {', '.join(SCHEDULES)}")
     parameters = {str(key): value for key, value in config.items() if key != "name"}
@@ -56,7 +95,7 @@ def build_schedule(config: Mapping[str, Any], total_steps: int) -> ClipSchedule:
     for key in parameters:
         if key not in valid:
             raise ValueError(
-                f"schedule {name}: unknown parameter {key!r}{_suggest(key, valid)}; valid: {', '.join(valid)}"
+                f"schedule {name}: unknown parameter {key!r}{did_you_mean(key, valid)}; valid: {', '.join(valid)}"
             )
     schedule_class, preset = SCHEDULES[name]
     parameters = {**preset, **parameters}
@@ -72,6 +111,7 @@ def build_schedule(config: Mapping[str, Any], total_steps: int) -> ClipSchedule:
         raise ValueError(text if text.startswith(name) else f"schedule {name}: {text}") from error
 
 
-def _suggest(word: str, choices: list[str]) -> str:
+def did_you_mean(word: str, choices: Collection[str]) -> str:
+    """`` (did you mean 'choice'?)`` for the choice that is closest to ``word``; empty when none is close."""
     near = difflib.get_close_matches(word, choices, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

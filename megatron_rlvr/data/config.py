@@ -1,23 +1,28 @@
-"""The `data` section of the configuration."""
+"""The section ``data`` of the configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_rlvr.config_schema import REQUIRED, PositiveInt
+
 
 @dataclass
 class DataConfig:
-    train: str = "???"
-    """JSONL or parquet file of training problems."""
+    """Prompt data sets of training and evaluation."""
+
+    train: str = REQUIRED
+    """File of training problems, ``.jsonl`` or ``.parquet``."""
     heldout: str | None = None
-    """File of held-out problems for evaluation; without it there is no evaluation."""
+    """File of held-out problems for evaluation; null disables evaluation."""
     prompt_key: str | None = None
-    """Field of the prompt; by default recognised (prompt)."""
+    """Field that holds the prompt, dotted for a nested field; null is ``prompt``."""
     answer_key: str | None = None
-    """Field of the answer; by default recognised (answer, label, reward_model.ground_truth)."""
+    """Field that holds the reference answer, dotted for a nested field; null takes the first of ``answer``, ``label``
+    and ``reward_model.ground_truth`` that the first row has."""
     stratify_key: str | None = None
-    """Field of the training data with a number by which prompts are stratified: every step draws evenly from all of its
-    range, so that reward, entropy and length of a step vary less with the mix of prompts. Alike prompts should have
-    near numbers."""
-    max_prompt_tokens: int = 1024
-    """A longer prompt is refused before training starts."""
+    """Field of the training data that holds a number to stratify prompts by; null draws prompts uniformly. Every step
+    then draws evenly from the whole range of the number, so that reward, entropy and length vary less between steps.
+    Similar prompts should have similar numbers."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longest prompt, in tokens; a longer one in the data is refused before training starts."""

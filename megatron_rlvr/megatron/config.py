@@ -1,67 +1,118 @@
-"""The `model`, `parallel` and `optimizer` sections of the configuration."""
+"""The sections ``model``, ``optimizer`` and ``parallel`` of the configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from megatron_rlvr.config_schema import (
+    REQUIRED,
+    Bounds,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+from megatron_rlvr.errors import UserError
+
+Beta = Annotated[float, Bounds(at_least=0, below=1)]
 
 
 @dataclass
 class ModelConfig:
-    path: str = "???"
-    """Folder of the Hugging Face model that training starts from (config.json, safetensors, tokenizer)."""
-    dtype: str = "auto"
-    """``float32`` or ``bfloat16``; ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
-    layer_spec: str = "auto"
-    """``transformer_engine``, ``local``, or ``auto``: Transformer Engine on a GPU, local layers on the CPU."""
-    fp8: str = "none"
-    """``hybrid`` (e4m3 forward, e5m2 backward) or ``e4m3``: matrices multiply in fp8, by Transformer Engine; weights
-    stay bfloat16. Handed on and never run here, for want of a GPU."""
-    fp8_recipe: str = "delayed"
-    """How scales are found: ``delayed``, ``tensorwise``, ``mxfp8`` or ``blockwise``, by GPU and Transformer Engine."""
-    router_aux_loss: float = 0.0
-    """Coefficient of the load-balancing loss of a mixture of experts, averaged over microbatches; 0 leaves it out."""
+    """The policy that is trained: its weights, number format and layers."""
+
+    path: str = REQUIRED
+    """Hugging Face folder that training starts from: config.json, safetensors and tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of weights and activations; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+    layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Implementation of the layers: megatron-core's ``local`` ones or those of ``transformer_engine``; ``auto`` is
+    transformer_engine on a GPU and local on a CPU."""
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """fp8 format of matrix multiplications in Transformer Engine: ``e4m3``, or ``hybrid`` for e4m3 in the forward and
+    e5m2 in the backward pass. Weights stay bfloat16. Untested: it needs a GPU that computes in fp8."""
+    fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
+    """How fp8 scaling factors are computed; which recipes work depends on the GPU and on Transformer Engine."""
+    router_aux_loss: NonNegativeFloat = 0.0
+    """Coefficient of the load-balancing loss of a mixture of experts, averaged over microbatches; 0 disables it."""
+
+    def check(self) -> None:
+        if self.fp8 != "none" and self.dtype == "float32":
+            raise UserError(f"model.fp8={self.fp8} needs model.dtype=bfloat16: set it, or model.fp8=none")
 
 
 @dataclass
 class OptimizerConfig:
-    learning_rate: float = 1.0e-6
-    warmup_steps: int = 0
-    """Rollout steps over which the learning rate rises linearly."""
-    min_learning_rate: float | None = None
-    """Cosine decay to this value at the last step; None keeps the rate constant."""
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1.0e-8
-    clip_grad: float = 1.0
-    """Largest gradient norm."""
-    cpu_offload: float = 0.0
-    """Share of the optimizer's state that lies in the host's memory, where it is updated, too; on a GPU only."""
+    """Adam and its learning-rate schedule."""
+
+    learning_rate: PositiveFloat = 1.0e-6
+    """Peak learning rate."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of the run over which the learning rate rises linearly to its peak."""
+    min_learning_rate: NonNegativeFloat | None = None
+    """Learning rate at the last step, reached by cosine decay; null keeps the rate constant after warm-up."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay (AdamW)."""
+    beta1: Beta = 0.9
+    """Decay rate of the first moment."""
+    beta2: Beta = 0.95
+    """Decay rate of the second moment."""
+    epsilon: NonNegativeFloat = 1.0e-8
+    """Added to the square root of the second moment."""
+    clip_grad: Annotated[float, Bounds(above=0, infinite=True)] = 1.0
+    """Largest norm of the gradient; a larger gradient is scaled down to it. ``inf`` never scales."""
+    cpu_offload: Fraction = 0.0
+    """Fraction of the optimizer state that is kept and updated in host memory; a value above 0 needs a GPU."""
 
 
 @dataclass
 class ParallelConfig:
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1
-    """Parts that every pipeline stage is cut into for the interleaved schedule, which has a smaller bubble."""
-    context: int = 1
-    """Ranks that share every sequence of a data-parallel rank."""
-    expert: int = 1
-    """Ranks that share the experts of a layer; out of the tensor, context and data ranks of a pipeline stage."""
-    expert_tensor: int = 1
-    """Ranks that share every expert."""
+    """How a model, its sequences and its memory are divided over the processes of a job."""
+
+    tensor: PositiveInt = 1
+    """Tensor-parallel size: ranks that share every matrix of the model."""
+    pipeline: PositiveInt = 1
+    """Pipeline-parallel size: stages that the layers are divided into."""
+    virtual_pipeline: PositiveInt = 1
+    """Model chunks per pipeline stage; more than 1 selects the interleaved schedule, which has a smaller bubble."""
+    context: PositiveInt = 1
+    """Context-parallel size: ranks that share every sequence."""
+    expert: PositiveInt = 1
+    """Expert-parallel size: ranks that share the experts of a layer. They are taken from the tensor, context and data
+    ranks of a pipeline stage."""
+    expert_tensor: PositiveInt = 1
+    """Ranks that share the matrices of every expert: 1 or the tensor-parallel size."""
     sequence: bool = False
-    """Sequence parallelism; needs tensor > 1."""
+    """Sequence parallelism: outside tensor-parallel regions, divide activations by sequence; needs `tensor` > 1."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks."""
-    microbatch_sequences: int = 0
-    """Sequences in one forward pass of training, padded to one width; 0 takes the minibatch in one."""
-    microbatch_tokens: int = 0
-    """Tokens in one forward pass of training, its sequences packed without padding; 0 pads them instead."""
-    recompute: str = "none"
-    """What the backward pass computes again: ``none``, ``full`` layers, or ``selective``: `recompute_modules`."""
-    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    """megatron-core's names: core_attn, mlp, layernorm, moe_act, moe; read under ``recompute: selective``."""
-    timeout_minutes: float = 30.0
-    """Longest wait in a collective before the job fails with an error that names it."""
+    microbatch_sequences: NonNegativeInt = 0
+    """Sequences per forward pass of training, padded to one length; 0 takes the whole minibatch of a rank."""
+    microbatch_tokens: NonNegativeInt = 0
+    """Tokens per forward pass of training, in sequences packed without padding; 0 pads them instead."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass recomputes instead of storing: ``none``, those of whole layers (``full``), or
+    those of `recompute_modules` (``selective``)."""
+    recompute_modules: list[Literal["core_attn", "mlp", "layernorm", "moe_act", "moe"]] = field(
+        default_factory=lambda: ["core_attn"]
+    )
+    """Modules to recompute under ``recompute: selective``, by megatron-core's names."""
+    timeout_minutes: PositiveFloat = 30.0
+    """Minutes that a collective may take before the job fails with an error that names it."""
+
+    def check(self) -> None:
+        if self.sequence and self.tensor == 1:
+            raise UserError("parallel.sequence=true needs parallel.tensor > 1: set it false or raise parallel.tensor")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise UserError(
+                "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1: it interleaves the model chunks of "
+                "pipeline stages"
+            )
+        if self.expert_tensor not in (1, self.tensor):
+            raise UserError(f"parallel.expert_tensor={self.expert_tensor} must be 1 or parallel.tensor={self.tensor}")
+        if self.microbatch_tokens and self.microbatch_sequences:
+            raise UserError(
+                "parallel.microbatch_tokens packs sequences, parallel.microbatch_sequences pads them: set only one"
+            )

@@ -4,15 +4,32 @@ An objective is a callable ``TokenInputs -> TokenOutputs`` over flat token tenso
 ``-(weights * outputs.objective).sum()`` with the weights of :func:`aggregation_weights`.
 """
 
-from megatron_rlvr.objectives.advantages import ADVANTAGES, group_advantages, informative_groups, overlong_penalty
-from megatron_rlvr.objectives.aggregation import AGGREGATIONS, aggregation_weights
-from megatron_rlvr.objectives.registry import OBJECTIVES, PolicyObjective, build_objective, objective_parameters
+from megatron_rlvr.objectives.advantages import (
+    ADVANTAGES,
+    Advantage,
+    group_advantages,
+    informative_groups,
+    overlong_penalty,
+)
+from megatron_rlvr.objectives.aggregation import AGGREGATIONS, Aggregation, aggregation_weights
+from megatron_rlvr.objectives.policy_objective import PolicyObjective
+from megatron_rlvr.objectives.registry import (
+    OBJECTIVE_PARAMETERS,
+    OBJECTIVES,
+    ObjectiveParameters,
+    build_objective,
+    objective_parameters,
+)
 from megatron_rlvr.objectives.tokens import TokenInputs, TokenObjective, TokenOutputs
 
 __all__ = [
     "ADVANTAGES",
     "AGGREGATIONS",
     "OBJECTIVES",
+    "OBJECTIVE_PARAMETERS",
+    "Advantage",
+    "Aggregation",
+    "ObjectiveParameters",
     "PolicyObjective",
     "TokenInputs",
     "TokenObjective",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-ADVANTAGES = ("grpo", "grpo-no-std", "rloo")
+Advantage = Literal["grpo", "grpo-no-std", "rloo"]
+ADVANTAGES: tuple[str, ...] = get_args(Advantage)
 
 
 def group_advantages(rewards: Tensor, method: str = "grpo") -> Tensor:

@@ -6,10 +6,13 @@ sum over microbatches and data-parallel ranks, whatever way the minibatch is cut
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-AGGREGATIONS = ("token-mean", "sequence-mean", "constant")
+Aggregation = Literal["token-mean", "sequence-mean", "constant"]
+AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 
 
 def aggregation_weights(

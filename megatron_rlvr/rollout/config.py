@@ -1,63 +1,106 @@
-"""The `rollout` and `evaluation` sections of the configuration."""
+"""The sections ``rollout`` and ``evaluation`` of the configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
+from megatron_rlvr.config_schema import Bounds, NonNegativeInt, PositiveFloat, PositiveInt
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
+
+TopP = Annotated[float, Bounds(above=0, at_most=1)]
 
 
 @dataclass
 class RolloutConfig:
-    engine: str = "local"
-    """``local`` generates with the training weights; ``sglang`` on SGLang servers; ``recorded`` replays `recording`."""
+    """Prompts and completions of a step, and the engine that generates them."""
+
+    engine: Literal["local", "sglang", "recorded"] = "local"
+    """What generates completions: the training processes themselves (``local``), SGLang servers (``sglang``), or a
+    recording of an earlier run (``recorded``, see `recording`)."""
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
-    prompts_per_step: int = 64
-    samples_per_prompt: int = 16
-    max_tokens: int = 1024
-    """Longest response, in tokens, end-of-sequence included."""
-    temperature: float = 1.0
-    """Divides the logits in sampling and in training alike."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps the whole vocabulary."""
+    prompts_per_step: PositiveInt = 64
+    """Prompts per step, over all data-parallel ranks; divisible by `algorithm.minibatches`."""
+    samples_per_prompt: Annotated[int, Bounds(at_least=2)] = 16
+    """Completions per prompt: the group within which advantages are computed, so at least 2."""
+    max_tokens: PositiveInt = 1024
+    """Longest response, in tokens, including the end-of-sequence token."""
+    temperature: PositiveFloat = 1.0
+    """Divisor of the logits, in sampling and in training alike."""
+    top_p: TopP = 1.0
+    """Sample from the most probable tokens whose probabilities sum to this; 1 keeps the whole vocabulary."""
+    top_k: NonNegativeInt = 0
+    """Sample from this many of the most probable tokens; 0 keeps the whole vocabulary."""
     stop: list[str] = field(default_factory=list)
-    """Texts, one token each, that end a completion beside the end of sequence."""
+    """Texts that end a completion besides the end-of-sequence token. Each must be a single token."""
     dynamic_sampling: bool = False
-    """Train on groups whose rewards differ only: the others are dropped and other prompts drawn instead (DAPO)."""
-    over_sampling: float = 1.0
-    """Prompts drawn for every group that dynamic sampling still needs; SGLang drops the surplus under way, which
+    """Train only on groups whose rewards differ: drop the others and draw more prompts instead (DAPO)."""
+    over_sampling: Annotated[float, Bounds(at_least=1)] = 1.0
+    """Prompts drawn per group that dynamic sampling still needs. SGLang cancels what is not needed any more, which
     favours short responses."""
-    refill_rounds: int = 3
-    """Times that dynamic sampling draws again; what is missing then is filled with groups it would have dropped."""
-    overlong_buffer: int = 0
-    """Tokens before `max_tokens` over which a penalty grows to 1, for the advantages alone (DAPO); 0 is none."""
-    max_staleness: int = 0
-    """0 rolls out with the weights that train; n lets SGLang generate the rollouts of the next n steps meanwhile, whose
-    tokens are at most n versions old."""
-    mismatch_alarm: float = 0.1
-    """KL(rollout || train), nats a token, above which a step is warned of; 0 never."""
-    mismatch_patience: int = 3
-    """So many such steps in a row end the run, with a checkpoint."""
+    refill_rounds: NonNegativeInt = 3
+    """How often dynamic sampling draws again; after that, groups whose rewards are equal fill the batch."""
+    overlong_buffer: NonNegativeInt = 0
+    """Length penalty (DAPO): over this many tokens before `max_tokens`, a penalty on the reward grows from 0 to 1. It
+    enters the advantages only, not the reported reward. 0 disables it."""
+    max_staleness: NonNegativeInt = 0
+    """How many versions old the weights of a rollout may be. 0 generates with the weights that are then trained; n
+    lets SGLang generate the rollouts of the next n steps during training."""
+    mismatch_alarm: Annotated[float, Bounds(at_least=0, infinite=True)] = 0.1
+    """KL(rollout || train), in nats per token, above which a step prints a warning; 0 disables the alarm."""
+    mismatch_patience: PositiveInt = 3
+    """Consecutive steps above `mismatch_alarm` after which the run writes a checkpoint and ends."""
     ignore_eos: bool = False
-    """Generate `max_tokens` tokens whatever they are (for benchmarks)."""
-    local_batch: int = 1024
-    """Sequences that the local engine decodes together."""
+    """Generate `max_tokens` tokens whatever they are; for benchmarks."""
+    local_batch: PositiveInt = 1024
+    """Sequences that the local engine decodes at once."""
     record: bool = False
-    """Keep every step's completions in ``rollouts/`` of the run directory."""
+    """Store the completions of every step in ``rollouts/`` of the run directory."""
     recording: str | None = None
-    """Folder of recorded rollouts that the ``recorded`` engine replays."""
+    """Folder of stored completions that the ``recorded`` engine replays."""
+
+    def check(self) -> None:
+        if self.overlong_buffer >= self.max_tokens:
+            raise UserError(
+                f"rollout.overlong_buffer={self.overlong_buffer} must be less than rollout.max_tokens={self.max_tokens}"
+            )
+        if self.engine == "recorded" and not self.recording:
+            raise UserError(
+                "rollout.engine=recorded needs rollout.recording: the rollouts/ folder of a run with "
+                "rollout.record=true"
+            )
+        if self.engine == "recorded" and self.dynamic_sampling:
+            raise UserError(
+                "rollout.engine=recorded replays groups that were chosen before: set rollout.dynamic_sampling=false"
+            )
+        if self.engine != "sglang" and self.max_staleness:
+            raise UserError(
+                f"rollout.max_staleness={self.max_staleness} needs rollout.engine=sglang: the {self.engine} engine "
+                "generates in the processes that train"
+            )
+        if self.max_staleness and self.sglang.release_memory:
+            raise UserError(
+                "rollout.sglang.release_memory=true needs rollout.max_staleness=0: servers must not generate while "
+                "their memory is released"
+            )
 
 
 @dataclass
 class EvaluationConfig:
-    every: int = 0
-    """Steps between evaluations; 0 evaluates before the first step and after the last one only."""
-    prompts: int = 200
-    samples: int = 16
-    """Completions a held-out prompt; pass@k is estimated for k = 1, 2, 4 ... up to this."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int | None = None
-    """Longest response; as long as in training by default."""
+    """Evaluation on held-out problems: pass@k, reward and length."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0 evaluates only before the first step and after the last."""
+    prompts: PositiveInt = 200
+    """Held-out problems per evaluation, from the start of the file."""
+    samples: PositiveInt = 16
+    """Completions per problem; pass@k is estimated for k = 1, 2, 4 ... up to this."""
+    temperature: PositiveFloat = 1.0
+    """Divisor of the logits in sampling."""
+    top_p: TopP = 1.0
+    """Sample from the most probable tokens whose probabilities sum to this; 1 keeps the whole vocabulary."""
+    top_k: NonNegativeInt = 0
+    """Sample from this many of the most probable tokens; 0 keeps the whole vocabulary."""
+    max_tokens: PositiveInt | None = None
+    """Longest response, in tokens; null is `rollout.max_tokens`."""

@@ -1,42 +1,65 @@
-"""The `algorithm` and `checkpoint` sections of the configuration."""
+"""The sections ``algorithm`` and ``checkpoint`` of the configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated
+
+from megatron_rlvr.config_schema import ByName, NonNegativeFloat, NonNegativeInt, PositiveInt
+from megatron_rlvr.control import SCHEDULE_PARAMETERS, ScheduleParameters
+from megatron_rlvr.errors import as_user_error
+from megatron_rlvr.objectives import (
+    OBJECTIVE_PARAMETERS,
+    Advantage,
+    Aggregation,
+    ObjectiveParameters,
+    build_objective,
+)
 
 
 @dataclass
 class AlgorithmConfig:
-    advantage: str = "grpo"
-    """``grpo``, ``grpo-no-std`` (Dr. GRPO) or ``rloo``."""
-    aggregation: str = "token-mean"
-    """``token-mean`` (DAPO), ``sequence-mean`` (GRPO) or ``constant`` (Dr. GRPO)."""
-    objective: dict[str, Any] = field(default_factory=lambda: {"name": "clip"})
-    """The token objective, by name, with its parameters."""
-    schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
-    """The schedule of clip thresholds, by name, with its parameters."""
-    minibatches: int = 8
-    """Optimizer steps that one pass over a rollout is split into."""
-    epochs: int = 1
+    """What is optimized: advantages, the token objective, the schedule of clip thresholds, updates per rollout."""
+
+    advantage: Advantage = "grpo"
+    """How rewards of a group become advantages: ``grpo``, ``grpo-no-std`` (Dr. GRPO) or ``rloo``."""
+    aggregation: Aggregation = "token-mean"
+    """How token objectives are averaged: ``token-mean`` (DAPO), ``sequence-mean`` (GRPO) or ``constant`` (Dr. GRPO)."""
+    objective: Annotated[ObjectiveParameters, ByName(OBJECTIVE_PARAMETERS)] = field(
+        default_factory=OBJECTIVE_PARAMETERS["clip"]
+    )
+    """The token objective: its ``name`` and the parameters of that name."""
+    schedule: Annotated[ScheduleParameters, ByName(SCHEDULE_PARAMETERS)] = field(
+        default_factory=SCHEDULE_PARAMETERS["constant"]
+    )
+    """The schedule of clip thresholds: its ``name`` and the parameters of that name."""
+    minibatches: PositiveInt = 8
+    """Minibatches that each pass over a rollout is divided into, with one optimizer step each."""
+    epochs: PositiveInt = 1
     """Passes over each rollout."""
     fused_linear: bool = False
-    """Form logits a chunk at a time inside the loss instead of whole (the operators' fused head)."""
+    """Compute logits in chunks inside the loss instead of storing them (the fused head of the operators)."""
     drop_zero_advantage: bool = True
-    """Leave sequences out of the update when their whole group earned the same reward: their gradient is zero."""
+    """Leave out of the update the sequences of groups whose rewards are all equal: their gradient is zero."""
+
+    def check(self) -> None:
+        with as_user_error():
+            build_objective(self.objective)
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = 50
-    """Steps between checkpoints; the last step is always saved. 0 saves at the end only."""
-    keep: int = 2
-    """Newest checkpoints that stay on disk."""
-    keep_hours: float = 0.0
-    """Of older ones, one for every so many hours stays, too; 0 keeps none."""
+    """When checkpoints are written, and which of them are kept."""
+
+    every: NonNegativeInt = 50
+    """Steps between checkpoints; 0 writes one only at the end. The last step is always saved."""
+    keep: PositiveInt = 2
+    """Newest checkpoints to keep."""
+    keep_hours: NonNegativeFloat = 0.0
+    """Of older checkpoints, also keep one per this many hours; 0 keeps none of them."""
     keep_best: str | None = None
-    """The checkpoint with the largest value of this metric stays, too: ``reward``, ``evaluation/pass@1`` ..."""
+    """Also keep the checkpoint with the largest value of this metric, such as ``reward`` or ``evaluation/pass@1``."""
     asynchronous: bool = False
-    """Go on training while a checkpoint is written, from a copy in the host's memory."""
+    """Continue training while a checkpoint is written, from a copy in host memory."""
     export_huggingface: bool = True
-    """Write the final policy as a Hugging Face folder ``huggingface/``."""
+    """Write the final policy as a Hugging Face folder, ``huggingface/`` of the run directory."""

@@ -1,21 +1,29 @@
-"""The `verifier` section of the configuration."""
+"""The section ``verifier`` of the configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from megatron_rlvr.config_schema import Bounds, NonNegativeInt, PositiveFloat
+
+DEFAULT_WORKERS = 4
+NEED_NO_WORKERS = ("countdown", "exact")
+"""Verifiers that are exact and quick whatever a completion says: workers would cost more than they protect from."""
 
 
 @dataclass
 class VerifierConfig:
+    """What computes the reward of a completion."""
+
     name: str = "math"
-    """``math``, ``exact``, ``countdown`` or ``module:function``."""
-    workers: int | None = None
-    """Worker processes of each data-parallel rank; 0 verifies in the training process, for verifiers that cannot hang.
-    By default 0 for ``countdown`` and ``exact``, which cannot, and 4 for the others."""
-    timeout_seconds: float = 10.0
-    """Time for one completion in a worker; a longer one is worth 0 and is counted."""
-    memory_mb: int = 2048
-    """Memory of one worker."""
+    """``math``, ``exact``, ``countdown``, or ``module:function`` for a Python function."""
+    workers: NonNegativeInt | None = None
+    """Worker processes per data-parallel rank; 0 verifies in the training process, for verifiers that cannot hang.
+    null is 0 for ``countdown`` and ``exact``, and 4 for the others."""
+    timeout_seconds: PositiveFloat = 10.0
+    """Longest time for one completion in a worker; a completion that takes longer has reward 0 and is counted."""
+    memory_mb: Annotated[int, Bounds(at_least=64)] = 2048
+    """MiB of data memory per worker."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Passed to the verifier by name."""
+    """Keyword arguments of the verifier."""

@@ -37,9 +37,9 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("rollout.stop=end", "write rollout.stop=[end]"),
         ("algorithm.schedule=constant", "write algorithm.schedule.name=constant"),
         ("algorithm.schedule=[constant]", "algorithm.schedule must be a section"),
-        ("seed=-1", "seed must not be negative"),
-        ("threads=-2", "threads must not be negative"),
-        ("parallel.microbatch_sequences=-2", "parallel.microbatch_sequences must not be negative"),
+        ("seed=-1", "seed must lie in [0, 2**63), not -1"),
+        ("threads=-2", "threads must be at least 0, not -2"),
+        ("parallel.microbatch_sequences=-2", "parallel.microbatch_sequences must be at least 0, not -2"),
         ("name=${nothing}", "configuration key name: Interpolation key 'nothing' not found"),
         ("steps", "is not key=value"),
         ("steps=0", "steps must be greater than 0, not 0"),
@@ -50,9 +50,13 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("rollout.sglang.concurrency=0", "rollout.sglang.concurrency must be greater than 0"),
         ("rollout.engine=recorded", "needs rollout.recording"),
         ("algorithm.minibatches=3", "algorithm.minibatches=3 does not divide rollout.prompts_per_step=8"),
-        ("algorithm.schedule.name=up-and-down", "unknown name 'up-and-down'"),
-        ("algorithm.schedule.splt=0.4", "did you mean 'split'?"),
-        ("algorithm.objective.name=reinforce", "unknown name 'reinforce'"),
+        ("algorithm.schedule.name=up-and-down", "algorithm.schedule.name must be one of constant, clip-higher"),
+        ("algorithm.schedule.name=constnat", "not 'constnat': did you mean constant?"),
+        ("algorithm.schedule.splt=0.4", "did you mean algorithm.schedule.split?"),
+        ("algorithm.schedule.splt=0.4", "increase-then-decrease takes eps, upper_intercept"),
+        ("algorithm.schedule.split=half", "algorithm.schedule.split must be a number"),
+        ("algorithm.objective.gamma=1", "algorithm.objective.gamma: clip takes importance_cap"),
+        ("algorithm.objective.name=reinforce", "algorithm.objective.name must be one of clip, dual-clip"),
         ("algorithm.advantage=gae", "algorithm.advantage must be one of"),
         ("verifier.name=oracle", "verifier 'oracle' is not known"),
         ("parallel.tensor=2", "does not divide the 1 processes"),
@@ -61,7 +65,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("parallel.expert=2", "= 2 does not divide the 1 processes"),
         ("model.router_aux_loss=0.1", "has no experts: set it to 0"),
         ("optimizer.cpu_offload=0.5", "needs parallel.distributed_optimizer=true"),
-        ("checkpoint.keep_hours=-1", "checkpoint.keep_hours must not be negative"),
+        ("checkpoint.keep_hours=-1", "checkpoint.keep_hours must be at least 0, not -1.0"),
         ("parallel.context=2", "= 2 does not divide the 1 processes"),
         ("parallel.microbatch_tokens=1000", "less than data.max_prompt_tokens + rollout.max_tokens = 1034"),
         ("parallel.sequence=true", "needs parallel.tensor > 1"),
@@ -91,7 +95,7 @@ def test_python_without_sglang(run_yaml: Path, tmp_path: Path, capsys: pytest.Ca
     assert (
         f"ended with status 1 before it was ready: see {tmp_path / 'run' / 'sglang' / 'logs' / 'server_0.log'}" in line
     )
-    assert "No module named" in line and "sglang" in line.split("ends with")[1]
+    assert "No module named" in line and "sglang" in line.split("server_0.log")[1]
 
 
 def test_missing_configuration_file(capsys: pytest.CaptureFixture[str]) -> None:

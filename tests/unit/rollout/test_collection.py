@@ -245,8 +245,8 @@ def test_mismatch_warns_then_stops(capsys) -> None:
         ({"max_staleness": 1}, "max_staleness=1 needs rollout.engine=sglang"),
         ({"over_sampling": 0.5}, "over_sampling must be at least 1"),
         ({"overlong_buffer": 6}, "overlong_buffer=6 must be less than rollout.max_tokens=6"),
-        ({"refill_rounds": -1}, "refill_rounds must not be negative"),
-        ({"engine": "recorded", "recording": "x", "dynamic_sampling": True}, "set dynamic_sampling=false"),
+        ({"refill_rounds": -1}, "refill_rounds must be at least 0, not -1"),
+        ({"engine": "recorded", "recording": "x", "dynamic_sampling": True}, "set rollout.dynamic_sampling=false"),
     ],
 )
 def test_impossible_sampling(collector, settings: dict[str, Any], expected: str) -> None:

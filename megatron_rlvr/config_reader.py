@@ -1,0 +1,117 @@
+"""From plain values, as YAML gives them, to the dataclasses of a configuration; refusals say what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from megatron_rlvr.config_schema import KeyType, key_types, keys
+from megatron_rlvr.errors import UserError
+
+T = TypeVar("T")
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def read(section: type[T], values: Mapping[str, Any]) -> T:
+    """The configuration ``section`` with ``values``; keys that are not there keep their defaults.
+
+    Raises:
+        UserError: for the first unknown key or value of the wrong type.
+    """
+    return _Reader(section).section(section, values, "")
+
+
+def merge(values: Any, changes: Any) -> Any:
+    """``values`` with ``changes``: mappings are merged key by key, anything else is replaced."""
+    if not (isinstance(values, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    return {**values, **{name: merge(values.get(name), change) for name, change in changes.items()}}
+
+
+class _Reader:
+    def __init__(self, root: type):
+        self.root = root
+
+    def section(self, section: type[T], values: Mapping[str, Any], prefix: str, chosen: str = "") -> T:
+        """The section with the dotted ``prefix``; ``chosen`` is its name where it is one of several."""
+        known = key_types(section)
+        for name in values:
+            if name not in known:
+                hint = self._hint(str(name), list(known), prefix, chosen)
+                raise UserError(f"unknown configuration key {prefix}{name}: {hint}")
+        return section(**{str(name): self._value(section, str(name), value, prefix) for name, value in values.items()})
+
+    def _value(self, section: type, name: str, value: Any, prefix: str) -> Any:
+        key, wanted = f"{prefix}{name}", key_types(section)[name]
+        if value is None:
+            if wanted.optional:
+                return None
+            raise UserError(f"{key} has no value: it must be {_words(wanted, key, value)}")
+        if not wanted.is_section:
+            try:
+                return convert(wanted, value)
+            except ValueError:
+                raise UserError(f"{key}={value!r}: {key} must be {_words(wanted, key, value)}") from None
+        if not isinstance(value, Mapping):
+            raise UserError(f"{key}={value!r}: {key} must be {_words(wanted, key, value)}")
+        if wanted.by_name is None:
+            return self.section(wanted.type, value, f"{key}.")
+        (default,) = (field.default_factory for field in fields(section) if field.name == name)
+        chosen = value.get("name", default().name)  # type: ignore[operator]
+        if chosen not in wanted.by_name:
+            close = difflib.get_close_matches(str(chosen), wanted.by_name, n=1)
+            hint = f": did you mean {close[0]}?" if close else ""
+            raise UserError(f"{key}.name must be one of {', '.join(wanted.by_name)}, not {chosen!r}{hint}")
+        return self.section(wanted.by_name[chosen], value, f"{key}.", chosen)
+
+    def _hint(self, name: str, known: list[str], prefix: str, chosen: str) -> str:
+        """What an unknown key should have been."""
+        close = difflib.get_close_matches(name, known, n=1)
+        suggestion = f"did you mean {prefix}{close[0]}?" if close else ""
+        if chosen:
+            return f"{suggestion} ".lstrip() + f"{chosen} takes {', '.join(known[1:])}"
+        if suggestion:
+            return suggestion
+        elsewhere = [key for key in keys(self.root) if key.split(".")[-1] == name]
+        return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known keys: {', '.join(known)}"
+
+
+def convert(wanted: KeyType, value: Any) -> Any:
+    """A plain ``value`` as the type of a key that is no section. Raises ValueError when it is another type's."""
+    if wanted.type is Any:
+        return value
+    if wanted.type is list and wanted.element is not None:
+        if not isinstance(value, list | tuple):
+            raise ValueError
+        return [convert(wanted.element, item) for item in value]
+    if wanted.type is dict and wanted.element is not None:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise ValueError
+        return {name: convert(wanted.element, item) for name, item in value.items()}
+    if wanted.type is bool and str(value).lower() in _BOOLEANS:
+        return _BOOLEANS[str(value).lower()]
+    if wanted.type is str and isinstance(value, str | int | float):
+        return str(value)
+    if wanted.type is int and isinstance(value, str | int) and not isinstance(value, bool):
+        return int(value)
+    if wanted.type is float and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return float(value)
+    raise ValueError
+
+
+def _words(wanted: KeyType, key: str, value: Any) -> str:
+    """What a key takes, as the end of "KEY must be ...", and how it is written."""
+    given = value if isinstance(value, str) else "..."
+    if wanted.by_name is not None:
+        return f"a section: write {key}.name={given} and the like"
+    if wanted.is_section:
+        return f"a section: write {key}.{next(iter(key_types(wanted.type)))}=... and the like"
+    if wanted.type is dict:
+        return f"a section: write {key}.NAME={given} for each of its names"
+    if wanted.type is list:
+        return f"a list: write {key}=[{given}]"
+    return _WORDS[wanted.type]

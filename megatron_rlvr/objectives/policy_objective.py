@@ -1,0 +1,80 @@
+"""The objective of a step: a token objective with importance weights and an entropy bonus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rlvr.objectives.clip import Clip
+from megatron_rlvr.objectives.covariance import CovarianceClip, CovarianceKL
+from megatron_rlvr.objectives.entropy_bonus import EntropyBonus
+from megatron_rlvr.objectives.importance import TruncatedImportance
+from megatron_rlvr.objectives.tokens import TokenInputs, TokenObjective, TokenOutputs
+
+
+@dataclass
+class PolicyObjective:
+    """A token objective with the factors that go with any of them: importance weights and an entropy bonus.
+
+    The importance weight multiplies the policy term; the bonus is added as it is.
+    """
+
+    token_objective: TokenObjective
+    importance: TruncatedImportance | None = None
+    entropy_bonus: EntropyBonus | None = None
+
+    def __call__(self, inputs: TokenInputs) -> TokenOutputs:
+        outputs = self.token_objective(inputs)
+        objective = outputs.objective
+        if self.importance is not None:
+            objective = objective * self.importance(inputs)
+        if self.entropy_bonus is not None:
+            objective = objective + self.entropy_bonus.current * inputs.entropy
+        return TokenOutputs(objective, outputs.clipped_high, outputs.clipped_low)
+
+    @property
+    def needs_entropy_gradient(self) -> bool:
+        """Whether ``inputs.entropy`` must carry gradient."""
+        return self.entropy_bonus is not None
+
+    @property
+    def is_plain_clip(self) -> bool:
+        """Whether this is ``ops.clipped_objective`` and nothing else, which the fused operator computes by itself."""
+        plain = isinstance(self.token_objective, Clip) and self.token_objective.dual_clip is None
+        return plain and self.importance is None and self.entropy_bonus is None
+
+    @property
+    def ignores_zero_advantage(self) -> bool:
+        """Whether tokens of advantage 0 change neither the loss nor its gradient, so that a trainer may skip them."""
+        covariance = isinstance(self.token_objective, CovarianceClip | CovarianceKL)  # compares a token with all others
+        return self.entropy_bonus is None and not covariance
+
+    @property
+    def needs_rollout_logprob(self) -> bool:
+        """Whether ``inputs.rollout_logprob`` is used."""
+        return self.importance is not None
+
+    def observe(self, step: int, entropy: float) -> None:
+        """Begin ``step``, given the entropy before its updates, nats per token; called once, before any of them."""
+        if isinstance(self.token_objective, CovarianceClip):
+            self.token_objective.start_step(step)
+        if self.entropy_bonus is not None:
+            self.entropy_bonus.observe(entropy)
+
+    def metrics(self) -> dict[str, float]:
+        """``objective/entropy_coefficient``, where there is a bonus."""
+        return {} if self.entropy_bonus is None else {"objective/entropy_coefficient": self.entropy_bonus.current}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {} if self.entropy_bonus is None else {"entropy_bonus": self.entropy_bonus.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`. Raises ValueError when the checkpoint's run had no entropy bonus."""
+        if self.entropy_bonus is None:
+            return
+        if "entropy_bonus" not in state:
+            raise ValueError(
+                "objective state: this run has an entropy bonus, the checkpoint holds none; start a new run"
+            )
+        self.entropy_bonus.load_state_dict(state["entropy_bonus"])
