@@ -37,6 +37,8 @@ from megatron_rlvr.resume import check_same_run
 from megatron_rlvr.rollout.collection import RolloutCollector
 from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
 from megatron_rlvr.rollout.engines.build import build_engine
+from megatron_rlvr.rollout.evaluation import Evaluator
+from megatron_rlvr.rollout.mismatch import MismatchAlarm
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.telemetry.reporter import Reporter
 from megatron_rlvr.telemetry.timer import StepTimer
@@ -58,6 +60,9 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     tokenization = Tokenization(config.model.path, policy.bridge.vocab_size, policy.bridge.context_length)
     engine = build_engine(config, policy, resources)
     rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
+    evaluator = Evaluator(config, layout, engine, tokenization, verifiers) if config.data.heldout else None
+    threshold = config.rollout.mismatch_alarm if engine.draws_from_policy else 0.0
+    alarm = MismatchAlarm(threshold, config.rollout.mismatch_patience, layout.is_main)
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint)
     stop = StopSignal()
 
@@ -74,10 +79,10 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
     latest: dict[str, float] = {}
 
     def evaluate(step: int) -> None:
-        if rollouts.heldout is not None:
+        if evaluator is not None:
             report.phase("evaluating")
             with timer.part("evaluate"):
-                if scores := rollouts.evaluate():
+                if scores := evaluator.evaluate():
                     report.evaluation({"step": step, **scores})
                     latest.update({f"evaluation/{name}": value for name, value in scores.items()})
 
@@ -100,8 +105,8 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             if step > first:  # else nothing is new
                 save(step)
             raise
-        timer.add("generate", rolled.generate)
-        timer.add("verify", rolled.verify)
+        timer.add("generate", rolled.generate_seconds)
+        timer.add("verify", rolled.verify_seconds)
         rewards = (batch.rewards + batch.penalty).view(-1, batch.group_size)
         advantage = group_advantages(rewards, algorithm.advantage).flatten()
 
@@ -110,7 +115,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             scores = policy.score(batch, advantage)
         weight = token_weights(config, batch, layout)
         measured = measure_rollout(batch, weight, scores, layout.is_reporting_rank, layout.is_leader)
-        if problem := rollouts.alarm.observe(step, measured.record):
+        if problem := alarm.observe(step, measured.record):
             save(step)
             raise UserError(problem)
         rate = learning_rate(config.optimizer, step, config.steps)

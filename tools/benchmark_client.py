@@ -18,10 +18,11 @@ from functools import cache
 from typing import Any
 
 from megatron_rlvr.data.completion import Completion
-from megatron_rlvr.rollout.engines.base import SamplingPolicy
+from megatron_rlvr.rollout.engines.base import GroupRequest
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
+from megatron_rlvr.rollout.sampling import SamplingPolicy
 
 
 @cache
@@ -71,12 +72,13 @@ def canned_server(samples: int, tokens: int) -> Iterator[str]:
 
 
 def rollout(url: str, prompts: list[list[int]], sampling: SamplingPolicy, concurrency: int) -> list[Completion]:
+    requests = [GroupRequest(prompt, range(sampling.samples)) for prompt in prompts]
     state = ServerState(0, folder=None, max_staleness=10**9)
 
     async def ask() -> list[Completion]:
         async with Client([url], SGLangConfig(concurrency=concurrency), state) as client:
             client.endpoints[0].up = True  # no health check, which takes SGLang a second
-            return await client.generate(prompts, sampling, list(range(len(prompts) * sampling.samples)))
+            return [completion for group in await client.generate(requests, sampling) for completion in group]
 
     return asyncio.run(ask())
 

@@ -21,8 +21,8 @@ from megatron_rlvr.config import Config, load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import parallel
-from megatron_rlvr.rollout.collection import RolloutCollector
 from megatron_rlvr.rollout.engines.build import build_engine
+from megatron_rlvr.rollout.evaluation import Evaluator
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.training.checkpoint import Checkpoints
 from megatron_rlvr.training.policy import Policy
@@ -51,8 +51,7 @@ def evaluate(config: Config, run: Path, initial: bool, layout: parallel.Layout, 
     if step:
         engine.update_weights(step)
     tokenization = Tokenization(config.model.path, policy.bridge.vocab_size, policy.bridge.context_length)
-    rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
-    scores = rollouts.evaluate()
+    scores = Evaluator(config, layout, engine, tokenization, verifiers).evaluate()
     if not scores:
         raise UserError("there is nothing to tell: the engine answered nothing of use, as the warning above says")
     return {"step": step, **scores}

@@ -132,11 +132,6 @@ def tensor_group() -> dist.ProcessGroup | None:
     return group if group.size() > 1 else None
 
 
-def data_rank() -> int:
-    """The data-parallel rank of this process."""
-    return parallel_state.get_data_parallel_rank()
-
-
 def context_rank() -> int:
     """The context-parallel rank of this process."""
     return parallel_state.get_context_parallel_rank()

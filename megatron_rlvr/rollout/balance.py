@@ -1,32 +1,32 @@
-"""Groups handed from one data-parallel rank to another before training, so that all have about as much to compute.
+"""Groups move between data-parallel ranks before training, so that all ranks have about the same amount of work.
 
-A minibatch is waited for by all, so the rank with the longest responses sets its time. Groups stay whole and in their
-minibatch, and every rank keeps as many of them, so the loss is the same sum in another order. Leaders exchange the
-groups that move and nothing else: no process sees the whole batch.
+All ranks wait for the slowest one at every minibatch, so the rank with the longest responses sets the time. Groups stay
+whole and in their minibatch, and every rank keeps the same number of groups, so the loss is the same sum in another
+order. Leaders exchange only the groups that move: no process sees the whole batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from megatron_rlvr.config import Config
-from megatron_rlvr.data import Example
-from megatron_rlvr.megatron import collectives, parallel
-from megatron_rlvr.rollout.groups import Group, RolledOut
+from megatron_rlvr.megatron import collectives
+from megatron_rlvr.rollout.groups import Group
+from megatron_rlvr.rollout.prompts import PromptSet
+from megatron_rlvr.training.config import AlgorithmConfig
 
 
 def balanced_owners(costs: Sequence[Sequence[float]]) -> list[list[int]]:
-    """Which rank is to train each group of one minibatch.
+    """Assign each group of one minibatch to the rank that trains on it.
 
-    The costliest group left goes to the rank with the least so far that still has room, to its own in a tie (longest
-    processing time first; Graham, SIAM J. Appl. Math. 17 (1969), with as many groups on every rank).
+    The most expensive remaining group goes to the rank with the smallest load that still has room, and stays on its
+    own rank in a tie: longest processing time first (Graham, SIAM J. Appl. Math. 17, 1969), with the same number of
+    groups on every rank.
 
     Args:
         costs: [D, k], of the k groups of each of D ranks.
 
     Returns:
-        ranks, [D, k]; each occurs k times. The groups stay where they are when that is as good.
+        ranks [D, k], each of which occurs k times. All groups stay where they are when that is as good.
     """
     ranks, room = range(len(costs)), len(costs[0])
     owners = [[rank] * room for rank in ranks]
@@ -43,41 +43,40 @@ def balanced_owners(costs: Sequence[Sequence[float]]) -> list[list[int]]:
 
 
 def group_cost(group: Group, prompt_tokens: int, epochs: int, drop: bool) -> float:
-    """Tokens that a group sends through the model, counting a backward pass as two forward ones.
+    """Tokens that a group sends through the model; a backward pass counts as two forward passes.
 
     Args:
         group: verified.
-        prompt_tokens: of its prompt.
-        epochs: of updates, each of a forward and a backward pass.
-        drop: whether a group without advantage is scored only.
+        prompt_tokens: length of its prompt.
+        epochs: passes over the rollout, each a forward and a backward pass.
+        drop: whether groups without advantage are left out of the updates.
     """
     tokens = sum(prompt_tokens + len(completion.token_ids) for completion in group.completions)
     return tokens * (1 if drop and not group.informative else 1 + 3 * epochs)
 
 
-def balance(
-    rolled: RolledOut, slots: Sequence[int], data: tuple[list[Example], list[list[int]]], config: Config
-) -> tuple[RolledOut, list[int]]:
-    """The groups that this rank is to train, and their places in the step. Collective over the ranks' leaders.
+def balance(groups: Sequence[Group], prompts: PromptSet, algorithm: AlgorithmConfig, rank: int) -> list[Group]:
+    """Exchange groups between data-parallel ranks; returns those that this rank trains on. Collective over leaders.
 
     Args:
-        rolled: by this rank, minibatch by minibatch.
-        slots: the places of its groups.
-        data: training examples and their prompts' token ids.
-        config: of the run.
+        groups: of this rank, in the order of its minibatches.
+        prompts: training data.
+        algorithm: how often a group is trained on.
+        rank: data-parallel rank of this process.
     """
-    algorithm, prompts = config.algorithm, data[1]
     costs = collectives.all_gather_over_leaders(
-        [group_cost(g, len(prompts[g.example]), algorithm.epochs, algorithm.drop_zero_advantage) for g in rolled.groups]
+        [
+            group_cost(g, len(prompts.token_ids[g.example]), algorithm.epochs, algorithm.drop_zero_advantage)
+            for g in groups
+        ]
     )
-    mine, size = parallel.data_rank(), len(costs)
-    each = len(rolled.groups) // algorithm.minibatches
-    parcels: list[list[tuple[int, int, Group]]] = [[] for _ in range(size)]
-    for number in range(algorithm.minibatches):
-        part = slice(number * each, (number + 1) * each)
-        for i, owner in enumerate(balanced_owners([row[part] for row in costs])[mine], start=part.start):
-            parcels[owner].append((number, slots[i], rolled.groups[i]))
-    kept, parcels[mine] = parcels[mine], []
+    per_minibatch = len(groups) // algorithm.minibatches
+    parcels: list[list[tuple[int, Group]]] = [[] for _ in range(len(costs))]
+    for minibatch in range(algorithm.minibatches):
+        members = slice(minibatch * per_minibatch, (minibatch + 1) * per_minibatch)
+        owners = balanced_owners([row[members] for row in costs])[rank]
+        for group, owner in zip(groups[members], owners, strict=True):
+            parcels[owner].append((minibatch, group))
+    kept, parcels[rank] = parcels[rank], []
     received = [entry for parcel in collectives.all_to_all_over_leaders(parcels) for entry in parcel]
-    entries = sorted([*kept, *received], key=lambda entry: entry[:2])
-    return replace(rolled, groups=[group for _, _, group in entries]), [slot for _, slot, _ in entries]
+    return [group for _, group in sorted([*kept, *received], key=lambda entry: (entry[0], entry[1].slot))]

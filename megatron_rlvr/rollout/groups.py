@@ -1,28 +1,25 @@
-"""Groups for a step: completed, verified, and drawn anew where their rewards leave nothing to learn from."""
+"""The groups of a step: generated, verified, and replaced where their rewards leave nothing to learn from."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import cast
+from dataclasses import dataclass
 
-from megatron_rlvr.config import Config
-from megatron_rlvr.data import Example, PromptSampler
+from megatron_rlvr.data import PromptSampler
 from megatron_rlvr.data.completion import Completion
-from megatron_rlvr.megatron import collectives, parallel
-from megatron_rlvr.rollout.engines.base import RolloutEngine, SamplingPolicy, StreamingEngine
-from megatron_rlvr.rollout.recording import replay
-from megatron_rlvr.rollout.sampling import sample_seed
-from megatron_rlvr.rollout.tokenization import Tokenization
-from megatron_rlvr.verifiers import Verdict, VerifierPool
+from megatron_rlvr.rollout.config import RolloutConfig
+from megatron_rlvr.rollout.engines.base import GroupRequest, RolloutEngine
+from megatron_rlvr.rollout.grading import Grader
+from megatron_rlvr.rollout.prompts import PromptSet
+from megatron_rlvr.rollout.sampling import SamplingPolicy, sample_seed
+from megatron_rlvr.verifiers import Verdict
 
-_TELL_PERIOD_S = 0.5
-_CHOICE = 2**31  # the number of no completion: it draws the prompt that replaces an uninformative one
+_PROGRESS_PERIOD_S = 0.5
+# Stands in for a sample number in the seed that draws a replacement prompt; no completion has this number.
+_REPLACEMENT_DRAW = 2**31
 
 
 @dataclass
@@ -30,26 +27,34 @@ class Group:
     """A prompt with its verified completions.
 
     Attributes:
-        slot: its place among the step's prompts, from which its seeds come; replacements have places beyond them.
+        slot: place among the prompts of the step. Seeds derive from it; replacements are drawn under slots beyond
+            those of the step, and get the slot that they fill when they are chosen for training.
         example: index in the training data.
-        texts: of the completions; only where they were verified.
+        completions, verdicts, texts: one per sample.
     """
 
     slot: int
     example: int
     completions: list[Completion]
     verdicts: list[Verdict]
-    texts: list[str] = field(default_factory=list)
+    texts: list[str]
 
     @property
     def informative(self) -> bool:
-        """Whether the rewards differ: otherwise no advantage is left, and no gradient (DAPO, arXiv 2503.14476)."""
+        """Whether the rewards differ. Otherwise all advantages and the gradient are 0 (DAPO, arXiv 2503.14476)."""
         return len({verdict.reward for verdict in self.verdicts}) > 1
 
 
 @dataclass
-class RolledOut:
-    """What a rank rolled out for a step: the groups to train on, how many there were in all, and their rewards' sum."""
+class RankRollout:
+    """What one data-parallel rank generated for a step.
+
+    Attributes:
+        groups: to train on.
+        generated: number of groups that were completed, dropped ones included.
+        reward: sum of the rewards of all their completions.
+        verify_seconds: time spent verifying while nothing was generated.
+    """
 
     groups: list[Group]
     generated: int
@@ -58,127 +63,121 @@ class RolledOut:
 
 
 class GroupSource:
-    """Completes and verifies prompts of one rank.
-
-    Its methods run on the rank's leader; on every process of the replica where the engine wants them all.
+    """Generates and verifies the groups of one data-parallel rank. Its methods run on the rank's leader.
 
     Args:
-        config: of the run.
-        layout: of the job.
-        engine: completes.
-        tokenization: decodes for the verifier.
-        verifiers: judge.
-        slots: this rank's places among a step's prompts.
-        data: training examples and their prompts' token ids.
-        sampling: of training.
+        rollout: how many groups, and whether uninformative ones are replaced.
+        seed: of the run.
+        slots: this rank's places among the prompts of a step.
+        prompts: training data.
+        sampler: draws the prompts of a step.
+        engine: generates.
+        grader: verifies.
+        sampling: settings of the draw.
+
+    Attributes:
+        report_progress: called with a line of text while a step is generated.
     """
 
     def __init__(
         self,
-        config: Config,
-        layout: parallel.Layout,
-        engine: RolloutEngine,
-        tokenization: Tokenization,
-        verifiers: VerifierPool,
+        rollout: RolloutConfig,
+        seed: int,
         slots: Sequence[int],
-        data: tuple[list[Example], list[list[int]]],
-        sampling: SamplingPolicy,
+        prompts: PromptSet,
         sampler: PromptSampler,
+        engine: RolloutEngine,
+        grader: Grader,
+        sampling: SamplingPolicy,
     ):
-        self.config, self.layout, self.engine = config, layout, engine
-        self.tokenization, self.verifiers = tokenization, verifiers
-        self.slots, self.train, self.sampling, self.sampler = slots, data, sampling, sampler
-        self.tell: Callable[[str], None] = lambda _: None
-        self._told = 0.0
-        self._decoding = threading.Lock()
+        self.rollout, self.seed, self.slots = rollout, seed, slots
+        self.prompts, self.sampler = prompts, sampler
+        self.engine, self.grader, self.sampling = engine, grader, sampling
+        self.report_progress: Callable[[str], None] = lambda _: None
+        self._reported = 0.0
 
-    def roll_out(self, step: int) -> RolledOut:
-        """Complete and verify prompts until there are enough groups to train on."""
-        rollout, wanted = self.config.rollout, len(self.slots)
+    def roll_out(self, step: int) -> RankRollout:
+        """Generate and verify groups until there are enough to train on."""
+        rollout, wanted = self.rollout, len(self.slots)
         indices = self.sampler.indices(step)
         kept: list[Group] = []
-        uninformative: list[Group] = []
-        seconds, extras = 0.0, 0
-        for turn in range(1 + rollout.refill_rounds if rollout.dynamic_sampling else 1):
+        dropped: list[Group] = []
+        verify_seconds, replacements = 0.0, 0
+        for attempt in range(1 + rollout.refill_rounds if rollout.dynamic_sampling else 1):
             missing = wanted - len(kept)
-            candidates = [(slot, indices[slot]) for slot in self.slots] if turn == 0 else []
+            candidates = [(slot, indices[slot]) for slot in self.slots] if attempt == 0 else []
             if rollout.dynamic_sampling:
-                ask = math.ceil(missing * rollout.over_sampling)
-                while len(candidates) < ask:
-                    candidates.append(self._replacement(step, extras))
-                    extras += 1
-            groups, verifying = self._complete(step, candidates, missing)
-            seconds += verifying
+                while len(candidates) < math.ceil(missing * rollout.over_sampling):
+                    candidates.append(self._replacement(step, replacements))
+                    replacements += 1
+            groups, seconds = self._complete(step, candidates, missing)
+            verify_seconds += seconds
             for group in groups:
-                (kept if group.informative or not rollout.dynamic_sampling else uninformative).append(group)
+                (kept if group.informative or not rollout.dynamic_sampling else dropped).append(group)
             if len(kept) >= wanted:
                 break
-        every = kept + uninformative
-        reward = math.fsum(v.reward for group in every for v in group.verdicts)
-        return RolledOut(every[:wanted], len(every), reward, seconds)
+        groups = kept + dropped
+        reward = math.fsum(verdict.reward for group in groups for verdict in group.verdicts)
+        chosen = groups[:wanted]
+        for slot, group in zip(self.slots, chosen, strict=True):
+            group.slot = slot
+        return RankRollout(chosen, len(groups), reward, verify_seconds)
 
     def _replacement(self, step: int, number: int) -> tuple[int, int]:
-        """(slot, example) of the `number`-th prompt beyond this rank's own: a function of the run's seed and these."""
-        slot = self.config.rollout.prompts_per_step * (1 + number // len(self.slots))
+        """(slot, example) of the `number`-th replacement prompt of this rank in a step."""
+        slot = self.rollout.prompts_per_step * (1 + number // len(self.slots))
         slot += self.slots[number % len(self.slots)]
-        return slot, sample_seed(self.config.seed, step, slot, _CHOICE) % len(self.train[0])
+        return slot, sample_seed(self.seed, step, slot, _REPLACEMENT_DRAW) % len(self.prompts)
 
     def _complete(self, step: int, candidates: Sequence[tuple[int, int]], enough: int) -> tuple[list[Group], float]:
-        """Groups of these prompts, and seconds of verifying.
+        """Generate and verify candidates, (slot, example) each.
 
-        An engine that is not collective has each group verified as soon as it is complete and, under dynamic sampling,
-        drops what is under way once `enough` are informative.
+        Returns:
+            the groups in order, and the seconds of verification during which nothing was generated. Under dynamic
+            sampling a streaming engine drops what is still being generated once `enough` groups are informative.
         """
-        rollout, (examples, prompts) = self.config.rollout, self.train
-        samples = self.sampling.samples
-        seeds = [sample_seed(self.config.seed, step, slot, s) for slot, _ in candidates for s in range(samples)]
-        heads = [prompts[example] for _, example in candidates]
-        if not self.engine.collective:
-            done: dict[int, Group] = {}
-            seconds = 0.0
-
-            def keep(index: int, completions: list[Completion]) -> None:
-                nonlocal seconds
-                slot, example = candidates[index]
-                began = time.perf_counter()
-                texts, verdicts = self.judge([examples[example]], samples, completions)
-                seconds += time.perf_counter() - began
-                done[index] = Group(slot, example, completions, verdicts, texts)
-
-            async def finished(index: int, completions: list[Completion]) -> bool:
-                await asyncio.to_thread(keep, index, completions)
-                self._progress(f"rolling out: {len(done)} of {len(candidates)} prompts")
-                return rollout.dynamic_sampling and sum(group.informative for group in list(done.values())) >= enough
-
-            cast(StreamingEngine, self.engine).generate(heads, self.sampling, seeds, finished)
-            return [group for _, group in sorted(done.items())], seconds
-        if rollout.engine == "recorded":
-            completions = replay(Path(rollout.recording or ""), step, self.slots, samples)
-        else:
-            completions = self.engine.generate(heads, self.sampling, seeds)
+        requests = [
+            GroupRequest(
+                prompt=self.prompts.token_ids[example],
+                seeds=[sample_seed(self.seed, step, slot, sample) for sample in range(self.sampling.samples)],
+                place=(step, slot),
+            )
+            for slot, example in candidates
+        ]
+        if self.engine.streaming:
+            return self._stream(requests, candidates, enough), 0.0
+        completions = self.engine.generate(requests, self.sampling)
         began = time.perf_counter()
-        texts: list[str] = []
-        verdicts: list[Verdict] = []
-        if self.layout.is_leader:
-            texts, verdicts = self.judge([examples[example] for _, example in candidates], samples, completions)
-        # Replicas of the same weights each generated for themselves; the leader's word is taken.
-        completions, verdicts = collectives.broadcast_from_leader((completions, verdicts))
-        groups = []
-        for place, (slot, example) in enumerate(candidates):
-            own = slice(place * samples, (place + 1) * samples)
-            groups.append(Group(slot, example, completions[own], verdicts[own], texts[own]))
+        graded = self.grader.grade([self.prompts.examples[example] for _, example in candidates], completions)
+        groups = [
+            Group(slot, example, group, verdicts, texts)
+            for (slot, example), group, (texts, verdicts) in zip(candidates, completions, graded, strict=True)
+        ]
         return groups, time.perf_counter() - began
 
-    def _progress(self, text: str) -> None:
-        # Nobody waits for a step ahead of its time; and a display drawn anew for every prompt would cost too much.
-        if not self.config.rollout.max_staleness and time.monotonic() - self._told > _TELL_PERIOD_S:
-            self._told = time.monotonic()
-            self.tell(text)
+    def _stream(
+        self, requests: Sequence[GroupRequest], candidates: Sequence[tuple[int, int]], enough: int
+    ) -> list[Group]:
+        """Verify each group while others are still being generated."""
+        done: dict[int, Group] = {}
 
-    def judge(
-        self, examples: Sequence[Example], samples: int, completions: Sequence[Completion]
-    ) -> tuple[list[str], list[Verdict]]:
-        """Texts and verdicts of the completions of these examples, `samples` each."""
-        with self._decoding:  # groups of one rollout, and of several steps' rollouts, come in threads of their own
-            texts = self.tokenization.decode(completions)
-        return texts, self.verifiers.verify(texts, [e.answer for e in examples for _ in range(samples)])
+        def verify(index: int, completions: list[Completion]) -> None:
+            slot, example = candidates[index]
+            ((texts, verdicts),) = self.grader.grade([self.prompts.examples[example]], [completions])
+            done[index] = Group(slot, example, completions, verdicts, texts)
+
+        async def on_group(index: int, completions: list[Completion]) -> bool:
+            await asyncio.to_thread(verify, index, completions)
+            self._report(f"rolling out: {len(done)} of {len(candidates)} prompts")
+            informative = sum(group.informative for group in list(done.values()))
+            return self.rollout.dynamic_sampling and informative >= enough
+
+        self.engine.generate(requests, self.sampling, on_group)
+        return [group for _, group in sorted(done.items())]
+
+    def _report(self, text: str) -> None:
+        # Rollouts ahead of training are not what the run is waiting for, and a display that is redrawn for every
+        # prompt would cost more than it tells.
+        if not self.rollout.max_staleness and time.monotonic() - self._reported > _PROGRESS_PERIOD_S:
+            self._reported = time.monotonic()
+            self.report_progress(text)

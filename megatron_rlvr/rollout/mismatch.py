@@ -1,4 +1,4 @@
-"""The alarm on the distance between the policy that rolled out and the one that trains."""
+"""The alarm for a mismatch between the policy that generated a rollout and the one that trains on it."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from dataclasses import dataclass
 
 @dataclass
 class MismatchAlarm:
-    """Warns of a step whose KL(rollout || train) exceeds a threshold, and asks to stop after several in a row.
+    """Warns when KL(rollout || train) of a step exceeds a threshold, and asks to stop after several steps in a row.
 
     Attributes:
-        threshold: of the k3 estimate, nats a token; 0 never warns.
-        patience: steps in a row.
-        main: whether this process prints the warnings.
+        threshold: of the k3 estimate, nats per token; 0 disables the alarm.
+        patience: number of steps in a row above the threshold that end the run.
+        is_main: whether this process prints the warnings.
+        in_a_row: such steps so far.
     """
 
     threshold: float
     patience: int
-    main: bool = True
+    is_main: bool = True
     in_a_row: int = 0
 
     def observe(self, step: int, record: Mapping[str, float]) -> str | None:
-        """Take in a step's ``kl_rollout`` and ``mismatch/max``; returns why to stop, if so."""
+        """Read ``kl_rollout`` and ``mismatch/max`` from a step's metrics; returns the reason to stop, if any."""
         kl, largest = record["kl_rollout"], record["mismatch/max"]
-        if not self.threshold or kl <= self.threshold:  # a NaN is not beyond it: the entropy would show that
+        if not self.threshold or kl <= self.threshold:
             self.in_a_row = 0
             return None
         self.in_a_row += 1
-        found = (
-            f"KL(rollout || train) of step {step} is {kl:.3g} nats a token, above rollout.mismatch_alarm="
-            f"{self.threshold:g}, the largest log-prob difference {largest:.3g}"
+        measured = (
+            f"KL(rollout || train) of step {step} is {kl:.3g} nats per token, above rollout.mismatch_alarm="
+            f"{self.threshold:g}; the largest log-prob difference is {largest:.3g}"
         )
         if self.in_a_row >= self.patience:
             return (
-                f"{found}; so it was {self.in_a_row} steps in a row: engine and trainer compute different policies; "
-                "look at weight_sync and dtypes, set algorithm.objective.importance_cap, or raise mismatch_alarm"
+                f"{measured}; this is step {self.in_a_row} in a row: engine and trainer compute different policies; "
+                "check weight_sync and dtypes, set algorithm.objective.importance_cap, or raise mismatch_alarm"
             )
-        if self.main:
-            print(f"warning: {found}", file=sys.stderr)
+        if self.is_main:
+            print(f"warning: {measured}", file=sys.stderr)
         return None

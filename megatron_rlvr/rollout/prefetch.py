@@ -1,4 +1,4 @@
-"""Rollouts of coming steps, generated while the present one trains."""
+"""Rollouts of later steps, generated while the current step trains."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class RolloutsAhead(Generic[T]):
-    """Runs `roll_out` for up to `depth` steps after the one that is taken, each in a thread of its own.
+class RolloutPrefetcher(Generic[T]):
+    """Calls `roll_out` for up to `depth` steps beyond the one that is taken, each in its own thread.
 
-    The rollout of step k + depth begins when that of step k is taken, so with the weights that step k begins with: at
-    most `depth` versions before those that will train on it.
+    The rollout of step k + depth starts when that of step k is taken, with the weights that step k starts with. Its
+    tokens are therefore at most `depth` versions older than the weights that train on them.
 
     Args:
-        roll_out: of a step; called in other threads unless `depth` is 0.
-        depth: steps ahead.
-        end: the step that is not rolled out any more.
+        roll_out: generates a step; called from other threads unless `depth` is 0.
+        depth: number of steps ahead.
+        end: the first step that is not rolled out.
     """
 
     def __init__(self, roll_out: Callable[[int], T], depth: int, end: int):
         self.roll_out, self.depth, self.end = roll_out, depth, end
-        self._under_way: dict[int, Future[T]] = {}
+        self._pending: dict[int, Future[T]] = {}
 
     def take(self, step: int) -> T:
-        """The rollout of `step`, waited for; raises what it raised."""
+        """Wait for the rollout of `step` and return it; raises what `roll_out` raised."""
         if self.depth == 0:
             return self.roll_out(step)
         self._launch(step)
-        result = self._under_way.pop(step).result()
+        result = self._pending.pop(step).result()
         for later in range(step + 1, min(step + self.depth + 1, self.end)):
             self._launch(later)
         return result
 
     def _launch(self, step: int) -> None:
-        if step in self._under_way:
+        if step in self._pending:
             return
         future: Future[T] = Future()
-        self._under_way[step] = future
+        self._pending[step] = future
 
         def run() -> None:
             try:
@@ -48,5 +48,5 @@ class RolloutsAhead(Generic[T]):
             except BaseException as error:  # raised again by `take`
                 future.set_exception(error)
 
-        # A daemon: a run that ends early does not wait for rollouts that nobody will use.
+        # A daemon thread, so that a run that ends early does not wait for rollouts that nobody will use.
         threading.Thread(target=run, name=f"rollout-{step}", daemon=True).start()

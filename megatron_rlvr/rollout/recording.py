@@ -1,62 +1,61 @@
-"""Rollouts on disk: one JSON line a completion, to be read by people and replayed by the ``recorded`` engine."""
+"""Rollouts on disk: one JSON line per completion, for people to read and for the replay engine."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.groups import Group
 
 
 def recording_path(folder: Path, step: int, slot: int) -> Path:
-    """The file of one prompt of a step; `slot` is the prompt's place among all the prompts of the step."""
+    """The file of one group; `slot` is its place among all groups of the step."""
     return folder / f"step_{step:06d}" / f"prompt_{slot:05d}.jsonl"
 
 
-def record(
-    folder: Path,
-    step: int,
-    slots: Sequence[int],
-    prompts: Sequence[Any],
-    completions: Sequence[Completion],
-    texts: Sequence[str],
-    rewards: Sequence[float],
-) -> None:
-    """Write the group of every prompt: its text, and each completion's text, reward, tokens and log-probs."""
-    group = len(completions) // len(slots)
-    for g, (slot, prompt) in enumerate(zip(slots, prompts, strict=True)):
-        path = recording_path(folder, step, slot)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for i in range(g * group, (g + 1) * group):
-            c = completions[i]
-            row = {"prompt": prompt, "completion": texts[i], "reward": rewards[i], "finish_reason": c.finish_reason}
-            row |= {"token_ids": c.token_ids, "logprobs": c.logprobs, "weight_version": c.weight_version}
-            if c.version_spans:
-                row["version_spans"] = c.version_spans
-            lines.append(json.dumps(row))
-        path.write_text("\n".join(lines) + "\n")
+def record_group(folder: Path, step: int, group: Group, prompt: Any) -> None:
+    """Write a group: its prompt, and each completion's text, reward, tokens and log-probs."""
+    path = recording_path(folder, step, group.slot)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for completion, text, verdict in zip(group.completions, group.texts, group.verdicts, strict=True):
+        row = {
+            "prompt": prompt,
+            "completion": text,
+            "reward": verdict.reward,
+            "finish_reason": completion.finish_reason,
+            "token_ids": completion.token_ids,
+            "logprobs": completion.logprobs,
+            "weight_version": completion.weight_version,
+        }
+        if completion.version_spans:
+            row["version_spans"] = completion.version_spans
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines) + "\n")
 
 
-def replay(folder: Path, step: int, slots: Sequence[int], samples: int) -> list[Completion]:
-    """Read back what `record` wrote for these slots of a step.
+def read_recorded_group(folder: Path, step: int, slot: int, samples: int) -> list[Completion]:
+    """Read the completions of a group that `record_group` wrote.
 
     Raises:
-        UserError: when a file is missing or holds another number of completions.
+        UserError: when the file is missing or does not hold `samples` completions.
     """
-    completions: list[Completion] = []
-    for slot in slots:
-        path = recording_path(folder, step, slot)
-        if not path.is_file():
-            raise UserError(f"no recorded rollout {path}: record a run with rollout.record=true and the same settings")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        if len(rows) != samples:
-            raise UserError(f"{path} holds {len(rows)} completions, rollout.samples_per_prompt asks for {samples}")
-        for row in rows:
-            spans = tuple((version, tokens) for version, tokens in row.get("version_spans", []))
-            values = row["token_ids"], row["logprobs"], row["finish_reason"], row["weight_version"]
-            completions.append(Completion(*values, spans))
-    return completions
+    path = recording_path(folder, step, slot)
+    if not path.is_file():
+        raise UserError(f"no recorded rollout {path}: record a run with rollout.record=true and the same settings")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if len(rows) != samples:
+        raise UserError(f"{path} holds {len(rows)} completions, rollout.samples_per_prompt asks for {samples}")
+    return [
+        Completion(
+            token_ids=row["token_ids"],
+            logprobs=row["logprobs"],
+            finish_reason=row["finish_reason"],
+            weight_version=row["weight_version"],
+            version_spans=tuple((version, tokens) for version, tokens in row.get("version_spans", [])),
+        )
+        for row in rows
+    ]

@@ -1,4 +1,4 @@
-"""What every rollout engine offers: tokens in, tokens out."""
+"""The interface of rollout engines: token ids in, token ids and log-probs out."""
 
 from __future__ import annotations
 
@@ -8,72 +8,75 @@ from typing import Protocol
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.config import RolloutConfig
+from megatron_rlvr.rollout.sampling import SamplingPolicy
 
 
 @dataclass(frozen=True)
-class SamplingPolicy:
-    """How completions are drawn.
+class GroupRequest:
+    """One prompt, and the completions to draw for it.
 
     Attributes:
-        samples: completions a prompt.
-        max_tokens: longest completion, the stop token included.
-        temperature: divides the logits; log-probs are those of the divided logits.
-        top_p, top_k: what is left to draw from (1 and 0 leave all); log-probs stay those of the whole vocabulary.
-        stop_token_ids: a completion ends with the first of these; empty means that only `max_tokens` ends it.
+        prompt: token ids.
+        seeds: one per completion. Under the same weights, the same seed draws the same completion, whatever else is
+            generated with it.
+        place: (step, slot) of a training prompt, where `slot` counts the prompts of the step; None in an evaluation.
     """
 
-    samples: int
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-
-    @classmethod
-    def for_training(cls, config: RolloutConfig, stop_token_ids: Sequence[int]) -> SamplingPolicy:
-        return cls(
-            samples=config.samples_per_prompt,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            stop_token_ids=() if config.ignore_eos else tuple(stop_token_ids),
-        )
+    prompt: Sequence[int]
+    seeds: Sequence[int]
+    place: tuple[int, int] | None = None
 
 
-Finished = Callable[[int, list[Completion]], Awaitable[bool]]
-"""Called with a prompt's index and its completions as soon as they are complete; True: no others are needed."""
+OnGroup = Callable[[int, list[Completion]], Awaitable[bool]]
+"""Called with a request's index and its completions when they are complete; returns True to cancel the other requests.
+"""
 
 
 class EngineLostError(Exception):
-    """Nothing can generate any more, for reasons outside this run: save what there is and stop, to be started again."""
+    """Nothing can generate any more, for reasons outside this run: save a checkpoint, stop, and let the run resume."""
 
 
 class RolloutError(UserError):
-    """What a rollout met cannot be gone on with and is the user's to mend; every process of the job raises it.
+    """A user error that a rollout met. Every process of the job raises it, so that a checkpoint can be written first.
 
-    All of them know, so a checkpoint can be written before the run ends.
+    A UserError that one process raises alone would leave the others waiting in a collective.
     """
 
 
 class RolloutEngine(Protocol):
-    """Generates completions under weights it was last given."""
+    """Generates completions under the weights that it was last given.
 
-    collective: bool
-    """True: every process of a model replica calls `generate` together; False: only its leader does."""
+    Only the leader of a model replica calls `generate`; meanwhile the replica's other processes are in `assist`.
+    """
+
+    streaming: bool
+    """Whether `generate` passes each group to `on_group` as soon as it is complete, and can cancel the others."""
+    draws_from_policy: bool
+    """Whether completions are drawn under the weights that the engine was last given. Those of a replay are not, so a
+    mismatch between them and the trained policy is expected."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingPolicy, seeds: Sequence[int]
-    ) -> list[Completion]:
-        """Draw ``sampling.samples`` completions for each prompt, prompt by prompt.
+        self, requests: Sequence[GroupRequest], sampling: SamplingPolicy, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
+        """Draw ``sampling.samples`` completions for each request; returns one list per request.
 
         Args:
-            prompts: token ids.
+            requests: prompts and seeds.
             sampling: how to draw.
-            seeds: one for each completion, ``len(prompts) * sampling.samples``; the same seed under the same weights
-                draws the same completion, whatever else is in the batch.
+            on_group: for streaming engines. Lists of requests that it cancelled are empty.
+
+        Raises:
+            EngineLostError: when no server is left.
+            UserError: when the engine cannot serve these requests.
         """
+        ...
+
+    def assist(self) -> None:
+        """Take part in the leader's calls of `generate` until it calls `dismiss`."""
+        ...
+
+    def dismiss(self) -> None:
+        """Let the replica's other processes return from `assist`; called by the leader."""
         ...
 
     def offload(self) -> None:
@@ -86,24 +89,6 @@ class RolloutEngine(Protocol):
     def update_weights(self, version: int) -> None:
         """Serve the policy's present weights from now on, under this version. Collective over the job.
 
-        What goes wrong is raised by the next `generate`: the step that made the weights is whole.
-        """
-        ...
-
-
-class StreamingEngine(RolloutEngine, Protocol):
-    """An engine that is not collective: it tells of each prompt when it is complete, and can stop before the others."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingPolicy,
-        seeds: Sequence[int],
-        finished: Finished | None = None,
-    ) -> list[Completion]:
-        """See `RolloutEngine.generate`; prompts that `finished` no longer wants are aborted, and missing in the result.
-
-        Raises:
-            EngineLostError: when no server is left.
+        A failure is raised by the next `generate`, so that the step that made the weights is recorded first.
         """
         ...

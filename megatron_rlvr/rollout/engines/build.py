@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import RolloutEngine
 from megatron_rlvr.rollout.engines.local import LocalEngine
+from megatron_rlvr.rollout.engines.replay import ReplayEngine
 from megatron_rlvr.training.policy import Policy
 
 
 def build_engine(config: Config, policy: Policy, resources: ExitStack) -> RolloutEngine:
-    """The engine of `config.rollout.engine`; what it starts, `resources` stops. Collective over the job.
+    """The engine of ``rollout.engine``; `resources` stops what it starts. Collective over the job.
 
-    ``recorded`` replays training rollouts and evaluates with the local engine.
+    Raises:
+        UserError: when the engine cannot run with this model or layout.
     """
-    if config.rollout.engine == "sglang":
+    rollout, expert = config.rollout, config.parallel.expert
+    if rollout.engine == "sglang":
+        # Imported here because the other engines do not need httpx and the server processes.
         from megatron_rlvr.rollout.engines.sglang.engine import SGLangEngine
 
         return SGLangEngine(config, policy, resources)
-    if config.parallel.expert > 1 and config.rollout.engine == "local":
+    if rollout.engine == "recorded":
+        if expert > 1 and config.data.heldout:
+            raise UserError(
+                f"rollout.engine=recorded evaluates with the local engine, which cannot generate with parallel.expert="
+                f"{expert}: set data.heldout=null, or rollout.engine=sglang"
+            )
+        evaluation = LocalEngine(policy.model_chunks, rollout.local_batch) if config.data.heldout else None
+        return ReplayEngine(Path(rollout.recording or ""), evaluation)
+    if expert > 1:
         raise UserError(
-            f"rollout.engine=local does not generate under parallel.expert={config.parallel.expert}, whose ranks would "
-            "have to end together: set rollout.engine=sglang, or parallel.expert=1"
+            f"rollout.engine=local cannot generate with parallel.expert={expert}, because its ranks would have to "
+            "finish at the same token: set rollout.engine=sglang, or parallel.expert=1"
         )
-    if config.parallel.expert > 1 and config.data.heldout:
-        raise UserError(
-            f"rollout.engine={config.rollout.engine} evaluates with the local engine, which does not generate under "
-            f"parallel.expert={config.parallel.expert}: set data.heldout=null, or rollout.engine=sglang"
-        )
-    return LocalEngine(policy.model_chunks, config.rollout.local_batch)
+    return LocalEngine(policy.model_chunks, rollout.local_batch)

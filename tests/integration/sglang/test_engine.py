@@ -22,8 +22,9 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.rollout.config import RolloutConfig
-from megatron_rlvr.rollout.engines.base import SamplingPolicy
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
+from megatron_rlvr.rollout.sampling import SamplingPolicy
+from tests.generation import generate
 from tests.small_model import make_small_model
 
 WAYS = ("disk", "tensor", "distributed")
@@ -83,7 +84,7 @@ def _change(policy, seed: int) -> None:
 
 @pytest.mark.parametrize("engine", [{"weight_sync": way} for way in WAYS], indirect=True, ids=WAYS)
 def test_logprobs_are_the_trainer_s_before_and_after_each_sync(policy, engine, tmp_path: Path, capsys) -> None:
-    completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
+    completions = generate(engine, PROMPTS, SAMPLING)
     assert len(completions) == 12 and {c.weight_version for c in completions} == {0}
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     for completion in completions:
@@ -96,7 +97,7 @@ def test_logprobs_are_the_trainer_s_before_and_after_each_sync(policy, engine, t
         _change(policy, seed=version)
         assert _difference(policy, PROMPTS, completions) > 1e-2  # the change is one that the comparison sees
         engine.update_weights(version)
-        completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
+        completions = generate(engine, PROMPTS, SAMPLING)
         assert {c.weight_version for c in completions} == {version}
         assert _difference(policy, PROMPTS, completions) < 1e-4
     engine.weight_sync.folders.wait()
@@ -106,7 +107,7 @@ def test_logprobs_are_the_trainer_s_before_and_after_each_sync(policy, engine, t
 
 def test_top_k_leaves_logprobs_of_the_whole_vocabulary(policy, engine) -> None:
     sampling = dataclasses.replace(SAMPLING, top_k=3, top_p=0.9, stop_token_ids=())
-    completions = engine.generate(PROMPTS, sampling, list(range(12)))
+    completions = generate(engine, PROMPTS, sampling)
     assert all(len(c.token_ids) == 12 for c in completions)
     assert _difference(policy, PROMPTS, completions) < 1e-4
 
@@ -128,7 +129,7 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
 
     thread = threading.Thread(target=strike)
     thread.start()
-    completions = engine.generate(prompts, sampling, list(range(384)))
+    completions = generate(engine, prompts, sampling)
     thread.join()
     assert server.starts == starts + 1, "the rollout ended before the server was struck"
     assert len(completions) == 384 and {len(c.token_ids) for c in completions} == {40}
@@ -153,7 +154,7 @@ def test_weights_change_under_completions(interrupt: str, policy, engine, server
     sampling = SamplingPolicy(samples=8, max_tokens=50, temperature=TEMPERATURE)
     log, found = servers.servers[0].log, []
     log_end = len(log.read_bytes())
-    thread = threading.Thread(target=lambda: found.extend(engine.generate(prompts, sampling, list(range(192)))))
+    thread = threading.Thread(target=lambda: found.extend(generate(engine, prompts, sampling)))
     thread.start()
     deadline = time.monotonic() + 60
     while b"Decode batch" not in log.read_bytes()[log_end:] and time.monotonic() < deadline:
@@ -191,7 +192,7 @@ def test_broadcast_that_a_server_refuses(policy, engine, capsys) -> None:
     for version in (2, 3):
         _change(policy, seed=11 + version)
         engine.update_weights(version)
-        completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
+        completions = generate(engine, PROMPTS, SAMPLING)
         assert {c.weight_version for c in completions} == {version}
         assert _difference(policy, PROMPTS, completions) < 1e-4
         assert ("weights of step 2 go through the disk this time" in capsys.readouterr().err) == (version == 2)
@@ -208,10 +209,10 @@ def test_surplus_is_aborted_at_the_server(engine, servers) -> None:
 
     sampling = SamplingPolicy(samples=4, max_tokens=50, temperature=TEMPERATURE)
     engine.config.concurrency = 4 * 15
-    completions = engine.generate(prompts, sampling, list(range(160)), finished)
+    completions = generate(engine, prompts, sampling, finished)
     assert 10 <= len(done) <= 15 and len(completions) == 4 * len(done)
     began = time.monotonic()
-    engine.generate(prompts[:1], sampling, list(range(4)))
+    generate(engine, prompts[:1], sampling)
     assert time.monotonic() - began < 5
     deadline = time.monotonic() + 5
     while (load := _running(servers.urls[0])) and time.monotonic() < deadline:
@@ -231,14 +232,14 @@ def test_memory_is_given_up_and_taken_back(policy, engine) -> None:
     engine.offload()
     _change(policy, seed=4)
     engine.update_weights(3)
-    completions = engine.generate(PROMPTS, SAMPLING, list(range(12)))
+    completions = generate(engine, PROMPTS, SAMPLING)
     assert {c.weight_version for c in completions} == {3}
     assert _difference(policy, PROMPTS, completions) < 1e-4
 
 
 def test_context_is_too_short(engine) -> None:
     with pytest.raises(UserError, match=r"a prompt of 6 tokens and rollout.max_tokens=60 are more than .* 64 tokens"):
-        engine.generate([PROMPTS[0]], dataclasses.replace(SAMPLING, max_tokens=60), list(range(6)))
+        generate(engine, [PROMPTS[0]], dataclasses.replace(SAMPLING, max_tokens=60))
 
 
 def test_another_model_behind_the_url(layout, servers, sglang: SGLangConfig, tmp_path: Path) -> None:

@@ -59,6 +59,6 @@ def test_equal_groups_stay() -> None:
 def test_what_a_group_costs() -> None:
     completions = [Completion([1] * n, [0.0] * n, "stop", 0) for n in (3, 5)]
     mixed, same = ([Verdict(0.0, "ok"), Verdict(reward, "ok")] for reward in (1.0, 0.0))
-    assert group_cost(Group(0, 0, completions, mixed), 10, epochs=2, drop=True) == 7 * 28
-    assert group_cost(Group(0, 0, completions, same), 10, epochs=2, drop=True) == 28
-    assert group_cost(Group(0, 0, completions, same), 10, epochs=2, drop=False) == 7 * 28
+    assert group_cost(Group(0, 0, completions, mixed, ["", ""]), 10, epochs=2, drop=True) == 7 * 28
+    assert group_cost(Group(0, 0, completions, same, ["", ""]), 10, epochs=2, drop=True) == 28
+    assert group_cost(Group(0, 0, completions, same, ["", ""]), 10, epochs=2, drop=False) == 7 * 28

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rlvr.rollout.collection import pass_at_k
 from megatron_rlvr.rollout.sampling import draw, sample_seed, uniforms
 
 
@@ -54,13 +53,3 @@ def test_top_k_and_top_p_keep_whole_vocabulary_logprobs() -> None:
     assert set(token.tolist()) == {0, 1}
     token, _ = draw(logits, uniform, 1.0, 0.81, 0)
     assert set(token.tolist()) == {0, 1, 2}
-
-
-def test_pass_at_k_equals_the_mean_over_all_subsets() -> None:
-    from itertools import combinations
-
-    for solved in range(6):
-        outcomes = [True] * solved + [False] * (5 - solved)
-        for k in range(1, 6):
-            subsets = list(combinations(outcomes, k))
-            assert pass_at_k(5, solved, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))

@@ -17,8 +17,9 @@ from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.objectives import build_objective
 from megatron_rlvr.rollout.config import RolloutConfig
-from megatron_rlvr.rollout.engines.base import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingPolicy
 from megatron_rlvr.training.config import AlgorithmConfig
+from tests.generation import generate
 
 TEMPERATURE = 0.8
 LEARNING_RATE = 0.02
@@ -141,7 +142,7 @@ def test_local_engine_reports_the_policy_s_own_logprobs(policy, reference) -> No
 
     engine = LocalEngine(policy.model_chunks, batch=5)  # two prompts do not fit together, so batches are cut
     sampling = SamplingPolicy(samples=4, max_tokens=9, temperature=TEMPERATURE, stop_token_ids=tuple(range(0, 30)))
-    completions = engine.generate(PROMPTS, sampling, seeds=list(range(8)))
+    completions = generate(engine, PROMPTS, sampling)
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     for number, completion in enumerate(completions):
         head = PROMPTS[number // 4]
@@ -151,5 +152,5 @@ def test_local_engine_reports_the_policy_s_own_logprobs(policy, reference) -> No
             logits = reference(torch.tensor([head + ids])).logits[0, len(head) - 1 : -1]
         expected = (logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
         assert (torch.tensor(completion.logprobs) - expected).abs().max() < 5e-6
-    alone = LocalEngine(policy.model_chunks, batch=1000).generate(PROMPTS[1:], sampling, seeds=list(range(4, 8)))
+    alone = generate(LocalEngine(policy.model_chunks, batch=1000), PROMPTS[1:], sampling, first_seed=4)
     assert [c.token_ids for c in alone] == [c.token_ids for c in completions[4:]]

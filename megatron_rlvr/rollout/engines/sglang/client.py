@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engines.base import EngineLostError, Finished, SamplingPolicy
+from megatron_rlvr.rollout.engines.base import EngineLostError, GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
 from megatron_rlvr.rollout.engines.sglang.protocol import generate_body, read_completions
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
+from megatron_rlvr.rollout.sampling import SamplingPolicy
 
 _PROBE_PERIOD_S = 1.0
 
@@ -51,28 +52,22 @@ class Client:
             endpoint.connections.close()
 
     async def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingPolicy,
-        seeds: Sequence[int],
-        finished: Finished | None = None,
-    ) -> list[Completion]:
-        """See `StreamingEngine.generate`; prompts that `finished` no longer needs are missing from the result.
+        self, requests: Sequence[GroupRequest], sampling: SamplingPolicy, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`.
 
         Raises:
             UserError: when a server refuses a request or sends a malformed reply.
             EngineLostError: when no server is left.
         """
-        samples = sampling.samples
-        limit = max(1, self.config.concurrency // samples)
+        limit = max(1, self.config.concurrency // sampling.samples)
         groups: list[asyncio.Task[list[Completion]]] = []
         enough = False
 
         async def run_group(index: int, endpoint: Endpoint) -> list[Completion]:
             nonlocal enough
-            group_seeds = seeds[index * samples : (index + 1) * samples]
-            completions = await self._generate_group(prompts[index], sampling, group_seeds, endpoint, limit)
-            if finished is not None and not enough and await finished(index, completions):
+            completions = await self._generate_group(requests[index], sampling, endpoint, limit)
+            if on_group is not None and not enough and await on_group(index, completions):
                 enough = True
                 for other in groups:
                     if other is not asyncio.current_task():
@@ -82,7 +77,7 @@ class Client:
         try:
             async with asyncio.TaskGroup() as tasks:
                 watches = [tasks.create_task(self._watch(endpoint)) for endpoint in self.endpoints]
-                for index in range(len(prompts)):
+                for index in range(len(requests)):
                     # Prompts are handed out one by one as servers have capacity, so a fast server gets more of them.
                     endpoint = await self._claim_endpoint(limit)
                     if enough:
@@ -94,13 +89,14 @@ class Client:
                     watch.cancel()
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return [completion for task in groups if not task.cancelled() for completion in task.result()]
+        completed = [[] if task.cancelled() else task.result() for task in groups]
+        return completed + [[] for _ in requests[len(completed) :]]
 
     async def _generate_group(
-        self, prompt: Sequence[int], sampling: SamplingPolicy, seeds: Sequence[int], endpoint: Endpoint, limit: int
+        self, request: GroupRequest, sampling: SamplingPolicy, endpoint: Endpoint, limit: int
     ) -> list[Completion]:
         """All samples of a prompt in one request, so that the server computes the prompt once."""
-        body = generate_body(prompt, sampling, seeds)
+        body = generate_body(request.prompt, sampling, request.seeds)
         losses: list[str] = []
         while True:
             try:

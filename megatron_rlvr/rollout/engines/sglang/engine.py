@@ -13,12 +13,13 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import collectives
-from megatron_rlvr.rollout.engines.base import Finished, SamplingPolicy
+from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.engines.sglang.weight_sync.sync import UpdateOutcome, WeightSync
+from megatron_rlvr.rollout.sampling import SamplingPolicy
 from megatron_rlvr.training.policy import Policy
 
 
@@ -36,7 +37,8 @@ class SGLangEngine:
         UserError: when a server does not start, cannot be reached, or has another model.
     """
 
-    collective = False
+    streaming = True
+    draws_from_policy = True
 
     def __init__(self, config: Config, policy: Policy, resources: ExitStack):
         self.config, self.policy = config.rollout.sglang, policy
@@ -66,26 +68,22 @@ class SGLangEngine:
             collectives.barrier()
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingPolicy,
-        seeds: Sequence[int],
-        finished: Finished | None = None,
-    ) -> list[Completion]:
-        """See `StreamingEngine.generate`; the same seed draws the same completion only on a deterministic server."""
+        self, requests: Sequence[GroupRequest], sampling: SamplingPolicy, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`; the same seed draws the same completion only on a deterministic server."""
         if self._outcome.user_error:
             raise UserError(self._outcome.user_error)
         context_length = self.policy.bridge.context_length
-        longest = max(len(prompt) for prompt in prompts)
+        longest = max(len(request.prompt) for request in requests)
         if longest + sampling.max_tokens > context_length:
             raise UserError(
                 f"a prompt of {longest} tokens and rollout.max_tokens={sampling.max_tokens} are more than the model's "
                 f"context of {context_length} tokens: lower rollout.max_tokens or data.max_prompt_tokens"
             )
 
-        async def ask() -> list[Completion]:
+        async def ask() -> list[list[Completion]]:
             async with Client(self.urls, self.config, self.state, self._unavailable) as client:
-                return await client.generate(prompts, sampling, seeds, finished)
+                return await client.generate(requests, sampling, on_group)
 
         with self._generation_ended:
             self._generating += 1
@@ -95,6 +93,12 @@ class SGLangEngine:
             with self._generation_ended:
                 self._generating -= 1
                 self._generation_ended.notify_all()
+
+    def assist(self) -> None:
+        """See `RolloutEngine.assist`: the leader talks to the servers alone."""
+
+    def dismiss(self) -> None:
+        pass
 
     def offload(self) -> None:
         """See `RolloutEngine.offload`: servers release their memory under ``rollout.sglang.release_memory``."""

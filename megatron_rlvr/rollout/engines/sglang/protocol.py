@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engines.base import SamplingPolicy
 from megatron_rlvr.rollout.engines.sglang.http import Reply
+from megatron_rlvr.rollout.sampling import SamplingPolicy
 
 UNKNOWN_VERSION = -1
 """The weight version of a server that names none of the trainer's."""

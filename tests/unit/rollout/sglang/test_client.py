@@ -14,13 +14,15 @@ from fake_sglang import FakeServer, fake_server
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engines.base import EngineLostError, SamplingPolicy
+from megatron_rlvr.rollout.engines.base import EngineLostError
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint
 from megatron_rlvr.rollout.engines.sglang.protocol import sampling_parameters
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.engines.sglang.weight_sync.update import load_on_servers
+from megatron_rlvr.rollout.sampling import SamplingPolicy
+from tests.generation import group_requests
 
 CONFIG = SGLangConfig(
     concurrency=10, start_timeout_seconds=5, request_timeout_seconds=20, health_timeout_seconds=0.5, attempts=3
@@ -47,7 +49,8 @@ def _generate(
 ) -> list[Completion]:
     async def ask() -> list[Completion]:
         async with Client(urls, config, ServerState(version, FOLDER)) as client:
-            return await client.generate(prompts, SAMPLING, list(range(len(prompts) * SAMPLING.samples)))
+            groups = await client.generate(group_requests(prompts, SAMPLING.samples), SAMPLING)
+            return [completion for group in groups for completion in group]
 
     return asyncio.run(ask())
 

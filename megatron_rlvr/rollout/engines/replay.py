@@ -1,0 +1,57 @@
+"""The replay engine: completions of an earlier run, read from its ``rollouts/`` folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
+from megatron_rlvr.rollout.engines.local import LocalEngine
+from megatron_rlvr.rollout.recording import read_recorded_group
+from megatron_rlvr.rollout.sampling import SamplingPolicy
+
+
+class ReplayEngine:
+    """Answers training requests with what ``rollout.record`` wrote for the same step and slot.
+
+    Evaluations are not recorded: the local engine generates them.
+
+    Args:
+        folder: the ``rollouts/`` folder of the recorded run.
+        evaluation: generates evaluations; None in a run without held-out data.
+    """
+
+    streaming = False
+    draws_from_policy = False
+
+    def __init__(self, folder: Path, evaluation: LocalEngine | None):
+        self.folder, self.evaluation = folder, evaluation
+
+    def generate(
+        self, requests: Sequence[GroupRequest], sampling: SamplingPolicy, on_group: OnGroup | None = None
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`.
+
+        Raises:
+            UserError: when a recording is missing or has another number of completions.
+        """
+        places = [request.place for request in requests if request.place is not None]
+        if not places and self.evaluation is not None:
+            return self.evaluation.generate(requests, sampling)
+        return [read_recorded_group(self.folder, step, slot, sampling.samples) for step, slot in places]
+
+    def assist(self) -> None:
+        if self.evaluation is not None:
+            self.evaluation.assist()
+
+    def dismiss(self) -> None:
+        if self.evaluation is not None:
+            self.evaluation.dismiss()
+
+    def offload(self) -> None:
+        pass
+
+    def update_weights(self, version: int) -> None:
+        if self.evaluation is not None:
+            self.evaluation.update_weights(version)

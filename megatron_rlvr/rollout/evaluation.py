@@ -1,0 +1,94 @@
+"""Evaluation on held-out prompts: pass@k, reward and length."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+from megatron_rlvr.config import Config
+from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron.parallel import Layout
+from megatron_rlvr.rollout.engines.base import EngineLostError, GroupRequest, RolloutEngine, RolloutError
+from megatron_rlvr.rollout.grading import Grader
+from megatron_rlvr.rollout.leaders import run_on_leaders
+from megatron_rlvr.rollout.prompts import load_prompts
+from megatron_rlvr.rollout.sampling import SamplingPolicy, sample_seed
+from megatron_rlvr.rollout.tokenization import Tokenization
+from megatron_rlvr.verifiers import VerifierPool
+
+# No training step reaches this number, so an evaluation never draws the random numbers of a training sample.
+EVALUATION_SEED = 2**31
+
+
+class Evaluator:
+    """Completes held-out prompts with the same seeds at every evaluation. Data-parallel ranks share the prompts.
+
+    Raises:
+        UserError: for held-out data that cannot be read or used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layout: Layout,
+        engine: RolloutEngine,
+        tokenization: Tokenization,
+        verifiers: VerifierPool,
+    ):
+        assert config.data.heldout is not None
+        rollout, evaluation = config.rollout, config.evaluation
+        self.seed, self.layout, self.engine = config.seed, layout, engine
+        self.grader = Grader(tokenization, verifiers)
+        self.sampling = SamplingPolicy.for_evaluation(evaluation, rollout, tokenization.stops(rollout.stop))
+        section = "rollout" if evaluation.max_tokens is None else "evaluation"
+        self.prompts = load_prompts(
+            config.data.heldout,
+            config.data,
+            tokenization,
+            verifiers,
+            max_response=(f"{section}.max_tokens", self.sampling.max_tokens),
+            limit=evaluation.prompts,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """pass@k for k = 1, 2, 4, ..., mean reward and mean response length. Collective over the job.
+
+        Returns an empty dictionary, after a warning, when the engine cannot generate: the next rollout meets the same
+        failure, and ends the run with a checkpoint.
+
+        Raises:
+            RolloutError: on every process, when the verifier refuses the data.
+        """
+        examples, prompts = self.prompts.examples, self.prompts.token_ids
+        samples = self.sampling.samples
+        indices = range(self.layout.data_rank, len(examples), self.layout.data_size)
+        requests = [
+            GroupRequest(prompts[i], [sample_seed(self.seed, EVALUATION_SEED, i, s) for s in range(samples)])
+            for i in indices
+        ]
+        try:
+            groups = run_on_leaders(lambda: self.engine.generate(requests, self.sampling), self.engine, self.layout)
+        except (EngineLostError, RolloutError) as error:
+            print(f"warning: no evaluation: {error}", file=sys.stderr)
+            return {}
+        graded = run_on_leaders(
+            lambda: self.grader.grade([examples[i] for i in indices], groups or []), self.engine, self.layout
+        )
+        verdicts = [group for _, group in graded or []]
+        solved = [sum(verdict.reward > 0.5 for verdict in group) for group in verdicts]
+        powers = [2**e for e in range(samples.bit_length()) if 2**e <= samples]
+        sums = {f"pass@{k}": math.fsum(pass_at_k(samples, count, k) for count in solved) for k in powers}
+        sums["reward"] = math.fsum(verdict.reward for group in verdicts for verdict in group) / samples
+        sums["response_tokens"] = sum(len(c.token_ids) for group in groups or [] for c in group) / samples
+        totals = collectives.sum_over_job(sums, contributes=self.layout.is_leader)
+        return {name: total / len(examples) for name, total in totals.items()}
+
+
+def pass_at_k(samples: int, solved: int, k: int) -> float:
+    """Unbiased estimate of the probability that one of k completions solves a prompt, from `solved` of `samples`.
+
+    1 - C(n - c, k) / C(n, k); Chen et al., arXiv 2107.03374, equation 1.
+    """
+    if samples - solved < k:
+        return 1.0
+    return 1.0 - math.prod((samples - solved - i) / (samples - i) for i in range(k))

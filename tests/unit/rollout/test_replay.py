@@ -1,0 +1,60 @@
+"""Recorded rollouts, and the engine that replays them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scripted_engine import ScriptedEngine
+
+from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engines.base import GroupRequest
+from megatron_rlvr.rollout.engines.replay import ReplayEngine
+from megatron_rlvr.rollout.groups import Group
+from megatron_rlvr.rollout.recording import record_group
+from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.verifiers import Verdict
+
+SAMPLING = SamplingPolicy(samples=2, max_tokens=6)
+RECORDED = {
+    (3, slot): [
+        Completion([slot, 7], [-0.1, -0.2 / 3], "stop", 3),
+        Completion([slot, 8, 9], [-1.0, -2.0, -3.0], "length", 4, ((3, 1), (4, 2))),
+    ]
+    for slot in (0, 5)
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for (step, slot), completions in RECORDED.items():
+        verdicts = [Verdict(1.0, "ok"), Verdict(0.0, "timeout")]
+        record_group(tmp_path, step, Group(slot, 11, completions, verdicts, ["one", "two"]), prompt="1 2 : 3 >")
+    return tmp_path
+
+
+def _request(slot: int, step: int = 3) -> GroupRequest:
+    return GroupRequest([1, 2], [10, 11], (step, slot))
+
+
+def test_a_recorded_group_comes_back_exactly(folder: Path) -> None:
+    engine = ReplayEngine(folder, evaluation=None)
+    assert engine.generate([_request(5), _request(0)], SAMPLING) == [RECORDED[3, 5], RECORDED[3, 0]]
+
+
+def test_evaluations_are_generated(folder: Path) -> None:
+    local = ScriptedEngine(streaming=False)
+    engine = ReplayEngine(folder, local)  # type: ignore[arg-type]
+    engine.update_weights(4)
+    [group] = engine.generate([GroupRequest([1, 2], [10, 11])], SAMPLING)
+    assert local.asked == [1] and {completion.weight_version for completion in group} == {4}
+    assert engine.generate([_request(0)], SAMPLING) == [RECORDED[3, 0]] and local.asked == [1]
+
+
+def test_a_missing_group_is_named(folder: Path) -> None:
+    engine = ReplayEngine(folder, evaluation=None)
+    with pytest.raises(UserError, match=r"no recorded rollout .*step_000004/prompt_00005.jsonl: record a run with"):
+        engine.generate([_request(5, step=4)], SAMPLING)
+    with pytest.raises(UserError, match=r"holds 2 completions, rollout.samples_per_prompt asks for 3"):
+        engine.generate([_request(5)], SamplingPolicy(samples=3, max_tokens=6))
