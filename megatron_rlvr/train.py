@@ -43,7 +43,8 @@ from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.telemetry.reporter import Reporter
 from megatron_rlvr.telemetry.timer import StepTimer
 from megatron_rlvr.training.checkpoint import Checkpoints
-from megatron_rlvr.training.policy import Policy, UpdateReport, learning_rate
+from megatron_rlvr.training.learning_rate import learning_rate
+from megatron_rlvr.training.policy import Policy, UpdateReport
 from megatron_rlvr.training.step_metrics import entropy_shift, measure_rollout, update_metrics
 from megatron_rlvr.training.token_weights import token_weights
 from megatron_rlvr.verifiers import build_pool

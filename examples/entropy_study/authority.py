@@ -37,7 +37,7 @@ from megatron_rlvr.rollout.collection import RolloutCollector
 from megatron_rlvr.rollout.engines.build import build_engine
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.training.checkpoint import Checkpoints
-from megatron_rlvr.training.head import LOSS_SUMS
+from megatron_rlvr.training.loss import LOSS_SUMS
 from megatron_rlvr.training.policy import Policy
 from megatron_rlvr.training.step_metrics import measure_rollout
 from megatron_rlvr.training.token_weights import token_weights

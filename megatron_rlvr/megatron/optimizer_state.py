@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron.optimizer import chained_optimizers
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -23,20 +24,15 @@ METADATA = {
 }
 
 
-def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of dense and of expert parameters, or the one there is."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Whether the state is spread over data-parallel ranks."""
-    return any(isinstance(part, DistributedOptimizer) for part in parts(optimizer))
+    return any(isinstance(part, DistributedOptimizer) for part in chained_optimizers(optimizer))
 
 
 def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> dict[str, Any]:
     """megatron-core's description of the state, to be saved or to be filled by loading. Collective."""
     if loading:
-        for part in parts(optimizer):
+        for part in chained_optimizers(optimizer):
             if _over_torch(part):
                 _prepare(part)
     return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=METADATA)
@@ -48,7 +44,7 @@ def load(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
     Experts have an optimizer of their own only where expert-parallel ranks share them. Tensors are named by their
     parameter, so they find their place in any case; of the rest only the step count is read.
     """
-    chain = parts(optimizer)
+    chain = chained_optimizers(optimizer)
     for number, part in enumerate(chain):
         own = state[number] if len(chain) > 1 else {k: v for k, v in state.items() if not isinstance(k, int)}
         distributed = isinstance(part, DistributedOptimizer)

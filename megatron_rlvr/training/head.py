@@ -1,4 +1,4 @@
-"""The last pipeline stage's end: from what the model returns to log-probs, entropies and the loss of a minibatch."""
+"""From the output of the last pipeline stage to log-probs, entropies and scores of tokens."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rlvr import ops
-from megatron_rlvr.control import ClipThresholds, SteeringResponse
-from megatron_rlvr.control.regions import classify, entropy_change, gradient_norm, steering_weights
-from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.control.regions import entropy_change, gradient_norm
 from megatron_rlvr.data.microbatch import Microbatch
 from megatron_rlvr.megatron import collectives
 from megatron_rlvr.megatron.model import PolicyModel
-from megatron_rlvr.objectives import PolicyObjective, TokenInputs
-from megatron_rlvr.objectives.tokens import TokenOutputs, beyond_bounds
 
 
 @dataclass
 class TokenScores:
-    """What the training weights say of a rollout before its updates; flat [T] in the batch's token order.
+    """What the weights before a step's updates say about its rollout.
 
-    Known on the last pipeline stage, and zeros elsewhere: only sums leave it.
+    All are float32 [T] on the CPU, in the batch's token order. They hold values on the last pipeline stage and zeros
+    elsewhere: only sums of them leave the stage.
     """
 
     logprob: Tensor
@@ -34,16 +31,20 @@ class TokenScores:
     ascent: Tensor
     """First-order rise of each token's own objective per unit of learning rate."""
 
+    @classmethod
+    def zeros(cls, tokens: int) -> TokenScores:
+        return cls(*(torch.zeros(tokens) for _ in fields(cls)))
+
 
 @dataclass(frozen=True)
 class Head:
     """Token statistics of the last stage's output: of logits, or fused with the vocabulary projection.
 
     Attributes:
-        model: whose weight projects; asked for hidden states instead of logits when `fused`.
+        model: the model chunk whose weight projects; it returns hidden states instead of logits if `fused`.
         temperature: divides the logits.
-        group: tensor-parallel group, None for one member.
-        fused: form logits a chunk at a time instead of whole.
+        group: tensor-parallel group; None for one member.
+        fused: form the logits a chunk of tokens at a time instead of all at once.
     """
 
     model: PolicyModel
@@ -51,20 +52,19 @@ class Head:
     group: dist.ProcessGroup | None
     fused: bool
 
-    def statistics(self, output: Tensor, part: Microbatch, second_moments: bool = False) -> ops.TokenStatistics:
-        """Differentiable log-probs and entropies, float32 [T]; overwrites logits in the backward pass.
+    def statistics(self, output: Tensor, microbatch: Microbatch, second_moments: bool = False) -> ops.TokenStatistics:
+        """Differentiable log-probs and entropies, float32 [T]. The backward pass overwrites the logits.
 
-        Collective over the context-parallel group, whose ranks each know the output of some tokens.
+        Collective over the context-parallel group, whose ranks each hold the output of some of the tokens.
         """
-        targets = part.targets if part.here is None else part.targets[part.here]
-        found = self._own_statistics(output, targets.to(output.device), second_moments)
-        if part.here is None:
-            return found
-        known = [getattr(found, f.name) for f in fields(found)]
-        values = torch.stack([value for value in known if value is not None])
-        return ops.TokenStatistics(
-            *collectives.all_gather_tokens(values, part.here.to(output.device), len(part.targets))
-        )
+        if microbatch.here is None:
+            return self._own_statistics(output, microbatch.targets.to(output.device), second_moments)
+        own_targets = microbatch.targets[microbatch.here].to(output.device)
+        own = self._own_statistics(output, own_targets, second_moments)
+        values = [value for field in fields(own) if (value := getattr(own, field.name)) is not None]
+        index = microbatch.here.to(output.device)
+        shared = collectives.all_gather_tokens(torch.stack(values), index, len(microbatch.targets))
+        return ops.TokenStatistics(*shared)
 
     def _own_statistics(self, output: Tensor, targets: Tensor, second_moments: bool) -> ops.TokenStatistics:
         settings: dict[str, Any] = {
@@ -75,136 +75,18 @@ class Head:
         }
         if not self.fused:
             return ops.token_statistics(output, targets, **settings)
-        form = ops.fused_linear_token_statistics if torch.is_grad_enabled() else ops.fused_linear_statistics
-        return form(output, self.model.output_weight(), targets, **settings)
+        operator = ops.fused_linear_token_statistics if torch.is_grad_enabled() else ops.fused_linear_statistics
+        return operator(output, self.model.output_weight(), targets, **settings)
 
-    def score(self, output: Tensor, part: Microbatch, advantage: Tensor, scores: TokenScores) -> None:
-        """Fill in the scores of a microbatch's tokens; `advantage` is float32 [N]."""
-        here = output.device
-        statistics = self.statistics(output, part, second_moments=True)
+    def score(self, output: Tensor, microbatch: Microbatch, advantage: Tensor, scores: TokenScores) -> None:
+        """Write the scores of a microbatch's tokens into `scores`; `advantage` is float32 [N], per sequence."""
+        statistics = self.statistics(output, microbatch, second_moments=True)
         squared, squared_logprob = statistics.sum_squared_prob, statistics.sum_squared_prob_logprob
         assert squared is not None and squared_logprob is not None
-        token_advantage = advantage[part.sequences][part.sequence_index].to(here)
         logprob, entropy = statistics.logprob, statistics.entropy
-        scores.logprob[part.flat] = logprob.cpu()
-        scores.entropy[part.flat] = entropy.cpu()
-        scores.entropy_change[part.flat] = entropy_change(
-            logprob, entropy, token_advantage, squared, squared_logprob
-        ).cpu()
-        scores.ascent[part.flat] = gradient_norm(logprob, token_advantage, squared).cpu()
-
-
-LOSS_SUMS = (
-    "loss",
-    "active_tokens",
-    "clipped_high",
-    "clipped_low",
-    "E1",
-    "E2",
-    "E3",
-    "E4",
-    "entropy_drift",
-    "old_entropy",
-)
-
-
-@dataclass
-class MinibatchLoss:
-    """The loss of one minibatch, ``-sum(token_weight * objective)``, and what is counted on the way.
-
-    Attributes:
-        batch: this rank's rollouts.
-        advantage, token_weight: float32 [N]; the aggregation weight of every token of each sequence.
-        scores: of the old policy.
-        thresholds, response, objective: of this step.
-        gradient_scale: the number that backward will multiply the loss by.
-        sums: float64 [len(LOSS_SUMS)], over the tokens seen so far; all but the loss count tokens with an advantage.
-        ratio_max: float32 [], the largest importance ratio so far.
-    """
-
-    head: Head
-    batch: RolloutBatch
-    advantage: Tensor
-    token_weight: Tensor
-    scores: TokenScores
-    thresholds: ClipThresholds
-    response: SteeringResponse
-    objective: PolicyObjective
-    gradient_scale: float
-    sums: Tensor
-    ratio_max: Tensor
-
-    def __call__(self, output: Tensor, part: Microbatch) -> Tensor:
-        """The loss of a microbatch, 0-d float32."""
-        here = output.device
-        targets, flat, index = (x.to(here) for x in (part.targets, part.flat, part.sequence_index))
-        advantage, weight = (x[part.sequences].to(here)[index] for x in (self.advantage, self.token_weight))
-        old_logprob = self.scores.logprob.to(here)[flat]
-        steering = None
-        if self.thresholds.steering:
-            change = self.scores.entropy_change.to(here)[flat]
-            steering = steering_weights(change, self.thresholds.steering, self.response)
-        # Context-parallel ranks share statistics before the loss, so there the loss is not part of the fused operator.
-        if self.head.fused and self.objective.is_plain_clip and part.here is None:
-            fused = ops.fused_linear_objective(
-                output,
-                self.head.model.output_weight(),
-                targets,
-                old_logprob,
-                advantage,
-                self.thresholds,
-                token_weight=weight if steering is None else weight * steering,
-                temperature=self.head.temperature,
-                group=self.head.group,
-                vocabulary=self.head.model.vocabulary,
-                loss_scale=self.gradient_scale,
-            )
-            loss, logprob, entropy = fused.loss, fused.logprob, fused.entropy
-            bounds = self.thresholds.ratio_bounds(old_logprob.exp())
-            clipped = beyond_bounds((logprob - old_logprob).exp(), *bounds, advantage)
-            outputs = TokenOutputs(fused.objective, *clipped)
-        else:
-            statistics = self.head.statistics(output, part)
-            logprob, entropy = statistics.logprob, statistics.entropy
-            outputs = self.objective(
-                TokenInputs(
-                    logprob=logprob,
-                    entropy=entropy,
-                    old_logprob=old_logprob,
-                    advantage=advantage,
-                    sequence_index=index,
-                    sequence_count=len(part.sequences),
-                    thresholds=self.thresholds,
-                    weight=steering,
-                    rollout_logprob=self.batch.rollout_logprob.to(here)[flat],
-                )
-            )
-            loss = -(weight * outputs.objective).sum()
-        self._count(loss, outputs, logprob.detach(), entropy.detach(), old_logprob, advantage, flat)
-        return loss
-
-    @torch.no_grad()
-    def _count(
-        self,
-        loss: Tensor,
-        outputs: TokenOutputs,
-        logprob: Tensor,
-        entropy: Tensor,
-        old_logprob: Tensor,
-        advantage: Tensor,
-        flat: Tensor,
-    ) -> None:
-        old_entropy = self.scores.entropy.to(logprob.device)[flat]
-        region = classify(old_logprob, old_entropy, advantage)
-        active = region > 0
-        counted = (
-            active,
-            outputs.clipped_high,
-            outputs.clipped_low,
-            *(region == r for r in (1, 2, 3, 4)),
-            (entropy - old_entropy) * active,
-            old_entropy * active,
-        )
-        self.sums += torch.stack([loss.double(), *(x.sum(dtype=torch.float64) for x in counted)])
-        if len(flat):
-            self.ratio_max = torch.maximum(self.ratio_max, (logprob - old_logprob).exp().max())
+        token_advantage = advantage[microbatch.sequences][microbatch.sequence_index].to(output.device)
+        change = entropy_change(logprob, entropy, token_advantage, squared, squared_logprob)
+        scores.logprob[microbatch.flat] = logprob.cpu()
+        scores.entropy[microbatch.flat] = entropy.cpu()
+        scores.entropy_change[microbatch.flat] = change.cpu()
+        scores.ascent[microbatch.flat] = gradient_norm(logprob, token_advantage, squared).cpu()

@@ -14,7 +14,8 @@ from megatron_rlvr.control.regions import steering_sums
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.megatron import collectives
 from megatron_rlvr.objectives import informative_groups
-from megatron_rlvr.training.head import LOSS_SUMS, TokenScores
+from megatron_rlvr.training.head import TokenScores
+from megatron_rlvr.training.loss import LOSS_SUMS
 from megatron_rlvr.training.policy import UpdateReport
 
 Record = dict[str, float]

@@ -1,10 +1,11 @@
-"""Rewards that can be checked: verifiers, and the pool that runs them.
+"""Verifiable rewards: verifiers, and the pool of worker processes that runs them.
 
-A verifier is a callable ``verifier(completion_text: str, answer) -> float``. Nothing here imports torch, so that a
+A verifier is a callable ``verifier(completion_text: str, answer) -> float``. This package does not import torch, so a
 worker process starts in a fraction of a second.
 """
 
 from megatron_rlvr.verifiers.build import Verifier, build_pool, build_verifier, check_answers
-from megatron_rlvr.verifiers.pool import Verdict, VerifierPool
+from megatron_rlvr.verifiers.pool import VerifierPool
+from megatron_rlvr.verifiers.verdict import Verdict
 
 __all__ = ["Verdict", "Verifier", "VerifierPool", "build_pool", "build_verifier", "check_answers"]

@@ -1,4 +1,4 @@
-"""Verifiers by name."""
+"""Build verifiers and their pool from names and options."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -15,17 +15,18 @@ from megatron_rlvr.verifiers.user import load_user_verifier
 Verifier = Callable[[str, Any], float]
 
 DEFAULT_WORKERS = 4
-# Exact and quick whatever the completion says: workers would cost more than they protect from.
+# Exact and fast for every completion: a worker process would cost more than it protects from.
 BOUNDED = (Countdown, ExactMatch)
 
 VERIFIERS: dict[str, Callable[..., Verifier]] = {"countdown": Countdown, "exact": ExactMatch, "math": MathAnswer}
 
 
 def check_answers(verifier: Verifier, answers: Iterable[Any], source: str = "the data set") -> None:
-    """Raise UserError, naming the first such answer's position in ``source``, if a verifier cannot read one of them.
+    """Check that a verifier can read every answer of a data set.
 
-    For the start of a run: the same answer would otherwise end it hours later. Verifiers without a
-    ``check_answer(answer)`` method, such as user functions, pass.
+    Called at the start of a run, which the same answer would otherwise end hours later. Verifiers without a
+    ``check_answer(answer)`` method, such as user functions, are not checked. Raises UserError with the position of the
+    first unreadable answer in ``source``.
     """
     check = getattr(verifier, "check_answer", None)
     if check is None:
@@ -38,10 +39,10 @@ def check_answers(verifier: Verifier, answers: Iterable[Any], source: str = "the
 
 
 def build_verifier(name: str, **options: Any) -> Verifier:
-    """The verifier called ``name``: one of ``VERIFIERS``, or "module:function" for a user's own.
+    """Build the verifier ``name``: one of ``VERIFIERS``, or "module:function" for a user's function.
 
-    Options go to the verifier (to the user's function as keyword arguments). Raises UserError for an unknown name, an
-    option the verifier does not have, and a user function that cannot be imported.
+    Options are the verifier's parameters, or keyword arguments of the user's function. Raises UserError for an unknown
+    name, an option that the verifier does not have, and a user function that cannot be imported.
     """
     if ":" in name:
         return load_user_verifier(name, options)
@@ -55,13 +56,13 @@ def build_verifier(name: str, **options: Any) -> Verifier:
     return factory(**options)
 
 
-def build_pool(config: VerifierConfig, judges: bool = True) -> VerifierPool:
-    """The pool of a run's verifier; a process that never `judges` starts no workers.
+def build_pool(config: VerifierConfig, start_workers: bool = True) -> VerifierPool:
+    """Build the pool of a run's verifier; ``start_workers=False`` is for ranks that verify nothing.
 
-    Raises UserError for what `build_verifier` and `VerifierPool` refuse.
+    Raises UserError for configurations that `build_verifier` or `VerifierPool` refuses.
     """
     verifier = build_verifier(config.name, **config.options)
     workers = config.workers
     if workers is None:
         workers = 0 if isinstance(verifier, BOUNDED) else DEFAULT_WORKERS
-    return VerifierPool(verifier, workers if judges else 0, config.timeout_seconds, config.memory_mb)
+    return VerifierPool(verifier, workers if start_workers else 0, config.timeout_seconds, config.memory_mb)

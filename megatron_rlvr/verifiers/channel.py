@@ -1,4 +1,8 @@
-"""Length-prefixed frames over a socket, between the verifier pool and its workers."""
+"""Length-prefixed frames over a socket, between the verifier pool and its workers.
+
+A plain socket, not a ``multiprocessing.connection.Connection``: a socket has a timeout for sending, and one system call
+reads all the replies that have arrived.
+"""
 
 import socket
 import struct
@@ -7,12 +11,12 @@ _LENGTH = struct.Struct("!Q")
 
 
 def send_frame(connection: socket.socket, payload: bytes) -> None:
-    """Send one frame: its length in 8 bytes, then the bytes."""
+    """Send one frame: the payload's length in 8 bytes, then the payload."""
     connection.sendall(_LENGTH.pack(len(payload)) + payload)
 
 
 class FrameReader:
-    """Cuts what arrives on a socket into frames."""
+    """Splits the bytes that arrive on a socket into frames."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -20,9 +24,9 @@ class FrameReader:
         self._buffer = bytearray()
 
     def read_available(self) -> list[bytes]:
-        """Read once (blocking if nothing is there) and return the frames that are now complete, maybe none.
+        """Read once, blocking if no data is available, and return the frames that are now complete (possibly none).
 
-        Sets ``ended`` when the other side has closed; what was complete before that is still returned.
+        Sets ``ended`` when the other side has closed the connection. Frames completed before that are still returned.
         """
         try:
             received = self.connection.recv(1 << 20)

@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron_rlvr.errors import UserError
 
-# No honest play has numbers as long as this; Python's integers would grow without bound.
+# No valid solution needs longer numbers. Without a limit, Python's integers would grow without bound.
 _DIGITS = 12
-# One step in the text with white space removed: "3*5=15". Values may be negative, and must be whole numbers.
+# One step, such as "3*5=15", in text without white space. Values are integers and may be negative.
 _STEP = re.compile(rf"(-?\d{{1,{_DIGITS}}})([-+*/])(-?\d{{1,{_DIGITS}}})=(-?\d{{1,{_DIGITS}}})")
 _TOKEN = re.compile(rf"\d{{1,{_DIGITS}}}|[-+*/()]")
 _EXPRESSION_CHARACTERS = frozenset("0123456789+-*/()")
@@ -22,14 +22,15 @@ _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "negate": 3}
 class Countdown:
     """1.0 if the completion reaches the target from the numbers, else 0.0.
 
-    Two forms are read, with any white space between tokens, inside the last <answer>...</answer> if there is one:
-    steps, "3*5=15;15+7=22", each of two values that are still at hand and each correct, the last one giving the
-    target; or one expression, "3*5+7" with parentheses, "=22" after it allowed. Arithmetic is exact; division in
-    steps must come out whole, in an expression it may give fractions in between.
+    Two forms are accepted, with any white space between tokens, inside the last <answer>...</answer> if there is one:
 
-    The answer is {"numbers": [3, 5, 7], "target": 22}, and may say "use": "all" (every number exactly once) or "any"
-    (every number at most once); ``use`` is the default for answers that do not say. Raises UserError if the answer is
-    of another form.
+    - steps, "3*5=15;15+7=22": each step combines two values that are still available and is correct, and the last one
+      gives the target. Divisions must have integer results.
+    - one expression, "3*5+7", with parentheses, optionally followed by "=22". Intermediate results may be fractions.
+
+    The answer is {"numbers": [3, 5, 7], "target": 22}, optionally with "use": "all" (each number exactly once) or "any"
+    (each number at most once). ``use`` is the default for answers without it. Raises UserError if the answer has
+    another form.
     """
 
     use: str = "all"
@@ -41,11 +42,11 @@ class Countdown:
     def __call__(self, completion: str, answer: Any) -> float:
         numbers, target, use = self._read_answer(answer)
         text = _answer_text(completion)
-        # "1 5" is two numbers: with the blank gone it would read as fifteen.
+        # "1 5" is two numbers; without the space it would become fifteen.
         if _SPLIT_NUMBER.search(text):
             return 0.0
         text = "".join(text.split())
-        # A play of n numbers has n - 1 steps; anything much longer is not worth reading.
+        # A solution with n numbers has n - 1 steps. Much longer text cannot be one.
         if not text or len(text) > len(numbers) * 4 * (_DIGITS + 2):
             return 0.0
         if not text.isascii():
@@ -58,11 +59,14 @@ class Countdown:
         return 1.0 if reached is not None and reached == target else 0.0
 
     def check_answer(self, answer: Any) -> None:
-        """Raise UserError if an answer is not of the form that ``__call__`` reads."""
+        """Raise UserError if the answer does not have the form that ``__call__`` reads."""
         numbers, target, _ = self._read_answer(answer)
-        whole = isinstance(numbers, list) and all(type(value) is int and value >= 0 for value in numbers)
-        if not whole or not numbers or type(target) is not int:
-            raise UserError(f"verifier countdown: numbers and target must be whole numbers, found {answer!r}")
+        valid = isinstance(numbers, list) and all(type(value) is int and value >= 0 for value in numbers)
+        if not valid or not numbers or type(target) is not int:
+            raise UserError(
+                "verifier countdown: numbers must be a list of integers of at least 0 and target an integer, "
+                f"found {answer!r}"
+            )
 
     def _read_answer(self, answer: Any) -> tuple[list[int], int, str]:
         try:
@@ -78,7 +82,7 @@ class Countdown:
 
 
 def _answer_text(completion: str) -> str:
-    """What stands in the last <answer>...</answer>, or everything; the closing tag may have been cut off as a stop."""
+    """The text in the last <answer>...</answer>, or all of it. A stop string may have removed the closing tag."""
     start = completion.rfind("<answer>")
     if start < 0:
         return completion
@@ -86,11 +90,11 @@ def _answer_text(completion: str) -> str:
 
 
 def _reached_by_steps(text: str, numbers: list[int], use_all: bool) -> int | None:
-    """The last value of a play in steps, or None if a step is wrong or takes what is not at hand."""
-    pool = list(numbers)
+    """The result of the last step, or None if a step is wrong or uses a value that is not available."""
+    available = list(numbers)
     steps = text.removesuffix(";").split(";")
-    # Each step takes two values and gives one back.
-    if len(steps) >= len(pool):
+    # Each step replaces two values by one.
+    if len(steps) >= len(available):
         return None
     value = None
     for step in steps:
@@ -106,31 +110,31 @@ def _reached_by_steps(text: str, numbers: list[int], use_all: bool) -> int | Non
             correct = left - right == value
         else:
             correct = right != 0 and value * right == left
-        if not correct or left not in pool:
+        if not correct or left not in available:
             return None
-        pool.remove(left)
-        if right not in pool:
+        available.remove(left)
+        if right not in available:
             return None
-        pool.remove(right)
-        pool.append(value)
-    # Every number used and no intermediate value left lying about: the last value alone remains. Without that demand,
-    # steps that do not lead to the last value are idle but harmless.
-    return None if use_all and len(pool) != 1 else value
+        available.remove(right)
+        available.append(value)
+    # Once every number and every intermediate value is used, only the last value remains. With use="any", steps that do
+    # not contribute to it are allowed.
+    return None if use_all and len(available) != 1 else value
 
 
 def _reached_by_expression(text: str, numbers: list[int], use_all: bool) -> Fraction | None:
-    """The value of an expression, or None if it is malformed, divides by zero or uses other numbers."""
+    """The value of an expression, or None if it is malformed, divides by zero, or uses other numbers."""
     text, equals, claimed = text.partition("=")
     if not _EXPRESSION_CHARACTERS.issuperset(text):
         return None
     tokens = _TOKEN.findall(text)
     used = [int(token) for token in tokens if token.isdigit()]
-    pool = list(numbers)
+    available = list(numbers)
     for number in used:
-        if number not in pool:
+        if number not in available:
             return None
-        pool.remove(number)
-    if use_all and pool:
+        available.remove(number)
+    if use_all and available:
         return None
     value = _evaluate(tokens)
     if equals and (value is None or claimed != str(value)):
@@ -139,7 +143,7 @@ def _reached_by_expression(text: str, numbers: list[int], use_all: bool) -> Frac
 
 
 def _evaluate(tokens: list[str]) -> Fraction | None:
-    """Shunting-yard, without recursion: a thousand open parentheses are only a malformed expression."""
+    """Evaluate by shunting-yard. Without recursion, a thousand open parentheses are just a malformed expression."""
     values: list[Fraction] = []
     operators: list[str] = []
     expect_value = True
@@ -182,7 +186,7 @@ def _evaluate(tokens: list[str]) -> Fraction | None:
 
 
 def _apply(operator: str, values: list[Fraction]) -> bool:
-    """Apply an operator to the values on the stack; False for a division by zero."""
+    """Apply an operator to the values on top of the stack. Returns False for a division by zero."""
     right = values.pop()
     if operator == "negate":
         values.append(-right)

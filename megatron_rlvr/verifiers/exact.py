@@ -1,4 +1,4 @@
-"""Exact match of the answer's text."""
+"""Exact match with the answer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +8,11 @@ from megatron_rlvr.errors import UserError
 
 @dataclass(frozen=True)
 class ExactMatch:
-    """1.0 if the completion is the answer, letter by letter, after runs of white space are made one blank.
+    """1.0 if the completion equals the answer, with runs of white space collapsed to one space; else 0.0.
 
-    after: if given, only what follows the last occurrence of this text is compared (no occurrence: 0.0).
-    ignore_case: compare without regard to case.
-    The answer is a string or a number; raises UserError for anything else.
+    after: compare only the text after the last occurrence of this marker; 0.0 if it does not occur.
+    ignore_case: ignore case.
+    The answer is a string or a number. Raises UserError for any other.
     """
 
     after: str = ""
@@ -24,13 +24,13 @@ class ExactMatch:
             _, marker, completion = completion.rpartition(self.after)
             if not marker:
                 return 0.0
-        return float(self._normal(completion) == self._normal(str(answer)))
+        return float(self._normalized(completion) == self._normalized(str(answer)))
 
     def check_answer(self, answer: Any) -> None:
-        """Raise UserError if an answer is neither text nor a number."""
+        """Raise UserError if the answer is neither a string nor a number."""
         if not isinstance(answer, str | int | float):
             raise UserError(f"verifier exact: the answer must be text or a number, found {type(answer).__name__}")
 
-    def _normal(self, text: str) -> str:
+    def _normalized(self, text: str) -> str:
         text = " ".join(text.split())
         return text.casefold() if self.ignore_case else text

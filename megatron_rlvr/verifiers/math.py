@@ -1,4 +1,4 @@
-"""Mathematical answers, compared by value with math-verify."""
+"""Mathematical answers, compared with math-verify."""
 
 import logging
 import re
@@ -13,15 +13,15 @@ _BOXED = "\\boxed{"
 
 @dataclass(frozen=True)
 class MathAnswer:
-    r"""1.0 if the completion's final answer equals the reference as mathematics, else 0.0.
+    r"""1.0 if the completion's final answer is mathematically equal to the reference, else 0.0.
 
     The final answer is the last \boxed{...} or the last line "Answer: ..." (DAPO's form), whichever comes later.
-    anywhere: without either, let math-verify look for the last expression in the text; off by default, because a
-    guess that is scored teaches the model to guess.
+    anywhere: if there is neither, let math-verify search the text for its last expression. Off by default, because
+    rewarding unmarked answers teaches the model to guess.
 
-    The reference is text (LaTeX or plain) or a number; raises UserError for anything else. One that math-verify cannot
-    read as mathematics matches only letter by letter. math-verify has no
-    bound on time or memory here: run it in a VerifierPool with workers.
+    The reference is a string (LaTeX or plain text) or a number. One that math-verify cannot parse matches only
+    literally. Raises UserError for any other type. Time and memory of math-verify are unbounded: run it in a
+    VerifierPool with workers.
     """
 
     anywhere: bool = False
@@ -29,7 +29,7 @@ class MathAnswer:
     def __call__(self, completion: str, answer: Any) -> float:
         self.check_answer(answer)
         reference = str(answer)
-        # A reference may be a bare value, or a whole solution that ends in \boxed{...}.
+        # A reference is a bare value, or a solution that ends in \boxed{...}.
         reference = _last_boxed(reference) or reference
         final = final_answer(completion)
         if final is None:
@@ -41,17 +41,17 @@ class MathAnswer:
         return float(_equal(reference, final, boxed=True))
 
     def warm_up(self) -> None:
-        """Import math-verify and sympy, which takes a busy machine seconds."""
+        """Import math-verify and sympy, which takes seconds on a busy machine."""
         _equal("1", "2", boxed=True)
 
     def check_answer(self, answer: Any) -> None:
-        """Raise UserError if an answer is neither text nor a number."""
+        """Raise UserError if the answer is neither a string nor a number."""
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise UserError(f"verifier math: the answer must be text or a number, found {type(answer).__name__}")
 
 
 def final_answer(completion: str) -> str | None:
-    r"""The text of the last \boxed{...} or "Answer: ..." line, or None if there is neither."""
+    r"""Return the text of the last \boxed{...} or "Answer: ..." line, or None if there is neither."""
     boxed_at = completion.rfind(_BOXED)
     line = None
     for line in _ANSWER_LINE.finditer(completion):  # noqa: B007 : the last match is wanted
@@ -84,13 +84,13 @@ def _plain(text: str) -> str:
 
 
 def _equal(reference: str, candidate: str, *, boxed: bool) -> bool:
-    # Imported at the first use: it brings sympy, which only workers of this verifier should pay for.
+    # Imported on first use: it imports sympy, which only the workers of this verifier should pay for.
     from math_verify import parse, verify
 
-    # It warns that its time limit is off in every process that uses it; the pool has a limit of its own.
+    # In every process it would warn that its time limit is off. The pool enforces the limit instead, because
+    # math-verify's own is a signal handler, which never runs while a worker is stuck in C code.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     gold = parse(f"\\boxed{{{reference.strip('$')}}}", parsing_timeout=None)
     text = f"\\boxed{{{candidate.strip('$')}}}" if boxed else candidate
-    # The pool limits the time. math-verify's own limit is a signal handler, which a worker's stuck C code never runs.
     return bool(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None))

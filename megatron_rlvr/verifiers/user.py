@@ -1,4 +1,4 @@
-"""A verifier that the user wrote."""
+"""User-defined verifiers."""
 
 import functools
 import importlib
@@ -12,9 +12,9 @@ from megatron_rlvr.errors import UserError
 def load_user_verifier(name: str, options: dict[str, Any]) -> Callable[[str, Any], float]:
     """Import "module:function" and bind ``options`` as keyword arguments.
 
-    The function is called as function(completion_text, answer, **options) and returns a number. The module must be
-    importable by name, in worker processes too. Raises UserError if it is not, or if the function cannot be called
-    in this way.
+    The function is called as ``function(completion_text, answer, **options)`` and returns a number. Raises UserError if
+    the module cannot be imported by name (worker processes import it too), or if the function does not accept these
+    arguments.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name.isidentifier():
@@ -23,7 +23,8 @@ def load_user_verifier(name: str, options: dict[str, Any]) -> Callable[[str, Any
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(
-            f"verifier {name}: cannot import {module_name} ({error}); start from the folder it lies in, or install it"
+            f"verifier {name}: cannot import {module_name} ({error}); "
+            "start from the folder that contains it, or install it"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

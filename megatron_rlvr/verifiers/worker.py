@@ -1,6 +1,6 @@
-"""The verifier worker process: ``python -m megatron_rlvr.verifiers.worker FD``, started by VerifierPool.
+"""The verifier worker process: ``python -m megatron_rlvr.verifiers.worker FD``, started by WorkerProcess.
 
-It must stay light: no torch, nothing that the verifier itself does not import.
+It imports only what the verifier needs, and never torch, so that it starts quickly and stays small.
 """
 
 import pickle
@@ -11,11 +11,11 @@ import sys
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers.channel import FrameReader, send_frame
-from megatron_rlvr.verifiers.pool import judge
+from megatron_rlvr.verifiers.verdict import judge
 
 
 def main(descriptor: int) -> None:
-    """Read the setup, answer "ready" (None), then judge chunks of (completion, answer), one reply an item."""
+    """Read the setup, reply None once ready, then verify lists of (completion, answer) with one reply per item."""
     with socket.socket(fileno=descriptor) as connection:
         reader = FrameReader(connection)
         frames: list[bytes] = []
@@ -24,17 +24,10 @@ def main(descriptor: int) -> None:
                 return
             frames = reader.read_available()
         memory_mb, timeout_s, pickled_verifier = pickle.loads(frames.pop(0))
-        # Data, not address space: libraries mapped from files are shared and cost no memory of this process.
-        limit = memory_mb << 20
-        _, already = resource.getrlimit(resource.RLIMIT_DATA)
-        if already != resource.RLIM_INFINITY:
-            limit = min(limit, already)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        # A core file of every crash would fill a disk over a night.
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _set_limits(memory_mb)
         try:
             verifier = pickle.loads(pickled_verifier)
-            # What a verifier needs once, such as a slow import, is not the first completion's to pay for.
+            # One-time costs, such as a slow import, must not count against the time limit of the first completion.
             getattr(verifier, "warm_up", lambda: None)()
         except Exception as error:
             _reply(connection, UserError(f"a worker process cannot load the verifier: {type(error).__name__}: {error}"))
@@ -43,8 +36,8 @@ def main(descriptor: int) -> None:
         while True:
             for frame in frames:
                 for completion, answer in pickle.loads(frame):
-                    # The pool keeps the time. This is for the day when the pool is gone, killed, and this item hangs:
-                    # the default action of the signal ends the process, whatever it is busy with.
+                    # The pool enforces the time limit. The timer is for a pool that was itself killed while this item
+                    # hangs: the signal's default action ends the process, even inside C code.
                     signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 5)
                     try:
                         reply: tuple | UserError = tuple(judge(verifier, completion, answer))
@@ -57,6 +50,17 @@ def main(descriptor: int) -> None:
                 if reader.ended:
                     return
                 frames = reader.read_available()
+
+
+def _set_limits(memory_mb: int) -> None:
+    # RLIMIT_DATA rather than RLIMIT_AS: libraries mapped from files are shared and should not count.
+    limit = memory_mb << 20
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard_limit != resource.RLIM_INFINITY:
+        limit = min(limit, hard_limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    # A core file per crash would fill the disk overnight.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _reply(connection: socket.socket, reply: object) -> None:

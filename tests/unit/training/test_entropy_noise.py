@@ -11,7 +11,8 @@ from megatron_rlvr.data import PromptSampler
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.megatron import collectives
-from megatron_rlvr.training.head import LOSS_SUMS, TokenScores
+from megatron_rlvr.training.head import TokenScores
+from megatron_rlvr.training.loss import LOSS_SUMS
 from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.step_metrics import entropy_shift, measure_rollout
 

@@ -12,7 +12,7 @@ from megatron_rlvr.telemetry.timer import StepTimer
 
 
 def test_learning_rate_warms_up_and_stays() -> None:
-    from megatron_rlvr.train import learning_rate
+    from megatron_rlvr.training.learning_rate import learning_rate
 
     config = OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
     rates = [learning_rate(config, step, 10) for step in range(10)]
@@ -20,7 +20,7 @@ def test_learning_rate_warms_up_and_stays() -> None:
 
 
 def test_learning_rate_decays_to_its_minimum() -> None:
-    from megatron_rlvr.train import learning_rate
+    from megatron_rlvr.training.learning_rate import learning_rate
 
     config = OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4)
     rates = [learning_rate(config, step, 11) for step in range(11)]

@@ -121,7 +121,7 @@ def test_two_updates_have_the_exact_loss_and_gradient(policy, reference, batch: 
     outside_high, outside_low = (ratio > high) & (advantage > 0), (ratio < low) & (advantage < 0)
     assert outside_high.any() and outside_low.any() and not (outside_high | outside_low).all()
 
-    from megatron_rlvr.training.head import LOSS_SUMS
+    from megatron_rlvr.training.loss import LOSS_SUMS
 
     sums = dict(zip(LOSS_SUMS, report.sums.tolist(), strict=True))
     assert sums["loss"] == pytest.approx(loss.item(), rel=1e-5)

@@ -68,11 +68,11 @@ def test_final_answer():
     assert final_answer("nothing") is None
 
 
-def test_math_survives_a_monstrous_answer():
-    # 9^(9^(9^9)) has more digits than there is memory; sympy would try.
-    monster = r"\boxed{9^{9^{9^{9}}}}"
+def test_an_enormous_number_in_an_answer_is_bounded_by_the_pool():
+    # 9^(9^(9^9)) has more digits than fit in memory, and sympy tries to compute it.
+    enormous = r"\boxed{9^{9^{9^{9}}}}"
     with VerifierPool(build_verifier("math"), workers=1, timeout_s=3, memory_mb=1024) as pool:
-        verdicts = pool.verify([monster, r"\boxed{34}"], ["34", "34"])
+        verdicts = pool.verify([enormous, r"\boxed{34}"], ["34", "34"])
     assert verdicts[0].reward == 0
     assert verdicts[1] == (1.0, "ok", "")
 
@@ -82,16 +82,16 @@ def test_math_survives_a_monstrous_answer():
     [
         (VerifierConfig("countdown"), 0),
         (VerifierConfig("exact"), 0),
-        (VerifierConfig("math"), 4),  # math-verify has no bound of its own: without workers an answer could hang a run
+        (VerifierConfig("math"), 4),  # math-verify is unbounded: without workers, an answer could hang a run
         (VerifierConfig("os.path:join"), 4),
         (VerifierConfig("math", workers=1), 1),
         (VerifierConfig("math", workers=0), 0),
     ],
 )
-def test_what_may_hang_runs_in_workers_unless_told_otherwise(config, workers):
+def test_verifiers_that_may_hang_run_in_workers_by_default(config, workers):
     with build_pool(config) as pool:
         assert len(pool._workers) == workers
-    with build_pool(config, judges=False) as pool:
+    with build_pool(config, start_workers=False) as pool:
         assert not pool._workers
 
 
@@ -103,7 +103,7 @@ def test_user_function(tmp_path, monkeypatch):
     assert build_verifier("my_rewards:length")("abc", None) == 3
     half = build_verifier("my_rewards:length", scale=0.5)
     assert half("abc", None) == 1.5
-    with VerifierPool(half, workers=1) as pool:  # found from another process, too
+    with VerifierPool(half, workers=1) as pool:  # imported in another process too
         assert pool.verify(["abcd"], [None])[0].reward == 2
     with pytest.raises(UserError, match="my_rewards has no function width; it has length"):
         build_verifier("my_rewards:width")
@@ -129,7 +129,7 @@ def test_bad_names_and_options(name, options, message):
 
 @pytest.mark.parametrize("name", ["exact", "math"])
 @pytest.mark.parametrize("answer", [None, ["34"], {"a": 1}])
-def test_answers_of_another_form(name, answer):
+def test_answers_of_the_wrong_form(name, answer):
     with pytest.raises(UserError, match=f"verifier {name}: the answer must be text or a number"):
         build_verifier(name)(r"\boxed{34}", answer)
 
@@ -138,7 +138,7 @@ def test_answers_of_a_data_set_are_checked_before_the_run():
     good = {"numbers": [3, 5, 7], "target": 22}
     check_answers(build_verifier("countdown"), [good, good | {"use": "any"}])
     check_answers(build_verifier("math"), ["34", 34, r"\frac{1}{2}"])
-    check_answers(len, [object()])  # a function of the user's: nothing is known about its answers
+    check_answers(len, [object()])  # a user's function: nothing is known about its answers
     for bad in ("22", good | {"numbers": []}, good | {"numbers": [3, "5"]}, good | {"target": 22.5}):
         with pytest.raises(UserError, match=r"example 1 \(counted from 0\) of the data set: verifier countdown: "):
             check_answers(build_verifier("countdown"), [good, bad])

@@ -23,7 +23,7 @@ THREE = {"numbers": [3, 5, 7], "target": 22}
         ("7 + 5 × 3", 1),
         ("7-3*-5", 1),
         ("-(3*-5)+7", 1),
-        ("3*5=15", 0),  # does not get there
+        ("3*5=15", 0),  # does not reach the target
         ("3*5=15;15+7=23", 0),  # wrong step, wrong target
         ("3*5=16;15+7=22", 0),  # wrong step
         ("3*5=15;15+7=22;22*1=22", 0),  # a number that was not given
@@ -64,7 +64,7 @@ def test_division_is_exact():
     assert verify("7/(5-5)", {"numbers": [5, 5, 7], "target": 7}) == 0
     assert verify("8/(3-8/3)", {"numbers": [8, 3, 8, 3], "target": 24}) == 1  # a fraction in between
     assert verify("3-5=-2;-2+7=5", {"numbers": [3, 5, 7], "target": 5}) == 1
-    # 1/3 + 1/3 + 1/3 in floating point would do as well; 3 * (1/3) with an error of 1e-17 would not.
+    # In floating point, 1/49*49 is not 1.
     assert verify("1/49*49", {"numbers": [1, 49, 49], "target": 1}) == 1
 
 
@@ -78,8 +78,8 @@ def test_all_numbers_or_any():
     assert build_verifier("countdown", use="any")("3*5+7+3-3", some) == 0
 
 
-def test_an_unused_intermediate_value_is_a_number_left_over():
-    # 3*5 = 15 is made and never used: in "all" every number must go into the result.
+def test_an_unused_intermediate_value_counts_as_an_unused_number():
+    # 3*5 = 15 is computed and never used; with "all", every number must contribute to the result.
     answer = {"numbers": [3, 5, 7, 2], "target": 9}
     assert build_verifier("countdown")("3*5=15;7+2=9", answer) == 0
     assert build_verifier("countdown", use="any")("3*5=15;7+2=9", answer) == 1
@@ -105,7 +105,7 @@ def test_evaluation_equals_python():
 
 
 @pytest.mark.parametrize("answer", ["22", None, {"target": 22}, [3, 5], {"numbers": [3], "target": 3, "use": "some"}])
-def test_answers_of_another_form(answer):
+def test_answers_of_the_wrong_form(answer):
     with pytest.raises(UserError, match="verifier countdown"):
         build_verifier("countdown")("3", answer)
 

@@ -1,9 +1,10 @@
-"""Functions that stand for a user's verifier: the completion says what to do. Imported by worker processes."""
+"""Verifiers that do what the completion says, such as hang or crash. Worker processes import this module."""
 
 import ctypes
 import os
 import subprocess
 import time
+from pathlib import Path
 
 
 def score(completion, answer):
@@ -26,6 +27,11 @@ def score(completion, answer):
         return float("nan")
     if completion == "sleep":
         time.sleep(0.3)
+    if completion == "meet":  # wait for a second worker that does the same
+        Path(answer, str(os.getpid())).touch()
+        while len(list(Path(answer).iterdir())) < 2:
+            time.sleep(0.01)
+        return 1.0
     return float(completion == answer)
 
 
@@ -44,7 +50,7 @@ def scaled(completion, answer, factor=1.0):
 
 
 class SlowToStart:
-    """Needs a second once, as an import does."""
+    """Takes a second to start, as a slow import does."""
 
     def warm_up(self):
         if not hasattr(self, "warm"):

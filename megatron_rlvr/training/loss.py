@@ -1,0 +1,145 @@
+"""The loss of a minibatch, and what is counted while it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_rlvr import ops
+from megatron_rlvr.control import ClipThresholds, SteeringResponse
+from megatron_rlvr.control.regions import classify, steering_weights
+from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.microbatch import Microbatch
+from megatron_rlvr.megatron import device
+from megatron_rlvr.objectives import PolicyObjective, TokenInputs
+from megatron_rlvr.objectives.tokens import TokenOutputs, beyond_bounds
+from megatron_rlvr.training.head import Head, TokenScores
+
+LOSS_SUMS = (
+    "loss",
+    "active_tokens",
+    "clipped_high",
+    "clipped_low",
+    "E1",
+    "E2",
+    "E3",
+    "E4",
+    "entropy_drift",
+    "old_entropy",
+)
+"""Names of the entries of `MinibatchLoss.sums`. All but the loss are over tokens whose advantage is not zero."""
+
+
+@dataclass
+class MinibatchLoss:
+    """``-sum(token_weight * objective)`` over the tokens of a minibatch; called once per microbatch.
+
+    Attributes:
+        head: makes token statistics of the last stage's output.
+        batch: this rank's rollouts.
+        advantage, token_weight: float32 [N], per sequence; the weight is the aggregation weight of each of its tokens.
+        scores: of the policy before the step's updates.
+        thresholds, response, objective: of this step.
+        backward_scale: the number by which the backward pass will multiply the loss (`LossScale.backward`).
+        sums: float64 [len(LOSS_SUMS)], over the tokens seen so far.
+        ratio_max: float32 [], the largest importance ratio seen so far.
+    """
+
+    head: Head
+    batch: RolloutBatch
+    advantage: Tensor
+    token_weight: Tensor
+    scores: TokenScores
+    thresholds: ClipThresholds
+    response: SteeringResponse
+    objective: PolicyObjective
+    backward_scale: float
+    sums: Tensor = field(
+        default_factory=lambda: torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=device.device())
+    )
+    ratio_max: Tensor = field(default_factory=lambda: torch.zeros((), device=device.device()))
+
+    def __call__(self, output: Tensor, microbatch: Microbatch) -> Tensor:
+        """The loss of a microbatch, float32 [], from the last stage's output."""
+        where = output.device
+        flat, index = microbatch.flat.to(where), microbatch.sequence_index.to(where)
+        advantage = self.advantage[microbatch.sequences].to(where)[index]
+        weight = self.token_weight[microbatch.sequences].to(where)[index]
+        old_logprob = self.scores.logprob.to(where)[flat]
+        steering = None
+        if self.thresholds.steering:
+            change = self.scores.entropy_change.to(where)[flat]
+            steering = steering_weights(change, self.thresholds.steering, self.response)
+        # Context-parallel ranks share token statistics before the loss, so there it cannot be part of the operator.
+        if self.head.fused and self.objective.is_plain_clip and microbatch.here is None:
+            token_weight = weight if steering is None else weight * steering
+            targets = microbatch.targets.to(where)
+            loss, logprob, entropy, outputs = self._fused(output, targets, old_logprob, advantage, token_weight)
+        else:
+            statistics = self.head.statistics(output, microbatch)
+            logprob, entropy = statistics.logprob, statistics.entropy
+            outputs = self.objective(
+                TokenInputs(
+                    logprob=logprob,
+                    entropy=entropy,
+                    old_logprob=old_logprob,
+                    advantage=advantage,
+                    sequence_index=index,
+                    sequence_count=len(microbatch.sequences),
+                    thresholds=self.thresholds,
+                    weight=steering,
+                    rollout_logprob=self.batch.rollout_logprob.to(where)[flat],
+                )
+            )
+            loss = -(weight * outputs.objective).sum()
+        self._count(loss, outputs, logprob.detach(), entropy.detach(), old_logprob, advantage, flat)
+        return loss
+
+    def _fused(
+        self, hidden: Tensor, targets: Tensor, old_logprob: Tensor, advantage: Tensor, token_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, TokenOutputs]:
+        """Loss, log-probs, entropies and outputs of the plain clipped objective, from hidden states [T, h]."""
+        fused = ops.fused_linear_objective(
+            hidden,
+            self.head.model.output_weight(),
+            targets,
+            old_logprob,
+            advantage,
+            self.thresholds,
+            token_weight=token_weight,
+            temperature=self.head.temperature,
+            group=self.head.group,
+            vocabulary=self.head.model.vocabulary,
+            loss_scale=self.backward_scale,
+        )
+        bounds = self.thresholds.ratio_bounds(old_logprob.exp())
+        clipped = beyond_bounds((fused.logprob - old_logprob).exp(), *bounds, advantage)
+        return fused.loss, fused.logprob, fused.entropy, TokenOutputs(fused.objective, *clipped)
+
+    @torch.no_grad()
+    def _count(
+        self,
+        loss: Tensor,
+        outputs: TokenOutputs,
+        logprob: Tensor,
+        entropy: Tensor,
+        old_logprob: Tensor,
+        advantage: Tensor,
+        flat: Tensor,
+    ) -> None:
+        old_entropy = self.scores.entropy.to(logprob.device)[flat]
+        region = classify(old_logprob, old_entropy, advantage)
+        active = region > 0
+        counted = (
+            active,
+            outputs.clipped_high,
+            outputs.clipped_low,
+            *(region == r for r in (1, 2, 3, 4)),
+            (entropy - old_entropy) * active,
+            old_entropy * active,
+        )
+        self.sums += torch.stack([loss.double(), *(x.sum(dtype=torch.float64) for x in counted)])
+        if len(flat):
+            self.ratio_max = torch.maximum(self.ratio_max, (logprob - old_logprob).exp().max())

@@ -1,0 +1,138 @@
+"""A verifier worker process, as the pool sees it."""
+
+import collections
+import contextlib
+import math
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.verifiers.channel import FrameReader, send_frame
+from megatron_rlvr.verifiers.verdict import Verdict
+
+# A worker imports its verifier in a second or two on an idle machine; a node that starts 64 at once takes longer.
+_START_TIMEOUT_S = 120.0
+
+
+def pickled_setup(verifier: Callable[[str, Any], float], timeout_s: float, memory_mb: int) -> bytes:
+    """The first message to a worker: its limits and its verifier.
+
+    Raises UserError for a verifier that cannot be unpickled in another process.
+    """
+    function = getattr(verifier, "func", verifier)
+    if getattr(function, "__module__", None) == "__main__":
+        raise UserError("a verifier defined in the main script cannot be sent to worker processes; move it to a module")
+    try:
+        return pickle.dumps((memory_mb, timeout_s, pickle.dumps(verifier)))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"the verifier cannot be sent to worker processes ({error}); use a module-level function, or workers=0"
+        ) from error
+
+
+class WorkerProcess:
+    """One worker process: a fresh Python interpreter that runs ``megatron_rlvr.verifiers.worker``.
+
+    ``ready`` is set once the worker has loaded the verifier. ``pending`` holds the indices of the items sent to it and
+    not answered yet; the worker is busy with the first.
+    """
+
+    def __init__(self, setup: bytes, timeout_s: float) -> None:
+        """Start the process without waiting for it. ``timeout_s`` is the time limit of one item."""
+        self.socket, workers_socket = socket.socketpair()
+        environment = dict(os.environ)
+        # Modules, the user's own included, must be importable in the worker from the same places.
+        environment["PYTHONPATH"] = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+        environment["OMP_NUM_THREADS"] = "1"
+        with workers_socket:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_rlvr.verifiers.worker", str(workers_socket.fileno())],
+                pass_fds=[workers_socket.fileno()],
+                stdin=subprocess.DEVNULL,
+                # Output of verifiers goes to stderr: on stdout it would break the trainer's progress display.
+                stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
+                env=environment,
+                # A process group of its own: child processes of a verifier are killed with it, and Ctrl-C reaches only
+                # the trainer.
+                start_new_session=True,
+            )
+        self.ready = False
+        self.pending: collections.deque[int] = collections.deque()
+        self._timeout_s = timeout_s
+        self._reader = FrameReader(self.socket)
+        self._gone = False
+        self.deadline = time.monotonic() + _START_TIMEOUT_S
+        self.socket.settimeout(_START_TIMEOUT_S)
+        send_frame(self.socket, setup)
+
+    def send(self, indices: list[int], items: list[tuple[str, Any]]) -> None:
+        """Send items, of these indices in the batch, to a worker that is ready and has none."""
+        self.pending.extend(indices)
+        self.deadline = time.monotonic() + self._timeout_s
+        try:
+            send_frame(self.socket, pickle.dumps(items))
+        except OSError:
+            self._gone = True
+
+    def receive(self) -> list[tuple[int, Verdict]]:
+        """Read from the socket once and return the verdicts that have arrived, with their indices.
+
+        Raises UserError if the worker reports one.
+        """
+        frames = self._reader.read_available()
+        self._gone = self._reader.ended
+        results = []
+        for frame in frames:
+            reply = pickle.loads(frame)
+            if isinstance(reply, UserError):
+                raise reply
+            if reply is None:
+                self.ready = True
+            else:
+                results.append((self.pending.popleft(), Verdict(*reply)))
+            self.deadline = time.monotonic() + self._timeout_s
+        if self.ready and not self.pending:
+            self.deadline = math.inf
+        return results
+
+    def failure(self) -> Verdict | None:
+        """The verdict of the item in progress if the worker has died or exceeded its time limit, else None.
+
+        Raises RuntimeError if the worker did not get as far as its first item.
+        """
+        expired = time.monotonic() >= self.deadline
+        if not (self._gone or expired):
+            return None
+        if not self.ready:
+            raise RuntimeError(
+                "a verifier worker died while starting"
+                if self._gone
+                else f"a verifier worker did not start within {_START_TIMEOUT_S:.0f} s"
+            )
+        if self._gone:
+            return Verdict(0.0, "crash", "the worker process died")
+        return Verdict(0.0, "timeout", f"no verdict within {self._timeout_s:g} s")
+
+    def kill(self) -> None:
+        """Kill the process and the child processes that its verifier started, and wait for it."""
+        self.socket.close()
+        # The group no longer exists if the worker has died and left no children.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _has_fileno(stream: Any) -> bool:
+    try:
+        stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True
