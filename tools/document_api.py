@@ -24,15 +24,16 @@ def pages() -> dict[Path, str]:
 
 
 def page(package: ModuleType, modules: list[ModuleType]) -> str:
-    """The reference of the public names of a package, and of the public functions of some of its modules."""
+    """The reference of a package's public classes and functions, and of the public functions of some of its modules."""
+    public = {n: getattr(package, n) for n in package.__all__ if callable(getattr(package, n))}
     sections = [
         f"# `{package.__name__}`",
         "Generated from the docstrings by `make docs`. Do not edit this page.",
         markdown(inspect.getdoc(package) or ""),
-        contents(package.__name__, {name: getattr(package, name) for name in package.__all__}),
+        contents(package.__name__, public),
     ]
-    for name in package.__all__:
-        sections += entry(name, getattr(package, name))
+    for name, thing in public.items():
+        sections += entry(name, thing)
     for module in modules:
         functions = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
         public = {name: function for name, function in functions.items() if not name.startswith("_")}
