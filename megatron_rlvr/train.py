@@ -75,7 +75,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
             objective.load_state_dict(state["objective"])
         engine.update_weights(first)
     report = resources.enter_context(Reporter(config, first, active=layout.is_main))
-    checkpoints.tell = report.saved
+    checkpoints.on_complete = report.saved
     timer = StepTimer()
     latest: dict[str, float] = {}
 

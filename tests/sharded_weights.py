@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import parallel, sharded_checkpoint
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
-from megatron_rlvr.training.checkpoint import DirectSave, fingerprint
+from megatron_rlvr.weights.checkpoint_folder import fingerprint
 from megatron_rlvr.weights.huggingface_folder import read_tensor, tensor_files
 from tests.rendezvous import renew
 
@@ -28,7 +27,7 @@ def reshard(folder: Path, target: Path, here: parallel.Layout, layout: ParallelC
     with torch.no_grad():
         for parameter in model.parameters():  # so that a weight the checkpoint lacks cannot pass
             parameter.fill_(float("nan"))
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, f"{folder}-converted")
+    loaded = sharded_checkpoint.load({"model": model.sharded_state_dict()}, Path(f"{folder}-converted"))
     model.load_state_dict(loaded["model"])
     files = tensor_files(folder)
     for name, tensor in bridge.export([model]):
@@ -36,9 +35,9 @@ def reshard(folder: Path, target: Path, here: parallel.Layout, layout: ParallelC
     if here.is_main:
         target.mkdir()
     dist.barrier()
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(target), sharded_strategy=DirectSave())
+    sharded_checkpoint.save({"model": model.sharded_state_dict()}, target)
     if here.is_main:
-        (target / "run.json").write_text(json.dumps({"step": 0, "model": fingerprint(bridge)}))
+        (target / "run.json").write_text(json.dumps({"step": 0, "model": fingerprint(bridge.hf_config, bridge.dtype)}))
 
 
 def main(jobs: list[str]) -> None:

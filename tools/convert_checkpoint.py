@@ -89,7 +89,8 @@ def _dtype_of_checkpoint(folder: Path) -> str:
         return json.loads((folder / "run.json").read_text())["model"]["dtype"].removeprefix("torch.")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{folder} is no whole checkpoint ({error}): give a folder with run.json, such as RUN/checkpoints/step_100"
+            f"{folder} is not a complete checkpoint ({error}): give a folder with run.json, such as "
+            "RUN/checkpoints/step_100"
         ) from error
 
 

@@ -1,14 +1,13 @@
-"""Weights between Hugging Face folders and Megatron checkpoints (torch_dist), one weight at a time.
+"""Conversion of weights between Hugging Face folders and Megatron checkpoints, one weight at a time.
 
-A torch_dist checkpoint knows the whole tensor of every shard, so it can be read under another tensor and pipeline
-parallel layout than it was written under: converting between layouts is reading. What was begun stays in a folder
-``NAME.partial`` with the files that are whole, and the next start goes on from there if its input is the same.
+A torch_dist checkpoint describes whole tensors, so any tensor and pipeline parallel layout can read it. Converting
+between layouts is reading. Output is written to ``NAME.partial``. If a conversion is killed, the next one with the same
+input continues after the files that are complete.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,13 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge
-from megatron_rlvr.training.checkpoint import check_same_model, fingerprint, is_whole
+from megatron_rlvr.megatron.sharded_checkpoint import root_cause
+from megatron_rlvr.megatron.streamed_checkpoint import StreamedLoad, save_streamed
+from megatron_rlvr.weights.checkpoint_folder import (
+    check_same_model,
+    fingerprint,
+    is_complete,
+    read_record,
+    write_record,
+)
 from megatron_rlvr.weights.huggingface_folder import (
     SHARD_BYTES,
     copy_companions,
@@ -31,46 +37,50 @@ from megatron_rlvr.weights.huggingface_folder import (
     tensor_files,
     write_index,
 )
-from megatron_rlvr.weights.safetensors_writer import is_whole as is_whole_shard
+from megatron_rlvr.weights.safetensors_writer import is_complete as is_complete_shard
 from megatron_rlvr.weights.safetensors_writer import nbytes, plan_shards, write_shard
-from megatron_rlvr.weights.streamed_checkpoint import StreamedLoad, StreamedSave, reason
 from megatron_rlvr.weights.whole_weights import WholeWeights
 
-Progress = Callable[[str], None]
+Report = Callable[[str], None]
+"""Called with one line of progress at a time."""
 _INPUT = "input.json"
 
-# It calls a folder that is written to its end "old incomplete".
-logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
 
+def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool) -> int:
+    """Write the weights of the bridge's folder as a Megatron checkpoint.
 
-def to_megatron(bridge: PolicyBridge, target: Path, say: Progress, verify: bool) -> int:
-    """Write the weights of the bridge's folder as a Megatron checkpoint with ``run.json`` beside.
+    Args:
+        bridge: of a single process with the local layers.
+        target: the checkpoint's folder; must not exist.
+        report: hears of the progress.
+        verify: read the checkpoint back and compare every tensor.
 
     Returns:
         the number of Hugging Face tensors compared, 0 without `verify`.
 
     Raises:
-        UserError: when the folder cannot be read, the target not written, or a tensor differs.
+        UserError: if the folder cannot be read, the target cannot be written, or a tensor differs.
     """
     files = tensor_files(bridge.path)
     weights = WholeWeights(bridge)
-    partial = _begin(target, {"folder": str(bridge.path.resolve()), "files": _sizes(set(files.values()))}, say)
-    say(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
-    strategy = StreamedSave(
-        lambda name: weights.pieces(name, weights.from_huggingface(name, files)),
-        lambda done, count: say(f"{done} of {count} files"),
-    )
+    partial = _begin(target, {"folder": str(bridge.path.resolve()), "files": _sizes(set(files.values()))}, report)
+    report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
     try:
-        dist_checkpointing.save({"model": dict(weights.state)}, str(partial), sharded_strategy=strategy)
-        record = {"step": 0, "model": fingerprint(bridge), "source": str(bridge.path)}
+        save_streamed(
+            weights.state,
+            partial,
+            pieces=lambda name: weights.pieces(name, weights.from_huggingface(name, files)),
+            report=lambda done, count: report(f"{done} of {count} files"),
+        )
+        compared = 0
         if verify:
-            say("comparing every tensor")
-        compared = _compare(weights, StreamedLoad(partial), bridge.path) if verify else 0
+            report("comparing every tensor")
+            compared = _compare(weights, StreamedLoad(partial), bridge.path)
         (partial / _INPUT).unlink()
-        record["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        write_text(partial / "run.json", json.dumps(record, indent=1))
+        model = fingerprint(bridge.hf_config, bridge.dtype)
+        write_record(partial, {"step": 0, "model": model, "source": str(bridge.path)})
         partial.rename(target)
-    except UserError:  # what was made of a wrong input is of no use
+    except UserError:  # the input is wrong, and so is what was made of it
         shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
@@ -79,36 +89,50 @@ def to_megatron(bridge: PolicyBridge, target: Path, say: Progress, verify: bool)
 
 
 def to_huggingface(
-    bridge: PolicyBridge, checkpoint: Path, target: Path, say: Progress, verify: bool, shard_bytes: int = SHARD_BYTES
+    bridge: PolicyBridge,
+    checkpoint: Path,
+    target: Path,
+    report: Report,
+    verify: bool,
+    shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Write a Megatron checkpoint as a complete Hugging Face folder, companions from the bridge's folder.
+    """Write a Megatron checkpoint as a complete Hugging Face folder.
+
+    Args:
+        bridge: of a single process with the local layers; config and tokenizer are copied from its folder.
+        checkpoint: of any layout, from a conversion or from training.
+        target: the folder to write; must not exist.
+        report: hears of the progress.
+        verify: read the folder back and compare every tensor.
+        shard_bytes: a safetensors file is closed before it would exceed this.
 
     Returns:
         the number of tensors compared, 0 without `verify`.
 
     Raises:
-        UserError: when the checkpoint is of another model or damaged, the target not writable, or a tensor differs.
+        UserError: if the checkpoint is of another model or damaged, the target cannot be written, or a tensor differs.
     """
     loaded = open_checkpoint(bridge, checkpoint)
     weights = WholeWeights(bridge)
     described = weights.huggingface_tensors()
-    given = {"checkpoint": str(checkpoint.resolve()), "files": _sizes(set(checkpoint.iterdir())), "shard": shard_bytes}
-    partial = _begin(target, given, say)
-    say(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
+    source = {"checkpoint": str(checkpoint.resolve()), "files": _sizes(set(checkpoint.iterdir())), "shard": shard_bytes}
+    partial = _begin(target, source, report)
+    report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
     shards = plan_shards(described, shard_bytes)
     tensors = _tensors(weights, loaded)
     try:
         for number, (names, file) in enumerate(zip(shards, shard_names(len(shards)), strict=True)):
-            of_this = {name: described[name] for name in names}
-            if not is_whole_shard(partial / file, of_this):
-                write_shard(partial / file, of_this, ((name, tensors(name)) for name in names))
-            say(f"{number + 1} of {len(shards)} files")
+            in_shard = {name: described[name] for name in names}
+            if not is_complete_shard(partial / file, in_shard):
+                write_shard(partial / file, in_shard, ((name, tensors(name)) for name in names))
+            report(f"{number + 1} of {len(shards)} files")
         if len(shards) > 1:
             write_index(partial, shards, sum(map(nbytes, described.values())))
         copy_companions(bridge.path, partial)
+        compared = 0
         if verify:
-            say("comparing every tensor")
-        compared = _compare(weights, loaded, partial) if verify else 0
+            report("comparing every tensor")
+            compared = _compare(weights, loaded, partial)
         (partial / _INPUT).unlink()
         partial.rename(target)
     except UserError:
@@ -120,20 +144,21 @@ def to_huggingface(
 
 
 def open_checkpoint(bridge: PolicyBridge, checkpoint: Path) -> StreamedLoad:
-    """A Megatron checkpoint of any layout, a converted one or one of training, if it is of the bridge's model.
+    """Open a Megatron checkpoint of the bridge's model, of any layout, from a conversion or from training.
 
     Raises:
-        UserError: when the checkpoint is missing, damaged, or of another model.
+        UserError: if the checkpoint is missing, damaged, or of another model.
     """
     try:
-        record = json.loads((checkpoint / "run.json").read_text())
+        record = read_record(checkpoint)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{checkpoint} is no whole checkpoint ({reason(error)}): give a folder with run.json, such as "
+            f"{checkpoint} is not a complete checkpoint ({root_cause(error)}): give a folder with run.json, such as "
             "RUN/checkpoints/step_100"
         ) from error
-    check_same_model(record["model"], fingerprint(bridge), checkpoint, remedy="name its model as the one to convert")
-    if not is_whole(checkpoint):
+    model = fingerprint(bridge.hf_config, bridge.dtype)
+    check_same_model(record["model"], model, checkpoint, remedy="name its model as the one to convert")
+    if not is_complete(checkpoint):
         raise UserError(f"{checkpoint} cannot be read: files are missing or cut short; take another checkpoint")
     return StreamedLoad(checkpoint)
 
@@ -141,7 +166,7 @@ def open_checkpoint(bridge: PolicyBridge, checkpoint: Path) -> StreamedLoad:
 def peak_gib() -> float:
     """The largest resident memory of this process so far, in GiB."""
     try:
-        # getrusage would tell of the process that started this one, too.
+        # getrusage also counts the process that this one was forked from.
         [line] = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM:")]
         return int(line.split()[1]) / 1024**2
     except (OSError, ValueError):
@@ -149,17 +174,20 @@ def peak_gib() -> float:
 
 
 def _tensors(weights: WholeWeights, loaded: StreamedLoad) -> Callable[[str], Tensor]:
-    """Gives the checkpoint's Hugging Face tensors by name; holds those of one weight, so ask for them in order."""
-    source: dict[str, str] = {}
+    """A function that returns the checkpoint's Hugging Face tensors by name.
+
+    It holds the tensors of one weight at a time, so it reads a weight once if it is asked in their order.
+    """
+    weight_of: dict[str, str] = {}
     for name in weights.names:
         for key in weights.formats[name].names:
-            source.setdefault(key, name)
+            weight_of.setdefault(key, name)
     held: dict[str, Tensor] = {}
 
     def tensor(key: str) -> Tensor:
         if key not in held:
             held.clear()
-            held.update(_load(weights, loaded, source[key]))
+            held.update(_load(weights, loaded, weight_of[key]))
         return held[key]
 
     return tensor
@@ -173,62 +201,62 @@ def _load(weights: WholeWeights, loaded: StreamedLoad, name: str) -> Iterator[tu
 
 
 def _compare(weights: WholeWeights, loaded: StreamedLoad, folder: Path) -> int:
-    """Compare every tensor of a checkpoint with the folder's, bit for bit; returns how many.
+    """Compare every tensor of a checkpoint with the folder's, bit for bit; return how many.
 
     Raises:
-        UserError: naming the first tensor that differs, or those that only one side has.
+        UserError: names the first tensor that differs, or one that only one side has.
     """
     files = tensor_files(folder)
     seen: set[str] = set()
-    wrong = None
+    difference = None
     for name in weights.names:
         for key, tensor in _load(weights, loaded, name):
             seen.add(key)
             if key not in files:
-                wrong = wrong or f"{folder} lacks {key}"
-            elif wrong is None and not _same(read_tensor(files[key], key), tensor):
-                wrong = f"{key} differs from the one in {files[key]}"
-    # A tied model's folder may name the embedding twice.
-    left = sorted(files.keys() - seen - {"lm_head.weight"})
-    if wrong is None and left:
-        wrong = f"{folder} holds {len(left)} tensors the model does not have, {left[0]} for one"
-    if wrong is not None:
-        raise UserError(f"verification failed: {wrong}")
+                difference = difference or f"{folder} lacks {key}"
+            elif difference is None and not _bit_equal(read_tensor(files[key], key), tensor):
+                difference = f"{key} differs from the one in {files[key]}"
+    # The folder of a tied model may store the embedding under both names.
+    unknown = sorted(files.keys() - seen - {"lm_head.weight"})
+    if difference is None and unknown:
+        difference = f"{folder} holds {len(unknown)} tensors that the model does not have, such as {unknown[0]}"
+    if difference is not None:
+        raise UserError(f"verification failed: {difference}")
     return len(seen)
 
 
-def _same(expected: Tensor, found: Tensor) -> bool:
-    """Whether two tensors are equal to the bit, whatever numbers they hold."""
-    if (expected.dtype, expected.shape) != (found.dtype, found.shape):
+def _bit_equal(expected: Tensor, actual: Tensor) -> bool:
+    """Whether two tensors have the same bits; unlike torch.equal, it holds for NaN, too."""
+    if (expected.dtype, expected.shape) != (actual.dtype, actual.shape):
         return False
-    return torch.equal(expected.contiguous().view(-1).view(torch.uint8), found.contiguous().view(-1).view(torch.uint8))
+    return torch.equal(expected.contiguous().view(-1).view(torch.uint8), actual.contiguous().view(-1).view(torch.uint8))
 
 
-def _begin(target: Path, given: dict[str, Any], say: Progress) -> Path:
-    """The folder that is written beside `target`: new, or the one of an earlier start from the same input.
+def _begin(target: Path, source: dict[str, Any], report: Report) -> Path:
+    """The folder that is written and renamed to `target`: new, or that of an earlier conversion of the same source.
 
     Raises:
-        UserError: when the target exists or the disk refuses.
+        UserError: if the target exists or the disk refuses.
     """
     if target.exists():
         raise UserError(f"{target} exists: remove it or name another output")
     partial = target.with_name(target.name + ".partial")
     try:
-        if (partial / _INPUT).is_file() and json.loads((partial / _INPUT).read_text()) == given:
-            say(f"going on with {partial}")
+        if (partial / _INPUT).is_file() and json.loads((partial / _INPUT).read_text()) == source:
+            report(f"continuing with {partial}")
             return partial
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_text(partial / _INPUT, json.dumps(given))
+        write_text(partial / _INPUT, json.dumps(source))
     except (OSError, ValueError) as error:
         raise _cannot_write(target, error) from error
     return partial
 
 
 def _sizes(files: set[Path]) -> dict[str, list[int]]:
-    """Size and time of change of files, to know an input again."""
+    """Size and modification time of files, by which an input is recognised."""
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
 
 
 def _cannot_write(target: Path, error: BaseException) -> UserError:
-    return UserError(f"{target} cannot be written: {reason(error)}; make room and start again, it will go on")
+    return UserError(f"{target} cannot be written: {root_cause(error)}; make room and start again to continue")

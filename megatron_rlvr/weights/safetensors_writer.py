@@ -1,6 +1,6 @@
-"""Safetensors files written one tensor at a time, for tensors whose dtypes and shapes are known before.
+"""Safetensors files written one tensor at a time, for tensors whose dtypes and shapes are known beforehand.
 
-The safetensors format: eight bytes of header length, a JSON header, then the tensors end to end.
+The safetensors format: eight bytes with the length of the header, a JSON header, then the tensors end to end.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from megatron_rlvr.atomic_write import atomic_file
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 Described = Mapping[str, tuple[torch.dtype, torch.Size]]
+"""dtype and shape of every tensor, by name, in the order of the file."""
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def plan_shards(tensors: Described, shard_bytes: int) -> list[list[str]]:
-    """Names by file, in order; a file is closed before it would exceed `shard_bytes`."""
+    """Names per file, in order. A file is closed before it would exceed `shard_bytes`."""
     shards: list[list[str]] = []
     size = 0
     for name in tensors:
@@ -33,38 +34,39 @@ def plan_shards(tensors: Described, shard_bytes: int) -> list[list[str]]:
 
 
 def nbytes(described: tuple[torch.dtype, torch.Size]) -> int:
-    """Bytes of a tensor of that dtype and shape."""
+    """Bytes of a tensor of a dtype and shape."""
     dtype, shape = described
     return math.prod(shape) * dtype.itemsize
 
 
 def write_shard(path: Path, described: Described, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write one file; it has its name only when it is whole.
+    """Write one file; it gets its name when it is complete.
 
     Args:
         path: of the file.
-        described: dtype and shape of every tensor, in order.
-        tensors: the same tensors in the same order; what is held at once is one.
+        described: what `tensors` gives.
+        tensors: consumed one at a time.
 
     Raises:
-        OSError: when the disk refuses.
-        ValueError: when the tensors are not those described.
+        OSError: if the disk refuses.
+        ValueError: if the tensors are not those described.
     """
-    header = _header(described)
     expected = iter(described.items())
     with atomic_file(path) as file:
-        file.write(header)
+        file.write(_header(described))
         for name, tensor in tensors:
             key, (dtype, shape) = next(expected)
             if (name, tensor.dtype, tensor.shape) != (key, dtype, shape):
-                raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)} came for {key} {dtype} {list(shape)}")
+                raise ValueError(
+                    f"{path}: expected {key} {dtype} {list(shape)}, found {name} {tensor.dtype} {list(tensor.shape)}"
+                )
             file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
         if next(expected, None) is not None:
-            raise ValueError(f"{path} lacks tensors at its end")
+            raise ValueError(f"{path}: the tensors end before those described")
 
 
-def is_whole(path: Path, described: Described) -> bool:
-    """Whether `write_shard` has written this file to its end."""
+def is_complete(path: Path, described: Described) -> bool:
+    """Whether `write_shard` has written this file."""
     return path.is_file() and path.stat().st_size == len(_header(described)) + sum(map(nbytes, described.values()))
 
 

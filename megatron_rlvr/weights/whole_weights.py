@@ -1,31 +1,31 @@
-"""The weights of a whole model, one at a time: as megatron-core holds each and as Hugging Face names its parts."""
+"""The weights of a whole model, one at a time, as megatron-core holds them and as Hugging Face does."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge
+from megatron_rlvr.megatron.streamed_checkpoint import split_into_pieces
 from megatron_rlvr.weights.huggingface_folder import read_tensor
 
 
 class WholeWeights:
-    """What every weight of a model is called, how it is laid out, and how it is carried over; holds no weight.
+    """Names, shapes and mapping of every weight of a model; holds no weight.
 
-    The model is built on the meta device in the layout of one process, so a weight of megatron-core is whole.
+    The model is built on the meta device in the layout of one process, so each of megatron-core's weights is whole.
 
     Args:
-        bridge: of a process alone (tensor, pipeline and expert sizes 1) with the local layers.
+        bridge: of a single process (tensor, pipeline and expert sizes 1) with the local layers.
 
     Attributes:
-        state: megatron-core's description of the model's checkpoint, by name in the model.
+        state: megatron-core's description of the checkpoint, by name in the model.
         names: of the weights, in the order of their modules.
         formats: how each weight maps to Hugging Face tensors, by name.
     """
@@ -33,60 +33,62 @@ class WholeWeights:
     def __init__(self, bridge: PolicyBridge):
         self.bridge = bridge
         [model] = bridge.build(shapes_only=True)
-        self.state: dict[str, ShardedBase] = model.sharded_state_dict()
+        self.state: dict[str, Any] = model.sharded_state_dict()
         self.names = [name for name, _ in model.named_parameters()]
         self.formats = {name: bridge.weight_format(name) for name in self.names}
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def huggingface_tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """dtype and shape of every tensor of the model's folder, in the order of `to_huggingface`."""
-        found: dict[str, tuple[torch.dtype, torch.Size]] = {}
+        """dtype and shape of every tensor of the model's Hugging Face folder, in the order of `to_huggingface`."""
+        described: dict[str, tuple[torch.dtype, torch.Size]] = {}
         for name in self.names:
-            empty = torch.empty(self._shapes[name], dtype=self.bridge.dtype, device="meta")
-            found |= {key: (t.dtype, t.shape) for key, t in self.to_huggingface(name, empty) if key not in found}
-        return found
+            weight = torch.empty(self._shapes[name], dtype=self.bridge.dtype, device="meta")
+            for key, tensor in self.to_huggingface(name, weight):
+                described.setdefault(key, (tensor.dtype, tensor.shape))
+        return described
 
     def largest_bytes(self) -> int:
         """Bytes of the largest weight as megatron-core holds it."""
         return max(math.prod(shape) for shape in self._shapes.values()) * self.bridge.dtype.itemsize
 
     def from_huggingface(self, name: str, files: Mapping[str, Path]) -> Tensor:
-        """A weight as megatron-core holds it, made of the tensors in `files`.
+        """A weight as megatron-core holds it.
+
+        Args:
+            name: of the weight in the model.
+            files: the safetensors file of every Hugging Face tensor.
 
         Raises:
-            UserError: when one of them is missing or has another shape.
+            UserError: if a tensor is missing or has the wrong shape.
         """
-        sources = self.formats[name].names
-        parts = []
-        for source in sources:
-            if source not in files:
-                raise UserError(f"{self.bridge.path} lacks {source}, which {self.bridge.hf_config.model_type} needs")
-            parts.append(read_tensor(files[source], source))
+        weight_format = self.formats[name]
+        tensors = []
+        for key in weight_format.names:
+            if key not in files:
+                raise UserError(f"{self.bridge.path} lacks {key}, which {self.bridge.hf_config.model_type} needs")
+            tensors.append(read_tensor(files[key], key))
         try:
-            weight = self.formats[name].to_megatron(parts)
-        except (AssertionError, RuntimeError):
+            weight = weight_format.to_megatron(tensors)
+        except (AssertionError, RuntimeError):  # what mbridge raises for shapes that do not fit
             weight = None
         if weight is None or weight.shape != self._shapes[name]:
-            found = ", ".join(f"{source} {list(part.shape)}" for source, part in zip(sources, parts, strict=True))
+            shapes = ", ".join(
+                f"{key} {list(tensor.shape)}" for key, tensor in zip(weight_format.names, tensors, strict=True)
+            )
             raise UserError(
-                f"{self.bridge.path}: {found} is not the model of its config.json, where {name} is "
+                f"{self.bridge.path}: {shapes} is not the model of its config.json, where {name} is "
                 f"{list(self._shapes[name])}: download the model again"
             )
         return weight.to(self.bridge.dtype)
 
     def to_huggingface(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The Hugging Face tensors that a weight is made of, by name."""
+        """The Hugging Face tensors of a weight, by name."""
         yield from self.formats[name].to_huggingface(weight)
 
-    def pieces(self, name: str, weight: Tensor) -> list[ShardedTensor]:
-        """A weight as the checkpoint holds it: in one piece, or gate and up projection each in its own; views of it."""
-        entry = copy.copy(self.state[name])
-        entry.data = weight
-        if isinstance(entry, ShardedTensorFactory):
-            return entry.build()
-        assert isinstance(entry, ShardedTensor)
-        return [entry]
+    def pieces(self, name: str, weight: Tensor) -> list[Any]:
+        """A weight in the pieces that the checkpoint stores (megatron-core's ShardedTensor); views of `weight`."""
+        return split_into_pieces(self.state[name], weight)
 
     def empty(self, name: str) -> Tensor:
-        """Memory for a weight."""
+        """Uninitialised memory for a weight."""
         return torch.empty(self._shapes[name], dtype=self.bridge.dtype)

@@ -132,7 +132,7 @@ def test_a_killed_conversion_goes_on(
     assert len(written) > 1 and not (tmp_path / "out").exists()
     capsys.readouterr()
     assert tool.main([*target, "--verify"] if direction == "to-huggingface" else target) == 0
-    assert "going on with" in capsys.readouterr().out
+    assert "continuing with" in capsys.readouterr().out
     kept = {f.name for f in (tmp_path / "out").iterdir() if written.get(f.name) == f.stat().st_mtime_ns}
     assert len(kept) > 1
     if direction == "to-megatron":
@@ -162,7 +162,7 @@ def test_a_disk_that_refuses(
     line = capsys.readouterr().err
     assert re.fullmatch(r"error: \S+/out cannot be written: \[Errno 27\] File too large; make room .*\n", line), line
     assert tool.main(arguments) == 0
-    assert "going on with" in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
+    assert "continuing with" in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
 
 
 def test_another_input_starts_anew(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +172,7 @@ def test_another_input_starts_anew(tool: ModuleType, tmp_path: Path, capsys: pyt
     (tmp_path / "out.partial" / "input.json").write_text(json.dumps({"folder": str(first), "files": {}}))
     (tmp_path / "out.partial" / "layer-0.record").write_bytes(b"of another model")
     assert tool.main(["to-megatron", str(second), str(tmp_path / "out"), "--verify"]) == 0
-    assert "going on" not in capsys.readouterr().out
+    assert "continuing" not in capsys.readouterr().out
 
 
 def test_memory_is_of_one_weight(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_bad_input_is_one_line(
     for arguments, message in (
         (["to-huggingface", str(checkpoint), "x", "--model", str(other)], "hidden_size=32 instead of 48"),
         (["to-huggingface", str(damaged), "x", "--model", str(source)], "damaged cannot be read"),
-        (["to-huggingface", str(tmp_path / "nothing"), "x", "--model", str(source)], "is no whole checkpoint"),
+        (["to-huggingface", str(tmp_path / "nothing"), "x", "--model", str(source)], "is not a complete checkpoint"),
         (["to-huggingface", str(checkpoint), "x"], "needs --model"),
         (["to-megatron", str(tmp_path / "nothing"), "x"], "has no config.json"),
         (["to-megatron", str(cut), "x"], "cut/model.safetensors cannot be read"),
@@ -251,7 +251,7 @@ def test_bad_input_is_one_line(
 def test_verification_finds_one_wrong_element(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_rlvr.weights.streamed_checkpoint import StreamedLoad
+    from megatron_rlvr.megatron.streamed_checkpoint import StreamedLoad
 
     source = make_family(tmp_path / "source", "llama-untied")
     fill = StreamedLoad.fill

@@ -1,0 +1,150 @@
+"""Checkpoints in megatron-core's torch_dist format: written by all processes of a job, readable under any layout."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import save as save_torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+
+from megatron_rlvr.megatron import optimizer_state
+from megatron_rlvr.megatron.model import PolicyModel
+
+SAVE_ERRORS = (OSError, CheckpointException)
+"""What `save`, and the future that it returns, raise if the disk refuses."""
+LOAD_ERRORS = (OSError, CheckpointingException, CheckpointException, KeyError)
+"""What `load` raises if files are missing or damaged."""
+
+
+def save(
+    state: dict[str, Any],
+    folder: Path,
+    *,
+    group: dist.ProcessGroup | None = None,
+    background: Executor | None = None,
+) -> Future | None:
+    """Write a sharded state dict. Collective over the job.
+
+    Args:
+        state: of `training_state`.
+        folder: exists and is empty.
+        group: for the exchange at the start and the end of a save; None is the default group.
+        background: write there, from copies of the tensors in host memory, and return at once. `group` must then be
+            used for nothing else, because its collectives run on another thread.
+
+    Returns:
+        the write in progress; None without `background`.
+
+    Raises:
+        SAVE_ERRORS: if the disk refuses.
+    """
+    strategy = _DirectSave(group, background)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+    return strategy.writing
+
+
+def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read what `state` describes; returns it with the tensors in place. Collective over the job.
+
+    Raises:
+        LOAD_ERRORS: if the checkpoint is damaged or lacks something.
+    """
+    return dist_checkpointing.load(state, str(folder))
+
+
+def training_state(
+    model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer, *, loading: bool
+) -> dict[str, Any]:
+    """megatron-core's description of weights and optimizer state, to save or to be filled. Collective over the job."""
+    model = {_chunk_key(number): chunk.sharded_state_dict() for number, chunk in enumerate(model_chunks)}
+    return model | {"optimizer": optimizer_state.sharded_state(optimizer, model, loading)}
+
+
+def load_training_state(
+    model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer, state: dict[str, Any]
+) -> None:
+    """Put the result of `load` into the model chunks and the optimizer.
+
+    Raises:
+        UserError: if the optimizer does not hold the loaded state afterwards.
+    """
+    for number, chunk in enumerate(model_chunks):
+        chunk.load_state_dict(state[_chunk_key(number)])
+    optimizer_state.load(optimizer, state["optimizer"])
+
+
+def _chunk_key(number: int) -> str:
+    # The key is not stored: tensors are named by their place in the whole model, however many chunks it has.
+    return f"model{number}" if number else "model"
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost cause of an error in one line; torch wraps what the disk said in a traceback per rank."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class DiskWriter(FileSystemWriter):
+    """torch's writer of checkpoint files that raises the error of the disk.
+
+    torch.save turns "No space left on device" into an error about positions in its archive.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
+
+class _DirectSave(torch_dist.TorchDistSaveShardedStrategy):
+    """Writes the torch_dist format from this process.
+
+    megatron-core's own writer starts a manager and a child process for every save, which takes seconds in which nothing
+    is written. The files are the same.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, background: Executor | None):
+        super().__init__("torch_dist", 1, thread_count=1)
+        self.group, self.background = group, background
+        self.writing: Future | None = None
+
+    def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
+        flat, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        if self.background is not None:
+            for shards in flat.values():
+                for shard in shards:
+                    is_tensor = torch.is_tensor(shard.data)
+                    shard.data = shard.data.detach().to("cpu", copy=True) if is_tensor else copy.deepcopy(shard.data)
+        arguments = {
+            "storage_writer": DiskWriter(checkpoint_dir, thread_count=self.thread_count, sync_files=True),
+            "planner": torch_dist.MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
+            "process_group": self.group,
+        }
+        state = torch_dist.mcore_to_pyt_state_dict(flat, False)
+        if self.background is None:
+            save_torch(state, **arguments)
+        else:
+            self.writing = self.background.submit(save_torch, state, **arguments)
