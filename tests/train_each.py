@@ -1,4 +1,4 @@
-"""Train once for each argument (a JSON list of the trainer's own arguments), in this process."""
+"""Train once per command-line argument, in this process. An argument is a JSON list of the trainer's arguments."""
 
 import json
 import sys
