@@ -114,7 +114,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
         report.phase("scoring")
         with timer.part("score"):
             scores = policy.score(batch, advantage)
-        weight = token_weights(config, batch, layout)
+        weight = token_weights(batch, algorithm, config.rollout.max_tokens, layout)
         measured = measure_rollout(batch, weight, scores, layout.is_reporting_rank, layout.is_leader)
         if problem := alarm.observe(step, measured.record):
             save(step)

@@ -73,7 +73,7 @@ def planned(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
     from megatron_rlvr.planning.memory import phase_memory, static_memory
 
     config = case_config(folder, arguments)
-    shape, dtype, (stage,) = model_stages(config, 1)
+    shape, dtype, (stage,) = model_stages(config.model, config.parallel, 1)
     held = static_memory(stage, config, dtype, 1).total
     return {"held": held, "peak": held + phase_memory(shape, stage, config, dtype.itemsize, 1).update}
 

@@ -70,7 +70,7 @@ class Bench:
         """Train on the rollout from the policy's present state; return a measurement for each number of `PASSES`."""
         policy, batch, algorithm = self.policy, self.batch, self.config.algorithm
         advantage = self.advantage(rewards)
-        weight = token_weights(self.config, batch, self.layout)
+        weight = token_weights(batch, algorithm, self.config.rollout.max_tokens, self.layout)
         scores = policy.score(batch, advantage)
         before = measure_rollout(batch, weight, scores, self.layout.is_reporting_rank, self.layout.is_leader)
         objective = build_objective(algorithm.objective)

@@ -30,7 +30,6 @@ class Layout:
         is_reporting_rank: whether this process reports for the last pipeline stage of its data-parallel rank (tensor
             and context rank 0 of that stage). The tensor- and context-parallel ranks of a stage all compute the same
             sums, so one of them must report.
-        is_first_stage, is_last_stage: of the pipeline.
     """
 
     rank: int
@@ -39,8 +38,6 @@ class Layout:
     data_size: int
     is_leader: bool
     is_reporting_rank: bool
-    is_first_stage: bool
-    is_last_stage: bool
 
     @property
     def is_main(self) -> bool:
@@ -112,7 +109,6 @@ def initialize_model_parallel(config: ParallelConfig, *, create_gloo_groups: boo
 
 
 def _layout() -> Layout:
-    is_last_stage = parallel_state.is_pipeline_last_stage()
     first_of_context = parallel_state.get_context_parallel_rank() == 0
     return Layout(
         rank=dist.get_rank(),
@@ -120,9 +116,9 @@ def _layout() -> Layout:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         is_leader=parallel_state.get_model_parallel_group().rank() == 0 and first_of_context,
-        is_reporting_rank=is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0 and first_of_context,
-        is_first_stage=parallel_state.is_pipeline_first_stage(),
-        is_last_stage=is_last_stage,
+        is_reporting_rank=parallel_state.is_pipeline_last_stage()
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and first_of_context,
     )
 
 

@@ -94,7 +94,7 @@ def make_plan(
     """
     hardware = hardware or Hardware()
     world_size = nodes * gpus_per_node
-    shape, dtype, stages = model_stages(config, world_size)
+    shape, dtype, stages = model_stages(config.model, config.parallel, world_size)
     parallel, rollout = config.parallel, config.rollout
     data_parallel = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
     if rollout.prompts_per_step % (data_parallel * config.algorithm.minibatches):

@@ -52,7 +52,7 @@ def measured(folder: Path) -> Path:
 def test_memory(name: str, folder: Path, measured: Path) -> None:
     config = layout_config(folder, LAYOUTS[name])
     data_parallel = 2 // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
-    shape, dtype, stages = model_stages(config, 2)
+    shape, dtype, stages = model_stages(config.model, config.parallel, 2)
     for rank in range(2):
         found = json.loads((measured / f"{list(LAYOUTS).index(name)}-{rank}.json").read_text())
         stage = stages[found["stage"]]

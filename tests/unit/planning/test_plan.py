@@ -82,7 +82,7 @@ def test_parameters_are_those_of_transformers(family: str, layout: dict[str, int
     make_family(tmp_path, family)
     (tmp_path / "model.safetensors").unlink()  # config.json alone is enough
     config = Config(model=ModelConfig(path=str(tmp_path)), parallel=ParallelConfig(**layout))  # type: ignore[arg-type]
-    shape, dtype, stages = model_stages(config, 4)
+    shape, dtype, stages = model_stages(config.model, config.parallel, 4)
     assert dtype is torch.bfloat16
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
@@ -127,7 +127,7 @@ def test_wrong_layouts_are_refused(
 def test_bytes_by_hand(tmp_path: Path) -> None:
     """Llama 3.3 70B at tensor 8, pipeline 2, data 8, every formula written out."""
     config = example("llama3.3-70b", tmp_path)
-    shape, dtype, stages = model_stages(config, 128)
+    shape, dtype, stages = model_stages(config.model, config.parallel, 128)
     h, f, kv, v, layers = 8192, 28672, 1024, 128256, 40
     norms = layers * 2 * h
     first = v * h // 8 + norms + layers * ((h * h + 2 * kv * h + h * h + 3 * h * f) // 8)
@@ -154,7 +154,7 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
 def test_mixture_by_hand(tmp_path: Path) -> None:
     """Qwen3-30B-A3B at tensor 4, expert 8, data 8: a rank has a quarter of what is dense, and 16 experts of a layer."""
     config = example("qwen3-30b-a3b", tmp_path)
-    shape, dtype, [stage] = model_stages(config, 32)
+    shape, dtype, [stage] = model_stages(config.model, config.parallel, 32)
     h, f, q, kv, v, layers = 2048, 768, 4096, 512, 151936, 48
     assert sum(stage.experts) == layers * 16 * 3 * h * f
     norms = layers * (2 * h + 2 * 128) + h
@@ -175,7 +175,7 @@ def test_mixture_by_hand(tmp_path: Path) -> None:
 
 def test_context_and_interleaving_by_hand(tmp_path: Path) -> None:
     config = example("qwen2.5-72b", tmp_path)
-    shape, _, stages = model_stages(config, 128)
+    shape, _, stages = model_stages(config.model, config.parallel, 128)
     half = replace(config, parallel=replace(config.parallel, context=2))
     whole, split = (phase_memory(shape, stages[0], c, 2, 4).activations for c in (config, half))
     assert split == whole // 2

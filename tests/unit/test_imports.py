@@ -1,0 +1,64 @@
+"""The import rules of CONTRIBUTING.md: one package touches megatron-core, and packages import downhill."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.processes import ROOT
+
+PACKAGE = ROOT / "megatron_rlvr"
+
+
+def imported_modules(file: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def packages_in_order() -> list[str]:
+    """The packages of CONTRIBUTING's table, from top to bottom."""
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    return [name for name in rows if (PACKAGE / name).is_dir()]
+
+
+def test_one_package_imports_megatron_core() -> None:
+    files = [file for folder in ("megatron_rlvr", "tools", "examples") for file in (ROOT / folder).rglob("*.py")]
+    importers = {
+        str(file.relative_to(ROOT))
+        for file in files
+        if any(re.match(r"(megatron|mbridge)(\.|$)", module) for module in imported_modules(file))
+    }
+    assert importers
+    assert {name for name in importers if not name.startswith("megatron_rlvr/megatron/")} == set()
+
+
+def test_packages_import_downhill() -> None:
+    order = packages_in_order()
+    assert set(order) == {entry.parent.name for entry in PACKAGE.glob("*/__init__.py")}
+    for importer in order:
+        uphill = {"train", *order[: order.index(importer)]}
+        for file in (PACKAGE / importer).rglob("*.py"):
+            for module in imported_modules(file):
+                imported = re.match(r"megatron_rlvr\.(\w+)", module)
+                assert imported is None or imported[1] not in uphill, f"{file.relative_to(ROOT)} imports {module}"
+
+
+def test_control_and_ops_stand_alone() -> None:
+    for package in ("control", "ops"):
+        for file in (PACKAGE / package).rglob("*.py"):
+            ours = {module for module in imported_modules(file) if module.startswith("megatron_rlvr.")}
+            assert {module for module in ours if not module.startswith(f"megatron_rlvr.{package}")} == set(), file
+
+
+def test_the_shared_modules_of_the_root_import_no_package() -> None:
+    for name in ("errors", "atomic_write", "config_schema", "bound_to_parent", "log_tail", "lifecycle"):
+        for module in imported_modules(PACKAGE / f"{name}.py"):
+            imported = re.match(r"megatron_rlvr\.(\w+)", module)
+            assert imported is None or not (PACKAGE / imported[1]).is_dir(), f"{name}.py imports {module}"
