@@ -1,4 +1,4 @@
-"""The error that a user can mend."""
+"""User errors: what the user can correct."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -180,7 +180,7 @@ def train(config: Config, layout: parallel.Layout, resources: ExitStack) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status of design: 0 done, 2 the user can mend it, 75 stopped and resumable."""
+    """The command line; returns the exit status of design: 0 done, 2 a user error, 75 stopped and resumable."""
     arguments = sys.argv[1:] if arguments is None else arguments
     rank = int(os.environ.get("RANK", "0"))
     warnings.simplefilter("ignore", FutureWarning)

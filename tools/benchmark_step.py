@@ -8,7 +8,7 @@ the same state of the machine. TRL runs under PYTHON, an interpreter with the `b
 Our trainer bounds the time that OpenMP threads spin and keeps glibc from unmapping what tensors free; TRL runs as torch
 comes. On a machine that is busy with other work, set OMP_WAIT_POLICY=passive for both: threads that spin while they
 wait for a preempted one make a step many times slower there. Exit status 2, with one line on
-stderr, for what the user can mend.
+stderr, for user errors.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ warnings.simplefilter("ignore")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; exit status 0, or 2 after one line that says what to mend."""
+    """The command line; exit status 0, or 2 after one line that says what to correct."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("direction", choices=("to-megatron", "to-huggingface"))
     parser.add_argument("input", type=Path, help="Hugging Face folder, or checkpoint folder with run.json")

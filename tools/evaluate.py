@@ -58,7 +58,7 @@ def evaluate(config: Config, run: Path, initial: bool, layout: parallel.Layout, 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; exit status 0, or 2 after one line that says what to mend."""
+    """The command line; exit status 0, or 2 after one line that says what to correct."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_directory", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value, as for training")

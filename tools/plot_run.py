@@ -1,7 +1,7 @@
 """Plot a run, or compare several: python tools/plot_run.py RUN_DIR... [--output DIR].
 
 Runs whose configurations differ in the seed only are drawn as one curve, their mean, in a band from the lowest to the
-highest. Exit status 2, with one line on stderr, for what the user can mend.
+highest. Exit status 2, with one line on stderr, for user errors.
 """
 
 from __future__ import annotations

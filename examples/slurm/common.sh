@@ -246,7 +246,7 @@ launch() {
         exit 0
     fi
     wait_step || true
-    # srun says the largest status; what counts is what the user can mend, then a rank that was killed (134 is abort, by
+    # srun says the largest status; user errors count first, then a rank that was killed (134 is abort, by
     # which a rank that misses another may end), then any other crash, then a stop.
     read -r status reason < <(cat "$attempt"/outcome.* 2> /dev/null | awk '
         { weight = $1 == 2 ? 4 : $1 > 128 && $1 != 134 ? 3 : $1 == 75 ? 1 : $1 == 0 ? 0 : 2 }

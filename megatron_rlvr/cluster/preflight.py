@@ -2,8 +2,8 @@
 
 Every node looks at itself (`node_checks`); the first one, the head, gathers the reports with a deadline, compares them,
 plans the configuration, has all training processes do an all-reduce, and says the verdict: ``verdict`` in the report
-folder holds an exit status and a line, ``bad_nodes`` the nodes to leave out. Statuses: 0 go, 2 for what the user can
-mend (it is wrong on every node, or in the configuration), 69 when nodes are bad.
+folder holds an exit status and a line, ``bad_nodes`` the nodes to leave out. Statuses: 0 go, 2 for a user
+error (wrong on every node, or in the configuration), 69 when nodes are bad.
 """
 
 from __future__ import annotations

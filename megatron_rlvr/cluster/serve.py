@@ -1,7 +1,7 @@
 """The SGLang servers of one node: ``python -m megatron_rlvr.cluster.serve --folder DIR CONFIG [key=value ...]``.
 
-Starts ``rollout.sglang.servers`` servers, each on GPUs of its own, starts those again that die or hang, and stops them
-when it is told to stop or dies itself. ``DIR/NODE.urls`` holds their addresses, comma-separated, once all of them
+Starts ``rollout.sglang.servers`` servers, each on its own GPUs, restarts those that die or hang, and stops them when it
+receives a stop signal or dies. ``DIR/NODE.urls`` holds their addresses, comma-separated, once all of them
 answer; ``DIR/NODE/server_N.log`` their output.
 """
 

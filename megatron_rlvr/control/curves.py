@@ -14,7 +14,7 @@ CURVES = ("constant", "linear", "cosine", "piecewise", "file")
 
 @dataclass(frozen=True)
 class EntropyCurve:
-    """A target entropy over progress x from 0 to 1, in nats a token, or in multiples of the entropy at step 0.
+    """A target entropy over progress x from 0 to 1, in nats per token, or in multiples of the entropy at step 0.
 
     ``curve`` is one of
 
@@ -52,7 +52,7 @@ class EntropyCurve:
                 raise ValueError(f"target curve: {parameter} must be a number above 0, found {value!r}")
 
     def value(self, progress: float, initial_entropy: float) -> float:
-        """The target at ``progress`` (held to [0, 1]) in nats; ``initial_entropy`` is the entropy at step 0."""
+        """The target at ``progress`` (clamped to [0, 1]) in nats; ``initial_entropy`` is the entropy at step 0."""
         x = min(max(progress, 0.0), 1.0)
         return self._shape(x) * (initial_entropy if self.relative else 1.0)
 

@@ -2,7 +2,7 @@
 
 Every schedule is used the same way, once a step and before any update of that step::
 
-    schedule.observe(step, entropy)        # the exact mean entropy of the policy, nats a token
+    schedule.observe(step, entropy)        # the exact mean entropy of the policy, nats per token
     thresholds = schedule.thresholds(step)
 
 Formulas: arXiv 2602.09782. With x = k / T the progress at step k of T and s the split,
@@ -38,7 +38,7 @@ class ClipSchedule:
         standard_error: float | None = None,
         rate: float = 1.0,
     ) -> None:
-        """Take in the mean entropy (nats a token) measured before the updates of ``step``.
+        """Take in the mean entropy (nats per token) measured before the updates of ``step``.
 
         ``tokens`` is the number of response tokens trained on before this step; needed only when progress is counted
         in tokens. ``response`` (what steering would do to this step's tokens), ``standard_error`` (of ``entropy``,

@@ -13,7 +13,7 @@ from megatron_rlvr.control.steering import NEUTRAL, SteeringResponse
 from megatron_rlvr.control.thresholds import ClipThresholds
 
 SHIFT_NOISE = 0.02  # standard deviation of an update's measured shift: its prompts are a part of the step's
-SHORTEST_AIM = 0.25  # of a step: near its end the last updates are not made to mend everything
+SHORTEST_AIM = 0.25  # of a step: near its end the last updates are not expected to correct everything
 STEERING_PACE = 4.0  # within a step u may move this many times steering_rate in all
 
 

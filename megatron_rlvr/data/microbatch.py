@@ -47,7 +47,7 @@ class Microbatch:
         rows: int64 [R], ``position * b + sequence`` in `tokens` of those that predict a response token.
         targets: int64 [T], the response tokens, whichever rank predicts them, sequence by sequence.
         flat: int64 [T], where each of them stands in the rank's flat token arrays (`RolloutBatch.rollout_logprob` ...).
-        sequence_index: int64 [T], which of `sequences` a token is of.
+        sequence_index: int64 [T], the index in `sequences` of the sequence of each token.
         sequences: int64 [n], which of the rank's sequences these are.
         here: int64 [R], the targets that this context-parallel rank predicts; None means all.
         positions: int64 [s], where the tokens stand in their sequences; None means 0 .. s-1.

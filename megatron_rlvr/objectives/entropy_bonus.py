@@ -42,7 +42,7 @@ class EntropyBonus:
         return self._adaptive if self._active else 0.0
 
     def observe(self, entropy: float) -> None:
-        """Take in the entropy measured before the updates of a step, nats a token."""
+        """Take in the entropy measured before the updates of a step, nats per token."""
         if self.target is None:
             return
         change = self.increment if entropy < self.target else -self.increment if entropy > self.target else 0.0

@@ -150,7 +150,7 @@ def _records(path: Path) -> Iterator[tuple[Record, int]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error}): mend or remove that line") from error
+                raise UserError(f"{path} line {number} is not JSON ({error}): correct or remove that line") from error
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise UserError(f"{path} line {number} is no metrics record: expected an object with an integer 'step'")
             yield {name: math.nan if value is None else value for name, value in record.items()}, offset

@@ -173,7 +173,7 @@ def _panels(groups: Sequence[RunGroup]) -> list[Panel]:
         Panel(
             "entropy",
             "Entropy of the policy",
-            "nats a token",
+            "nats per token",
             (
                 _metric("entropy", "measured"),
                 _metric("control/target", "target", 1),
@@ -216,7 +216,7 @@ def _panels(groups: Sequence[RunGroup]) -> list[Panel]:
         Panel(
             "entropy_change",
             "Entropy change of a step",
-            "nats a token",
+            "nats per token",
             (_prediction(groups), _metric("entropy_change/measured", "measured", 1)),
             reference=0.0,
         ),
@@ -224,7 +224,7 @@ def _panels(groups: Sequence[RunGroup]) -> list[Panel]:
         Panel(
             "kl_rollout",
             "Rollout against training policy",
-            "KL, nats a token",
+            "KL, nats per token",
             (_metric("kl_rollout"),),
             reference=0.0,
         ),

@@ -29,7 +29,7 @@ class Status:
         state: ``running``, ``done``, ``stopped`` (resumable), or ``failed`` with the `reason`.
         phase: of the step in progress.
         step, steps: finished steps, and those of the whole run.
-        entropy, entropy_target: nats a token, of the last finished step; the target where the schedule has one.
+        entropy, entropy_target: nats per token, of the last finished step; the target where the schedule has one.
         tokens_per_second: response tokens of the last step over its time, evaluation and checkpoint included.
         step_seconds, seconds_left: mean of the last steps; what it means for the rest of the run.
         checkpoint: steps that the newest checkpoint holds.

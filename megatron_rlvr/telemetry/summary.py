@@ -40,7 +40,7 @@ def summary_table(records: Sequence[Record], evaluations: Sequence[Record]) -> T
     if entropies:
         peak = max(entropies)
         at = next(record["step"] for record in records if record.get("entropy") == peak)
-        table.add_row("entropy (nats a token)", *_before_after(entropies[0], entropies[-1]))
+        table.add_row("entropy (nats per token)", *_before_after(entropies[0], entropies[-1]))
         table.add_row("", f"peak {peak:.3f}", f"at step {at}", "", end_section=True)
     for side, label in (("high", "clipped at the upper bound"), ("low", "clipped at the lower bound")):
         fractions = _column(records, f"clip/fraction_{side}")

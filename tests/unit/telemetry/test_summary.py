@@ -19,7 +19,7 @@ def test_the_table_tells_gain_and_cost():
     assert rows["held-out pass@16"] == ["0.860", "0.680", "-0.180"]
     assert list(rows)[1:4] == ["held-out pass@1", "held-out pass@8", "held-out pass@16"]  # by k, not by letter
     first, last = made[0]["entropy"], made[-1]["entropy"]
-    assert rows["entropy (nats a token)"] == [f"{first:.3f}", f"{last:.3f}", f"{last - first:+.3f}"]
+    assert rows["entropy (nats per token)"] == [f"{first:.3f}", f"{last:.3f}", f"{last - first:+.3f}"]
     peak = max(made, key=lambda r: r["entropy"])
     assert rows[""][:2] == [f"peak {peak['entropy']:.3f}", f"at step {peak['step']}"]
     mean = sum(r["reward"] for r in made[:5]) / 5

@@ -152,7 +152,7 @@ def test_what_a_server_does_wrong_costs_no_step(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One line, a checkpoint of the steps that were made, status 2; and the run goes on once the server is mended."""
+    """One line, a checkpoint of the finished steps, status 2; the run resumes once the server is corrected."""
     answer, load = fake.answer, fake.load
     misbehave(fake)
     assert main(command) == 2
