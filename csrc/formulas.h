@@ -194,42 +194,50 @@ MEGATRON_RLVR_FORMULA float gradient_at_target(float gradient_logprob, float gra
 
 // ---------------------------------------------------------------------------------------- clipped objective
 
+// A ratio counts up to `high` where A > 0, and from `low` up to `dual_clip` where A < 0.
 struct RatioBounds {
   float low;
   float high;
+  float dual_clip;
 };
 
 // r >= 1 - eps_lower(r p_old) and r <= 1 + eps_upper(r p_old), solved for r. The solution does not depend on the current
 // policy, so no gradient runs through a threshold. Source: arXiv 2602.09782; closed form derived for this project.
-MEGATRON_RLVR_FORMULA RatioBounds ratio_bounds(const ClipScalars& clip, float old_probability) {
+MEGATRON_RLVR_FORMULA RatioBounds ratio_bounds(const ClipScalars& clip, float old_probability, float dual_clip) {
   RatioBounds bounds;
   bounds.low = (1.0f - clip.lower_intercept) / (1.0f + clip.lower_slope * old_probability);
   bounds.high = (1.0f + clip.upper_intercept) / (1.0f - clip.upper_slope * old_probability);
+  bounds.dual_clip = dual_clip;
   return bounds;
 }
 
-enum class Gate : int { kOpen = 0, kClippedHigh = 1, kClippedLow = 2 };
+// Which bound, if any, makes the objective of a token flat. NaN leaves the gate open, and so reaches the objective.
+enum class Gate : uint8_t { kOpen = 0, kClippedHigh = 1, kClippedLow = 2, kDualClipped = 3 };
 
-// Where the objective is flat in theta: above the upper bound for A > 0, below the lower one for A < 0.
-MEGATRON_RLVR_FORMULA Gate gate(float ratio, float advantage, const RatioBounds& bounds) {
+MEGATRON_RLVR_FORMULA Gate gate_of(float ratio, float advantage, const RatioBounds& bounds) {
   if (advantage > 0.0f && ratio > bounds.high) return Gate::kClippedHigh;
   if (advantage < 0.0f && ratio < bounds.low) return Gate::kClippedLow;
+  if (advantage < 0.0f && ratio > bounds.dual_clip) return Gate::kDualClipped;
   return Gate::kOpen;
 }
 
-// min(r A, clip(r, low, high) A); A = 0 gives 0 even where the ratio overflowed.
-MEGATRON_RLVR_FORMULA float clipped_objective(float ratio, float advantage, const RatioBounds& bounds) {
-  if (advantage == 0.0f) return 0.0f;
-  const Gate state = gate(ratio, advantage, bounds);
-  if (state == Gate::kClippedHigh) return bounds.high * advantage;
-  if (state == Gate::kClippedLow) return bounds.low * advantage;
-  return ratio * advantage;
-}
+struct TokenObjective {
+  float objective;
+  float gradient;  // d objective / d ln pi(a)
+  Gate gate;
+};
 
-// d objective / d ln pi(a): r A where the gate is open (d r = r d ln pi), else 0.
-MEGATRON_RLVR_FORMULA float objective_gradient(float ratio, float advantage, const RatioBounds& bounds) {
-  if (advantage == 0.0f) return 0.0f;
-  return gate(ratio, advantage, bounds) == Gate::kOpen ? ratio * advantage : 0.0f;
+// min(r A, clip(r, low, high) A), and no less than dual_clip A where A < 0. The gradient is r A where the gate is open,
+// because d r = r d ln pi, and 0 where a bound acts. A = 0 gives 0 even where the ratio overflowed.
+MEGATRON_RLVR_FORMULA TokenObjective token_objective(float ratio, float advantage, const RatioBounds& bounds) {
+  TokenObjective out = {0.0f, 0.0f, Gate::kOpen};
+  if (advantage == 0.0f) return out;
+  out.gate = gate_of(ratio, advantage, bounds);
+  if (out.gate == Gate::kOpen) out.objective = out.gradient = ratio * advantage;
+  if (out.gate == Gate::kClippedHigh) out.objective = bounds.high * advantage;
+  if (out.gate == Gate::kClippedLow) out.objective = bounds.low * advantage;
+  if (out.gate == Gate::kDualClipped) out.objective = bounds.dual_clip * advantage;
+  return out;
 }
 
 // ---------------------------------------------------------------------------------------- entropy regions

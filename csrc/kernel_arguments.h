@@ -103,9 +103,13 @@ struct ClippedObjectiveArguments {
   const float* weight;         // [tokens], or null for 1; multiplies objective and gradient
   const float* entropy;        // [tokens], or null for no region counts
   int64_t tokens;
-  ClipScalars clip;
+  ClipScalars clip;            // bounds as functions of the old probability; not read where `low` and `high` are given
+  const float* low;            // [tokens] bounds of the ratio, or null for those of `clip`
+  const float* high;           // [tokens], null where `low` is
+  float dual_clip;             // bound of the ratio from above where A < 0; infinity for none
   float* objective;            // [tokens]
   float* gradient;             // [tokens] d objective / d logprob
+  uint8_t* gate;               // [tokens] a Gate of formulas.h, or null for no output
   int64_t* counts;             // [kObjectiveCounts]: clipped high, clipped low, E1, E2, E3, E4
   void* stream;                // CUDA: a cudaStream_t
 };

@@ -13,6 +13,8 @@
 #pragma once
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "binding_checks.h"
@@ -118,16 +120,17 @@ void logits_gradient_(Tensor logits, const Tensor targets, const Tensor state, c
                                  inverse_temperature);
 }
 
+// What the two objectives below return: objective, derivative, counts and gate.
+using Objective = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using OptionalTensor = std::optional<Tensor>;
+
+// Objective with the bounds that `a` already holds.
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> clipped_objective(const Tensor logprob, const Tensor old_logprob,
-                                                     const Tensor advantage, const std::optional<Tensor> mask,
-                                                     const std::optional<Tensor> weight,
-                                                     const std::optional<Tensor> entropy, double upper_slope,
-                                                     double upper_intercept, double lower_slope,
-                                                     double lower_intercept) {
+Objective launch_objective(ClippedObjectiveArguments a, const Tensor& logprob, const Tensor& old_logprob,
+                           const Tensor& advantage, const OptionalTensor& mask, const OptionalTensor& weight,
+                           const OptionalTensor& entropy, std::optional<double> dual_clip) {
   const Backend backend(logprob);
   const int64_t tokens = logprob.numel();
-  ClippedObjectiveArguments a;
   a.logprob = floats("logprob", logprob, tokens);
   a.old_logprob = floats("old_logprob", old_logprob, tokens);
   a.advantage = floats("advantage", advantage, tokens);
@@ -135,15 +138,37 @@ std::tuple<Tensor, Tensor, Tensor> clipped_objective(const Tensor logprob, const
   a.weight = optional_pointer<float>("weight", weight, ScalarType::Float, tokens);
   a.entropy = optional_pointer<float>("entropy", entropy, ScalarType::Float, tokens);
   a.tokens = tokens;
-  a.clip = {float(lower_intercept), float(lower_slope), float(upper_intercept), float(upper_slope)};
+  a.dual_clip = dual_clip ? float(*dual_clip) : INFINITY;
   Tensor objective = new_floats(logprob, {tokens}), derivative = new_floats(logprob, {tokens});
+  Tensor gate = new_tensor(logprob, {tokens}, aoti_torch_dtype_uint8());
   Tensor counts = backend.zeroed_counts(logprob);
   a.objective = mutable_floats(objective);
   a.gradient = mutable_floats(derivative);
+  a.gate = static_cast<uint8_t*>(gate.mutable_data_ptr());
   a.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
   a.stream = backend.stream;
   backend.launch(a);
-  return {objective, derivative, counts};
+  return {objective, derivative, counts, gate};
+}
+
+template <class Backend>
+Objective clipped_objective(const Tensor logprob, const Tensor old_logprob, const Tensor advantage,
+                            const OptionalTensor mask, const OptionalTensor weight, const OptionalTensor entropy,
+                            double upper_slope, double upper_intercept, double lower_slope, double lower_intercept,
+                            std::optional<double> dual_clip) {
+  ClippedObjectiveArguments a = {};
+  a.clip = {float(lower_intercept), float(lower_slope), float(upper_intercept), float(upper_slope)};
+  return launch_objective<Backend>(a, logprob, old_logprob, advantage, mask, weight, entropy, dual_clip);
+}
+
+template <class Backend>
+Objective bounded_objective(const Tensor logprob, const Tensor old_logprob, const Tensor advantage, const Tensor low,
+                            const Tensor high, const OptionalTensor mask, const OptionalTensor weight,
+                            const OptionalTensor entropy, std::optional<double> dual_clip) {
+  ClippedObjectiveArguments a = {};
+  a.low = floats("low", low, logprob.numel());
+  a.high = floats("high", high, logprob.numel());
+  return launch_objective<Backend>(a, logprob, old_logprob, advantage, mask, weight, entropy, dual_clip);
 }
 
 template <class Backend, class Library>
@@ -153,6 +178,7 @@ void register_operators(Library& library) {
   library.impl("logits_gradient", TORCH_BOX(&logits_gradient<Backend>));
   library.impl("logits_gradient_", TORCH_BOX(&logits_gradient_<Backend>));
   library.impl("clipped_objective", TORCH_BOX(&clipped_objective<Backend>));
+  library.impl("bounded_objective", TORCH_BOX(&bounded_objective<Backend>));
 }
 
 }  // namespace megatron_rlvr

@@ -12,15 +12,18 @@ void clipped_objective(const ClippedObjectiveArguments& a, int64_t begin, int64_
   int64_t counts[kObjectiveCounts] = {};
   for (int64_t token = begin; token < end; token++) {
     a.objective[token] = a.gradient[token] = 0.0f;
+    if (a.gate) a.gate[token] = uint8_t(formulas::Gate::kOpen);
     if (a.mask && !a.mask[token]) continue;
     const float advantage = a.advantage[token], weight = a.weight ? a.weight[token] : 1.0f;
     const float ratio = expf(a.logprob[token] - a.old_logprob[token]);
-    const auto bounds = formulas::ratio_bounds(a.clip, expf(a.old_logprob[token]));
-    const auto gate = formulas::gate(ratio, advantage, bounds);
-    a.objective[token] = weight * formulas::clipped_objective(ratio, advantage, bounds);
-    a.gradient[token] = weight * formulas::objective_gradient(ratio, advantage, bounds);
-    counts[kCountClippedHigh] += gate == formulas::Gate::kClippedHigh;
-    counts[kCountClippedLow] += gate == formulas::Gate::kClippedLow;
+    const auto bounds = a.low ? formulas::RatioBounds{a.low[token], a.high[token], a.dual_clip}
+                              : formulas::ratio_bounds(a.clip, expf(a.old_logprob[token]), a.dual_clip);
+    const auto result = formulas::token_objective(ratio, advantage, bounds);
+    a.objective[token] = weight * result.objective;
+    a.gradient[token] = weight * result.gradient;
+    if (a.gate) a.gate[token] = uint8_t(result.gate);
+    counts[kCountClippedHigh] += result.gate == formulas::Gate::kClippedHigh;
+    counts[kCountClippedLow] += result.gate == formulas::Gate::kClippedLow;
     const int region = a.entropy ? formulas::entropy_region(a.logprob[token], a.entropy[token], advantage) : 0;
     if (region) counts[kCountRegion1 + region - 1]++;
   }

@@ -1,4 +1,4 @@
-// Kernel 4: the clipped objective of every token, its gradient and the counts, in one pass over [tokens].
+// Kernel 4: the clipped objective of every token, its gradient, its gate and the counts, in one pass over [tokens].
 #pragma once
 #include <algorithm>
 
@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kObjectiveThreads) clipped_objective_kernel(Cl
   int counts[kObjectiveCounts] = {};
   for (int64_t token = int64_t(blockIdx.x) * kObjectiveThreads + threadIdx.x; token < a.tokens;
        token += int64_t(gridDim.x) * kObjectiveThreads) {
-    float objective = 0.0f, gradient = 0.0f;
+    TokenObjective result = {0.0f, 0.0f, Gate::kOpen};
     const bool is_kept =
         a.mask == nullptr || load_read_only(reinterpret_cast<const unsigned char*>(a.mask) + token) != 0;
     if (is_kept) {
@@ -23,21 +23,27 @@ __global__ void __launch_bounds__(kObjectiveThreads) clipped_objective_kernel(Cl
       const float advantage = load_read_only(a.advantage + token);
       const float weight = a.weight == nullptr ? 1.0f : load_read_only(a.weight + token);
       const float ratio = expf(logprob - old_logprob);
-      const RatioBounds bounds = ratio_bounds(a.clip, expf(old_logprob));
-      objective = weight * clipped_objective(ratio, advantage, bounds);
-      gradient = weight * objective_gradient(ratio, advantage, bounds);
+      RatioBounds bounds;
+      if (a.low == nullptr) {
+        bounds = ratio_bounds(a.clip, expf(old_logprob), a.dual_clip);
+      } else {
+        bounds = {load_read_only(a.low + token), load_read_only(a.high + token), a.dual_clip};
+      }
+      result = token_objective(ratio, advantage, bounds);
+      result.objective *= weight;
+      result.gradient *= weight;
 
-      const Gate state = gate(ratio, advantage, bounds);
-      counts[kCountClippedHigh] += state == Gate::kClippedHigh;
-      counts[kCountClippedLow] += state == Gate::kClippedLow;
+      counts[kCountClippedHigh] += result.gate == Gate::kClippedHigh;
+      counts[kCountClippedLow] += result.gate == Gate::kClippedLow;
       if (a.entropy != nullptr) {
         const int region = entropy_region(logprob, load_read_only(a.entropy + token), advantage);
 #pragma unroll
         for (int i = 1; i <= 4; ++i) counts[kCountRegion1 + i - 1] += region == i;
       }
     }
-    store(a.objective + token, objective);
-    store(a.gradient + token, gradient);
+    store(a.objective + token, result.objective);
+    store(a.gradient + token, result.gradient);
+    if (a.gate != nullptr) store(a.gate + token, static_cast<unsigned char>(result.gate));
   }
   add_block_counts<kObjectiveCounts, kObjectiveThreads>(counts, a.counts);
 }

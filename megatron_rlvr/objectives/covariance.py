@@ -1,4 +1,4 @@
-"""Clip-Cov and KL-Cov: restrain the few tokens whose log-probability and advantage covary most (arXiv 2505.22617)."""
+"""Clip-Cov and KL-Cov: restrain the few tokens whose log-prob and advantage covary most (arXiv 2505.22617)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_rlvr.objectives.clip import clipped_surrogate
-from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs, beyond_bounds
+from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
 
 
 def token_covariance(logprob: Tensor, advantage: Tensor) -> Tensor:
@@ -17,18 +16,18 @@ def token_covariance(logprob: Tensor, advantage: Tensor) -> Tensor:
     return (logprob - logprob.mean()) * (advantage - advantage.mean())
 
 
-def _count(share: float, tokens: int) -> int:
-    """How many of ``tokens`` a share stands for: at least one, or small microbatches would never be restrained."""
+def _restrained_count(share: float, tokens: int) -> int:
+    """Number of tokens that a share amounts to. At least one, so that small microbatches are restrained, too."""
     return min(tokens, max(1, int(share * tokens)))
 
 
 @dataclass
 class CovarianceClip:
-    """Clip-Cov: the clipped objective, without ``share`` of the tokens, drawn among those of high covariance.
+    """Clip-Cov: the clipped objective, without ``share`` of the tokens, drawn from those of high covariance.
 
     The tokens are drawn uniformly from those with covariance in [lower, upper] that are not clipped already, as in the
-    authors' implementation; the draw depends on ``seed``, the step and the order of calls within it only, so that a
-    resumed run repeats it.
+    authors' implementation. The draw depends only on ``seed``, on the step and on the order of calls within it, so that
+    a resumed run repeats it.
     """
 
     share: float = 2e-4
@@ -50,18 +49,16 @@ class CovarianceClip:
         self._generator.manual_seed((self.seed * 1_000_003 + step) % 2**63)
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
-        ratio, advantage = inputs.log_ratio().exp(), inputs.advantage
-        low, high = inputs.thresholds.ratio_bounds(inputs.old_logprob.exp())
-        objective = clipped_surrogate(ratio, advantage, low, high)
-        beyond_high, beyond_low = beyond_bounds(ratio.detach(), low, high, advantage)
-        covariance = token_covariance(inputs.logprob, advantage)
-        candidate = (covariance >= self.lower) & (covariance <= self.upper) & ~(beyond_high | beyond_low)
+        outputs = TokenOutputs.of(inputs.clipped_objective())
+        covariance = token_covariance(inputs.logprob, inputs.advantage)
+        is_clipped = outputs.clipped_high | outputs.clipped_low
+        candidate = (covariance >= self.lower) & (covariance <= self.upper) & ~is_clipped
         key = torch.rand(len(covariance), generator=self._generator).to(covariance.device)
         key = torch.where(candidate, key, -1.0)
         drawn = torch.zeros_like(candidate)
-        drawn[key.topk(_count(self.share, len(covariance))).indices] = True
-        objective = torch.where(drawn & candidate, 0.0, objective)
-        return TokenOutputs(inputs.weighted(objective), beyond_high, beyond_low)
+        drawn[key.topk(_restrained_count(self.share, len(covariance))).indices] = True
+        outputs.objective = torch.where(drawn & candidate, 0.0, outputs.objective)
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class CovarianceKL:
         log_ratio = inputs.log_ratio()
         covariance = token_covariance(inputs.logprob, inputs.advantage)
         highest = torch.zeros_like(covariance, dtype=torch.bool)
-        highest[covariance.topk(_count(self.share, len(covariance))).indices] = True
+        highest[covariance.topk(_restrained_count(self.share, len(covariance))).indices] = True
         objective = log_ratio.exp() * inputs.advantage
         objective = torch.where(highest, objective - self.coefficient * log_ratio.abs(), objective)
         never = torch.zeros_like(highest)

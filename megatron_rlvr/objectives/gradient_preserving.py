@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs, beyond_bounds
+from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
 
 
 @dataclass(frozen=True)
 class GradientPreservingClip:
     """CE-GPPO: beyond a bound, the gradient is that of a token at the bound, scaled. arXiv 2509.20712.
 
-    r < low and A < 0: beta_low * low * (r / sg(r)) * A.   r > high and A > 0: beta_high * high * (r / sg(r)) * A.
-    Elsewhere r A. The bounds are those of ``inputs.thresholds``; with both betas 0 only the clipped tokens' constant
-    value differs from the clipped objective.
+    With sg a stopped gradient: beta_low * low * (r / sg(r)) * A where r < low and A < 0,
+    beta_high * high * (r / sg(r)) * A where r > high and A > 0, and r A elsewhere. The bounds are those of
+    ``inputs.thresholds``. With both betas 0, the only difference from the clipped objective is the constant value of
+    clipped tokens.
     """
 
     beta_low: float = 0.75
@@ -29,22 +30,20 @@ class GradientPreservingClip:
             )
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
-        ratio, advantage = inputs.log_ratio().exp(), inputs.advantage
-        low, high = inputs.thresholds.ratio_bounds(inputs.old_logprob.exp())
-        beyond_high, beyond_low = beyond_bounds(ratio.detach(), low, high, advantage)
-        unit = ratio / ratio.detach()  # 1, with the gradient of ln pi
-        objective = ratio * advantage
-        objective = torch.where(beyond_high, self.beta_high * high * unit * advantage, objective)
-        objective = torch.where(beyond_low, self.beta_low * low * unit * advantage, objective)
-        return TokenOutputs(inputs.weighted(objective), beyond_high, beyond_low)
+        clipped = inputs.clipped_objective()
+        value = clipped.objective.detach()  # r A, or the bound times A: in all three cases the gradient wanted, too
+        scaled_high = torch.where(clipped.is_clipped_high, self.beta_high * value, value)
+        scaled = torch.where(clipped.is_clipped_low, self.beta_low * value, scaled_high)
+        unit = (inputs.logprob - inputs.logprob.detach()).exp()  # 1, with the gradient of ln pi
+        return TokenOutputs(scaled * unit, clipped.is_clipped_high, clipped.is_clipped_low)
 
 
 @dataclass(frozen=True)
 class ClippedImportanceWeight:
-    """CISPO: sg(clip(r)) A ln pi, so that every token keeps a gradient. MiniMax-M1, arXiv 2506.13585, equation 4.
+    """CISPO: sg(clip(r)) A ln pi, where sg stops the gradient, so that every token keeps one.
 
     The weight is cut at the upper bound of ``inputs.thresholds`` and, with ``clip_low``, at the lower one; the paper
-    uses the upper bound alone.
+    uses the upper bound alone. Source: MiniMax-M1, arXiv 2506.13585, equation 4.
     """
 
     clip_low: bool = False
@@ -52,9 +51,9 @@ class ClippedImportanceWeight:
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
         ratio = inputs.log_ratio().exp().detach()
         low, high = inputs.thresholds.ratio_bounds(inputs.old_logprob.exp())
-        clipped = torch.minimum(ratio, high)
+        weight = torch.minimum(ratio, high)
         if self.clip_low:
-            clipped = torch.maximum(clipped, low)
-        objective = clipped * inputs.advantage * inputs.logprob
-        beyond_high, beyond_low = beyond_bounds(ratio, low, high, inputs.advantage)
-        return TokenOutputs(inputs.weighted(objective), beyond_high, beyond_low & self.clip_low)
+            weight = torch.maximum(weight, low)
+        objective = inputs.weighted(weight * inputs.advantage * inputs.logprob)
+        clipped = inputs.clipped_objective()  # for its gate: the same bounds
+        return TokenOutputs(objective, clipped.is_clipped_high, clipped.is_clipped_low & self.clip_low)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rlvr.objectives.clip import clipped_surrogate
-from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs, beyond_bounds
+from megatron_rlvr import ops
+from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
 
 
 def sequence_sum(values: Tensor, sequence_index: Tensor, sequence_count: int) -> Tensor:
@@ -20,10 +20,10 @@ def sequence_sum(values: Tensor, sequence_index: Tensor, sequence_count: int) ->
 class SequenceClip:
     """GSPO: clip s = (pi(y|x) / pi_old(y|x))^(1/|y|), the geometric mean of a sequence's ratios.
 
-    Written per token as in GSPO-token (arXiv 2507.18071): s_t = sg(s) pi_t / sg(pi_t). With one
-    advantage a sequence and sequence-mean aggregation, value and gradient are those of the sequence form,
+    Written per token as in GSPO-token (arXiv 2507.18071): s_t = sg(s) pi_t / sg(pi_t), where sg stops the gradient.
+    With one advantage per sequence and sequence-mean aggregation, value and gradient are those of the sequence form,
     and a token's weight acts on its own gradient. All tokens of a sequence must be in the microbatch. The schedule's
-    thresholds are not used: they are functions of a token's probability.
+    thresholds are not used, because they are functions of a token's probability.
     """
 
     eps_low: float = 3e-4
@@ -36,11 +36,19 @@ class SequenceClip:
             )
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
-        log_ratio = inputs.log_ratio()
+        log_ratio = inputs.log_ratio().detach()
         length = sequence_sum(torch.ones_like(log_ratio), inputs.sequence_index, inputs.sequence_count)
-        total = sequence_sum(log_ratio.detach(), inputs.sequence_index, inputs.sequence_count)
-        sequence_ratio = (total / length.clamp(min=1.0)).exp()[inputs.sequence_index]
-        ratio = sequence_ratio * (inputs.logprob - inputs.logprob.detach()).exp()
-        low, high = 1.0 - self.eps_low, 1.0 + self.eps_high
-        objective = clipped_surrogate(ratio, inputs.advantage, low, high)
-        return TokenOutputs(inputs.weighted(objective), *beyond_bounds(ratio.detach(), low, high, inputs.advantage))
+        total = sequence_sum(log_ratio, inputs.sequence_index, inputs.sequence_count)
+        sequence_log_ratio = (total / length.clamp(min=1.0))[inputs.sequence_index]
+        # ln s_t: its value is the sequence's, its gradient the token's. With an old log-prob of 0 the ratio is s_t.
+        token_log_ratio = sequence_log_ratio + (inputs.logprob - inputs.logprob.detach())
+        return TokenOutputs.of(
+            ops.bounded_objective(
+                token_log_ratio,
+                torch.zeros_like(token_log_ratio),
+                inputs.advantage,
+                1.0 - self.eps_low,
+                1.0 + self.eps_high,
+                weight=inputs.weight,
+            )
+        )

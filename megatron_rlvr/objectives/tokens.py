@@ -1,4 +1,4 @@
-"""What every token objective takes and gives."""
+"""The inputs and outputs of every token objective."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_rlvr import ops
 from megatron_rlvr.control.thresholds import ClipThresholds
 
 
 @dataclass
 class TokenInputs:
-    """The response tokens of one microbatch, flat: every tensor is [T], log-probabilities and entropies in nats.
+    """The response tokens of one microbatch, flat. Tensors are [T]; log-probs and entropies are in nats.
 
-    ``logprob`` carries gradient, and ``entropy`` where an objective has an entropy term. ``old_logprob`` is that of the
-    training weights before the step's updates, ``rollout_logprob`` that of the engine which sampled the token.
-    ``sequence_index`` (int64) says which of the microbatch's ``sequence_count`` sequences a token belongs to.
-    ``weight`` multiplies a token's objective: region steering. The second moments are those of
-    ``ops.token_statistics(..., second_moments=True)``.
+    Attributes:
+        logprob: of the current policy, with gradient.
+        entropy: of the current policy's distribution, with gradient where an objective has an entropy term.
+        old_logprob: of the training weights before the step's updates.
+        advantage: A of each token, the same for all tokens of a sequence.
+        sequence_index: int64, the sequence of the microbatch that a token belongs to, in [0, sequence_count).
+        sequence_count: number of sequences of the microbatch.
+        thresholds: the clip thresholds of this step.
+        weight: multiplies each token's objective (region steering); None for 1.
+        rollout_logprob: of the engine that sampled the token.
+        sum_squared_prob, sum_squared_prob_logprob: from ``ops.token_statistics(..., second_moments=True)``.
     """
 
     logprob: Tensor
@@ -38,25 +45,39 @@ class TokenInputs:
         return self.logprob - self.old_logprob
 
     def weighted(self, objective: Tensor) -> Tensor:
-        """``objective`` [T] times the token weights, where there are any."""
+        """``objective`` [T] times the token weights, if there are any."""
         return objective if self.weight is None else objective * self.weight
+
+    def clipped_objective(self, dual_clip: float | None = None) -> ops.ClippedObjective:
+        """The weighted clipped objective of these tokens under their thresholds, with its gate."""
+        return ops.clipped_objective(
+            self.logprob,
+            self.old_logprob,
+            self.advantage,
+            self.thresholds,
+            dual_clip=dual_clip,
+            weight=self.weight,
+        )
 
 
 @dataclass
 class TokenOutputs:
-    """``objective`` [T], to be maximised; ``clipped_high`` and ``clipped_low``, bool [T]: tokens a bound acts on.
+    """What a token objective returns.
 
-    High: A > 0 and the ratio above its upper bound; low: A < 0 and the ratio below its lower one.
+    Attributes:
+        objective: [T], to be maximised.
+        clipped_high: bool [T], tokens with A > 0 and the ratio above its upper bound.
+        clipped_low: bool [T], tokens with A < 0 and the ratio below its lower bound.
     """
 
     objective: Tensor
     clipped_high: Tensor
     clipped_low: Tensor
 
+    @classmethod
+    def of(cls, result: ops.ClippedObjective | ops.FusedObjective) -> TokenOutputs:
+        """The outputs of a clipped objective as the operator computed it."""
+        return cls(result.objective, result.is_clipped_high, result.is_clipped_low)
+
 
 TokenObjective = Callable[[TokenInputs], TokenOutputs]
-
-
-def beyond_bounds(ratio: Tensor, low: Tensor | float, high: Tensor | float, advantage: Tensor) -> tuple[Tensor, Tensor]:
-    """(clipped_high, clipped_low), bool [T], of ratios [T] against their bounds."""
-    return (advantage > 0) & (ratio > high), (advantage < 0) & (ratio < low)

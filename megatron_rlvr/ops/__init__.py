@@ -7,7 +7,7 @@ from .fused_linear import (
     fused_linear_statistics,
     fused_linear_token_statistics,
 )
-from .objective import ClippedObjective, clipped_objective
+from .objective import ClippedObjective, bounded_objective, clipped_objective
 from .statistics import TokenStatistics, token_statistics
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FusedObjective",
     "TokenStatistics",
     "backend",
+    "bounded_objective",
     "clipped_objective",
     "fused_linear_objective",
     "fused_linear_statistics",

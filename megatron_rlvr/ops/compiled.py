@@ -1,4 +1,4 @@
-"""Which kernels run: loads the compiled library and says what it offers."""
+"""Loads the compiled kernels and says which ones run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _announced: set[str] = set()
 
 
 def load_kernels() -> ctypes.CDLL | None:
-    """Load the compiled kernels into torch; None, announced once, where they were not built.
+    """Load the compiled kernels into torch; None, with one warning, where they were not built.
 
     ``MEGATRON_RLVR_OPS=reference`` in the environment leaves them out on purpose. Raises ImportError when the library
-    is there and does not load, and ValueError for any other value of the variable, or of ``MEGATRON_RLVR_CPU``.
+    exists but does not load, and ValueError for any other value of the variable or of ``MEGATRON_RLVR_CPU``.
     """
     choice = os.environ.get("MEGATRON_RLVR_OPS", "")
     if choice == "reference":
@@ -27,7 +27,7 @@ def load_kernels() -> ctypes.CDLL | None:
     if choice:
         raise ValueError(f"MEGATRON_RLVR_OPS: must be 'reference' or unset, found {choice!r}")
     limit = os.environ.get("MEGATRON_RLVR_CPU", "")
-    if limit not in ("", *_INSTRUCTION_SETS):  # the library reads it, once, and takes what it does not know for unset
+    if limit not in ("", *_INSTRUCTION_SETS):  # the library reads it, too, and would ignore a value it does not know
         raise ValueError(f"MEGATRON_RLVR_CPU: must be one of {', '.join(_INSTRUCTION_SETS)} or unset, found {limit!r}")
     if not _PATH.exists():
         announce_fallback("the compiled kernels were not built")
@@ -44,7 +44,7 @@ def load_kernels() -> ctypes.CDLL | None:
 
 
 def announce_fallback(reason: str) -> None:
-    """Warn, once for each reason, that the eager reference runs."""
+    """Warn that the eager reference runs, once per reason."""
     if reason not in _announced:
         _announced.add(reason)
         warnings.warn(
@@ -56,14 +56,18 @@ def announce_fallback(reason: str) -> None:
 
 
 _library = load_kernels()
-# Asked once: code under torch.compile cannot ask.
+# Looked up once, because code under torch.compile cannot look it up.
 _serves_cuda = _library is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
     "megatron_rlvr::row_statistics", "CUDA"
 )
 
 
 def backend() -> str:
-    """What really runs: "cuda", "cpu-avx512", "cpu-avx2", "cpu" (no vector extension) or "reference"."""
+    """The kernels that run: "cuda", "cpu-avx512", "cpu-avx2", "cpu" (no vector extension) or "reference".
+
+    "cuda" means that CUDA kernels were built and a GPU is available; CPU tensors then still run on the CPU kernels.
+    "reference" is eager torch, which runs where no kernels were built or ``MEGATRON_RLVR_OPS=reference`` is set.
+    """
     if _library is None:
         return "reference"
     if torch.cuda.is_available() and _serves_cuda:
@@ -71,7 +75,16 @@ def backend() -> str:
     return _library.megatron_rlvr_cpu_backend().decode()
 
 
+def require_kernel(operator: str) -> None:
+    """Raise ImportError if the compiled kernels are loaded and lack ``operator``: they are older than this code."""
+    if _library is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU"):
+        raise ImportError(
+            f"megatron_rlvr.ops: {_PATH} lacks {operator}, so it was built from other sources than these; {_REBUILD}, "
+            "or set MEGATRON_RLVR_OPS=reference"
+        )
+
+
 def check_device(device: torch.device) -> None:
-    """Announce, once, that tensors on ``device`` are served by the eager reference although kernels were built."""
+    """Warn, once, if the eager reference serves tensors on ``device`` although kernels were built."""
     if _library is not None and device.type == "cuda" and not _serves_cuda:
         announce_fallback("the CUDA kernels were not built")

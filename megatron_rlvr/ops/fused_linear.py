@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .objective import Thresholds, check_token_tensors, four_scalars
+from .objective import GateMasks, Thresholds, check_token_tensors, four_scalars
 from .reference import NOT_A_TARGET
 from .statistics import TokenStatistics, check_temperature, refuse_second_derivative, statistics_of_shard
 from .vocab_parallel import VocabShard
@@ -32,16 +32,24 @@ from .vocab_projection import (
 
 
 @dataclass(frozen=True)
-class FusedObjective:
-    """``loss`` is a 0-d float32 tensor, differentiable in hidden states and weight; everything else is detached.
+class FusedObjective(GateMasks):
+    """The loss of tokens and what was computed on the way. Only ``loss`` is differentiable.
 
-    ``logprob``, ``entropy`` and ``objective`` are float32 [T], the counts 0-d int64, ``region_counts`` int64 [4].
+    Attributes:
+        loss: 0-d float32, differentiable in hidden states and weight.
+        objective: float32 [T], without token weight and entropy term.
+        logprob, entropy: float32 [T], in nats.
+        gate: uint8 [T]. 0: the gradient flows. 1: the upper bound acts. 2: the lower bound acts.
+        clip_high: number of tokens with A > 0 and r above the upper bound, 0-d int64.
+        clip_low: number of tokens with A < 0 and r below the lower bound, 0-d int64.
+        region_counts: int64 [4], tokens in the regions E1 to E4.
     """
 
     loss: Tensor
     objective: Tensor
     logprob: Tensor
     entropy: Tensor
+    gate: Tensor
     clip_high: Tensor
     clip_low: Tensor
     region_counts: Tensor
@@ -230,7 +238,7 @@ def fused_linear_objective(
     has_target = targets != NOT_A_TARGET
     mask = has_target if mask is None else mask & has_target
     softmax = _Vocabulary(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes)
-    loss, objective, logprob, entropy, counts = _Objective.apply(
+    loss, objective, logprob, entropy, gate, counts = _Objective.apply(
         hidden,
         weight,
         targets,
@@ -238,7 +246,7 @@ def fused_linear_objective(
         (four_scalars(thresholds), float(entropy_coefficient), loss_scale),
         softmax,
     )
-    return FusedObjective(loss, objective, logprob, entropy, counts[0], counts[1], counts[2:])
+    return FusedObjective(loss, objective, logprob, entropy, gate, counts[0], counts[1], counts[2:])
 
 
 class _Objective(torch.autograd.Function):
@@ -251,7 +259,7 @@ class _Objective(torch.autograd.Function):
         tokens: tuple[Tensor, Tensor, Tensor, Tensor | None],
         settings: tuple[tuple[float, float, float, float], float, float | None],
         vocabulary: _Vocabulary,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         old_logprob, advantage, mask, token_weight = tokens
         scalars, entropy_coefficient, loss_scale = settings
         wanted = ctx.needs_input_grad[:2]
@@ -259,6 +267,7 @@ class _Objective(torch.autograd.Function):
         formed_with = loss_scale if straight and loss_scale is not None else 1.0
         full = gather_hidden(hidden, vocabulary.shard, vocabulary.group, vocabulary.sequence_parallel)
         objective, logprob, entropy = (torch.empty_like(old_logprob) for _ in range(3))
+        gate = torch.empty_like(old_logprob, dtype=torch.uint8)
         counts = torch.zeros(6, dtype=torch.int64, device=full.device)
         per_token = torch.ones_like(old_logprob) if token_weight is None else token_weight
         per_token = torch.where(mask, per_token, torch.zeros_like(per_token))
@@ -266,7 +275,7 @@ class _Objective(torch.autograd.Function):
         gradients = _Gradients(full, weight, wanted, straight) if any(wanted) else None
         for chunk, logits in TokenChunks(full, weight, vocabulary.chunk_bytes):
             logprob[chunk], entropy[chunk], state, _ = vocabulary.statistics(logits, targets[chunk])
-            objective[chunk], derivative, found = torch.ops.megatron_rlvr.clipped_objective(
+            objective[chunk], derivative, found, gate[chunk] = torch.ops.megatron_rlvr.clipped_objective(
                 logprob[chunk],
                 old_logprob[chunk],
                 advantage[chunk],
@@ -290,8 +299,8 @@ class _Objective(torch.autograd.Function):
                 )
             ctx.held = (grad_hidden, gradients.of_weight)
             ctx.formed_with, ctx.straight = formed_with, straight
-        ctx.mark_non_differentiable(objective, logprob, entropy, counts)
-        return loss, objective, logprob, entropy, counts
+        ctx.mark_non_differentiable(objective, logprob, entropy, gate, counts)
+        return loss, objective, logprob, entropy, gate, counts
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple:

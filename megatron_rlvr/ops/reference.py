@@ -18,6 +18,8 @@ from torch import Tensor
 MAXIMUM, EXCESS, SHIFTED, TARGET, SQUARED_EXCESS, SQUARED_SHIFTED = range(6)
 # Columns of the row state, all that is saved for the gradient.
 STATE_MAXIMUM, STATE_LOG_SUM, STATE_ENTROPY, STATE_LOGPROB = range(4)
+# What the gate of a token's objective says: the gradient flows, or which bound makes the objective flat.
+OPEN, CLIPPED_HIGH, CLIPPED_LOW, DUAL_CLIPPED = range(4)
 NOT_A_TARGET = -100  # the target of a row that has none, as in torch.nn.functional.cross_entropy
 
 
@@ -150,36 +152,62 @@ def clipped_objective(
     upper_intercept: float,
     lower_slope: float,
     lower_intercept: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The clipped objective of each token, its derivative with respect to log-prob, and the counts, in one pass.
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`bounded_objective` under the bounds that affine thresholds imply (arXiv 2602.09782, in closed form).
 
-    Everything float32 [T], ``mask`` bool [T]. With r = e^(logprob - old_logprob) and the bounds low, high that the
-    thresholds imply (arXiv 2602.09782, in closed form: low = (1 - b_l) / (1 + a_l p_old), high = (1 + b_u) /
-    (1 - a_u p_old)): objective = weight * min(r A, clip(r, low, high) A). Returns objective [T], derivative [T]
-    (weight * r A inside the bounds, 0 where the clip holds) and counts int64 [6]: tokens clipped high (A > 0, r >
-    high), clipped low (A < 0, r < low), and tokens in the regions E1 to E4 (0 without ``entropy``). Masked tokens give
-    0 and count nowhere, whatever they hold.
+    With p_old = e^old_logprob, intercepts b and slopes a: low = (1 - b_l) / (1 + a_l p_old) and
+    high = (1 + b_u) / (1 - a_u p_old).
     """
     old_prob = old_logprob.exp()
-    ratio = (logprob - old_logprob).exp()
-    high = (1.0 + upper_intercept) / (1.0 - upper_slope * old_prob)
     low = (1.0 - lower_intercept) / (1.0 + lower_slope * old_prob)
+    high = (1.0 + upper_intercept) / (1.0 - upper_slope * old_prob)
+    return bounded_objective(logprob, old_logprob, advantage, low, high, mask, weight, entropy, dual_clip)
+
+
+def bounded_objective(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    low: Tensor,
+    high: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    entropy: Tensor | None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The clipped objective of each token, its derivative with respect to log-prob, the counts and the gate.
+
+    All tensors are [T] of one floating type, ``mask`` bool. With r = e^(logprob - old_logprob), the objective is
+    weight * min(r A, clip(r, low, high) A), and at least weight * dual_clip * A where A < 0.
+
+    Returns objective [T]; derivative [T], which is weight * r A where the gate is open and 0 where a bound acts; counts
+    int64 [6], the tokens clipped high (A > 0, r > high), clipped low (A < 0, r < low) and in the regions E1 to E4 (0
+    without ``entropy``); gate uint8 [T], one of OPEN, CLIPPED_HIGH, CLIPPED_LOW and DUAL_CLIPPED. Masked tokens give 0
+    and are not counted, whatever they hold.
+    """
+    ratio = (logprob - old_logprob).exp()
     kept = torch.ones_like(advantage, dtype=torch.bool) if mask is None else mask
-    up, down = kept & (advantage > 0), kept & (advantage < 0)
-    clip_high, clip_low = up & (ratio > high), down & (ratio < low)
-    bounded = torch.where(clip_high, high, torch.where(clip_low, low, ratio))
+    positive, negative = kept & (advantage > 0), kept & (advantage < 0)
+    clipped_high, clipped_low = positive & (ratio > high), negative & (ratio < low)
+    gate = torch.where(clipped_high, CLIPPED_HIGH, OPEN) + torch.where(clipped_low, CLIPPED_LOW, OPEN)
+    bounded = torch.where(clipped_high, high, torch.where(clipped_low, low, ratio))
+    if dual_clip is not None:
+        dual_clipped = negative & ~clipped_low & (ratio > dual_clip)
+        gate = torch.where(dual_clipped, DUAL_CLIPPED, gate)
+        bounded = torch.where(dual_clipped, dual_clip, bounded)
     scale = advantage if weight is None else advantage * weight
-    active = up | down | (kept & torch.isnan(advantage))  # A = 0 gives 0 even where r overflows
+    active = positive | negative | (kept & torch.isnan(advantage))  # A = 0 gives 0 even where r overflows
     zero = torch.zeros_like(ratio)
     objective = torch.where(active, bounded * scale, zero)
-    derivative = torch.where(active & ~clip_high & ~clip_low, ratio * scale, zero)
-    counts = [clip_high.sum(), clip_low.sum()]
+    derivative = torch.where(active & (gate == OPEN), ratio * scale, zero)
+    counts = [clipped_high.sum(), clipped_low.sum()]
     if entropy is None:
         counts += [torch.zeros_like(counts[0])] * 4
     else:
         likely, unlikely = -logprob < entropy, -logprob >= entropy
-        counts += [(up & likely).sum(), (up & unlikely).sum(), (down & likely).sum(), (down & unlikely).sum()]
-    return objective, derivative, torch.stack(counts)
+        counts += [(sign & side).sum() for sign in (positive, negative) for side in (likely, unlikely)]
+    return objective, derivative, torch.stack(counts), gate.to(torch.uint8)
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import library as _library  # noqa: F401  (registers torch.ops.megatron_rlvr)
+from . import reference
 from .compiled import check_device
+from .library import define
 from .vocab_parallel import VocabShard, gather_partials
 
 LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,16 +20,20 @@ LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Per-token statistics, each float32 [T], in nats.
+    """Statistics of each token, float32 [T].
 
-    ``logprob`` and ``entropy`` are differentiable in the logits. The second moments are detached and None unless asked
-    for; they give the exact first-order entropy change of a step (see ``megatron_rlvr.control.regions``).
+    Attributes:
+        logprob: ln p of the target in nats, differentiable in the logits.
+        entropy: H = -sum_x p_x ln p_x in nats, differentiable in the logits.
+        sum_squared_prob: sum_x p_x^2, detached; None unless requested.
+        sum_squared_prob_logprob: sum_x p_x^2 ln p_x, detached; None unless requested. With the previous one it gives
+            the exact first-order entropy change of a step (``megatron_rlvr.control.regions.entropy_change``).
     """
 
     logprob: Tensor
     entropy: Tensor
-    sum_squared_prob: Tensor | None = None  # sum_x p_x^2
-    sum_squared_prob_logprob: Tensor | None = None  # sum_x p_x^2 ln p_x
+    sum_squared_prob: Tensor | None = None
+    sum_squared_prob_logprob: Tensor | None = None
 
 
 def token_statistics(
@@ -43,21 +48,27 @@ def token_statistics(
 ) -> TokenStatistics:
     """Log-prob of each target and entropy of each row's softmax(logits / temperature), exact over the whole vocabulary.
 
-    Shapes: ``logits`` [T, V/tp] in float32, bfloat16 or float16, any row stride, unit column stride, read where they
-    lie; ``targets`` int64 [T], ids of the whole vocabulary, or -100 for a row without target (log-prob 0). Ranks of the
-    tensor-parallel ``group`` hold equal consecutive shards of the vocabulary; None means that it is not sharded. Where
-    the ranks do not divide it, ``vocabulary`` is its size and the last shard is shorter than ceil(V/tp).
-    Communication: one all-gather of 4 (6 with ``second_moments``) float32 a row in the forward pass, none backward.
+    Only four numbers per row are saved for the backward pass. Communication over ``group``: one all-gather of 4 float32
+    per row (6 with ``second_moments``) in the forward pass, none in the backward pass.
 
-    Only four numbers a row are saved. With ``inplace`` the backward pass writes the gradient over the logits' own
-    storage, so neither the caller nor another autograd node may read the logits afterwards: torch's version counter
-    makes a node that saved them raise, and a second backward pass raises RuntimeError. A linear layer is safe before
-    it, because it saves its input and weight and not its output. ``inplace=False`` allocates the gradient instead.
-    Under torch.compile the gradient is always allocated.
+    Args:
+        logits: [T, V/tp] in float32, bfloat16 or float16. Any row stride, column stride 1; they are read where they
+            are, without a copy.
+        targets: int64 [T], ids of the whole vocabulary, or -100 for a row without target, whose log-prob is 0.
+        temperature: one number for all rows. It divides the logits before both statistics.
+        group: the tensor-parallel group, whose ranks hold equal consecutive shards of the vocabulary; None if the
+            vocabulary is not sharded.
+        inplace: write the gradient over the logits' storage. Then neither the caller nor another autograd node may read
+            the logits after the backward pass: torch's version counter makes a node that saved them raise, and a second
+            backward pass raises RuntimeError. A linear layer before this operator is safe, because it saves its input
+            and weight and not its output. False allocates the gradient. Under torch.compile it is always allocated.
+        second_moments: return sum p^2 and sum p^2 ln p, too.
+        vocabulary: size of the whole vocabulary where the ranks do not divide it; the last shard is then shorter than
+            ceil(V/tp).
 
-    Raises ValueError for a wrong type, shape or device or a parameter as logits with ``inplace``; and, checked on the
-    CPU only because a check would wait for the device, ValueError for a target outside the vocabulary and RuntimeError
-    for rows with NaN or +inf. On a device such rows give NaN.
+    Raises ValueError for a wrong type, shape or device, and for a parameter as logits with ``inplace``. On the CPU it
+    raises ValueError for a target outside the vocabulary and RuntimeError for rows with NaN, with +inf or with nothing
+    above -inf. On a GPU, where a check would wait for the device, these rows give NaN.
     """
     _check_arguments(logits, targets, temperature, inplace)
     check_device(logits.device)
@@ -102,6 +113,7 @@ def _check_arguments(logits: Tensor, targets: Tensor, temperature: float, inplac
 
 
 def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless ``temperature`` is a positive finite number."""
     if not isinstance(temperature, int | float):
         raise ValueError(
             f"temperature: must be a positive finite number, found {temperature!r}; one serves all rows: float(...)"
@@ -111,14 +123,14 @@ def check_temperature(temperature: float) -> None:
 
 
 def refuse_second_derivative(operator: str) -> None:
-    """Raise RuntimeError when the backward pass in progress is to be differentiated (``create_graph=True``).
+    """Raise RuntimeError if the backward pass in progress will be differentiated (``create_graph=True``).
 
-    Its gradient is computed from detached numbers, so a second derivative would lack this operator's term and nobody
-    would know: torch's own ``once_differentiable`` stays silent where the incoming gradient is a constant.
+    Its gradient is computed from detached numbers, so a second derivative would lack this operator's term without any
+    sign of it: torch's own ``once_differentiable`` stays silent where the incoming gradient is a constant.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{operator}: create_graph=True asks for a second derivative, and there is none of this operator; "
+            f"{operator}: create_graph=True asks for a second derivative, which this operator does not have; "
             "leave create_graph out, or use torch.log_softmax for what is differentiated twice"
         )
 
@@ -131,7 +143,7 @@ def statistics_of_shard(
     group: dist.ProcessGroup | None,
     second_moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob, entropy, row state and second moments, without gradient: two kernels and one all-gather between."""
+    """Log-prob, entropy, row state and second moments, without gradient: two kernels with one all-gather between."""
     start, vocabulary = shard.start, shard.vocabulary
     ops = torch.ops.megatron_rlvr
     try:
@@ -139,33 +151,13 @@ def statistics_of_shard(
         gathered = gather_partials(partials, shard, group, inverse_temperature)
         return ops.combine_statistics(gathered, targets, vocabulary, inverse_temperature)
     except RuntimeError as error:
-        if str(error).startswith("targets:"):  # torch's stable ABI carries the message, and not the type
+        if str(error).startswith("targets:"):  # torch's stable ABI passes the message on, but not the type
             raise ValueError(str(error)) from None
         raise
 
 
-def _traceable(
-    logits: Tensor,
-    targets: Tensor,
-    inverse_temperature: float,
-    shard: VocabShard,
-    group: dist.ProcessGroup | None,
-    second_moments: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward pass as registered operators only, whose autograd formula torch.compile can trace."""
-    start = shard.start
-    partials = torch.ops.megatron_rlvr.row_statistics(
-        logits.detach(), targets, start, shard.vocabulary, inverse_temperature, second_moments
-    )
-    gathered = gather_partials(partials, shard, group, inverse_temperature)
-    logprob, entropy, _, moments = torch.ops.megatron_rlvr.token_statistics(
-        logits, targets, gathered, start, shard.vocabulary, inverse_temperature
-    )
-    return logprob, entropy, moments
-
-
 class _TokenStatistics(torch.autograd.Function):
-    """The same forward pass with a backward pass that may consume the logits."""
+    """The statistics with a backward pass that may overwrite the logits."""
 
     @staticmethod
     def forward(
@@ -205,13 +197,107 @@ class _TokenStatistics(torch.autograd.Function):
                 f"there. torch says: {error}"
             ) from error
         arguments = (targets, state, grad_logprob.contiguous(), grad_entropy.contiguous())
-        where = (ctx.vocab_start, ctx.inverse_temperature)
+        position = (ctx.vocab_start, ctx.inverse_temperature)
         if ctx.inplace:
-            torch.ops.megatron_rlvr.logits_gradient_(logits, *arguments, *where)
-            # Whoever else saved these logits for a backward pass of its own must not read gradients for logits.
+            torch.ops.megatron_rlvr.logits_gradient_(logits, *arguments, *position)
+            # Another autograd node that saved these logits must raise instead of reading gradients in their place.
             torch.autograd.graph.increment_version(logits)
             ctx.consumed = True
             gradient = logits.detach()
         else:
-            gradient = torch.ops.megatron_rlvr.logits_gradient(logits, *arguments, *where)
+            gradient = torch.ops.megatron_rlvr.logits_gradient(logits, *arguments, *position)
         return gradient, None, None, None, None, None, None
+
+
+def _traceable(
+    logits: Tensor,
+    targets: Tensor,
+    inverse_temperature: float,
+    shard: VocabShard,
+    group: dist.ProcessGroup | None,
+    second_moments: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics as registered operators only, whose autograd formula torch.compile can trace."""
+    start, vocabulary = shard.start, shard.vocabulary
+    ops = torch.ops.megatron_rlvr
+    partials = ops.row_statistics(logits.detach(), targets, start, vocabulary, inverse_temperature, second_moments)
+    gathered = gather_partials(partials, shard, group, inverse_temperature)
+    logprob, entropy, _, moments = ops.token_statistics(
+        logits, targets, gathered, start, vocabulary, inverse_temperature
+    )
+    return logprob, entropy, moments
+
+
+def _fake_row_statistics(logits: Tensor, *arguments: Any) -> Tensor:
+    second_moments = arguments[-1]
+    return logits.new_empty((logits.shape[0], 6 if second_moments else 4), dtype=torch.float32)
+
+
+def _fake_combine_statistics(gathered: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = gathered.shape[1]
+    shapes = ((rows,), (rows,), (rows, 4), (2 if gathered.shape[2] == 6 else 0, rows))
+    logprob, entropy, state, moments = (gathered.new_empty(shape) for shape in shapes)
+    return logprob, entropy, state, moments
+
+
+def _eager_token_statistics(
+    logits: Tensor, targets: Tensor, gathered: Tensor, vocab_start: int, vocab_size: int, inverse_temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.megatron_rlvr.combine_statistics(gathered, targets, vocab_size, inverse_temperature)
+
+
+def _eager_gradient_in_place(logits: Tensor, *arguments: Any) -> None:
+    logits.copy_(reference.logits_gradient(logits, *arguments))
+
+
+def _save_for_gradient(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, targets, _, ctx.vocab_start, _, ctx.inverse_temperature = inputs
+    _, _, state, moments = output
+    ctx.save_for_backward(logits, targets, state)
+    ctx.mark_non_differentiable(state, moments)
+
+
+def _statistics_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, *_: Any) -> tuple:
+    logits, targets, state = ctx.saved_tensors
+    gradients = (grad_logprob.contiguous(), grad_entropy.contiguous())
+    gradient = torch.ops.megatron_rlvr.logits_gradient(
+        logits, targets, state, *gradients, ctx.vocab_start, ctx.inverse_temperature
+    )
+    return gradient, None, None, None, None, None
+
+
+_STATISTICS = "(Tensor logprob, Tensor entropy, Tensor state, Tensor moments)"
+_GRADIENT_ARGUMENTS = (
+    "Tensor targets, Tensor state, Tensor grad_logprob, Tensor grad_entropy, int vocab_start, float inverse_temperature"
+)
+define(
+    "row_statistics(Tensor logits, Tensor targets, int vocab_start, int vocab_size, float inverse_temperature,"
+    " bool second_moments) -> Tensor",
+    eager=reference.row_statistics,
+    fake=_fake_row_statistics,
+)
+define(
+    f"combine_statistics(Tensor gathered, Tensor targets, int vocab_size, float inverse_temperature) -> {_STATISTICS}",
+    eager=reference.combine_statistics,
+    fake=_fake_combine_statistics,
+)
+# combine_statistics with the logits as an argument, so that autograd has what to differentiate with respect to.
+define(
+    "token_statistics(Tensor logits, Tensor targets, Tensor gathered, int vocab_start, int vocab_size,"
+    f" float inverse_temperature) -> {_STATISTICS}",
+    eager=_eager_token_statistics,
+    fake=lambda logits, targets, gathered, *_: _fake_combine_statistics(gathered),
+    backward=_statistics_backward,
+    setup_context=_save_for_gradient,
+    has_kernel=False,
+)
+define(
+    f"logits_gradient(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor",
+    eager=reference.logits_gradient,
+    fake=lambda logits, *_: torch.empty_like(logits),
+)
+define(
+    f"logits_gradient_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()",
+    eager=_eager_gradient_in_place,
+    fake=lambda *_: None,
+)

@@ -14,7 +14,7 @@ from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch
 from megatron_rlvr.megatron import device
 from megatron_rlvr.objectives import PolicyObjective, TokenInputs
-from megatron_rlvr.objectives.tokens import TokenOutputs, beyond_bounds
+from megatron_rlvr.objectives.tokens import TokenOutputs
 from megatron_rlvr.training.head import Head, TokenScores
 
 LOSS_SUMS = (
@@ -114,9 +114,7 @@ class MinibatchLoss:
             vocabulary=self.head.model.vocabulary,
             loss_scale=self.backward_scale,
         )
-        bounds = self.thresholds.ratio_bounds(old_logprob.exp())
-        clipped = beyond_bounds((fused.logprob - old_logprob).exp(), *bounds, advantage)
-        return fused.loss, fused.logprob, fused.entropy, TokenOutputs(fused.objective, *clipped)
+        return fused.loss, fused.logprob, fused.entropy, TokenOutputs.of(fused)
 
     @torch.no_grad()
     def _count(

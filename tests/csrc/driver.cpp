@@ -209,10 +209,13 @@ void check_bad_rows() {
   }
 }
 
-void check_objective() {
+// `per_token`: bounds of each token instead of those that the four scalars imply.
+void check_objective(bool per_token) {
   const size_t tokens = 3000;
+  const float dual_clip = 1.25f;
   std::vector<float> logprob(tokens), old_logprob(tokens), advantage(tokens), weight(tokens), entropies(tokens);
-  std::vector<float> objective(tokens), gradient(tokens);
+  std::vector<float> low(tokens), high(tokens), objective(tokens), gradient(tokens);
+  std::vector<uint8_t> gates(tokens);
   std::unique_ptr<bool[]> mask(new bool[tokens]);
   for (size_t i = 0; i < tokens; ++i) {
     old_logprob[i] = float(-4 * uniform());
@@ -220,34 +223,48 @@ void check_objective() {
     advantage[i] = i % 7 == 0 ? 0.0f : float(uniform() - 0.5);
     weight[i] = float(uniform());
     entropies[i] = float(3 * uniform());
+    low[i] = float(0.5 + 0.5 * uniform());
+    high[i] = float(1 + uniform());
     mask[i] = i % 5 != 0;
-    if (!mask[i]) logprob[i] = NAN;
+    if (!mask[i]) logprob[i] = low[i] = high[i] = NAN;
   }
   std::vector<int64_t> counts(kObjectiveCounts, 0), expected(kObjectiveCounts, 0);
   const ClippedObjectiveArguments arguments{
       logprob.data(), old_logprob.data(), advantage.data(), mask.get(), weight.data(), entropies.data(),
-      int64_t(tokens), {0.3f, -0.13f, 0.5f, -0.25f}, objective.data(), gradient.data(), counts.data(), nullptr};
+      int64_t(tokens), {0.3f, -0.13f, 0.5f, -0.25f}, per_token ? low.data() : nullptr,
+      per_token ? high.data() : nullptr, dual_clip, objective.data(), gradient.data(), gates.data(), counts.data(),
+      nullptr};
   megatron_rlvr_clipped_objective(&arguments, 1);
+  size_t floored = 0;
   for (size_t i = 0; i < tokens; ++i) {
     if (!mask[i]) {
-      expect(objective[i] == 0 && gradient[i] == 0, "masked token", "objective", objective[i], 0);
+      expect(objective[i] == 0 && gradient[i] == 0 && gates[i] == 0, "masked token", "objective", objective[i], 0);
       continue;
     }
     const double ratio = std::exp(double(logprob[i]) - old_logprob[i]), old = std::exp(double(old_logprob[i]));
-    const double high = 1.5 / (1 + 0.25 * old), low = 0.7 / (1 - 0.13 * old), a = advantage[i];
-    const double clipped = std::min(std::max(ratio, low), high);
-    const bool is_high = a > 0 && ratio > high, is_low = a < 0 && ratio < low;
-    expect_near(objective[i], weight[i] * std::min(ratio * a, clipped * a), 1e-6, "objective", "objective");
-    expect_near(gradient[i], is_high || is_low ? 0 : weight[i] * ratio * a, 1e-6, "objective gradient", "objective");
+    const double upper = per_token ? high[i] : 1.5 / (1 + 0.25 * old);
+    const double lower = per_token ? low[i] : 0.7 / (1 - 0.13 * old), a = advantage[i];
+    const double clipped = std::min(std::max(ratio, lower), upper);
+    const bool is_high = a > 0 && ratio > upper, is_low = a < 0 && ratio < lower, is_dual = a < 0 && ratio > dual_clip;
+    double wanted = std::min(ratio * a, clipped * a);
+    if (a < 0) wanted = std::max(wanted, dual_clip * a);
+    expect_near(objective[i], weight[i] * wanted, 1e-6, "objective", "objective");
+    const bool is_flat = is_high || is_low || is_dual;
+    expect_near(gradient[i], is_flat ? 0 : weight[i] * ratio * a, 1e-6, "objective gradient", "objective");
+    const int gate = is_high ? 1 : is_low ? 2 : is_dual ? 3 : 0;
+    expect(gates[i] == gate, "gate", "objective", gates[i], gate);
+    floored += is_dual;
     expected[kCountClippedHigh] += is_high;
     expected[kCountClippedLow] += is_low;
     if (a != 0) expected[size_t(kCountRegion1 + (a < 0 ? 2 : 0) + (-logprob[i] >= entropies[i] ? 1 : 0))]++;
   }
+  expect(floored > 0, "dual clip reached", "objective", double(floored), 1);
   for (size_t i = 0; i < counts.size(); ++i) {
     expect(counts[i] == expected[i], "count", "objective", double(counts[i]), double(expected[i]));
   }
   add_to_digest(objective.data(), tokens);
   add_to_digest(gradient.data(), tokens);
+  add_to_digest(gates.data(), tokens);
   add_to_digest(counts.data(), counts.size());
 }
 
@@ -286,7 +303,7 @@ int main(int argument_count, char** arguments) {
     check_logits_kernels<__nv_bfloat16>(shape);
   }
   check_bad_rows();
-  check_objective();
+  for (const bool per_token : {false, true}) check_objective(per_token);
   const double bytes = bytes_per_logit();
   expect(bytes <= 6.1, "bytes a logit", "traffic", bytes, 6.0);
   std::printf("bytes_per_logit %.4f\ndigest %016llx\n%s\n", bytes, static_cast<unsigned long long>(digest),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -117,21 +118,28 @@ class Kernels:
         logprob: Tensor,
         old_logprob: Tensor,
         advantage: Tensor,
-        clip: tuple[float, float, float, float],
+        clip: tuple[float, float, float, float] | tuple[Tensor, Tensor],
         *,
+        dual_clip: float = math.inf,
         mask: Tensor | None = None,
         weight: Tensor | None = None,
         entropy: Tensor | None = None,
         counts: Tensor | None = None,
+        gate: Tensor | None = None,
         multiprocessors: int = 2,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``clip``: lower intercept, lower slope, upper intercept, upper slope."""
+        """``clip``: lower intercept, lower slope, upper intercept, upper slope; or (low, high) of each token.
+
+        ``gate`` uint8 [T], where given, is filled in.
+        """
         objective, gradient = torch.full_like(logprob, torch.nan), torch.full_like(logprob, torch.nan)
         counts = torch.zeros(6, dtype=torch.int64) if counts is None else counts
         optional = [0 if tensor is None else tensor.data_ptr() for tensor in (mask, weight, entropy)]
+        scalars, bounds = (clip, (0, 0)) if len(clip) == 4 else ((0.0,) * 4, [bound.data_ptr() for bound in clip])
         self.module.clipped_objective(
-            logprob.data_ptr(), old_logprob.data_ptr(), advantage.data_ptr(), *optional, logprob.numel(), *clip,
-            objective.data_ptr(), gradient.data_ptr(), counts.data_ptr(), multiprocessors,
+            logprob.data_ptr(), old_logprob.data_ptr(), advantage.data_ptr(), *optional, logprob.numel(), *scalars,
+            *bounds, dual_clip, objective.data_ptr(), gradient.data_ptr(), 0 if gate is None else gate.data_ptr(),
+            counts.data_ptr(), multiprocessors,
         )  # fmt: skip
         return objective, gradient, counts
 

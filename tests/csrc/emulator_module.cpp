@@ -63,10 +63,10 @@ void logits_gradient(uint64_t logits, uint64_t gradient, int type, int64_t rows,
   check(megatron_rlvr_logits_gradient(&arguments, multiprocessors));
 }
 
-void clipped_objective_of(uint64_t logprob, uint64_t old_logprob, uint64_t advantage, uint64_t mask, uint64_t weight,
-                          uint64_t entropy, int64_t tokens, float lower_intercept, float lower_slope,
-                          float upper_intercept, float upper_slope, uint64_t objective, uint64_t gradient,
-                          uint64_t counts, int multiprocessors) {
+void clipped_objective(uint64_t logprob, uint64_t old_logprob, uint64_t advantage, uint64_t mask, uint64_t weight,
+                       uint64_t entropy, int64_t tokens, float lower_intercept, float lower_slope,
+                       float upper_intercept, float upper_slope, uint64_t low, uint64_t high, float dual_clip,
+                       uint64_t objective, uint64_t gradient, uint64_t gate, uint64_t counts, int multiprocessors) {
   const ClippedObjectiveArguments arguments{pointer<float>(logprob),
                                             pointer<float>(old_logprob),
                                             pointer<float>(advantage),
@@ -75,8 +75,12 @@ void clipped_objective_of(uint64_t logprob, uint64_t old_logprob, uint64_t advan
                                             pointer<float>(entropy),
                                             tokens,
                                             {lower_intercept, lower_slope, upper_intercept, upper_slope},
+                                            pointer<float>(low),
+                                            pointer<float>(high),
+                                            dual_clip,
                                             pointer<float>(objective),
                                             pointer<float>(gradient),
+                                            pointer<uint8_t>(gate),
                                             pointer<int64_t>(counts),
                                             nullptr};
   check(megatron_rlvr_clipped_objective(&arguments, multiprocessors));
@@ -93,7 +97,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
   module.def("row_statistics_workspace", &megatron_rlvr_row_statistics_workspace);
   module.def("combine_statistics", &combine_statistics);
   module.def("logits_gradient", &logits_gradient);
-  module.def("clipped_objective", &clipped_objective_of);
+  module.def("clipped_objective", &clipped_objective);
   module.def("statistics_launch", [](int64_t rows, int64_t width, int multiprocessors) {
     return as_tuple(statistics_launch(rows, width, multiprocessors, 2));
   });

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from emulated import Kernels
@@ -61,6 +63,48 @@ def test_objective_gradient_and_counts(kernels: Kernels, clip: tuple[float, floa
         assert found[2].tolist() == counts
         if count > 1000:
             assert min(counts) > 0
+
+
+@pytest.mark.parametrize("dual_clip", [math.inf, 1.3])
+def test_bounds_per_token_and_the_gate(kernels: Kernels, dual_clip: float) -> None:
+    t = tokens(5001, 8)
+    low, high = 0.5 + 0.5 * torch.rand(5001), 1 + torch.rand(5001)
+    logprob = t["logprob"].double().requires_grad_()
+    ratio, a = (logprob - t["old_logprob"].double()).exp(), t["advantage"].double()
+    objective = torch.minimum(ratio * a, torch.maximum(torch.minimum(ratio, high.double()), low.double()) * a)
+    objective = torch.where(a < 0, torch.maximum(objective, dual_clip * a), objective) if dual_clip < 2 else objective
+    objective = torch.where(t["mask"], objective * t["weight"].double(), 0.0)
+    (gradient,) = torch.autograd.grad(objective.sum(), logprob)
+    gate = torch.full((5001,), 77, dtype=torch.uint8)
+    poisoned = [torch.where(t["mask"], bound, torch.nan) for bound in (low, high)]
+    found = kernels.objective(
+        t["logprob"], t["old_logprob"], t["advantage"], (poisoned[0], poisoned[1]),
+        dual_clip=dual_clip, mask=t["mask"], weight=t["weight"], entropy=t["entropy"], gate=gate,
+    )  # fmt: skip
+    torch.testing.assert_close(found[0].double(), objective.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found[1].double(), gradient, rtol=1e-6, atol=1e-7)
+    kept = t["mask"]
+    expected = 1 * (kept & (a > 0) & (ratio > high)) + 2 * (kept & (a < 0) & (ratio < low))
+    expected += 3 * (kept & (a < 0) & (ratio > dual_clip))
+    assert torch.equal(gate.long(), expected)
+    assert set(gate.tolist()) == ({0, 1, 2, 3} if dual_clip < 2 else {0, 1, 2})
+    assert found[2][:2].tolist() == [int((gate == 1).sum()), int((gate == 2).sum())]
+
+
+def test_thresholds_and_their_bounds_give_the_same(kernels: Kernels) -> None:
+    t = tokens(3000, 9)
+    old_prob, rest = t["old_logprob"].exp(), (t["logprob"], t["old_logprob"], t["advantage"])
+    lower_intercept, lower_slope, upper_intercept, upper_slope = DYNAMIC
+    low, high = (
+        (1 - lower_intercept) / (1 + lower_slope * old_prob),
+        (1 + upper_intercept) / (1 - upper_slope * old_prob),
+    )
+    for by_thresholds, by_bounds in zip(
+        kernels.objective(*rest, DYNAMIC, dual_clip=1.5),
+        kernels.objective(*rest, (low, high), dual_clip=1.5),
+        strict=True,
+    ):
+        torch.testing.assert_close(by_thresholds, by_bounds, rtol=3e-7, atol=0)
 
 
 def test_optional_inputs(kernels: Kernels) -> None:

@@ -101,9 +101,10 @@ def test_dual_clip(seed):
     check(inputs, build_objective("clip", dual_clip=3.0)(inputs), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_dcpo(seed):
-    inputs = tokens(seed, spread=1.0)
+def test_dcpo(seed, dtype):
+    inputs = tokens(seed, spread=1.0, dtype=dtype)
 
     def formula(r, A, q):
         low = 0.5 + 0.5 * math.sqrt(max(1 - 4 * 0.16 / q, 0))
@@ -124,10 +125,11 @@ def test_dcpo_has_the_bounds_that_its_authors_print():
     assert build_objective("dcpo").token_objective.bounds(torch.tensor([1e-6]))[1].item() == 10.0  # their clip_ratio_c
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("beta_low", "beta_high"), [(0.75, 1.0), (0.5, 0.25), (0.0, 0.0)])
-def test_ce_gppo(seed, beta_low, beta_high):
-    inputs = tokens(seed)
+def test_ce_gppo(seed, beta_low, beta_high, dtype):
+    inputs = tokens(seed, dtype=dtype)
 
     def formula(r, A, p):
         low, high = bounds(inputs.thresholds, p)
@@ -143,10 +145,11 @@ def test_ce_gppo(seed, beta_low, beta_high):
     assert outputs.clipped_low.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("clip_low", [False, True])
-def test_cispo(seed, clip_low):
-    inputs = tokens(seed)
+def test_cispo(seed, clip_low, dtype):
+    inputs = tokens(seed, dtype=dtype)
 
     def formula(row, logprob):
         r, A, p = row
@@ -190,9 +193,10 @@ def covariances(inputs):
     return [(x - mean_l) * (a - mean_a) for x, a in zip(logprob, advantage, strict=True)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_clip_cov_drops_the_right_number_of_the_right_tokens(seed):
-    inputs = tokens(seed)
+def test_clip_cov_drops_the_right_number_of_the_right_tokens(seed, dtype):
+    inputs = tokens(seed, dtype=dtype)
     objective = build_objective("clip-cov", share=0.03, lower=0.5, upper=3.0)
     objective.observe(7, 1.0)
     outputs = objective(inputs)
@@ -214,9 +218,10 @@ def test_clip_cov_drops_the_right_number_of_the_right_tokens(seed):
     assert torch.equal(objective(inputs).objective, outputs.objective)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_kl_cov_penalises_the_highest_covariances(seed):
-    inputs = tokens(seed)
+def test_kl_cov_penalises_the_highest_covariances(seed, dtype):
+    inputs = tokens(seed, dtype=dtype)
     cov = covariances(inputs)
     highest = set(sorted(range(len(cov)), key=lambda i: -cov[i])[: int(0.05 * len(cov))])
 

@@ -66,6 +66,17 @@ def test_a_library_that_does_not_load_is_an_error_and_no_fallback(monkeypatch, t
         compiled.load_kernels()
 
 
+@pytest.mark.skipif(not COMPILED, reason="the kernels were not built")
+def test_a_library_from_older_sources_is_an_error_in_one_line():
+    done = run(
+        "from megatron_rlvr.ops.library import define; define('a_newer_operator() -> ()', eager=print, fake=print)"
+    )
+    assert done.returncode != 0
+    error = done.stderr.splitlines()[-1]
+    assert "_C.so lacks megatron_rlvr::a_newer_operator" in error
+    assert "rebuild it with `pip install --no-build-isolation -e .`" in error
+
+
 def test_importing_the_operators_imports_nothing_else_of_ours():
     done = run("import sys, megatron_rlvr.ops; print([m for m in sys.modules if m.startswith('megatron')])")
     foreign = [m for m in eval(done.stdout) if not m.startswith("megatron_rlvr.ops")]

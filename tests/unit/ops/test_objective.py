@@ -1,4 +1,4 @@
-"""clipped_objective against the definition in float64, written with the thresholds at the current probability."""
+"""The objectives against their definition in float64, with the thresholds read at the current probability."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_rlvr import ops
+from megatron_rlvr.control import AffineThreshold, ClipThresholds
 
 
 @dataclass
@@ -72,6 +73,91 @@ def test_against_definition(thresholds, seed):
         (A < 0) & (surprise >= H),
     ]
     assert found.region_counts.tolist() == [int(region.sum()) for region in regions]
+
+
+def make_bounds(tokens, seed):
+    generator = torch.Generator(torch.get_default_device()).manual_seed(100 + seed)
+    low = 0.5 + 0.5 * torch.rand(tokens, generator=generator)
+    return low, 1 + torch.rand(tokens, generator=generator)
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.3])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bounds_per_token_against_definition(dual_clip, seed, dtype):
+    logprob, old, advantage, entropy = (t.to(dtype) for t in make(5000, seed))
+    low, high = (b.to(dtype) for b in make_bounds(5000, seed))
+    weight, mask = torch.rand(5000, dtype=dtype) + 0.5, torch.rand(5000) > 0.1
+    lp, A = logprob.double().requires_grad_(), advantage.double()
+    r = (lp - old.double()).exp()
+    expected = torch.minimum(r * A, torch.maximum(torch.minimum(r, high.double()), low.double()) * A)
+    if dual_clip is not None:
+        expected = torch.where(A < 0, torch.maximum(expected, dual_clip * A), expected)
+    expected = torch.where(mask, expected * weight.double(), 0.0)
+    (gradient,) = torch.autograd.grad(expected.sum(), lp)
+    leaf = logprob.detach().clone().requires_grad_()
+    found = ops.bounded_objective(
+        leaf, old, advantage, low, high, dual_clip=dual_clip, mask=mask, weight=weight, entropy=entropy
+    )
+    found.objective.sum().backward()
+    rtol, atol = (1e-6, 1e-9) if dtype == torch.float32 else (1e-13, 1e-15)
+    torch.testing.assert_close(found.objective.double(), expected.detach(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(leaf.grad.double(), gradient, rtol=rtol, atol=atol)
+    is_high, is_low = mask & (A > 0) & (r > high.double()), mask & (A < 0) & (r < low.double())
+    is_dual = mask & (A < 0) & (r > (dual_clip or torch.inf))
+    assert torch.equal(found.is_clipped_high, is_high) and torch.equal(found.is_clipped_low, is_low)
+    assert torch.equal(found.gate == 3, is_dual)
+    assert torch.equal(found.gate == 0, ~(is_high | is_low | is_dual))
+    assert found.clip_high.item() == is_high.sum().item() > 0
+    assert found.clip_low.item() == is_low.sum().item() > 0
+    assert is_dual.any() == (dual_clip is not None)
+    in_region = mask & (A != 0)
+    assert found.region_counts.sum() == in_region.sum()
+
+
+@pytest.mark.parametrize("thresholds", [STATIC, PAPER, STEEP])
+@pytest.mark.parametrize("dual_clip", [None, 1.2])
+def test_thresholds_are_the_bounds_that_control_computes(thresholds, dual_clip):
+    """control.ClipThresholds.ratio_bounds is what the operators apply, at a huge and at a tiny ratio, too."""
+    logprob, old, advantage, _ = make(2000, 0)
+    logprob[:500], logprob[500:1000] = 30.0, -60.0
+    upper, lower = thresholds.upper, thresholds.lower
+    public = ClipThresholds(
+        AffineThreshold(lower.intercept, lower.slope), AffineThreshold(upper.intercept, upper.slope)
+    )
+    low, high = public.ratio_bounds(old.exp())
+    by_thresholds = ops.clipped_objective(logprob, old, advantage, public, dual_clip=dual_clip)
+    by_bounds = ops.bounded_objective(logprob, old, advantage, low, high, dual_clip=dual_clip)
+    torch.testing.assert_close(by_thresholds.objective, by_bounds.objective, rtol=3e-7, atol=0)
+    assert torch.equal(by_thresholds.gate, by_bounds.gate)
+
+
+def test_one_number_bounds_all_tokens():
+    logprob, old, advantage, _ = make(500, 0)
+    expected = ops.clipped_objective(logprob, old, advantage, STATIC)
+    found = ops.bounded_objective(logprob, old, advantage, 0.8, 1.2)
+    assert torch.equal(found.objective, expected.objective) and torch.equal(found.gate, expected.gate)
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.2])
+def test_gradcheck_in_float64(dual_clip):
+    logprob, old, advantage, _ = (t.double() for t in make(60, 2))
+    low, high = (b.double() for b in make_bounds(60, 2))
+    leaf = logprob.requires_grad_()
+    for objective in (
+        lambda x: ops.clipped_objective(x, old, advantage, PAPER, dual_clip=dual_clip).objective,
+        lambda x: ops.bounded_objective(x, old, advantage, low, high, dual_clip=dual_clip).objective,
+    ):
+        assert torch.autograd.gradcheck(objective, leaf)
+        assert torch.autograd.gradgradcheck(objective, leaf)
+
+
+def test_no_gradient_reaches_the_bounds():
+    logprob, old, advantage, _ = make(50, 0)
+    low, high = (b.requires_grad_() for b in make_bounds(50, 0))
+    found = ops.bounded_objective(logprob.requires_grad_(), old, advantage, low, high)
+    found.objective.sum().backward()
+    assert low.grad is None and high.grad is None
 
 
 def test_masked_tokens_count_nowhere_whatever_they_hold():
@@ -160,6 +246,20 @@ def test_bad_arguments(change, message, placed):
     keywords = {name: arguments.pop(name) for name in ("mask", "weight") if name in arguments}
     with pytest.raises(ValueError, match=message):
         ops.clipped_objective(*arguments.values(), PAPER, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"low": torch.zeros(4)}, r"low: must be \[T\] with T = 3 tokens, found \[4\]"),
+        ({"high": torch.zeros(3, dtype=torch.float64)}, "high: must be torch.float32, found torch.float64"),
+        ({"dual_clip": 1.0}, "dual_clip: must exceed 1, found 1.0"),
+    ],
+)
+def test_bad_bounds(change, message, placed):
+    arguments = {"low": torch.zeros(3), "high": torch.ones(3)} | placed(change)
+    with pytest.raises(ValueError, match=message):
+        ops.bounded_objective(torch.zeros(3), torch.zeros(3), torch.zeros(3), **arguments)
 
 
 def test_strided_tensors():

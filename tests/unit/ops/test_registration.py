@@ -37,6 +37,11 @@ def test_opcheck_objective(optional):
     extra = (torch.rand(20) > 0.5, torch.rand(20), torch.rand(20)) if optional else (None, None, None)
     inputs = (logprob.clone().requires_grad_(), old, advantage, *extra, -0.25, 0.5, -0.13, 0.3)
     torch.library.opcheck(OPS.clipped_objective, inputs)
+    torch.library.opcheck(OPS.clipped_objective, (*inputs, 1.5))
+    bounds = (torch.rand(20), 1 + torch.rand(20))
+    inputs = (logprob.clone().requires_grad_(), old, advantage, *bounds, *extra)
+    torch.library.opcheck(OPS.bounded_objective, inputs)
+    torch.library.opcheck(OPS.bounded_objective, (*inputs, 1.5))
 
 
 def loss_of(hidden, weight, targets, old, advantage):
@@ -71,3 +76,5 @@ def test_fake_tensors_have_shapes_and_no_data():
         assert logits.grad.dtype == torch.bfloat16
         clipped = ops.clipped_objective(found.logprob, found.logprob, found.entropy, PAPER, entropy=found.entropy)
         assert clipped.region_counts.shape == (4,)
+        assert clipped.gate.shape == (4,)
+        assert clipped.gate.dtype == torch.uint8
