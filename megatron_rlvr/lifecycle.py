@@ -1,4 +1,4 @@
-"""How a run begins and ends: its directory, the signals that stop it, its exit status."""
+"""How a run begins and ends: its directory and lock, the signals that stop it, its exit status."""
 
 from __future__ import annotations
 
@@ -12,20 +12,48 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from megatron_rlvr.config import Config, save_config, warnings_of
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.resume import check_same_run
 
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
-"""Stopped by a signal with a checkpoint written: start the same command again to go on."""
+"""Stopped by a signal, or for lack of an engine, with a checkpoint written: the same command resumes the run."""
+
+
+@contextmanager
+def open_run_directory(config: Config) -> Iterator[None]:
+    """Hold the run directory while the block runs; rank 0 locks it and writes ``config.yaml``.
+
+    Raises:
+        UserError: when another process uses the directory, it holds a different run, or it cannot be written.
+    """
+    directory = Path(config.run_directory)
+    with user_error_on_full_disk(directory):
+        if _rank() > 0:
+            yield
+            return
+        for line in warnings_of(config):
+            print(f"warning: {line}", file=sys.stderr)
+        with locked_run_directory(directory):
+            if (directory / "checkpoints" / "latest").is_file():
+                check_same_run(config, directory / "config.yaml")
+            save_config(config, directory / "config.yaml")
+            yield
 
 
 @contextmanager
 def locked_run_directory(directory: Path) -> Iterator[Path]:
-    """Hold the run directory for this process; the lock goes when the process does, however it ends.
+    """Hold the lock of a run directory, which is created if it does not exist.
+
+    The kernel releases the lock when the process ends, however it ends. This is flock(2) itself rather than the package
+    filelock, for two reasons that were tried with filelock 4.3.1: filelock cannot name the process that holds the lock,
+    and on a file system without flock (Lustre without its mount option) it falls back to the existence of the file, so
+    that the file of a killed run blocks its own resume.
 
     Raises:
-        UserError: when another living process trains in it, or it cannot be written.
+        UserError: when another process holds the lock, or the directory cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -42,9 +70,8 @@ def locked_run_directory(directory: Path) -> Iterator[Path]:
                 "it, or choose another run_directory"
             ) from None
         except OSError as error:
-            # Such as Lustre without its option flock; it says nothing about other runs.
             print(
-                f"warning: the file system of run_directory={directory} has no locks ({error.strerror}): see to it "
+                f"warning: the file system of run_directory={directory} has no locks ({error.strerror}): make sure "
                 "that no other run writes there",
                 file=sys.stderr,
             )
@@ -56,10 +83,9 @@ def locked_run_directory(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def user_error_on_full_disk(directory: Path) -> Iterator[None]:
-    """A disk that fills under a run ends it in one line: a checkpoint written in the background may be what fills it.
+    """Raise the OSError of a full disk or an exhausted quota as a UserError, so that the run ends with one line.
 
-    Raises:
-        UserError: instead of the OSError of a full disk or an exhausted quota.
+    A checkpoint that is written in the background can fill the disk while something else is written.
     """
     try:
         yield
@@ -67,15 +93,18 @@ def user_error_on_full_disk(directory: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{directory} cannot be written ({error.strerror}): its whole checkpoints are untouched; make room and "
-            "start again"
+            f"{directory} cannot be written ({error.strerror}): its complete checkpoints are untouched; free some "
+            "space and start again"
         ) from error
 
 
 class StopSignal:
-    """Remembers that SIGTERM, SIGINT or SIGUSR1 asked the run to stop, so that the step in progress can end well.
+    """Remembers that SIGTERM, SIGINT or SIGUSR1 asked the run to stop, so that the current step can finish.
 
     A second SIGINT interrupts at once.
+
+    Attributes:
+        received: name of the signal, None so far.
     """
 
     def __init__(self) -> None:
@@ -87,3 +116,14 @@ class StopSignal:
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+
+def print_error(error: Exception) -> None:
+    """Print an error as one line on stderr; ranks other than 0 name themselves."""
+    rank = _rank()
+    print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
+
+
+def _rank() -> int:
+    """The rank that torchrun gave this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))

@@ -29,19 +29,14 @@ import torch
 from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement, read
 from torch import Tensor
 
+from megatron_rlvr.components import Components, build_components
 from megatron_rlvr.config import Config, load_config
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.objectives import build_objective, group_advantages
-from megatron_rlvr.rollout.collection import RolloutCollector
-from megatron_rlvr.rollout.engines.build import build_engine
-from megatron_rlvr.rollout.tokenization import Tokenization
-from megatron_rlvr.training.checkpoint import Checkpoints
 from megatron_rlvr.training.loss import LOSS_SUMS
-from megatron_rlvr.training.policy import Policy
-from megatron_rlvr.training.step_metrics import measure_rollout
+from megatron_rlvr.training.rollout_metrics import measure_rollout
 from megatron_rlvr.training.token_weights import token_weights
-from megatron_rlvr.verifiers import VerifierPool, build_verifier
 
 warnings.simplefilter("ignore")
 
@@ -52,9 +47,7 @@ OUTPUT = Path(__file__).resolve().parents[2] / "docs" / "entropy_study" / "autho
 class Bench:
     """A policy and one rollout, to be trained on under any thresholds."""
 
-    config: Config
-    layout: parallel.Layout
-    policy: Policy
+    components: Components
     batch: RolloutBatch
     step: int
 
@@ -62,17 +55,19 @@ class Bench:
         """Group advantages of the task's rewards or of random ones, float32 [N]."""
         values = self.batch.rewards
         if rewards == "coin":
-            coin = torch.Generator().manual_seed(1000 * self.config.seed + self.step)
+            coin = torch.Generator().manual_seed(1000 * self.components.config.seed + self.step)
             values = torch.randint(0, 2, values.shape, generator=coin).to(values.dtype)
-        return group_advantages(values.view(-1, self.batch.group_size), self.config.algorithm.advantage).flatten()
+        advantage = self.components.config.algorithm.advantage
+        return group_advantages(values.view(-1, self.batch.group_size), advantage).flatten()
 
     def train(self, rewards: str, rate: float, bound: str) -> list[Measurement]:
         """Train on the rollout from the policy's present state; return a measurement for each number of `PASSES`."""
-        policy, batch, algorithm = self.policy, self.batch, self.config.algorithm
+        config, layout, policy = self.components.config, self.components.layout, self.components.policy
+        batch, algorithm = self.batch, config.algorithm
         advantage = self.advantage(rewards)
-        weight = token_weights(batch, algorithm, self.config.rollout.max_tokens, self.layout)
+        weight = token_weights(batch, algorithm, config.rollout.max_tokens, layout)
         scores = policy.score(batch, advantage)
-        before = measure_rollout(batch, weight, scores, self.layout.is_reporting_rank, self.layout.is_leader)
+        before = measure_rollout(batch, weight, scores, layout)
         objective = build_objective(algorithm.objective)
         policy.set_learning_rate(rate)
         sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64)
@@ -87,27 +82,24 @@ class Bench:
                 shift = math.log(float(policy.score(batch, advantage).entropy.double().mean()) / before.entropy)
                 counted = dict(zip(LOSS_SUMS, sums.tolist(), strict=True))
                 clipped = (counted[name] / counted["active_tokens"] for name in ("clipped_high", "clipped_low"))
-                case = (self.config.seed, self.step, rewards, rate, bound, passes)
+                case = (config.seed, self.step, rewards, rate, bound, passes)
                 measurements.append(Measurement(*case, before.entropy, shift, *clipped))
         return measurements
 
 
 def measure(config: Config, layout: parallel.Layout, resources: ExitStack, done: set[tuple]) -> Iterator[Measurement]:
     """Measure at every checkpoint of a run; skip the cases (seed, step, rewards, rate, bound) in ``done``."""
-    verifiers = resources.enter_context(VerifierPool(build_verifier(config.verifier.name)))
-    policy = Policy(config, layout)
-    engine = build_engine(config, policy, resources)
-    tokenization = Tokenization(config.model.path, policy.bridge.vocab_size)
-    rollouts = RolloutCollector(config, layout, engine, tokenization, verifiers)
-    checkpoints = Checkpoints(Path(config.run_directory) / "checkpoints", config.checkpoint)
+    components = build_components(config, layout, resources)
+    collector, checkpoints = components.collector(), components.checkpoints
     for step in checkpoints.steps():
         todo = [case for case in itertools.product(REWARDS, RATES, BOUNDS) if (config.seed, step, *case) not in done]
         if not todo:
             continue
-        checkpoints.load(step, policy)
-        bench = Bench(config, layout, policy, rollouts.collect(step)[0], step)
+        checkpoints.load(step, components.policy)
+        components.engine.update_weights(step)
+        bench = Bench(components, collector.collect(step)[0], step)
         for case in todo:
-            checkpoints.load(step, policy)
+            checkpoints.load(step, components.policy)
             yield from bench.train(*case)
 
 

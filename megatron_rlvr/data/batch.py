@@ -71,6 +71,11 @@ class RolloutBatch:
         )
 
     @property
+    def shaped_rewards(self) -> Tensor:
+        """float32 [N / G, G]: the rewards from which advantages are formed, group by group."""
+        return (self.rewards + self.penalty).view(-1, self.group_size)
+
+    @property
     def offsets(self) -> Tensor:
         """int64 [N], where each sequence's response tokens begin in the flat arrays."""
         return self.response_lengths.cumsum(0) - self.response_lengths

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_rlvr.rollout.config import RolloutConfig
+
 
 @dataclass
 class MismatchAlarm:
@@ -22,6 +24,11 @@ class MismatchAlarm:
     patience: int
     is_main: bool = True
     in_a_row: int = 0
+
+    @classmethod
+    def build(cls, config: RolloutConfig, draws_from_policy: bool, is_main: bool) -> MismatchAlarm:
+        """The alarm of a run, disabled for an engine whose completions are not drawn from the policy."""
+        return cls(config.mismatch_alarm if draws_from_policy else 0.0, config.mismatch_patience, is_main)
 
     def observe(self, step: int, record: Mapping[str, float]) -> str | None:
         """Read ``kl_rollout`` and ``mismatch/max`` from a step's metrics; returns the reason to stop, if any."""

@@ -1,12 +1,13 @@
-"""One face for everything a run tells: metrics files, the progress display, plots and the table at the end."""
+"""Everything that a run reports: metrics files, the progress display, its status, plots and the final summary."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
@@ -15,25 +16,27 @@ from megatron_rlvr.telemetry.plots import plot_run
 from megatron_rlvr.telemetry.progress import Progress, open_progress
 from megatron_rlvr.telemetry.status import StatusWriter
 from megatron_rlvr.telemetry.summary import print_summary
-
-
-def _shown(path: Path) -> Path:
-    """A path as one would type it here."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+from megatron_rlvr.telemetry.timer import StepTimer
 
 
 class Reporter:
-    """Tells of a run on the process that is `active`; on the others every call does nothing.
+    """Reports a run. Every process times its steps and keeps the newest metrics; only the active one writes.
 
     Args:
         config: of the run.
-        first_step: 0 for a new run, else the step a checkpoint resumes from; later metrics lines are cut off.
+        first_step: 0 for a new run, otherwise the step that a checkpoint resumes from. Metrics of this step and later
+            ones, written before the run was interrupted, are removed.
         active: whether this process writes.
+
+    Attributes:
+        newest: the newest value of every metric; those of evaluations are named ``evaluation/*``.
     """
 
     def __init__(self, config: Config, first_step: int, active: bool):
         self.config = config
         self.directory = Path(config.run_directory)
+        self.newest: dict[str, float] = {}
+        self._timer = StepTimer()
         self._writer: MetricsWriter | None = None
         self._progress: Progress | None = None
         self._status: StatusWriter | None = None
@@ -41,34 +44,49 @@ class Reporter:
             return
         settings = config.telemetry
         wandb = {"project": settings.wandb_project, "name": config.name} if settings.wandb_project else None
-        # A run killed before its first checkpoint starts over at step 0 in its own directory.
+        # A run that was killed before its first checkpoint starts again at step 0 in its own directory.
         self._writer = MetricsWriter(self.directory, first_step, tensorboard=settings.tensorboard, wandb=wandb)
         history = read_metrics(self.directory) if first_step else []
         self._progress = open_progress(config.name, config.steps, history)
         self._status = StatusWriter(self.directory, config.name, config.steps, first_step)
 
     def phase(self, name: str) -> None:
-        """Say what the run is doing now."""
+        """Show what the run is doing now."""
         if self._progress and self._status:
             self._progress.phase(name)
             self._status.phase(name)
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Write the record of a finished step."""
+    @contextmanager
+    def timed_phase(self, name: str, part: str) -> Iterator[None]:
+        """Show what the run is doing now, and add the seconds that the block takes to ``time/<part>`` of the step."""
+        self.phase(name)
+        with self._timer.part(part):
+            yield
+
+    def add_seconds(self, **parts: float) -> None:
+        """Add seconds that were measured elsewhere to ``time/<part>`` of the step."""
+        for part, seconds in parts.items():
+            self._timer.add(part, seconds)
+
+    def step(self, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of a finished step, with its times. The next step begins here."""
+        self.newest.update(metrics)
+        record = {**metrics, **self._timer.metrics()}
         if self._writer and self._progress and self._status:
             self._writer.write(record)
-            self._progress.update(dict(record))
+            self._progress.update(record)
             self._status.step(record)
 
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write an evaluation of the policy after `step` steps."""
+        self.newest.update({f"evaluation/{name}": value for name, value in scores.items()})
+        if self._writer:
+            self._writer.write_evaluation({"step": step, **scores})
+
     def saved(self, step: int) -> None:
-        """Say that a checkpoint of `step` steps is whole."""
+        """Show that the checkpoint of `step` steps is complete."""
         if self._status:
             self._status.saved(step)
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Write an evaluation of the policy after ``record["step"]`` steps."""
-        if self._writer:
-            self._writer.write_evaluation(record)
 
     def message(self, text: str) -> None:
         """Print a line."""
@@ -88,7 +106,8 @@ class Reporter:
             results["policy (Hugging Face)"] = folder
             sampler = Path("examples/quickstart/sample.py")
             if sampler.is_file():
-                results["sample from it"] = f"{_shown(Path(sys.executable))} {sampler} {folder} '3 5 7 : 22 >'"
+                python = _relative_to_here(Path(sys.executable))
+                results["sample from it"] = f"{python} {sampler} {folder} '3 5 7 : 22 >'"
         print_summary(self.directory, results)
 
     def __enter__(self) -> Self:
@@ -117,3 +136,8 @@ class Reporter:
         if self._writer:
             self._writer.close()
             self._writer = None
+
+
+def _relative_to_here(path: Path) -> Path:
+    """A path as the user would type it in the current directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

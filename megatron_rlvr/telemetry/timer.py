@@ -1,4 +1,4 @@
-"""Where a step's wall-clock time goes."""
+"""Where the wall-clock time of a step goes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from contextlib import contextmanager
 
 
 class StepTimer:
-    """Adds up the seconds of named parts of a step; what no part claims is ``time/other``."""
+    """Adds up the seconds of the named parts of a step; time outside of them is ``time/other``."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
+        self._step_began = time.perf_counter()
         self._parts: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes to a part."""
         began = time.perf_counter()
         try:
             yield
@@ -23,14 +24,18 @@ class StepTimer:
             self.add(name, time.perf_counter() - began)
 
     def add(self, name: str, seconds: float) -> None:
+        """Add seconds that were measured elsewhere to a part."""
         self._parts[name] = self._parts.get(name, 0.0) + seconds
 
     def metrics(self) -> dict[str, float]:
-        """``time/<part>`` and ``time/step`` in seconds since the timer was made or last read; starts the next step."""
+        """``time/<part>`` and ``time/step`` in seconds, and the start of the next step.
+
+        A step begins when the timer is created, or at the previous call.
+        """
         now = time.perf_counter()
-        whole = now - self._began
-        parts = {f"time/{name}": seconds for name, seconds in self._parts.items()}
-        parts["time/other"] = max(0.0, whole - sum(self._parts.values()))
-        parts["time/step"] = whole
-        self._began, self._parts = now, {}
-        return parts
+        step = now - self._step_began
+        metrics = {f"time/{name}": seconds for name, seconds in self._parts.items()}
+        metrics["time/other"] = max(0.0, step - sum(self._parts.values()))
+        metrics["time/step"] = step
+        self._step_began, self._parts = now, {}
+        return metrics

@@ -14,7 +14,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
-from megatron_rlvr.train import Checkpoints, main
+from megatron_rlvr.train import main
+from megatron_rlvr.training.checkpoint import Checkpoints
 from tests.processes import ROOT, launch
 
 

@@ -125,7 +125,8 @@ def test_other_objectives_train(objective: str, run_yaml: Path, tmp_path: Path) 
 def test_a_death_around_a_save_loses_no_metrics(
     moment: str, run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_rlvr.train import Checkpoints, main
+    from megatron_rlvr.train import main
+    from megatron_rlvr.training.checkpoint import Checkpoints
 
     class Death(BaseException):
         pass

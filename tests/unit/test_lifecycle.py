@@ -22,7 +22,7 @@ def test_a_run_directory_has_one_owner(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_system_without_locks_is_no_other_run(
+def test_a_file_system_without_locks_is_not_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def flock(*_: object) -> None:
@@ -32,5 +32,5 @@ def test_a_file_system_without_locks_is_no_other_run(
     with locked_run_directory(tmp_path / "run") as directory:
         assert directory.is_dir()
     assert (
-        "has no locks (Function not implemented): see to it that no other run writes there" in capsys.readouterr().err
+        "has no locks (Function not implemented): make sure that no other run writes there" in capsys.readouterr().err
     )

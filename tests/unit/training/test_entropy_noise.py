@@ -11,12 +11,22 @@ from megatron_rlvr.data import PromptSampler
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.training.head import TokenScores
 from megatron_rlvr.training.loss import LOSS_SUMS
 from megatron_rlvr.training.policy import UpdateReport
-from megatron_rlvr.training.step_metrics import entropy_shift, measure_rollout
+from megatron_rlvr.training.rollout_metrics import measure_rollout
+from megatron_rlvr.training.update_metrics import entropy_shift
 
 PROMPTS, PER_STEP, SAMPLES = 1200, 24, 2
+LAYOUT = Layout(
+    rank=0,
+    world_size=1,
+    data_rank=0,
+    data_size=1,
+    is_leader=True,
+    is_reporting_rank=True,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +63,7 @@ def test_the_standard_error_is_the_spread_over_steps(stratified):
         batch, scores = measure(sampler.indices(step), kinds, rng)
         if not stratified:
             batch.strata = None
-        measured = measure_rollout(batch, torch.ones(PER_STEP * SAMPLES), scores, is_reporting_rank=True, leader=True)
+        measured = measure_rollout(batch, torch.ones(PER_STEP * SAMPLES), scores, LAYOUT)
         entropies.append(measured.entropy)
         errors.append(measured.standard_error)
     claimed = math.sqrt(statistics.mean(e * e for e in errors))

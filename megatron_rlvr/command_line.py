@@ -1,0 +1,46 @@
+"""The command line of the trainer: from arguments to a locked run directory, process groups and an exit status."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from megatron_rlvr.config import Config, load_config
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, open_run_directory, print_error
+from megatron_rlvr.megatron.parallel import Layout, parallel_groups
+from megatron_rlvr.rollout.engines.base import EngineLostError
+
+
+def run_command(
+    train: Callable[[Config, Layout, ExitStack], int], usage: str | None, arguments: Sequence[str] | None
+) -> int:
+    """Run ``CONFIG [key=value ...]``.
+
+    Args:
+        train: runs a configuration, and returns the exit status.
+        usage: the text of ``--help``.
+        arguments: None takes those of the process.
+
+    Returns:
+        the exit status: 0 done, 2 after a user error, 75 stopped and resumable.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.simplefilter("ignore", FutureWarning)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(usage)
+            return EXIT_DONE if arguments else EXIT_USER_ERROR
+        config = load_config(arguments[0], arguments[1:])
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        with ExitStack() as resources:
+            resources.enter_context(open_run_directory(config))
+            layout = resources.enter_context(parallel_groups(config.parallel, config.seed))
+            return train(config, layout, resources)
+    except (UserError, EngineLostError) as error:
+        print_error(error)
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_STOPPED

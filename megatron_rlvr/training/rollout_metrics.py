@@ -1,0 +1,132 @@
+"""What a step measures before its updates, summed over the job and named as in docs/metrics.md."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rlvr.control import SteeringResponse
+from megatron_rlvr.control.regions import steering_sums
+from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron.parallel import Layout
+from megatron_rlvr.objectives import informative_groups
+from megatron_rlvr.training.head import TokenScores
+
+
+@dataclass(frozen=True)
+class RolloutMeasure:
+    """What a step knows before its updates; the same on every process.
+
+    Attributes:
+        entropy: exact mean over all response tokens of the job, nats per token.
+        standard_error: of `entropy`, nats per token.
+        response: how the step's tokens respond to region steering.
+        metrics: of this part of the step.
+    """
+
+    entropy: float
+    standard_error: float
+    response: SteeringResponse
+    metrics: dict[str, float]
+
+
+def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScores, layout: Layout) -> RolloutMeasure:
+    """Reward, lengths, exact entropy, train/rollout mismatch, and the response to steering. Four all-reduces.
+
+    Args:
+        batch: this rank's rollouts.
+        token_weight: float32 [N], aggregation weight of the tokens of each sequence.
+        scores: of the policy before the updates; only those of reporting ranks are read.
+        layout: of the job.
+    """
+    difference = scores.logprob - batch.rollout_logprob
+    sequence = batch.sequence_of_token()
+    groups = batch.rewards.view(-1, batch.group_size)
+    response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
+    token_sums = {
+        "entropy": scores.entropy.sum(dtype=torch.float64),
+        # The k3 estimate of KL(rollout || train) from tokens that the rollout policy drew: r - 1 - ln r with the ratio
+        # r = train / rollout.
+        "kl_rollout": (difference.expm1() - difference).sum(dtype=torch.float64),
+        "mismatch": difference.abs().sum(dtype=torch.float64),
+        "importance": difference.exp().sum(dtype=torch.float64),
+        "importance_squared": difference.mul(2).exp().sum(dtype=torch.float64),
+        **{f"response/{i}": value for i, value in enumerate(response)},
+    }
+    counts: dict[str, float | Tensor] = {
+        "tokens": batch.token_count,
+        "sequences": len(batch.rewards),
+        "groups": len(groups),
+        "reward": batch.rewards.sum(dtype=torch.float64),
+        "truncated": batch.truncated.sum(),
+        "mixed_groups": informative_groups(groups).sum(),
+    }
+    total = collectives.sum_over_job(_floats(token_sums), contributes=layout.is_reporting_rank)
+    count = collectives.sum_over_job(_floats(counts), contributes=layout.is_leader)
+    tokens = count["tokens"]
+    entropy = total["entropy"] / tokens
+    standard_error = _standard_error(batch, scores.entropy, entropy, int(count["groups"]), tokens, layout)
+    largest = float(difference.abs().max()) if layout.is_reporting_rank and len(difference) else 0.0
+    metrics = {
+        "reward": count["reward"] / count["sequences"],
+        "tokens": tokens,
+        "response_length": tokens / count["sequences"],
+        "truncated_fraction": count["truncated"] / count["sequences"],
+        "mixed_groups_fraction": count["mixed_groups"] / count["groups"],
+        "entropy": entropy,
+        "entropy_standard_error": standard_error,
+        "kl_rollout": total["kl_rollout"] / tokens,
+        "mismatch/mean": total["mismatch"] / tokens,
+        # Kish's effective sample size under importance weights train / rollout, as a fraction of the tokens.
+        "mismatch/effective_sample_size": total["importance"] ** 2 / (tokens * total["importance_squared"]),
+        "mismatch/max": collectives.max_over_job({"largest": largest})["largest"],
+    }
+    steering = SteeringResponse.from_sums([total[f"response/{i}"] for i in range(4)])
+    return RolloutMeasure(entropy, standard_error, steering, metrics)
+
+
+def _floats(values: dict[str, float | Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def _standard_error(
+    batch: RolloutBatch, token_entropy: Tensor, entropy: float, groups: int, tokens: float, layout: Layout
+) -> float:
+    """Standard error of the mean entropy, a ratio estimator over groups: completions of one prompt are not independent.
+
+    With stratified prompts only the variation within strata is random. It is estimated from successive differences:
+    half the squared differences between neighbours in the order of the strata (Wolter, Introduction to Variance
+    Estimation, section 8.2). All processes then see all groups, because neighbours must not depend on the layout.
+
+    Args:
+        batch: this rank's rollouts.
+        token_entropy: float32 [T].
+        entropy: mean over all tokens of the job.
+        groups, tokens: their numbers in the whole job.
+        layout: of the job.
+    """
+    sequence = batch.sequence_of_token()
+    group_tokens = batch.response_lengths.view(-1, batch.group_size).sum(1).double()
+    group_entropy = torch.zeros_like(group_tokens).index_add(0, sequence // batch.group_size, token_entropy.double())
+    local = torch.stack([group_entropy, group_tokens])
+    if batch.strata is None or batch.slots is None:
+        moments = collectives.sum_over_job(_moments(local), contributes=layout.is_reporting_rank)
+    else:
+        by_slot = torch.zeros(3, groups, dtype=torch.float64)
+        by_slot[:, batch.slots] = torch.cat([local, batch.strata[None]])
+        by_slot = collectives.sum_tensor_over_job(by_slot, contributes=layout.is_reporting_rank)
+        differences = by_slot[:2, by_slot[2].argsort(stable=True)].diff(dim=1)
+        moments = _moments(differences * math.sqrt(groups / (2 * max(1, differences.shape[1]))))
+    squares = moments["ee"] - 2 * entropy * moments["et"] + entropy**2 * moments["tt"]
+    return math.sqrt(max(0.0, squares)) / tokens
+
+
+def _moments(groups: Tensor) -> dict[str, float]:
+    """Sums of squares and products of the groups' (entropy, tokens), [2, P]."""
+    entropy, tokens = groups
+    sums = {"ee": entropy.square().sum(), "et": (entropy * tokens).sum(), "tt": tokens.square().sum()}
+    return {name: float(value) for name, value in sums.items()}

@@ -1,0 +1,59 @@
+"""What the updates of a step did, summed over the job and named as in docs/metrics.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from megatron_rlvr.megatron import collectives
+from megatron_rlvr.training.loss import LOSS_SUMS
+from megatron_rlvr.training.policy import UpdateReport
+
+
+def update_metrics(updates: Sequence[UpdateReport], epochs: int, is_reporting_rank: bool) -> dict[str, float]:
+    """Clip and region fractions, largest ratio, gradient norm, and measured entropy change. Two all-reduces.
+
+    Fractions are of tokens with a non-zero advantage. The measured entropy change is the mean, over the tokens of the
+    last epoch, of the entropy in the forward pass of their update minus that before the step. Both are of the same
+    states, so there is no sampling noise.
+
+    Args:
+        updates: of the step, in order.
+        epochs: passes over the rollout that they make up.
+        is_reporting_rank: whether this process reports for the last pipeline stage of its data-parallel rank.
+    """
+    sums = torch.stack([update.sums for update in updates]).cpu()
+    last_epoch = sums[-(len(updates) // epochs) :]
+    local = dict(zip(LOSS_SUMS, sums.sum(0).tolist(), strict=True))
+    end = dict(zip(LOSS_SUMS, last_epoch.sum(0).tolist(), strict=True))
+    local |= {"drift": end["entropy_drift"], "drift_tokens": end["active_tokens"]}
+    total = collectives.sum_over_job(local, contributes=is_reporting_rank)
+    active = max(1.0, total["active_tokens"])
+    largest_ratio = max(float(update.ratio_max) for update in updates) if is_reporting_rank else 0.0
+    return {
+        "loss": total["loss"] / len(updates),
+        "grad_norm": sum(update.grad_norm for update in updates) / len(updates),
+        "ratio_max": collectives.max_over_job({"ratio": largest_ratio})["ratio"],
+        "clip/fraction_high": total["clipped_high"] / active,
+        "clip/fraction_low": total["clipped_low"] / active,
+        **{f"region/{name}": total[name] / active for name in ("E1", "E2", "E3", "E4")},
+        "entropy_change/measured": total["drift"] / max(1.0, total["drift_tokens"]),
+    }
+
+
+def entropy_shift(update: UpdateReport, is_reporting_rank: bool) -> float | None:
+    """How far the earlier updates of a step have moved entropy, seen at the tokens of this update. One all-reduce.
+
+    Returns:
+        ln of the mean entropy of the update's active tokens in its forward pass over that before the step. It has a
+        lower bound, because the ratio may round to 0 where entropy has vanished. None if there is no active token.
+    """
+    sums = dict(zip(LOSS_SUMS, update.sums.tolist(), strict=True))
+    total = collectives.sum_over_job(
+        {name: sums[name] for name in ("entropy_drift", "old_entropy")}, contributes=is_reporting_rank
+    )
+    if not total["old_entropy"] > 0.0:
+        return None
+    return math.log(max(1e-3, 1.0 + total["entropy_drift"] / total["old_entropy"]))
