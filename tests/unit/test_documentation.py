@@ -1,10 +1,11 @@
-"""The Markdown pages: links and anchors resolve, and the commands that they show exist."""
+"""The Markdown pages: links and anchors resolve, the commands that they show exist, generated pages are current."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import document_api
 import pytest
 
 from tests.processes import ROOT
@@ -78,3 +79,10 @@ def test_the_figures_of_the_readme_are_those_of_the_study() -> None:
     quoted = re.findall(r"\d\.\d+ ± \d\.\d+", (ROOT / "README.md").read_text())
     assert quoted
     assert [figure for figure in quoted if figure not in study] == []
+
+
+def test_the_api_reference_is_that_of_the_docstrings() -> None:
+    for path, text in document_api.pages().items():
+        # Not a comparison inside the assert: pytest would spend minutes on the difference of two long texts.
+        current = path.is_file() and path.read_text() == text
+        assert current, f"{path.relative_to(ROOT)} is out of date: run `make docs` (python tools/document_api.py)"
