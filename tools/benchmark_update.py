@@ -74,7 +74,7 @@ def planned(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
 
     config = case_config(folder, arguments)
     shape, dtype, (stage,) = model_stages(config.model, config.parallel, 1)
-    held = static_memory(stage, config, dtype, 1).total
+    held = static_memory(stage, config.parallel, dtype, 1).total
     return {"held": held, "peak": held + phase_memory(shape, stage, config, dtype.itemsize, 1).update}
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 from megatron_rlvr.config import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.planning.memory import GIB
-from megatron_rlvr.planning.report import describe, layout_name, make_plan, suggest
+from megatron_rlvr.planning.plan import make_plan, suggest
+from megatron_rlvr.planning.report import describe, layout_name
 from megatron_rlvr.planning.roofline import Hardware
 
 

@@ -22,7 +22,8 @@ def plan(config: Config, reports: Sequence[NodeReport], nodes: int, processes: i
         UserError: when the layout does not divide the job, does not fit the GPUs that are there, or cannot generate.
     """
     # Imported here, in the child that plans: megatron-core looks at the GPU as it is imported.
-    from megatron_rlvr.planning.report import describe, make_plan
+    from megatron_rlvr.planning.plan import make_plan
+    from megatron_rlvr.planning.report import describe, verdict
     from megatron_rlvr.planning.roofline import Hardware
 
     rollout = config.rollout
@@ -51,8 +52,7 @@ def plan(config: Config, reports: Sequence[NodeReport], nodes: int, processes: i
     if not memory:
         return f"layout: {made.data_parallel} data-parallel ranks on {nodes} x {processes} processes, no GPUs"
     if not made.fits and not os.environ.get("RLVR_IGNORE_PLAN"):
-        verdict = next(line for line in describe(made).splitlines() if line.startswith("does NOT fit"))
         raise UserError(
-            f"by the plan (computed) the configuration {verdict}{beside}; RLVR_IGNORE_PLAN=1 trains all the same"
+            f"by the plan (computed) the configuration {verdict(made)}{beside}; RLVR_IGNORE_PLAN=1 trains all the same"
         )
     return describe(made)

@@ -1,4 +1,4 @@
-"""Bytes of one rank: what stands all the time, and what a phase of a step adds. All of it computed."""
+"""Bytes that one rank needs, computed: those that it holds all the time, and those that each phase of a step adds."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rlvr.config import Config
+from megatron_rlvr.megatron.config import ParallelConfig
 from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage
 from megatron_rlvr.ops.vocab_projection import DEFAULT_CHUNK_BYTES
+from megatron_rlvr.planning.activations import activation_bytes, feed_forward_gradient_bytes
+from megatron_rlvr.planning.batch import local_batch, longest_sequence, microbatches
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
 
 GIB = 1024**3
 CONTEXT_BYTES = 4 * GIB
-"""Assumed for the CUDA context, NCCL's buffers, cuBLAS workspace and fragmentation; not computed."""
+"""Assumed, not computed: CUDA context, NCCL's buffers, cuBLAS workspace and fragmentation."""
 
 
 @dataclass(frozen=True)
-class Static:
+class StaticMemory:
     """Bytes that a rank holds from its first step on."""
 
     weights: int
@@ -32,65 +36,73 @@ class Static:
 
 
 @dataclass(frozen=True)
-class Phases:
-    """Bytes that the update and the generation add to the static ones, one after the other.
+class PhaseMemory:
+    """Bytes that update and generation, one after the other, add to the static memory.
 
     Attributes:
         activations: kept for the backward pass by the microbatches in flight.
-        head: logits and what the operators need beside them.
-        working: gradients on their way through one feed-forward layer; the head's are gone by then.
-        cache: key/value cache of generation by the training weights; of SGLang servers their weights, which stay there.
-        sync: the tensor that an export or a weight update gathers, and the buckets that take it to SGLang servers.
+        head: logits, and what their operators need beside them.
+        feed_forward: gradients in the backward pass of one feed-forward layer; those of the head are freed by then.
+        cache: key/value cache of the local engine.
+        server_weights: weights of an SGLang server on the same GPU.
+        export: the tensor that an export or a weight update gathers, and the buckets that take it to the servers.
     """
 
     activations: int
     head: int
-    working: int
+    feed_forward: int
     cache: int
-    sync: int
+    server_weights: int
+    export: int
 
     @property
     def update(self) -> int:
-        return self.activations + max(self.head, self.working)
+        return self.activations + max(self.head, self.feed_forward)
 
     @property
     def generation(self) -> int:
-        return self.cache + self.sync
+        return self.cache + self.server_weights + self.export
 
 
-def static_memory(stage: Stage, config: Config, dtype: torch.dtype, data_parallel: int) -> Static:
+def static_memory(
+    stage: Stage, parallel: ParallelConfig, dtype: torch.dtype, data_parallel: int, cpu_offload: float = 0.0
+) -> StaticMemory:
     """Weights, float32 gradients and Adam's state, as megatron-core allocates them.
 
-    Two float32 moments a parameter and, for bfloat16 weights, a float32 master copy. The distributed optimizer spreads
-    these over data- and context-parallel ranks, those of experts over the ranks that hold the same ones, and pads its
-    buffers: every parameter to 64 elements, a bucket to lcm(ranks, 128).
+    Adam has two float32 moments per parameter and, for bfloat16 weights, a float32 master copy. The distributed
+    optimizer spreads these over data- and context-parallel ranks, those of experts over the ranks that hold the same
+    experts. It pads its buffers: every parameter to 64 elements, a bucket to lcm(ranks, 128).
+
+    Args:
+        stage: of the rank.
+        parallel: the layout.
+        dtype: of the weights.
+        data_parallel: data-parallel ranks.
+        cpu_offload: share of Adam's state that is in host memory.
     """
-    parallel = config.parallel
     ranks = data_parallel * parallel.context
-    holders = max(1, ranks * parallel.tensor // (parallel.expert * parallel.expert_tensor))
-    states = 8 if dtype == torch.float32 else 12
-    found = Static(0, 0, 0)
-    for parameters, shards in ((stage.parameters, ranks), (stage.experts, holders)):
+    expert_ranks = max(1, ranks * parallel.tensor // (parallel.expert * parallel.expert_tensor))
+    adam_bytes = 8 if dtype == torch.float32 else 12
+    weights = gradients = optimizer = 0
+    for parameters, shards in ((stage.parameters, ranks), (stage.experts, expert_ranks)):
         count = sum(parameters)
-        if not parallel.distributed_optimizer:
-            shards = 1
-        else:
+        if parallel.distributed_optimizer:
             count = _padded_buffer(parameters, stage.shared_embedding, shards)
-        found = Static(
-            found.weights + count * dtype.itemsize,
-            found.gradients + count * 4,
-            found.optimizer + count * states // shards,
-        )
-    offloaded = int(found.optimizer * config.optimizer.cpu_offload)
-    return Static(found.weights, found.gradients, found.optimizer - offloaded)
+        else:
+            shards = 1
+        weights += count * dtype.itemsize
+        gradients += count * 4
+        optimizer += count * adam_bytes // shards
+    return StaticMemory(weights, gradients, optimizer - int(optimizer * cpu_offload))
 
 
 def _padded_buffer(parameters: Sequence[int], shared_embedding: int, ranks: int) -> int:
+    """Elements of a buffer of the distributed optimizer."""
     divisor = math.lcm(ranks, 128)
     end = 0
     for numel in parameters:
         end = _round_up(end, 64) + numel
-        if shared_embedding == numel:  # a bucket of its own
+        if shared_embedding == numel:  # has a bucket of its own
             end = _round_up(end, divisor)
     return _round_up(end, divisor)
 
@@ -99,134 +111,81 @@ def _round_up(number: int, divisor: int) -> int:
     return -(-number // divisor) * divisor
 
 
-def layer_activation_bytes(shape: ModelShape, tokens: int, config: Config, itemsize: int) -> int:
-    """What one layer keeps of one microbatch without recomputation.
+def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int, data_parallel: int) -> PhaseMemory:
+    """What a step adds when every sequence is as long as the configuration allows.
 
-    Per token with Transformer Engine, whose norms, rotary embedding and attention are fused: both residual inputs and
-    their norms' outputs (4 h, split under sequence parallelism), rotated queries, keys and values, the attention output
-    with its float32 logsumexp, and gate, up and their product (3 f); queries and keys before their norms where a family
-    has those. The local layers keep 6 h, and where a family has norms of queries and keys the unsplit projection (q and
-    kv more), as counted on the CPU. A mixture of experts keeps, for every expert of a token, its input and output (2 h)
-    and 3 f of the expert instead, and the router's float32 probabilities; spread evenly over experts.
+    Args:
+        shape: of the model.
+        stage: of the rank.
+        config: of the run.
+        itemsize: bytes of a weight and of an activation.
+        data_parallel: data-parallel ranks.
     """
-    tensor = config.parallel.tensor
-    sequence = tensor if config.parallel.sequence else 1
-    residual = 6 if is_local(config) else 4
-    copies = 2 + (2 if is_local(config) else 1) * shape.query_norm
-    attention = copies * (shape.query + shape.key_value)
-    kept = (residual * shape.hidden * itemsize) // sequence + (attention * itemsize + 4 * shape.heads) // tensor
-    if not shape.experts:
-        return tokens * (kept + 3 * shape.feed_forward * itemsize // tensor)
-    a_choice = (2 * shape.hidden + 3 * shape.expert_feed_forward // config.parallel.expert_tensor) * itemsize
-    # Ranks that split an expert all see the tokens of their group.
-    routed = shape.chosen * a_choice * config.parallel.expert_tensor // sequence
-    return tokens * (kept + routed + 4 * shape.experts // sequence)
-
-
-def working_bytes(shape: ModelShape, tokens: int, config: Config, itemsize: int) -> int:
-    """What the backward pass of one layer needs beside what was kept: the most of two moments of its feed-forward part.
-
-    The gradient of the product becomes those of gate and up (2 f a token, and h; in the local layers beside it and a
-    product of it, 4 f); or it was just made (f, and 3 h), where the local layers hold the gradient of the weight, f h,
-    too, before it is added to the buffer.
-    """
-    parallel = config.parallel
-    sequence = parallel.tensor if parallel.sequence else 1
-    inner, weight = shape.feed_forward // parallel.tensor, shape.feed_forward // parallel.tensor * shape.hidden
-    if shape.experts:
-        inner = shape.chosen * shape.expert_feed_forward // sequence
-        weight = shape.expert_feed_forward // parallel.expert_tensor * shape.hidden
-    both = tokens * ((4 if is_local(config) else 2) * inner + shape.hidden // sequence)
-    product = tokens * (inner + 3 * shape.hidden // sequence) + (weight if is_local(config) else 0)
-    return max(both, product) * itemsize
-
-
-def is_local(config: Config) -> bool:
-    """Whether layers are megatron-core's own; on a GPU `auto` is Transformer Engine."""
-    return config.model.layer_spec == "local"
-
-
-def layers_in_flight(stage: Stage, config: Config, microbatches: int) -> int:
-    """Layers times microbatches whose activations a stage holds at once, under 1F1B or the interleaved schedule."""
-    parallel = config.parallel
-    parts = parallel.virtual_pipeline
-    if parts == 1:
-        return stage.layers * min(parallel.pipeline - stage.index, microbatches)
-    # Narayanan et al., arXiv 2104.04473: warm-up of 2 (p - rank - 1) + (v - 1) p parts, and the one that is computed.
-    warm = 2 * (parallel.pipeline - stage.index - 1) + (parts - 1) * parallel.pipeline + 1
-    return stage.layers * min(warm, microbatches * parts) // parts
-
-
-def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int, data_parallel: int) -> Phases:
-    """The longest sequences that the configuration allows, in every sequence of a microbatch."""
     parallel, rollout = config.parallel, config.rollout
-    sequences, microbatches = microbatch(config, data_parallel)
-    width = config.data.max_prompt_tokens + rollout.max_tokens
-    whole = parallel.microbatch_tokens or sequences * width
-    tokens, answered = whole // parallel.context, whole * rollout.max_tokens // width // parallel.context
-    layer = layer_activation_bytes(shape, tokens, config, itemsize)
-    a_layer = layer
-    if parallel.recompute == "full":
-        a_layer = tokens * shape.hidden * itemsize // (parallel.tensor if parallel.sequence else 1)
-    activations = layers_in_flight(stage, config, microbatches) * a_layer + (layer if a_layer < layer else 0)
-    if parallel.sequence:  # megatron-core's buffer that split activations are gathered into
-        activations += tokens * shape.hidden * itemsize
-    working = working_bytes(shape, tokens, config, itemsize)
-    head = 0
+    local_layers = config.model.layer_spec == "local"
+    micro = microbatches(config, data_parallel)
+    tokens = micro.tokens // parallel.context
+    response_tokens = micro.tokens * rollout.max_tokens // longest_sequence(config) // parallel.context
     last = stage.index == parallel.pipeline - 1
-    if last:
-        shard = shape.vocabulary // parallel.tensor
-        hidden = (tokens + answered) * shape.hidden * itemsize  # after the final norm: gathered, and the rows asked for
-        if config.algorithm.fused_linear:
-            # hidden states and their gradient, one chunk of logits, and what megatron-core's hook is given in place of
-            # the weight's gradient, which went straight into the buffer
-            chunk = min(DEFAULT_CHUNK_BYTES["cuda"], answered * shard * itemsize)
-            head = 2 * hidden + chunk + shard * shape.hidden * itemsize
-        else:
-            # logits, over which the operator writes their gradient
-            head = 2 * hidden + answered * shard * itemsize
-            if is_local(config):
-                head += shard * shape.hidden * itemsize  # of the weight, before it is added to the buffer
-    sync = 2 * stage.largest_tensor * itemsize
-    if rollout.engine == "sglang":
-        if stage.index == 0 and weight_sync(config) != "disk":
-            # On the main process, which is of the first stage. A bucket is there before the last one is let go; a
-            # tensor that is larger has one of its own.
-            bucket = rollout.sglang.bucket_mb * 1024**2
-            sync += bucket + max(bucket, stage.largest_tensor * itemsize)
-        return Phases(activations, head, working, server_weights(shape, config, itemsize), sync)
-    cached = min(rollout.local_batch, rollout.prompts_per_step * rollout.samples_per_prompt // data_parallel)
-    cache = cached * width * stage.layers * 2 * shape.key_value // parallel.tensor * itemsize
-    if last:
-        cache += cached * shape.vocabulary * 4
-    return Phases(activations, head, working, cache, sync)
+    served = rollout.engine == "sglang"
+    fused = config.algorithm.fused_linear
+    return PhaseMemory(
+        activations=activation_bytes(shape, stage, parallel, tokens, micro.count, itemsize, local_layers),
+        head=_head_bytes(shape, parallel, tokens, response_tokens, itemsize, fused, local_layers) if last else 0,
+        feed_forward=feed_forward_gradient_bytes(shape, parallel, tokens, itemsize, local_layers),
+        cache=0 if served else _cache_bytes(shape, stage, config, itemsize, data_parallel),
+        server_weights=_server_weight_bytes(shape, rollout.sglang, itemsize) if served else 0,
+        export=_export_bytes(stage, rollout.sglang if served else None, itemsize),
+    )
 
 
-def weight_sync(config: Config, nodes: int = 1) -> str:
-    """How SGLang servers get new weights: ``tensor``, ``distributed`` or ``disk``.
+def _head_bytes(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    tokens: int,
+    response_tokens: int,
+    itemsize: int,
+    fused: bool,
+    local_layers: bool,
+) -> int:
+    """Bytes of the head and the objective on the last stage."""
+    vocabulary = shape.vocabulary // parallel.tensor
+    # After the final norm, hidden states are gathered and the rows of response tokens selected; both have a gradient.
+    hidden = 2 * (tokens + response_tokens) * shape.hidden * itemsize
+    logits = response_tokens * vocabulary * itemsize
+    weight_gradient = vocabulary * shape.hidden * itemsize
+    if fused:
+        # One chunk of logits, and the tensor that megatron-core's hook receives in place of the weight's gradient,
+        # which went straight into the gradient buffer.
+        return hidden + min(DEFAULT_CHUNK_BYTES["cuda"], logits) + weight_gradient
+    # The operator writes the gradient over the logits. Local layers hold that of the weight before it is added.
+    return hidden + logits + (weight_gradient if local_layers else 0)
 
-    Shared memory ends at the main process's machine, so on several nodes it is a broadcast that is planned.
-    """
-    way = config.rollout.sglang.weight_sync
-    if way == "auto":
-        way = "disk" if config.rollout.sglang.urls else "tensor"
-    return "distributed" if way == "tensor" and nodes > 1 else way
+
+def _cache_bytes(shape: ModelShape, stage: Stage, config: Config, itemsize: int, data_parallel: int) -> int:
+    """Bytes of the local engine's key/value cache and, on the last stage, of its float32 logits."""
+    sequences = local_batch(config, data_parallel)
+    elements = sequences * longest_sequence(config) * stage.layers * 2 * shape.key_value
+    cache = elements // config.parallel.tensor * itemsize
+    if stage.index == config.parallel.pipeline - 1:
+        cache += sequences * shape.vocabulary * 4
+    return cache
 
 
-def server_weights(shape: ModelShape, config: Config, itemsize: int) -> int:
-    """Bytes of an SGLang server's weights on one of its GPUs; 0 for servers on other machines."""
-    sglang = config.rollout.sglang
+def _server_weight_bytes(shape: ModelShape, sglang: SGLangConfig, itemsize: int) -> int:
+    """Bytes of an SGLang server's weights on one of its GPUs; 0 when the servers run on other machines."""
     if sglang.urls:
         return 0
     return shape.parameters * itemsize // ServerLayout.from_arguments(sglang.server).gpus_per_replica
 
 
-def microbatch(config: Config, data_parallel: int) -> tuple[int, int]:
-    """Sequences of a microbatch, and microbatches of a minibatch on one data-parallel rank."""
-    rollout, budget = config.rollout, config.parallel.microbatch_tokens
-    mine = rollout.prompts_per_step * rollout.samples_per_prompt // (config.algorithm.minibatches * data_parallel)
-    if budget:
-        sequences = max(1, min(mine, budget // (config.data.max_prompt_tokens + rollout.max_tokens)))
-        return sequences, -(-mine // sequences)
-    sequences = min(config.parallel.microbatch_sequences or mine, mine)
-    return sequences, -(-mine // sequences)
+def _export_bytes(stage: Stage, sglang: SGLangConfig | None, itemsize: int) -> int:
+    """Bytes of a weight export; `sglang` is the section of the servers that receive the weights, if there are any."""
+    tensor = stage.largest_tensor * itemsize
+    gathered = 2 * tensor
+    if sglang is None or sglang.weight_sync == "disk" or stage.index > 0:
+        return gathered
+    # The main process, which is on the first stage, sends buckets. A bucket is allocated before the last one is freed,
+    # and a tensor that is larger than a bucket has one of its own.
+    bucket = sglang.bucket_mb * 1024**2
+    return gathered + bucket + max(bucket, tensor)

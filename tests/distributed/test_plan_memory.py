@@ -56,7 +56,7 @@ def test_memory(name: str, folder: Path, measured: Path) -> None:
     for rank in range(2):
         found = json.loads((measured / f"{list(LAYOUTS).index(name)}-{rank}.json").read_text())
         stage = stages[found["stage"]]
-        static = static_memory(stage, config, dtype, data_parallel).total
+        static = static_memory(stage, config.parallel, dtype, data_parallel).total
         assert found["bytes"] == pytest.approx(static, rel=0.01), (rank, found["bytes"] / static)
         update = phase_memory(shape, stage, config, dtype.itemsize, data_parallel).update
         assert found["peak"] > 1.3 * found["bytes"]  # so that ten percent of the peak say something of what is added

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,9 @@ import torch
 from megatron_rlvr.config import Config, load_config
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.stage_shapes import model_stages
-from megatron_rlvr.planning.memory import CONTEXT_BYTES, phase_memory, static_memory
-from megatron_rlvr.planning.report import make_plan
+from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, phase_memory, static_memory
+from megatron_rlvr.planning.plan import make_plan
+from megatron_rlvr.planning.report import describe
 from tests.families import FAMILIES, make_family
 from tests.processes import ROOT
 
@@ -108,7 +108,7 @@ def test_what_does_not_fit(tool: ModuleType, capsys: pytest.CaptureFixture[str])
     ("override", "message"),
     [
         ("parallel.tensor=16", "parallel.tensor=16 does not divide the model's 8 key/value heads"),
-        ("rollout.prompts_per_step=24", "is no multiple of 8 data-parallel ranks"),
+        ("rollout.prompts_per_step=24", "is not a multiple of 8 data-parallel ranks"),
         ("parallel.tensr=8", "did you mean parallel.tensor?"),
         ("model.path=nowhere", "is not a folder"),
     ],
@@ -132,7 +132,7 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
     norms = layers * 2 * h
     first = v * h // 8 + norms + layers * ((h * h + 2 * kv * h + h * h + 3 * h * f) // 8)
     assert stages[0].count == first and stages[1].count == first + h
-    static = static_memory(stages[0], config, dtype, 8)
+    static = static_memory(stages[0], config.parallel, dtype, 8)
     assert (static.weights, static.gradients) == (2 * first, 4 * first)
     assert static.optimizer == 12 * first // 8
     phases = phase_memory(shape, stages[0], config, 2, 8)
@@ -142,7 +142,7 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
     # two microbatches in flight on the first stage
     assert phases.activations == 2 * layers * tokens * token_layer + buffer
     assert phase_memory(shape, stages[1], config, 2, 8).activations == layers * tokens * token_layer + buffer
-    assert phases.working == tokens * 2 * (2 * f + h) // 8
+    assert phases.feed_forward == tokens * 2 * (2 * f + h) // 8
     assert phases.cache == 64 * tokens * layers * 2 * 128 * 2  # one key/value head of 128 on every tensor rank
     plain = replace(config, algorithm=replace(config.algorithm, fused_linear=False))
     hidden = 2 * (tokens + 8192) * h * 2
@@ -161,7 +161,7 @@ def test_mixture_by_hand(tmp_path: Path) -> None:
     assert sum(stage.parameters) == 2 * v * h // 4 + norms + layers * (128 * h + (h * q + 2 * kv * h + q * h) // 4)
     # 8 of 128 experts compute: "3.3B activated" of the model card
     assert shape.active == shape.parameters - layers * 120 * 3 * h * f and 3.3e9 < shape.active < 3.4e9
-    static = static_memory(stage, config, dtype, 8)
+    static = static_memory(stage, config.parallel, dtype, 8)
     assert static.weights == 2 * stage.count
     # dense state over 8 data-parallel ranks, that of an expert over the 4 ranks that hold it
     exact = 12 * (sum(stage.parameters) // 8 + sum(stage.experts) // 4)
@@ -194,20 +194,20 @@ def test_generation_by_hand(tmp_path: Path) -> None:
     cache = 256 * (512 + 2048) * 80 * 2 * 1024 * 2 / 8  # half of the mean response is there on average
     plan = make_plan(config, 16, 8)
     assert plan.time.generate == pytest.approx((8192 * weights + 4096 * cache) / (3.35e12 * 0.6), rel=1e-6)
-    assert plan.memory[0][1].cache == PARAMETERS["llama3.3-70b"] * 2 // 8
+    assert plan.memory[0].phases.server_weights == PARAMETERS["llama3.3-70b"] * 2 // 8
     # 8 GPUs as 2 pipeline stages of 4 hold as much each, and read twice the weights one after the other
     config.rollout.sglang.server = {"tp": 4, "pp": 2}
     staged = make_plan(config, 16, 8)
-    assert staged.memory[0][1].cache == plan.memory[0][1].cache
+    assert staged.memory[0].phases.server_weights == plan.memory[0].phases.server_weights
     assert staged.time.generate == pytest.approx((8192 * 2 * weights + 4096 * cache) / (3.35e12 * 0.6), rel=1e-6)
     # two replicas of 4 GPUs in one server are two servers of 4
     config.rollout.sglang.server = {"tp": 4, "dp": 2}
     replicated = make_plan(config, 16, 8)
     config.rollout.sglang.server = {"tp": 4}
     assert replicated.time.generate == make_plan(config, 16, 8).time.generate
-    assert replicated.memory[0][1].cache == 2 * plan.memory[0][1].cache
+    assert replicated.memory[0].phases.server_weights == 2 * plan.memory[0].phases.server_weights
     config.rollout.sglang.urls = ["http://elsewhere:30000"]
-    assert make_plan(config, 16, 8).memory[0][1].cache == 0
+    assert make_plan(config, 16, 8).memory[0].phases.server_weights == 0
 
 
 def test_weights_to_the_servers_by_hand(tmp_path: Path) -> None:
@@ -222,14 +222,14 @@ def test_weights_to_the_servers_by_hand(tmp_path: Path) -> None:
         config.rollout.sglang.weight_sync = way
         plan = make_plan(config, 16, 8)
         assert plan.time.weight_sync == pytest.approx(gathered + sent, rel=1e-6)
-        assert plan.time.parts["weight_sync"] == plan.time.weight_sync
+        assert plan.time.seconds_by_phase["weight_sync"] == plan.time.weight_sync
     config.rollout.sglang.weight_sync, config.rollout.sglang.servers = "auto", 2
     config.parallel.pipeline = 1
     [(_, phases)] = make_plan(config, 1, 8).memory
     within = whole * 7 / 8 / nvlink + 2 * whole / memory + 2 * whole / nvlink
     assert make_plan(config, 1, 8).time.weight_sync == pytest.approx(within, rel=1e-6)
     # gathered twice over, and in a bucket of its own beside one of 256 MiB: the embedding
-    assert phases.sync == 3 * 128256 * 8192 * 2 + 256 * 1024**2
+    assert phases.export == 3 * 128256 * 8192 * 2 + 256 * 1024**2
 
 
 def test_servers_that_make_room(tmp_path: Path) -> None:
@@ -239,7 +239,9 @@ def test_servers_that_make_room(tmp_path: Path) -> None:
     config.rollout.sglang.release_memory = True
     gone = make_plan(config, 16, 8)
     static, phases = gone.memory[0]
-    assert gone.stage_bytes(0) == static.total + max(phases.update, phases.cache + phases.sync) + CONTEXT_BYTES
+    assert (
+        gone.stage_bytes(0) == static.total + max(phases.update, phases.server_weights + phases.export) + CONTEXT_BYTES
+    )
     assert gone.fits
 
 
@@ -264,6 +266,49 @@ def test_suggestions_are_ranked_and_fit(tool: ModuleType, capsys: pytest.Capture
     assert all(float(line.split()[2]) < 74.5 for line in lines)
 
 
-def test_architectures_are_whole_configs() -> None:
-    for file in (CONFIGS / "architectures").glob("*.json"):
-        assert json.loads(file.read_text())["vocab_size"] % 64 == 0
+@pytest.mark.parametrize("name", NODES)
+def test_architecture_files_describe_the_published_models(name: str, tmp_path: Path) -> None:
+    """transformers builds a model of as many parameters from them as the model card names."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    (tmp_path / "config.json").write_text((CONFIGS / "architectures" / f"{name}.json").read_text())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_slurm_scripts_take_the_nodes_that_are_planned_here() -> None:
+    asked = {}
+    for script in (ROOT / "examples" / "slurm").glob("*.sbatch"):
+        if config := re.search(r"\ntrain examples/configs/(\S+)\.yaml", script.read_text()):
+            asked[config[1]] = int(re.search(r"#SBATCH --nodes=(\d+)", script.read_text())[1])  # type: ignore[index]
+    assert len(asked) >= 4 and asked == {name: NODES[name] for name in asked}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_examples_do_not_fit_with_the_whole_model_on_every_gpu(
+    name: str, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = ["tensor=1", "sequence=false", "pipeline=1", "expert=1", "distributed_optimizer=false"]
+    overrides = [*(f"parallel.{setting}" for setting in layout), "algorithm.minibatches=1"]
+    assert tool.main(arguments(name, "--nodes", str(NODES[name]), *overrides)) == 1
+    printed = capsys.readouterr().out
+    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+    config.model.path = example(name, tmp_path).model.path
+    [(static, _)] = make_plan(config, NODES[name], 8).memory
+    count = PARAMETERS[name]
+    assert (static.weights, static.gradients, static.optimizer) == (2 * count, 4 * count, 12 * count)
+    assert re.search(rf"stage 0 .* {2 * count / GIB:.2f} +{4 * count / GIB:.2f} +{12 * count / GIB:.2f} \|", printed)
+
+
+def test_servers_in_float32_hold_twice_as_much(tmp_path: Path) -> None:
+    config = example("qwen2.5-math-7b", tmp_path)
+    config.rollout.engine = "sglang"
+    cached = []
+    for dtype in ("bfloat16", "float32"):
+        config.model.dtype = dtype
+        plan = make_plan(config, 1, 8)
+        assert plan.memory[0].phases.server_weights == PARAMETERS["qwen2.5-math-7b"] * plan.itemsize
+        tokens = re.search(r"a server holds keys and values of (\d+) tokens", describe(plan))
+        cached.append(int(tokens[1]) * plan.itemsize / plan.spare_bytes if tokens else 0.0)
+    assert cached[0] > 0 and cached[1] == pytest.approx(cached[0], rel=1e-3)
