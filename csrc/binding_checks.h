@@ -88,8 +88,8 @@ inline const T* optional_pointer(const char* name, const std::optional<Tensor>& 
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
-// An uninitialised contiguous tensor on the device of `like`, straight from the allocator: torch::stable::new_empty goes
-// through the dispatcher, boxed, which would take most of the time of a small call.
+// An uninitialised contiguous tensor on the device of `like`, straight from the allocator: torch::stable::new_empty
+// goes through the dispatcher, boxed, which would take most of the time of a small call.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, int32_t type) {
   int64_t strides[4], stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= shape.begin()[i]) strides[i] = stride;

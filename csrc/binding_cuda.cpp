@@ -1,5 +1,5 @@
-// Registers the operators for CUDA tensors, through torch's stable ABI. Work goes to the current stream and nothing waits
-// for the device, so a call can be captured in a CUDA graph. With MEGATRON_RLVR_CHECK=1 in the environment,
+// Registers the operators for CUDA tensors, through torch's stable ABI. Work goes to the current stream and nothing
+// waits for the device, so a call can be captured in a CUDA graph. With MEGATRON_RLVR_CHECK=1 in the environment,
 // combine_statistics waits once per call, to name bad rows instead of returning NaN for them.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -21,8 +21,8 @@ void check_status(const char* name, int error) {
   if (error) refuse(name, ": ", cudaGetErrorString(cudaError_t(error)));
 }
 
-// The current stream of a device. The function that returns it is in torch's stable interface since before 2.10, but only
-// in the library of CUDA builds. Looking it up at run time lets this file link and load without that library.
+// The current stream of a device. The function that returns it is in torch's stable interface since before 2.10, but
+// only in the library of CUDA builds. Looking it up at run time lets this file link and load without that library.
 void* current_stream(int32_t device) {
   using Lookup = AOTITorchError (*)(int32_t, void**);
   static const auto lookup = [] {

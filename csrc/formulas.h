@@ -6,8 +6,8 @@
 //
 // The statistics of a row are its raw maximum m and sums over x = (z - m) k <= 0, in a form that keeps precision:
 // - the maximum is subtracted before the temperature is applied, so logits of scale 100 lose nothing to rounding;
-// - sum e^x is stored as *excess* = sum e^x - 1, summed without the maximum's own e^0, so ln sum e^x = log1p(excess), and
-//   1 - p of a token that is almost certain (most tokens late in training) keep their relative accuracy;
+// - sum e^x is stored as *excess* = sum e^x - 1, summed without the maximum's own e^0, so ln sum e^x = log1p(excess)
+//   and 1 - p of a token that is almost certain (most tokens late in training) keep their relative accuracy;
 // - the entropy, log1p(excess) - (sum x e^x) / (1 + excess), adds two terms that are never negative: nothing cancels;
 // - two of them merge exactly, whether they come from lanes, slices of a row or tensor-parallel shards.
 #pragma once
@@ -54,9 +54,9 @@ MEGATRON_RLVR_FORMULA Real shift_of(Real maximum) { return maximum == -INFINITY 
 template <class Real>
 MEGATRON_RLVR_FORMULA Real clamped_exponent(Real x) { return x > kLowestExponent ? x : Real(kLowestExponent); }
 
-// Makes `maximum`, which must be at least the current one, the shift of the sums. It is not part of the sums yet, so the
-// e^0 of the old maximum now enters the excess: (own + excess) e^difference. `own` is 1; it is 0 for sums that share
-// their maximum with other sums, of which only one leaves its e^0 out.
+// Makes `maximum`, which must be at least the current one, the shift of the sums. It is not part of the sums yet, so
+// the e^0 of the old maximum now enters the excess: (own + excess) e^difference. `own` is 1; it is 0 for sums that
+// share their maximum with other sums, of which only one leaves its e^0 out.
 template <bool kSecondMoments, class Real>
 MEGATRON_RLVR_FORMULA void raise_maximum(RowSums<Real>& sums, Real maximum, Real inverse_temperature, Real own = 1) {
   const Real difference = (sums.maximum - shift_of(maximum)) * inverse_temperature;
@@ -201,8 +201,9 @@ struct RatioBounds {
   float dual_clip;
 };
 
-// r >= 1 - eps_lower(r p_old) and r <= 1 + eps_upper(r p_old), solved for r. The solution does not depend on the current
-// policy, so no gradient runs through a threshold. Source: arXiv 2602.09782; closed form derived for this project.
+// r >= 1 - eps_lower(r p_old) and r <= 1 + eps_upper(r p_old), solved for r. The solution does not depend on the
+// current policy, so no gradient runs through a threshold. Source: arXiv 2602.09782; closed form derived for this
+// project.
 MEGATRON_RLVR_FORMULA RatioBounds ratio_bounds(const ClipScalars& clip, float old_probability, float dual_clip) {
   RatioBounds bounds;
   bounds.low = (1.0f - clip.lower_intercept) / (1.0f + clip.lower_slope * old_probability);

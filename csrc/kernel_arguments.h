@@ -59,9 +59,9 @@ struct CombineStatisticsArguments {
   float* entropy;              // [rows]; NaN for a row that cannot be normalised
   float* state;                // [rows, kStateWidth]; 16-byte aligned on CUDA
   float* moments;              // [2, rows] sum p^2 and sum p^2 ln p; null without second moments
-  // Row report, [2], or null for none. The caller fills it with kNoBadRow. Afterwards [0] is the first row that cannot be
-  // normalised and [1] the first row whose target is neither an id of the vocabulary nor kIgnoredTarget. It is the same
-  // on every tensor-parallel rank.
+  // Row report, [2], or null for none. The caller fills it with kNoBadRow. Afterwards [0] is the first row that
+  // cannot be normalised and [1] the first row whose target is neither an id of the vocabulary nor kIgnoredTarget. It
+  // is the same on every tensor-parallel rank.
   int32_t* bad_rows;
   void* stream;                // CUDA: a cudaStream_t
 };

@@ -1,5 +1,5 @@
-// The operators of torch.ops.megatron_rlvr, for any backend: each checks its tensors, allocates its outputs, fills in the
-// arguments of a kernel and launches it. binding_cpu.cpp and binding_cuda.cpp say how their backend launches.
+// The operators of torch.ops.megatron_rlvr, for any backend: each checks its tensors, allocates its outputs, fills in
+// the arguments of a kernel and launches it. binding_cpu.cpp and binding_cuda.cpp say how their backend launches.
 //
 // Schemas, fake kernels and autograd formulas are registered in Python, in megatron_rlvr/ops.
 //

@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time.
+// Chooses the instruction set of the CPU kernels at run time.
 #include "kernels.h"
 
 #include <cstdlib>
@@ -32,4 +32,6 @@ const Kernels& kernels() {
 
 }  // namespace megatron_rlvr::cpu
 
-extern "C" __attribute__((visibility("default"))) const char* megatron_rlvr_cpu_backend() { return megatron_rlvr::cpu::kernels().name; }
+extern "C" __attribute__((visibility("default"))) const char* megatron_rlvr_cpu_backend() {
+  return megatron_rlvr::cpu::kernels().name;
+}

@@ -1,4 +1,4 @@
-// The half-precision types as bits, and their scalar conversions for where the processor has none.
+// The half-precision types as bits, with scalar conversions for processors that have no instructions for them.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -35,7 +35,7 @@ struct Float16 {
   return sign ? -denormal : denormal;
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 [[maybe_unused]] inline void assign(float& out, float value) { out = value; }
 [[maybe_unused]] inline void assign(BFloat16& out, float value) {
   const uint32_t bits = to_bits(value);
@@ -46,7 +46,7 @@ struct Float16 {
   uint32_t half;
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {  // rounds beyond the largest: infinity
+  } else if (magnitude >= 0x477ff000u) {  // rounds to more than the largest number: infinity
     half = 0x7c00u;
   } else if (magnitude >= 0x38800000u) {
     half = (magnitude - (112u << 23) + 0x0fffu + (magnitude >> 13 & 1u)) >> 13;

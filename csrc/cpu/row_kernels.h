@@ -1,5 +1,6 @@
-// The kernels that work on rows of logits, written once in terms of `Vector`. One source file per instruction set defines
-// a `Vector` and includes this file. Everything has internal linkage, for the reason given in isolated_formulas.h.
+// The kernels that work on rows of logits, written once in terms of `Vector`. One source file per instruction set
+// defines a `Vector` and includes this file. Everything has internal linkage, for the reason given in
+// isolated_formulas.h.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,15 +13,16 @@
 namespace megatron_rlvr::cpu {
 namespace {
 
-// Small enough to stay in the first-level cache between the pass for its maximum and the pass for its sums.
+// Logits of a block. Small enough to stay in the first-level cache between the pass for the maximum and that for the
+// sums.
 constexpr int64_t kBlock = 4096;
-// Lanes add at most 16 numbers before they are summed in double: rounding stays at 1e-7 however long the row is, also
-// where equal logits make every rounding go the same way.
+// A lane adds at most 16 numbers before the lanes are summed in double. Rounding then stays at 1e-7 for rows of any
+// length, even where equal logits make every addition round the same way.
 constexpr int64_t kUnroll = 4;
 constexpr int64_t kChunk = 16 * kUnroll * Vector::kLanes;
 
 template <class T>
-Vector::Floats load_tail(const T* p, int64_t count) {  // missing lanes are -inf: they add nothing
+Vector::Floats load_tail(const T* p, int64_t count) {  // missing lanes are -inf and add nothing
   T buffer[Vector::kLanes];
   for (int i = 0; i < Vector::kLanes; i++) assign(buffer[i], -INFINITY);
   memcpy(buffer, p, size_t(count) * sizeof(T));
@@ -39,7 +41,7 @@ float block_maximum(const T* p, int64_t count) {
   return Vector::largest(Vector::maximum(Vector::maximum(best[0], best[1]), Vector::maximum(best[2], best[3])));
 }
 
-// Lane sums of e^x, x e^x and, for the second moments, of e^2x and x e^2x.
+// Sums per lane of e^x and x e^x and, for the second moments, of e^2x and x e^2x.
 template <bool kMoments>
 struct LaneSums {
   Vector::Floats exponential[kUnroll], exponential_x[kUnroll], squared[kUnroll], squared_x[kUnroll];
@@ -64,8 +66,9 @@ struct LaneSums {
   }
 };
 
-// Adds a block to sums whose maximum is at least the block's. Where that maximum is one of the block's logits
-// (kHoldsMaximum), its own e^0 stays out: all equal ones are skipped and counted, and one of them is not added again.
+// Adds a block to sums whose maximum is at least the block's. If the block holds that maximum (kHoldsMaximum), its
+// e^0 stays out of the sums: all logits equal to it are skipped and counted, and all but one of them are added
+// afterwards.
 template <bool kMoments, bool kHoldsMaximum, class T>
 void add_block(const T* p, int64_t count, float inverse_temperature, formulas::RowSums<double>& sums) {
   using Floats = Vector::Floats;
@@ -135,7 +138,7 @@ void row_statistics_of(const RowStatisticsArguments& a, int64_t begin, int64_t e
   }
 }
 
-// Lowers `*first` to `row`, also while other threads do.
+// Lowers `*first` to `row`; other threads may do the same at the same time.
 inline void report_row(int32_t* first, int64_t row) {
   int32_t current = __atomic_load_n(first, __ATOMIC_RELAXED);
   while (row < current &&
@@ -143,7 +146,7 @@ inline void report_row(int32_t* first, int64_t row) {
   }
 }
 
-// Shards merge in their order, in float64, and the result is rounded once: it is the same on every rank, bit for bit.
+// Merges shards in rank order, in float64, and rounds once, so that every rank gets the same bits.
 template <bool kMoments>
 void combine_statistics_of(const CombineStatisticsArguments& a, int64_t begin, int64_t end) {
   constexpr int64_t width = kMoments ? kPartialWidthWithMoments : kPartialWidth;

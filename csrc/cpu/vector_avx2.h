@@ -1,4 +1,4 @@
-// 8 floats in an AVX2 register, with the operations that the row kernels are written in.
+// 8 floats in an AVX2 register, with the operations that the row kernels use.
 #pragma once
 #include <immintrin.h>
 
@@ -25,7 +25,7 @@ struct Vector {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-  static void store(BFloat16* p, Floats v) {  // to nearest, ties to even; NaN stays NaN
+  static void store(BFloat16* p, Floats v) {  // rounds to nearest, ties to even; NaN stays NaN
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -44,13 +44,14 @@ struct Vector {
   static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 
-  // 2^(n + offset), n + offset >= -126, where n stands in the low bits of `rounded`; e^x of NaN is NaN whatever this gives
+  // 2^(n + offset) for n + offset >= -126, with n in the low bits of `rounded`. For NaN any result will do: e^x stays
+  // NaN.
   static Floats power_of_two(Floats rounded, int offset) {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);  // the high bits of `rounded` fall off
     return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32((127 + offset) << 23)));
   }
-  // e^x = q 2^n with n an integer, `rounded` = n + 1.5 * 2^23: cheaper than rounding and converting, which take two
-  // instructions each on Intel
+  // e^x = q 2^n with n an integer and `rounded` = n + 1.5 * 2^23, which is cheaper than to round and to convert:
+  // these take two instructions each on Intel
   static Floats split_exponential(Floats x, Floats& rounded) {
     const Floats rounder = set(12582912.0f);
     rounded = multiply_add(x, set(kLog2OfE), rounder);
@@ -63,14 +64,15 @@ struct Vector {
     q = multiply_add(q, r, set(1.0f));
     return q;
   }
-  // e^x for x <= 0, meaningful where `live`: not for x so low that e^x is denormal or 0. NaN is live and stays NaN.
+  // e^x for x <= 0, valid where `live`, which is false for x so low that e^x is denormal or 0. NaN is live and stays
+  // NaN.
   static Floats exponential(Floats x, Mask& live) {
     live = _mm256_cmp_ps(x, set(kLowestNormalExponent), _CMP_NLT_UQ);
     Floats rounded;
     const Floats q = split_exponential(x, rounded);
     return multiply(q, power_of_two(rounded, 0));
   }
-  // y e^x for x <= 0, rounded to a denormal where it must be; 0 where e^x is.
+  // y e^x for x <= 0, rounded to a denormal where necessary; 0 where e^x is 0.
   static Floats times_exponential(Floats y, Floats x) {
     const Mask live = _mm256_cmp_ps(x, set(kLowestExponentOfProduct), _CMP_NLT_UQ);
     Floats rounded;
@@ -85,7 +87,7 @@ struct Vector {
   static int count_zeros(Floats x) {
     return __builtin_popcount(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(x, set(0.0f), _CMP_EQ_OQ))));
   }
-  // Under the mask, else the sum unchanged: what is masked out may be NaN or infinite.
+  // Adds under the mask and leaves the sum unchanged elsewhere. Values that are masked out may be NaN or infinite.
   static Floats add_where(Mask mask, Floats sum, Floats v) { return add(sum, _mm256_and_ps(mask, v)); }
   static Floats multiply_add_where(Mask mask, Floats a, Floats b, Floats sum) {
     return multiply_add(_mm256_and_ps(mask, a), _mm256_and_ps(mask, b), sum);

@@ -1,4 +1,4 @@
-// 16 floats in an AVX-512 register, with the operations that the row kernels are written in.
+// 16 floats in an AVX-512 register, with the operations that the row kernels use.
 #pragma once
 #include <immintrin.h>
 
@@ -25,7 +25,7 @@ struct Vector {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
-  static void store(BFloat16* p, Floats v) {  // to nearest, ties to even; NaN stays NaN
+  static void store(BFloat16* p, Floats v) {  // rounds to nearest, ties to even; NaN stays NaN
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -44,7 +44,7 @@ struct Vector {
 
   // e^x = q 2^n with n an integer
   static Floats split_exponential(Floats x, Floats& n) {
-    const Floats rounder = set(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
+    const Floats rounder = set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     n = subtract(multiply_add(x, set(kLog2OfE), rounder), rounder);
     const Floats r = _mm512_fnmadd_ps(n, set(kLn2), x);
     Floats q = multiply_add(set(kQ4), r, set(kQ3));
@@ -55,14 +55,15 @@ struct Vector {
     q = multiply_add(q, r, set(1.0f));
     return q;
   }
-  // e^x for x <= 0, meaningful where `live`: not for x so low that e^x is denormal or 0. NaN is live and stays NaN.
+  // e^x for x <= 0, valid where `live`, which is false for x so low that e^x is denormal or 0. NaN is live and stays
+  // NaN.
   static Floats exponential(Floats x, Mask& live) {
     live = _mm512_cmp_ps_mask(x, set(kLowestNormalExponent), _CMP_NLT_UQ);
     Floats n;
     const Floats q = split_exponential(x, n);
     return _mm512_scalef_ps(q, n);
   }
-  // y e^x for x <= 0, rounded to a denormal where it must be; 0 where e^x is.
+  // y e^x for x <= 0, rounded to a denormal where necessary; 0 where e^x is 0.
   static Floats times_exponential(Floats y, Floats x) {
     const Mask live = _mm512_cmp_ps_mask(x, set(kLowestExponentOfProduct), _CMP_NLT_UQ);
     Floats n;
@@ -72,7 +73,7 @@ struct Vector {
 
   static Mask not_zero(Floats x, Mask among) { return _mm512_mask_cmp_ps_mask(among, x, set(0.0f), _CMP_NEQ_UQ); }
   static int count_zeros(Floats x) { return __builtin_popcount(_mm512_cmp_ps_mask(x, set(0.0f), _CMP_EQ_OQ)); }
-  // Under the mask, else the sum unchanged: what is masked out may be NaN or infinite.
+  // Adds under the mask and leaves the sum unchanged elsewhere. Values that are masked out may be NaN or infinite.
   static Floats add_where(Mask mask, Floats sum, Floats v) { return _mm512_mask_add_ps(sum, mask, sum, v); }
   static Floats multiply_add_where(Mask mask, Floats a, Floats b, Floats sum) {
     return _mm512_mask3_fmadd_ps(a, b, sum, mask);

@@ -1,4 +1,5 @@
-// 4 floats in the compiler's portable vector type (SSE2 on x86-64, NEON on Arm), with the operations of the row kernels.
+// 4 floats in the compiler's portable vector type (SSE2 on x86-64, NEON on Arm), with the operations of the row
+// kernels.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -43,7 +44,7 @@ struct Vector {
     const Floats shifted = masked(x >= set(kLowestExponentOfProduct), x) * set(kLog2OfE) + set(kRounder);
     n = reinterpret_cast<Mask>(shifted) - 0x4b400000;
     const Floats whole = shifted - set(kRounder);
-    // ln 2 in two parts, the first with few bits: nothing is fused here, so whole * ln 2 must be exact by itself
+    // ln 2 as two summands, the first with few bits: without a fused multiply-add, `whole` times it must be exact
     const Floats r = (x - whole * set(0.693359375f)) - whole * set(-2.12194440e-4f);
     Floats q = set(kQ4) * r + set(kQ3);
     q = q * r + set(kQ2);
@@ -51,14 +52,15 @@ struct Vector {
     q = q * r + set(kQ0);
     return q * (r * r) + (r + set(1.0f));
   }
-  // e^x for x <= 0, meaningful where `live`: not for x so low that e^x is denormal or 0. NaN is live and stays NaN.
+  // e^x for x <= 0, valid where `live`, which is false for x so low that e^x is denormal or 0. NaN is live and stays
+  // NaN.
   static Floats exponential(Floats x, Mask& live) {
     live = ~(x < set(kLowestNormalExponent));
     Mask n;
     const Floats q = split_exponential(x, n);
     return q * power_of_two(n);
   }
-  // y e^x for x <= 0, rounded to a denormal where it must be; 0 where e^x is.
+  // y e^x for x <= 0, rounded to a denormal where necessary; 0 where e^x is 0.
   static Floats times_exponential(Floats y, Floats x) {
     Mask n;
     const Floats q = split_exponential(x, n);
@@ -71,7 +73,7 @@ struct Vector {
     const Mask zero = x == set(0.0f);
     return -(zero[0] + zero[1] + zero[2] + zero[3]);
   }
-  // Under the mask, else the sum unchanged: what is masked out may be NaN or infinite.
+  // Adds under the mask and leaves the sum unchanged elsewhere. Values that are masked out may be NaN or infinite.
   static Floats add_where(Mask mask, Floats sum, Floats v) { return sum + masked(mask, v); }
   static Floats multiply_add_where(Mask mask, Floats a, Floats b, Floats sum) { return masked(mask, a * b) + sum; }
 

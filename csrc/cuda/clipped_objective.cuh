@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kObjectiveThreads) clipped_objective_kernel(Cl
 
 inline void launch_clipped_objective(const ClippedObjectiveArguments& a, int multiprocessors) {
   const int64_t blocks = (a.tokens + kObjectiveThreads - 1) / kObjectiveThreads;
-  const int64_t most = 8 * int64_t(multiprocessors);  // what the device holds at once; each block adds its counts once
+  const int64_t most = 8 * int64_t(multiprocessors);  // as many as the device holds: each block adds its counts once
   MEGATRON_RLVR_LAUNCH(clipped_objective_kernel, std::min(blocks, most), kObjectiveThreads, a.stream, a);
 }
 

@@ -1,4 +1,4 @@
-// Kernels 2: partial statistics merge, slices of a row within a device and shards of the vocabulary across devices.
+// Kernels 2: merge partial statistics, of the slices of a row on a device and of the vocabulary shards of all ranks.
 #pragma once
 #include "launchers.h"
 #include "memory.cuh"
@@ -9,7 +9,7 @@ namespace megatron_rlvr {
 
 constexpr int kCombineThreads = 128;
 
-// One warp a row: [rows, slices, width] to [rows, width].
+// One warp per row: [rows, slices, width] to [rows, width].
 template <bool kSecondMoments>
 __global__ void __launch_bounds__(kCombineThreads)
     merge_slices_kernel(const float* __restrict__ slices_partials, int64_t rows, int64_t slices,
@@ -46,9 +46,9 @@ __device__ __forceinline__ RowSums<double> widened(const RowSums<float>& sums) {
   return out;
 }
 
-// One thread a row: [shards, rows, width] to what the caller asked for, in fp64 and rounded once: a few numbers a row,
-// and no digit of the 2e-6 that log-probs may err is spent here. Shards merge in their order, the same on every rank,
-// so that all ranks hold the same bits.
+// One thread per row: [shards, rows, width] to log-prob, entropy, state and moments. It is a few numbers per row, so
+// they are computed in fp64 and rounded once, which leaves the whole error budget of log-probs (2e-6) to the sums
+// over logits. Shards merge in rank order, so that every rank gets the same bits.
 template <bool kSecondMoments>
 __global__ void __launch_bounds__(kCombineThreads) combine_statistics_kernel(CombineStatisticsArguments a) {
   constexpr int64_t width = partial_width(kSecondMoments);

@@ -1,8 +1,8 @@
 // The CUDA kernels as a binding calls them: plain C functions over the structs of kernel_arguments.h, no torch.
 //
-// Every launcher queues its work on the stream in its arguments, allocates nothing and never waits for the device, so a
-// launch can be captured in a CUDA graph (scalars such as the clip thresholds are then part of the graph). The result is
-// the cudaError_t of the launch, 0 for success; zero rows succeed without a launch.
+// Every launcher queues its work on the stream in its arguments, allocates nothing and never waits for the device, so
+// a launch can be captured in a CUDA graph (scalars such as the clip thresholds are then part of the graph). The
+// result is the cudaError_t of the launch, 0 for success; zero rows succeed without a launch.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// Kernel 3: the gradient of log-prob and entropy to every logit of a shard, recomputed from the logits: one read, one
-// write, in place if asked for.
+// Kernel 3: the gradient of log-prob and entropy with respect to every logit of a shard, recomputed from the logits.
+// One read and one write per logit, in place on request.
 #pragma once
 #include "heuristics.h"
 #include "launchers.h"
@@ -7,15 +7,15 @@
 
 namespace megatron_rlvr {
 
-// What the threads of a row share. The gradient to a logit is p (constant + linear x); here 1/S of p = e^x / S is in
-// the two coefficients, and x is in units of y = x log2(e): one 2^y and six more instructions a logit.
+// What the threads of a row share. The gradient to a logit is p (constant + linear x). Here both coefficients contain
+// the 1/S of p = e^x / S, and x is replaced by y = x log2(e): one 2^y and six more instructions per logit.
 struct RowGradient {
   float maximum;
   float scale;  // y = (z - maximum) scale
   LogitGradient gradient;
-  int64_t target_column;  // in this shard's columns, -1 where it is not here
+  int64_t target_column;  // among this shard's columns, -1 if the target is in another shard
   float at_target;
-  bool is_zero;  // nothing flows into this row
+  bool is_zero;  // no gradient flows into this row
 
   __device__ __forceinline__ float at(float logit) const {
     const float y = (logit - maximum) * scale;
@@ -31,8 +31,8 @@ __device__ __forceinline__ void write_element(const Logit* logits, Logit* out, i
   store(element_address(out, column), Format::encode(value));
 }
 
-// Columns [begin, end) of a row, spread over the threads of the block. Every element is read and written by one thread,
-// the read first, so `out` may be `logits`.
+// Writes the gradient of columns [begin, end) of a row, spread over the threads of the block. One thread reads and then
+// writes each element, so `out` may be `logits`.
 template <class Logit>
 __device__ __forceinline__ void write_gradient(const Logit* logits, Logit* out, int64_t begin, int64_t end,
                                                const RowGradient& row) {
@@ -43,7 +43,7 @@ __device__ __forceinline__ void write_gradient(const Logit* logits, Logit* out, 
   const VectorSpan span = vector_span(logits, begin, end);
   const uint4* vectors = reinterpret_cast<const uint4*>(logits + span.vector_begin());
   uint4* out_vectors = reinterpret_cast<uint4*>(out + span.vector_begin());
-  const bool vector_stores = same_alignment(logits, out);  // else a view of other alignment: element by element
+  const bool vector_stores = same_alignment(logits, out);  // otherwise a view of another alignment: element by element
 
   for (int first = thread; first < span.vectors; first += threads * vectors_per_tile) {
     uint4 words[vectors_per_tile];
@@ -63,7 +63,7 @@ __device__ __forceinline__ void write_gradient(const Logit* logits, Logit* out, 
       const int64_t column = span.vector_begin() + int64_t(index) * per_vector;
       if (row.target_column >= column && row.target_column < column + per_vector) {
 #pragma unroll
-        for (int j = 0; j < per_vector; ++j) {  // no dynamic index, which would move the array to local memory
+        for (int j = 0; j < per_vector; ++j) {  // no dynamic index: it would move the array to local memory
           if (column + j == row.target_column) values[j] = row.at_target;
         }
       }
@@ -79,7 +79,7 @@ __device__ __forceinline__ void write_gradient(const Logit* logits, Logit* out, 
   for (int i = thread; i < span.tail; i += threads) write_element(logits, out, span.tail_begin + i, row);
 }
 
-// Zeros to columns [begin, end): the logits of a row without gradient (padding, prompt) are not even read.
+// Writes zeros to columns [begin, end). The logits of a row without gradient (padding, prompt) are not read.
 template <class Logit>
 __device__ __forceinline__ void write_zeros(Logit* out, int64_t begin, int64_t end) {
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
@@ -115,7 +115,7 @@ __device__ __forceinline__ RowGradient row_gradient(const LogitsGradientArgument
   return out;
 }
 
-// Grid: rows x slices blocks.
+// Grid: rows * slices blocks.
 template <class Logit>
 __global__ void __launch_bounds__(kMaximumThreads) logits_gradient_kernel(LogitsGradientArguments a, RowLaunch launch) {
   const int64_t row = int64_t(blockIdx.x) / launch.slices, slice = int64_t(blockIdx.x) % launch.slices;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMaximumThreads) logits_gradient_kernel(Logits
   }
 }
 
-// What logits_gradient_<type>.cu instantiates.
+// Instantiated by logits_gradient_<type>.cu.
 template <class Logit>
 void launch_logits_gradient(const LogitsGradientArguments& a, const RowLaunch& launch) {
   MEGATRON_RLVR_LAUNCH((logits_gradient_kernel<Logit>), a.rows * launch.slices, launch.threads, a.stream, a, launch);

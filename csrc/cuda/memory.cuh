@@ -1,7 +1,7 @@
-// The only way from and to global memory: 16 bytes at a time where a row allows it, single elements at its ends.
+// Access to global memory: 16 bytes at a time where a row allows it, single elements at its ends.
 //
-// All traffic goes through load and store intrinsics and never through a dereferenced pointer: the emulator counts the
-// bytes there, and tests hold the kernels to the memory floor with these counts.
+// Kernels use the load and store functions below and never dereference a pointer to global memory. The emulator counts
+// bytes in these intrinsics, and tests compare the counts with the least traffic possible.
 #pragma once
 #include <cstdint>
 
@@ -9,13 +9,13 @@
 
 namespace megatron_rlvr {
 
-// Of memory that no thread of the kernel writes: goes through the read-only cache.
+// For memory that no thread of the kernel writes: goes through the read-only cache.
 template <class Word>
 __device__ __forceinline__ Word load_read_only(const Word* address) {
   return __ldg(address);
 }
 
-// Of memory that the kernel may overwrite (the gradient lands on the logits): must not take the read-only path.
+// For memory that the kernel may overwrite (the gradient over the logits), which must not take the read-only path.
 template <class Word>
 __device__ __forceinline__ Word load_coherent(const Word* address) {
   return __ldcg(address);
@@ -26,8 +26,8 @@ __device__ __forceinline__ void store(Word* address, Word value) {
   __stwb(address, value);
 }
 
-// How logits of each type are read and written: `Bits` is one element as an integer, `kPerVector` fill 16 bytes, which
-// are four 32-bit words; `kMinusInfinity` is a word of nothing but -inf.
+// How logits of a type are read and written. `Bits` is one element as an integer, `kPerVector` elements fill the four
+// 32-bit words of a 16-byte vector, and `kMinusInfinity` is a word in which every element is -inf.
 template <class Logit>
 struct LogitFormat;
 
@@ -114,8 +114,8 @@ __device__ __forceinline__ bool same_alignment(const void* a, const void* b) {
   return ((reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) & 15u) == 0;
 }
 
-// Columns [begin, end) of a row as single elements up to the first 16-byte boundary, whole vectors, and a rest.
-// A row starts wherever stride and view put it, so head and rest have up to kPerVector - 1 elements each.
+// Columns [begin, end) of a row as a head of single elements up to the first 16-byte boundary, whole vectors, and a
+// tail. A row may start at any element, so head and tail have up to kPerVector - 1 elements each.
 struct VectorSpan {
   int64_t begin;
   int head;          // elements [begin, begin + head)

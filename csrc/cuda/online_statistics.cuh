@@ -1,20 +1,21 @@
-// One pass over logits: tiles of them enter the running sums of a warp.
+// One pass over logits: a warp adds tile after tile to its running sums.
 //
 // The lanes of a warp share one running maximum. It rises in few tiles (1 + 1/2 + 1/3 + ... of them for logits in
-// random order), and only there is work done beyond one exponential and two additions a logit; and at the end the
-// lanes' sums add up as they are.
+// random order), and only those tiles cost more than one exponential and two additions per logit. Because the maximum
+// is shared, the lanes' sums can be added at the end without rescaling.
 #pragma once
 #include "platform.cuh"
 
 namespace megatron_rlvr {
 
-// A lane's part of its warp's sums. All lanes have the same maximum, and one alone, the owner, leaves its e^0 out.
+// The sums of one lane. All lanes of a warp have the same maximum, and one of them, the owner, leaves its e^0 out.
 struct LaneSums {
   RowSums<float> sums;
   bool is_owner = false;
 };
 
-// The largest value over a warp, none of them NaN: as unsigned integers in the same order, which have an instruction.
+// The largest value over a warp; none may be NaN. There is an instruction for unsigned integers, so the values are
+// mapped to integers of the same order.
 __device__ __forceinline__ float warp_maximum(float value) {
   const unsigned bits = __float_as_uint(value);
   const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -22,14 +23,15 @@ __device__ __forceinline__ float warp_maximum(float value) {
   return __uint_as_float(largest & 0x80000000u ? largest & 0x7fffffffu : ~largest);
 }
 
-// A tile's logits enter the sums. They are summed among themselves first, in a few independent chains: fewer dependent
-// instructions in a row, and rounding errors that grow with the number of tiles instead of the number of logits.
-// kLeavesOutMaximum: the owner's tile may hold the maximum, whose e^0 must not be added to be subtracted again.
+// Adds a tile's logits to the sums. The tile is summed by itself first, in a few independent chains: fewer
+// instructions then depend on each other, and rounding errors grow with the number of tiles instead of the number of
+// logits. kLeavesOutMaximum: the tile may hold the maximum, whose e^0 stays out of the sums. Adding and subtracting
+// it would lose the digits of a small excess.
 template <bool kSecondMoments, bool kLeavesOutMaximum, int kCount>
 __device__ __forceinline__ void add_tile(LaneSums& lane, const float (&logits)[kCount], float inverse_temperature) {
   constexpr int chains = kCount < 4 ? kCount : 4;
   const float shift = shift_of(lane.sums.maximum);
-  const float scale = inverse_temperature * kLog2OfE;  // sums over y = x log2(e), since 2^y is what the hardware has
+  const float scale = inverse_temperature * kLog2OfE;  // sums over y = x log2(e), because the hardware computes 2^y
   float exponential[chains] = {}, exponential_y[chains] = {}, squared[chains] = {}, squared_y[chains] = {};
   int at_maximum = 0;
 #pragma unroll
@@ -65,15 +67,15 @@ __device__ __forceinline__ void add_tile(LaneSums& lane, const float (&logits)[k
   }
 }
 
-// Every lane of the warp calls it, those without logits of their own with -inf, which adds nothing.
+// Every lane of the warp must call it. Lanes without logits pass -inf, which adds nothing.
 template <bool kSecondMoments, int kCount>
 __device__ __forceinline__ void accumulate(LaneSums& lane, const float (&logits)[kCount], float inverse_temperature) {
   float own_maximum = logits[0];
 #pragma unroll
   for (int i = 1; i < kCount; ++i) own_maximum = fmaxf(own_maximum, logits[i]);
-  own_maximum = fmaxf(own_maximum, -INFINITY);  // nothing but NaN: e^NaN reports it, and no maximum may be NaN
+  own_maximum = fmaxf(own_maximum, -INFINITY);  // NaN alone: no maximum may be NaN, and e^NaN reports it
   const float maximum = warp_maximum(own_maximum);
-  if (maximum > lane.sums.maximum) {  // all lanes or none
+  if (maximum > lane.sums.maximum) {  // true for all lanes or for none
     raise_maximum<kSecondMoments>(lane.sums, maximum, inverse_temperature, lane.is_owner ? 1.0f : 0.0f);
     const unsigned holders = __ballot_sync(kWholeWarp, own_maximum == maximum);
     lane.is_owner = int(threadIdx.x) % kWarpSize == __ffs(int(holders)) - 1;

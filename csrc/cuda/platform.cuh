@@ -1,4 +1,4 @@
-// Where kernel source meets its compiler: nvcc, or the host compiler with the emulator of tests/csrc.
+// What depends on the compiler of the kernels: nvcc, or the host compiler with the emulator of tests/csrc.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -23,8 +23,8 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr float kLog2OfE = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// 2^y in one instruction, off by at most 2^-22 of itself, 2^0 exactly 1; results under 2^-126 are 0. For every logit:
-// __expf would add a multiplication and the care for subnormal results.
+// 2^y in one instruction, with a relative error of at most 2^-22; 2^0 is exactly 1, and results below 2^-126 are 0.
+// Used for every logit: __expf would add a multiplication and the handling of subnormal results.
 __device__ __forceinline__ float fast_exp2(float y) {
 #if defined(__CUDACC__)
   float result;
@@ -35,7 +35,7 @@ __device__ __forceinline__ float fast_exp2(float y) {
 #endif
 }
 
-// The outcome of the launches so far, as every launcher returns it.
+// The status of the launches so far, which every launcher returns.
 inline int launch_status() { return int(cudaGetLastError()); }
 
 }  // namespace megatron_rlvr

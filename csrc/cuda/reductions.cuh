@@ -18,7 +18,7 @@ __device__ __forceinline__ RowSums<float> shuffled(const RowSums<float>& sums, i
   return out;
 }
 
-// Lane 0 ends up with the statistics of the whole warp.
+// Lane 0 gets the statistics of the whole warp.
 template <bool kSecondMoments>
 __device__ __forceinline__ RowSums<float> warp_merged(RowSums<float> sums, float inverse_temperature) {
 #pragma unroll
@@ -38,7 +38,7 @@ __device__ __forceinline__ float warp_sum(float value) {
 
 __device__ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(kWholeWarp, value); }
 
-// Every lane ends up with the statistics of the whole warp, whose lanes share a maximum.
+// Every lane gets the statistics of the whole warp. The lanes must share a maximum.
 template <bool kSecondMoments>
 __device__ __forceinline__ RowSums<float> warp_summed(RowSums<float> sums) {
   sums.excess = warp_sum(sums.excess);
@@ -50,8 +50,8 @@ __device__ __forceinline__ RowSums<float> warp_summed(RowSums<float> sums) {
   return sums;
 }
 
-// Thread 0 ends up with the statistics of the whole block. Every thread of the block calls it, once per kernel:
-// its shared memory is not guarded against a second call.
+// Thread 0 gets the statistics of the whole block. Every thread of the block must call it, and only once per kernel: no
+// barrier protects its shared memory from a second call.
 template <bool kSecondMoments, int kMaximumThreads>
 __device__ __forceinline__ RowSums<float> block_merged(const LaneSums& of_lane, float inverse_temperature) {
   __shared__ RowSums<float> of_warp[kMaximumThreads / kWarpSize];
@@ -68,7 +68,7 @@ __device__ __forceinline__ RowSums<float> block_merged(const LaneSums& of_lane, 
   return sums;
 }
 
-// Adds each of a block's counters to `totals`, at most one atomic a counter and block. Every thread calls it, once.
+// Adds each of a block's counters to `totals`, with at most one atomic per counter. Every thread must call it, once.
 template <int kCounters, int kMaximumThreads>
 __device__ __forceinline__ void add_block_counts(const int (&counts)[kCounters], int64_t* totals) {
   __shared__ int of_warp[kMaximumThreads / kWarpSize][kCounters];

@@ -7,7 +7,7 @@ using namespace megatron_rlvr;
 extern "C" int64_t megatron_rlvr_row_statistics_workspace(int64_t rows, int64_t vocabulary, bool second_moments,
                                                           int multiprocessors) {
   if (rows == 0) return 0;
-  const RowLaunch launch = statistics_launch(rows, vocabulary, multiprocessors, 4);  // slices are those of any type
+  const RowLaunch launch = statistics_launch(rows, vocabulary, multiprocessors, 4);  // every type has the same slices
   return launch.slices == 1 ? 0 : rows * launch.slices * partial_width(second_moments);
 }
 

@@ -1,4 +1,4 @@
-// Kernel 1: every logit of a shard is read once and becomes four (six) numbers a row.
+// Kernel 1: reads every logit of a shard once and reduces each row to four numbers (six with second moments).
 #pragma once
 #include "heuristics.h"
 #include "launchers.h"
@@ -38,7 +38,7 @@ __device__ __forceinline__ RowSums<float> load_partial(const float* partial, flo
   return sums;
 }
 
-// The sums over columns [begin, end) of a row, spread over the lanes of the block's warps.
+// Sums over columns [begin, end) of a row, spread over the lanes of the block's warps.
 template <class Logit, bool kSecondMoments>
 __device__ __forceinline__ LaneSums lane_sums(const Logit* row, int64_t begin, int64_t end, float inverse_temperature) {
   using Format = LogitFormat<Logit>;
@@ -49,11 +49,11 @@ __device__ __forceinline__ LaneSums lane_sums(const Logit* row, int64_t begin, i
   const uint4* vectors = reinterpret_cast<const uint4*>(row + span.vector_begin());
   LaneSums sums;
 
-  // The bound is that of the warp's first lane, as all lanes have to come along.
+  // All lanes of a warp must take part in every round, so the bound is that of its first lane.
   for (int first = thread; first - lane < span.vectors; first += threads * vectors_per_tile) {
     uint4 words[vectors_per_tile];
 #pragma unroll
-    for (int i = 0; i < vectors_per_tile; ++i) {  // all loads before the first use
+    for (int i = 0; i < vectors_per_tile; ++i) {  // issue all loads before the first use
       const int index = first + i * threads;
       constexpr unsigned none = Format::kMinusInfinity;
       words[i] = index < span.vectors ? load_read_only(vectors + index) : make_uint4(none, none, none, none);
@@ -78,7 +78,7 @@ __device__ __forceinline__ LaneSums lane_sums(const Logit* row, int64_t begin, i
   return sums;
 }
 
-// Grid: rows x slices blocks. partials: [rows, slices, width].
+// Grid: rows * slices blocks. partials: [rows, slices, width].
 template <class Logit, bool kSecondMoments>
 __global__ void __launch_bounds__(kMaximumThreads)
     row_statistics_kernel(const Logit* __restrict__ logits, int64_t row_stride, int64_t vocabulary, int64_t slices,
@@ -109,7 +109,7 @@ void launch_row_statistics(const RowStatisticsArguments& a, const RowLaunch& lau
                        launch.slices == 1 ? a.partials : a.workspace);
 }
 
-// What row_statistics_<type>.cu instantiates, each in a file of its own so that they compile side by side.
+// Instantiated by row_statistics_<type>.cu, in one file per type so that they compile in parallel.
 template <class Logit>
 void launch_row_statistics(const RowStatisticsArguments& a, const RowLaunch& launch) {
   if (a.second_moments) {

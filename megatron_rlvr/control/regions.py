@@ -1,6 +1,6 @@
 """Which tokens raise entropy and which lower it, exactly to first order, and gradient weights that steer between them.
 
-All tensors are flat over tokens, [T]; log-probabilities and entropies are in nats. The vocabulary sums
+All tensors are [T], flat over tokens. Log-probs and entropies are in nats. The vocabulary sums
 ``sum_squared_prob`` = sum_x p_x^2 and ``sum_squared_prob_logprob`` = sum_x p_x^2 ln p_x are those of
 ``ops.token_statistics(..., second_moments=True)``.
 """
@@ -56,12 +56,13 @@ def entropy_change(
     *,
     old_logprob: Tensor | None = None,
 ) -> Tensor:
-    """The exact first-order entropy change of an ascent step on each token's objective r A, in logit space.
+    """The exact first-order entropy change of an ascent step on each token's objective r A, in logit space: [T].
 
         c = <grad_z (r A), grad_z H> = -A r [ p_a (ln p_a + H) - sum_x p_x^2 (ln p_x + H) ]
 
-    Returns [T], in nats per unit of learning rate; above 0 raises entropy. ``old_logprob`` gives the importance ratio
-    r; without it r = 1, the value before the first update. Source: arXiv 2602.09782, with the vocabulary baseline.
+    It is in nats per unit of learning rate; a positive change raises entropy. ``old_logprob`` gives the importance
+    ratio r. Without it r = 1, the value before the first update. Source: arXiv 2602.09782, with the vocabulary
+    baseline, the sum over x.
     """
     baseline = sum_squared_prob_logprob + entropy * sum_squared_prob
     change = -advantage * (logprob.exp() * (logprob + entropy) - baseline)
@@ -69,15 +70,15 @@ def entropy_change(
 
 
 def gradient_norm(logprob: Tensor, advantage: Tensor, sum_squared_prob: Tensor) -> Tensor:
-    """The squared norm of each token's logit gradient at r = 1, [T]: n = A^2 (1 - 2 p_a + sum_x p_x^2).
+    """The squared norm n = A^2 (1 - 2 p_a + sum_x p_x^2) of each token's logit gradient at r = 1: [T].
 
-    Also the first-order rise of the token's own objective r A in an ascent step, per unit of learning rate.
+    It is also the first-order rise of the token's objective r A in an ascent step, per unit of learning rate.
     """
     return advantage.square() * (1.0 - 2.0 * logprob.exp() + sum_squared_prob).clamp(min=0.0)
 
 
 def steering_direction(change: Tensor) -> Tensor:
-    """s of every token, [T]: +1 where the gradient raises entropy, -1 where it lowers it, 0 where it does neither.
+    """The direction s of each token: [T], +1 if its gradient raises entropy, -1 if it lowers it, 0 otherwise.
 
     ``change`` is :func:`entropy_change`.
     """
@@ -85,7 +86,7 @@ def steering_direction(change: Tensor) -> Tensor:
 
 
 def steering_sums(change: Tensor, ascent: Tensor, token_weight: Tensor) -> Tensor:
-    """The four sums of :class:`~megatron_rlvr.control.SteeringResponse`, [4] float64: add them over all ranks.
+    """The four sums of :class:`~megatron_rlvr.control.SteeringResponse`: float64 [4], to be added over all ranks.
 
     ``change`` and ``ascent`` are :func:`entropy_change` and :func:`gradient_norm` of the tokens before the first
     update, ``token_weight`` their aggregation weights; all [T].
@@ -96,9 +97,9 @@ def steering_sums(change: Tensor, ascent: Tensor, token_weight: Tensor) -> Tenso
 
 
 def steering_weights(change: Tensor, steering: float, response: SteeringResponse) -> Tensor:
-    """The gradient weight of every token under steering u in (-1, 1), [T]: (1 + u s) / (1 + u nu), above 0.
+    """The gradient weight (1 + u s) / (1 + u nu) of each token under steering u in (-1, 1): [T], positive.
 
-    The division keeps the step's first-order reward ascent: sum n (1 + u s) / (1 + u nu) = sum n. Derived in
+    The division preserves the step's first-order reward ascent: sum n (1 + u s) / (1 + u nu) = sum n. Derived in
     docs/entropy_control/derivation.md.
     """
     return (1.0 + steering * steering_direction(change)) / response.normaliser(steering)

@@ -1,4 +1,4 @@
-"""What region steering would do to the tokens of a step, in the four sums that all ranks add up."""
+"""How region steering changes the entropy of a step, from four sums over its tokens."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from dataclasses import dataclass
 class SteeringResponse:
     """The first-order entropy change of a step as a function of the steering u.
 
-    With token weights (1 + u s) / (1 + u nu), s in [-1, 1] the steering direction of a token, c its entropy change and
-    n its ascent (see :mod:`~megatron_rlvr.control.regions`), the change is proportional to the *drive*
+    Tokens have weights (1 + u s) / (1 + u nu). For each token, s in [-1, 1] is its steering direction, c its entropy
+    change and n its ascent (see :mod:`~megatron_rlvr.control.regions`). The change is then proportional to the *drive*
 
         f(u) = (b + u) / (1 + u nu),     b = sum c / sum c s,     nu = sum n s / sum n.
 
-    b is the steering that the unsteered step is worth: below 0 when the step lowers entropy by itself. ``change`` is
-    sum c and ``slope`` sum c s, both in nats per unit of learning rate; ``ascent`` is sum n, ``ascent_slope`` sum n s.
+    b is the steering that corresponds to the unsteered step: negative if the step lowers entropy by itself.
+
+    Attributes:
+        change: sum c, in nats per unit of learning rate.
+        slope: sum c s, in nats per unit of learning rate.
+        ascent: sum n.
+        ascent_slope: sum n s.
     """
 
     change: float
@@ -32,16 +37,16 @@ class SteeringResponse:
 
     @property
     def has_authority(self) -> bool:
-        """Whether any token's weight can change entropy: not in a step without gradient."""
+        """Whether token weights can change entropy. They cannot in a step without gradient."""
         return self.slope > 0.0 and self.ascent > 0.0
 
     @property
     def imbalance(self) -> float:
-        """nu: the share of the ascent on entropy-raising tokens minus that on lowering ones, in [-1, 1]."""
+        """nu in [-1, 1]: the share of the ascent on tokens that raise entropy minus that on tokens that lower it."""
         return self.ascent_slope / self.ascent if self.ascent > 0.0 else 0.0
 
     def normaliser(self, steering: float) -> float:
-        """1 + u nu, by which the weights are divided so that the ascent stays what it was."""
+        """1 + u nu: dividing the weights by it preserves the ascent."""
         return 1.0 + steering * self.imbalance
 
     def predicted(self, steering: float) -> float:
@@ -49,11 +54,11 @@ class SteeringResponse:
         return (self.change + steering * self.slope) / self.normaliser(steering)
 
     def drive(self, steering: float) -> float:
-        """f(u); 0 in a step without gradient."""
+        """f(u), and 0 in a step without gradient."""
         return self.predicted(steering) / self.slope if self.has_authority else 0.0
 
     def steering_for(self, drive: float, limit: float) -> float:
-        """The u in [-limit, limit] whose drive is ``drive``, or the nearest to it."""
+        """The u in [-limit, limit] whose drive is ``drive``, or comes closest to it."""
         if not self.has_authority or self.drive(limit) <= self.drive(-limit):
             return 0.0
         if drive >= self.drive(limit):
@@ -64,4 +69,4 @@ class SteeringResponse:
 
 
 NEUTRAL = SteeringResponse(change=0.0, slope=1.0, ascent=1.0, ascent_slope=0.0)
-"""The response assumed where none is measured: the drive is u itself."""
+"""The response to assume before one is measured: the drive equals u."""

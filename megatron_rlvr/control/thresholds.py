@@ -12,8 +12,8 @@ from typing import Any
 class AffineThreshold:
     """A clip threshold eps(p) = intercept + slope * p of the token's probability p (arXiv 2602.09782).
 
-    Callable on floats and tensors. Raises ValueError when a parameter is not a finite number. Which values make sense
-    depends on the side the threshold bounds, so :class:`ClipThresholds` checks that.
+    Callable on floats and tensors. Raises ValueError if a parameter is not a finite number. Which values are possible
+    depends on the side of the threshold, so :class:`ClipThresholds` checks that.
     """
 
     intercept: float = 0.2
@@ -40,14 +40,14 @@ class AffineThreshold:
 class ClipThresholds:
     """The control of one optimisation step: two affine thresholds and the region-steering scalar u.
 
-    These five scalars must be the same on every rank. ``steering`` is u in (-1, 1); 0 is plain clipping.
+    These five scalars must be the same on every rank. ``steering`` is u in (-1, 1); 0 means plain clipping.
 
-    Raises ValueError where a threshold is impossible for some probability in [0, 1]:
+    Raises ValueError if a threshold is impossible for some probability in [0, 1]:
 
-    - ``lower`` must stay inside (0, 1): at 0 or below, a token at ratio 1 would already be clipped; at 1 or above the
+    - ``lower`` must stay inside (0, 1). At 0 or below, a token at ratio 1 would already be clipped. At 1 or above, the
       bound on the ratio is not positive and never acts.
-    - ``upper`` must stay above 0 for the same reason, and its slope below 1, where the closed form has its pole. It may
-      exceed 1: a ratio bound of, say, 4 for unlikely tokens (slope -2.8, intercept 3.0) is a usable setting.
+    - ``upper`` must stay above 0 for the same reason, and its slope below 1, where the closed form has a pole. The
+      threshold itself may exceed 1: a ratio bound of 4 for unlikely tokens (slope -2.8, intercept 3.0) is usable.
     """
 
     lower: AffineThreshold = field(default_factory=AffineThreshold)
@@ -77,23 +77,23 @@ class ClipThresholds:
             raise ValueError(f"steering: must be inside (-1, 1), found {self.steering!r}")
 
     def ratio_bounds(self, old_prob: Any) -> tuple[Any, Any]:
-        """The interval of unclipped importance ratios of tokens whose old probability is ``old_prob``.
+        """The bounds (low, high) on the importance ratio of tokens whose old probability is ``old_prob``.
 
-        The thresholds are read at the *current* probability p = r * old_prob. Solving r <= 1 + upper(r * old_prob) and
-        r >= 1 - lower(r * old_prob) for r gives bounds that do not depend on the current policy, so no gradient runs
-        through a threshold:
+        The thresholds are functions of the *current* probability p = r * old_prob. Solving r <= 1 + upper(r * old_prob)
+        and r >= 1 - lower(r * old_prob) for r gives bounds that do not depend on the current policy, so no gradient
+        runs through a threshold:
 
             low = (1 - b_l) / (1 + a_l * old_prob),   high = (1 + b_u) / (1 - a_u * old_prob)
 
         with intercepts b and slopes a. ``old_prob`` is a float or a tensor of any shape; so are ``low`` and ``high``.
-        Source: arXiv 2602.09782, closed form derived here.
+        Source: arXiv 2602.09782; the closed form is derived in docs/entropy_control/derivation.md.
         """
         low = (1.0 - self.lower.intercept) / (1.0 + self.lower.slope * old_prob)
         high = (1.0 + self.upper.intercept) / (1.0 - self.upper.slope * old_prob)
         return low, high
 
     def scalars(self) -> tuple[float, float, float, float, float]:
-        """(upper slope, upper intercept, lower slope, lower intercept, steering): what ranks must share, in order."""
+        """(upper slope, upper intercept, lower slope, lower intercept, steering), which every rank must share."""
         return (self.upper.slope, self.upper.intercept, self.lower.slope, self.lower.intercept, self.steering)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Advantages of a group of completions of one prompt, and the reward shaping that goes with them."""
+"""Advantages within the group of completions of a prompt, and the length penalty on their rewards."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ ADVANTAGES: tuple[str, ...] = get_args(Advantage)
 
 
 def group_advantages(rewards: Tensor, method: str = "grpo") -> Tensor:
-    """Advantages [P, G] of the ``rewards`` [P, G] (float) of G completions of each of P prompts.
+    """Advantages of G completions of each of P prompts: [P, G] for float ``rewards`` [P, G].
 
     - ``grpo``: (reward - mean) / (std + 1e-6), with the sample standard deviation. arXiv 2402.03300, section 4.1.
     - ``grpo-no-std``: reward - mean. Dr.GRPO, arXiv 2503.20783.
     - ``rloo``: reward - mean of the other completions of the group. arXiv 2402.14740, section 2.
 
-    A group whose rewards are all equal gets exactly 0: rounding in the mean must not be blown up by a tiny deviation.
-    Raises ValueError for an unknown method, another shape, and groups of fewer than two.
+    A group whose rewards are all equal gets exactly 0: a rounding error in its mean, divided by a tiny standard
+    deviation, would otherwise become an advantage. Raises ValueError for an unknown method, for another shape and for
+    groups of fewer than two.
     """
     if method not in ADVANTAGES:
         raise ValueError(f"advantages: unknown method {method!r}; valid: {', '.join(ADVANTAGES)}")
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(
-            f"advantages: rewards must be [prompts, completions] with at least 2 completions a prompt, "
+            f"advantages: rewards must be [prompts, completions] with at least 2 completions per prompt, "
             f"found shape {list(rewards.shape)}"
         )
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -37,15 +38,18 @@ def group_advantages(rewards: Tensor, method: str = "grpo") -> Tensor:
 
 
 def informative_groups(rewards: Tensor) -> Tensor:
-    """Which groups of ``rewards`` [P, G] differ within themselves, bool [P]: the others carry no gradient (DAPO)."""
+    """Whether the rewards of each group differ: bool [P] for ``rewards`` [P, G].
+
+    The other groups have no gradient; DAPO (arXiv 2503.14476) drops them.
+    """
     return rewards.amax(dim=1) > rewards.amin(dim=1)
 
 
 def overlong_penalty(lengths: Tensor, max_tokens: int, buffer_tokens: int) -> Tensor:
-    """The length penalty of DAPO, to be added to the reward: [...] for ``lengths`` [...] in response tokens.
+    """The length penalty of DAPO, to be added to the reward: float32, of the shape of ``lengths`` (response tokens).
 
-    0 up to max_tokens - buffer_tokens, then falling linearly to -1 at max_tokens, -1 beyond. arXiv 2503.14476,
-    equation 13. Raises ValueError unless 0 < buffer_tokens < max_tokens.
+    It is 0 up to max_tokens - buffer_tokens, falls linearly to -1 at max_tokens and stays there. Source: arXiv
+    2503.14476, equation 13. Raises ValueError unless 0 < buffer_tokens < max_tokens.
     """
     if not 0 < buffer_tokens < max_tokens:
         raise ValueError(f"overlong penalty: needs 0 < buffer_tokens < max_tokens, found {buffer_tokens}, {max_tokens}")

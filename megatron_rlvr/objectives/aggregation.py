@@ -1,7 +1,7 @@
-"""From token objectives to one loss: a weight for every token, known before the forward pass.
+"""Token weights, which turn token objectives into one loss: loss = -sum_t w_t * objective_t.
 
-loss = -sum_t w_t * objective_t. The weights depend only on the lengths of the whole minibatch, so the loss is a plain
-sum over microbatches and data-parallel ranks, whatever way the minibatch is cut.
+The weights depend only on the lengths of the whole minibatch and are known before the forward pass. So the loss is a
+plain sum over microbatches and data-parallel ranks, however the minibatch is divided among them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def aggregation_weights(
     sequence_count: int | None = None,
     token_count: int | None = None,
 ) -> Tensor:
-    """The weight of every token of each sequence: float32 [N], for ``lengths`` (whole numbers, [N]) in response tokens.
+    """The weight of each token of each sequence: float32 [N] for integer ``lengths`` [N] in response tokens.
 
     - ``token-mean``: 1 / (tokens of the minibatch). DAPO, arXiv 2503.14476, equation 8.
     - ``sequence-mean``: 1 / (sequences * length). GRPO, arXiv 2402.03300, equation 3.
     - ``constant``: 1 / (sequences * max_tokens). Dr.GRPO, arXiv 2503.20783.
 
-    ``lengths`` are those of the whole minibatch, or of this rank's part of it when ``sequence_count`` and
-    ``token_count`` give the whole minibatch's totals. An empty sequence has weight 0.
-    Raises ValueError for an unknown mode and for a minibatch without tokens.
+    ``lengths`` are those of the whole minibatch, or those of this rank's sequences if ``sequence_count`` and
+    ``token_count`` give the totals of the whole minibatch. An empty sequence has weight 0. Raises ValueError for an
+    unknown mode, for ``max_tokens`` below 1 and for a minibatch without tokens.
     """
     if mode not in AGGREGATIONS:
         raise ValueError(f"aggregation: unknown mode {mode!r}; valid: {', '.join(AGGREGATIONS)}")

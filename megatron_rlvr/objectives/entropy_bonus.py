@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class EntropyBonus:
-    """coefficient * H is added to every token's objective.
+    """A bonus coefficient * H on every token's objective.
 
-    Without ``target`` the coefficient is fixed. With it (nats), it adapts as in Skywork-OR1 (arXiv 2505.22312): before
-    each step c grows by ``increment`` where the entropy is below the target and shrinks by it where above, never
-    leaving [0, maximum]; the coefficient in use is c while the entropy is at or below the target, else 0.
-    ``coefficient`` is where c starts.
+    Without ``target`` (nats) the coefficient is fixed. With a target it adapts as in Skywork-OR1 (arXiv 2505.22312):
+    a number c starts at ``coefficient`` and, before each step, grows by ``increment`` if the entropy is below the
+    target and shrinks by it if the entropy is above, within [0, maximum]. The coefficient of the step is c if the
+    entropy is at or below the target, and 0 otherwise.
     """
 
     coefficient: float = 0.0
@@ -42,7 +42,7 @@ class EntropyBonus:
         return self._adaptive if self._active else 0.0
 
     def observe(self, entropy: float) -> None:
-        """Take in the entropy measured before the updates of a step, nats per token."""
+        """Adapt to the entropy measured before the updates of a step, in nats per token."""
         if self.target is None:
             return
         change = self.increment if entropy < self.target else -self.increment if entropy > self.target else 0.0

@@ -1,4 +1,4 @@
-"""Truncated importance weights for the mismatch between the engine that sampled and the weights that train."""
+"""Truncated importance weights, which correct for differences between the sampling engine and the training weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rlvr.objectives.tokens import TokenInputs
 
 @dataclass(frozen=True)
 class TruncatedImportance:
-    """min(pi_old / pi_rollout, cap) of every token, or of its whole sequence; detached, [T].
+    """The importance weight min(pi_old / pi_rollout, cap) of each token or of its sequence: [T], detached.
 
     ``pi_old`` is the training weights' probability before the step, ``pi_rollout`` the engine's. ``level`` is ``token``
     (truncated importance sampling of "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025) or

@@ -14,9 +14,9 @@ from megatron_rlvr.objectives.tokens import TokenInputs, TokenObjective, TokenOu
 
 @dataclass
 class PolicyObjective:
-    """A token objective with the factors that go with any of them: importance weights and an entropy bonus.
+    """A token objective with importance weights and an entropy bonus, which combine with any of them.
 
-    The importance weight multiplies the policy term; the bonus is added as it is.
+    The importance weight multiplies the policy term. The bonus is added unweighted.
     """
 
     token_objective: TokenObjective
@@ -39,15 +39,15 @@ class PolicyObjective:
 
     @property
     def is_plain_clip(self) -> bool:
-        """Whether this is ``ops.clipped_objective`` and nothing else, which the fused operator computes by itself."""
+        """Whether this is the clipped objective and nothing else, which ``ops.fused_linear_objective`` can compute."""
         plain = isinstance(self.token_objective, Clip) and self.token_objective.dual_clip is None
         return plain and self.importance is None and self.entropy_bonus is None
 
     @property
     def ignores_zero_advantage(self) -> bool:
         """Whether tokens of advantage 0 change neither the loss nor its gradient, so that a trainer may skip them."""
-        covariance = isinstance(self.token_objective, CovarianceClip | CovarianceKL)  # compares a token with all others
-        return self.entropy_bonus is None and not covariance
+        compares_tokens = isinstance(self.token_objective, CovarianceClip | CovarianceKL)  # each with all others
+        return self.entropy_bonus is None and not compares_tokens
 
     @property
     def needs_rollout_logprob(self) -> bool:
@@ -55,18 +55,18 @@ class PolicyObjective:
         return self.importance is not None
 
     def observe(self, step: int, entropy: float) -> None:
-        """Begin ``step``, given the entropy before its updates, nats per token; called once, before any of them."""
+        """Begin ``step``. Call it once, before the step's updates, with the entropy before them in nats per token."""
         if isinstance(self.token_objective, CovarianceClip):
             self.token_objective.start_step(step)
         if self.entropy_bonus is not None:
             self.entropy_bonus.observe(entropy)
 
     def metrics(self) -> dict[str, float]:
-        """``objective/entropy_coefficient``, where there is a bonus."""
+        """``objective/entropy_coefficient``, if there is a bonus."""
         return {} if self.entropy_bonus is None else {"objective/entropy_coefficient": self.entropy_bonus.current}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """The state that a checkpoint must store."""
         return {} if self.entropy_bonus is None else {"entropy_bonus": self.entropy_bonus.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -75,6 +75,6 @@ class PolicyObjective:
             return
         if "entropy_bonus" not in state:
             raise ValueError(
-                "objective state: this run has an entropy bonus, the checkpoint holds none; start a new run"
+                "objective state: this run has an entropy bonus, but the checkpoint stores none; start a new run"
             )
         self.entropy_bonus.load_state_dict(state["entropy_bonus"])

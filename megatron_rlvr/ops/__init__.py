@@ -1,12 +1,8 @@
-"""Operators of RLVR on vocabulary-sharded logits, for any trainer: this imports torch and nothing else of ours."""
+"""Operators for policy gradients on vocabulary-sharded logits, for any trainer. Imports torch alone."""
 
 from .compiled import backend
-from .fused_linear import (
-    FusedObjective,
-    fused_linear_objective,
-    fused_linear_statistics,
-    fused_linear_token_statistics,
-)
+from .fused_linear import fused_linear_statistics, fused_linear_token_statistics
+from .fused_objective import FusedObjective, fused_linear_objective
 from .objective import ClippedObjective, bounded_objective, clipped_objective
 from .statistics import TokenStatistics, token_statistics
 

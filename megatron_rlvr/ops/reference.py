@@ -1,12 +1,12 @@
 """The eager reference of every operator: the formulas in plain torch, on any device.
 
-It is what runs where nothing is compiled, and what the compiled kernels are tested against (next to float64).
-Notation, per row (one token): x are the logits as they lie, beta = 1 / temperature, M = max x over the whole
-vocabulary, d_j = beta (x_j - M) <= 0, S = sum_j e^(d_j), p_j = e^(d_j) / S.
+It runs where no kernel was compiled, and the compiled kernels are tested against it and against float64.
+Notation, per row (one token): x are the raw logits, beta = 1 / temperature, M = max x over the whole vocabulary,
+d_j = beta (x_j - M) <= 0, S = sum_j e^(d_j), p_j = e^(d_j) / S.
 
-Two choices make the results exact where training spends most of its tokens, on rows that are almost sure:
-sums run over shifted d, so that nothing of size M cancels, and S is kept as *excess* = S - 1, summed without the
-maximum's own 1, so that ln S = log1p(excess) and 1 - p of a sure token keep their relative accuracy.
+Two choices make the results exact on rows that are almost certain, where training spends most of its tokens. Sums run
+over the shifted d, so that nothing of size M cancels. S is stored as *excess* = S - 1, summed without the maximum's
+own 1, so that ln S = log1p(excess) and 1 - p of an almost certain token keep their relative accuracy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Columns of the partials of a row, the only numbers that tensor-parallel ranks exchange.
+# Columns of the partial statistics of a row, the only numbers that tensor-parallel ranks exchange.
 MAXIMUM, EXCESS, SHIFTED, TARGET, SQUARED_EXCESS, SQUARED_SHIFTED = range(6)
 # Columns of the row state, all that is saved for the gradient.
 STATE_MAXIMUM, STATE_LOG_SUM, STATE_ENTROPY, STATE_LOGPROB = range(4)
@@ -26,13 +26,12 @@ NOT_A_TARGET = -100  # the target of a row that has none, as in torch.nn.functio
 def row_statistics(
     logits: Tensor, targets: Tensor, vocab_start: int, vocab_size: int, inverse_temperature: float, second_moments: bool
 ) -> Tensor:
-    """Reduce each row of one vocabulary shard to the few numbers from which the statistics of the whole row follow.
+    """Reduce each row of a vocabulary shard to the few numbers from which the statistics of the whole row follow.
 
     ``logits`` [T, V/tp] of any floating type, ``targets`` int64 [T] ids in [0, vocab_size) or -100, ``vocab_start``
     the id of column 0. Returns float32 [T, 4], or [T, 6] with ``second_moments``: the maximum logit m; excess =
     sum_j e^(beta (x_j - m)) - 1; shifted = sum_j d_j e^(d_j) with d_j = beta (x_j - m); the target's logit, -inf where
-    it is not in this shard; and the same excess and shifted sum of squares, sum_j e^(2 d_j) - 1 and
-    sum_j d_j e^(2 d_j).
+    it is not in this shard; and the excess and shifted sum of the squares, sum_j e^(2 d_j) - 1 and sum_j d_j e^(2 d_j).
     """
     if targets.device.type == "cpu":
         check_targets(targets, vocab_size)
@@ -40,10 +39,12 @@ def row_statistics(
     x = logits.float()
     maximum, position = x.max(dim=-1, keepdim=True)
     shifted = (x - maximum).mul_(inverse_temperature)
-    shifted = torch.where(x == -torch.inf, torch.full_like(shifted, -torch.inf), shifted)  # 0 * inf, -inf - -inf
+    shifted = torch.where(
+        x == -torch.inf, torch.full_like(shifted, -torch.inf), shifted
+    )  # where 0 * inf or -inf - -inf gave NaN
     exponential = shifted.exp()
-    product = torch.where(exponential > 0, shifted * exponential, exponential)  # e = 0 adds 0; a NaN stays one
-    others = exponential.scatter(-1, position, 0.0)  # without the maximum's own 1: see the head of this file
+    product = torch.where(exponential > 0, shifted * exponential, exponential)  # e = 0 adds 0, and a NaN stays NaN
+    others = exponential.scatter(-1, position, 0.0)  # without the maximum's own 1: see the top of this file
     local = targets - vocab_start
     inside = (local >= 0) & (local < width) & (targets >= 0)
     picked = x.gather(-1, local.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
@@ -61,13 +62,13 @@ def row_statistics(
 def combine_statistics(
     gathered: Tensor, targets: Tensor, vocab_size: int, inverse_temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Combine the partials of every shard into log-prob, entropy, the row state and, if there, the second moments.
+    """Combine the partial statistics of all shards into log-prob, entropy, row state and second moments.
 
     ``gathered`` float32 [W, T, 4 or 6] from :func:`row_statistics` of the W shards. Returns log-prob [T], entropy [T],
-    state [T, 4] and moments [2, T] (sum p^2 and sum p^2 ln p; [0, T] when they were not asked for), all float32.
-    Log-prob is 0 for a row without target. On the CPU a row that holds NaN or +inf, or nothing above -inf, raises
-    RuntimeError; elsewhere its results are NaN, and those of a row whose target is outside the vocabulary, because a
-    check would wait for the device.
+    state [T, 4] and moments [2, T] (sum p^2 and sum p^2 ln p; [0, T] without second moments), all float32. Log-prob is
+    0 for a row without target. On the CPU a row with NaN, with +inf or with nothing above -inf raises RuntimeError. On
+    a GPU, where a check would wait for the device, such a row and a row whose target is outside the vocabulary give
+    NaN.
     """
     partials = gathered.double()
     local_maximum = partials[..., MAXIMUM]
@@ -78,7 +79,7 @@ def combine_statistics(
 
     def merge(excess_column: int, shifted_column: int, power: int) -> tuple[Tensor, Tensor]:
         shard_excess, weight = partials[..., excess_column], scale**power
-        # Every shard holds 1 + excess; the leader's 1 is the maximum's own and stays out of the sum.
+        # Every shard sums to 1 + excess. The leader's 1 is the maximum's own and stays out of the sum.
         without_own = torch.ones_like(scale).scatter(0, leader, 0.0)
         excess = ((without_own + shard_excess) * weight).sum(0)
         moved = torch.where(weight > 0, delta * (1 + shard_excess), torch.zeros_like(delta))
@@ -115,12 +116,12 @@ def logits_gradient(
     vocab_start: int,
     inverse_temperature: float,
 ) -> Tensor:
-    """The gradient of both statistics with respect to one vocabulary shard of the logits, recomputed from the logits.
+    """The gradient of both statistics with respect to a vocabulary shard of the logits, recomputed from the logits.
 
     ``state`` is from :func:`combine_statistics`, ``grad_logprob`` (g) and ``grad_entropy`` (h) are float32 [T]. Returns
     [T, V/tp] in the logits' type:
         beta * (g (1[j = target] - p_j) - h p_j (ln p_j + H)).
-    At the target 1 - p is -expm1(log-prob), which keeps relative accuracy where p is almost 1.
+    At the target 1 - p is computed as -expm1(log-prob), which keeps its relative accuracy where p is almost 1.
     """
     width = logits.shape[-1]
     maximum, log_sum, entropy, logprob = state.unbind(-1)
@@ -211,7 +212,7 @@ def bounded_objective(
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """Raise ValueError when a target is neither an id of the vocabulary nor -100."""
+    """Raise ValueError if a target is neither an id of the vocabulary nor -100."""
     bad = ((targets < 0) & (targets != NOT_A_TARGET)) | (targets >= vocab_size)
     if bad.any():
         row = int(bad.nonzero()[0])
@@ -222,7 +223,7 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
 
 
 def check_rows(broken: Tensor) -> None:
-    """Raise RuntimeError naming the rows of the logits that are no distribution."""
+    """Raise RuntimeError that names the rows of the logits that have no softmax, if there are any."""
     if broken.any():
         rows = broken.nonzero().flatten().tolist()
         raise RuntimeError(

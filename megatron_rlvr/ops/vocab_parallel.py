@@ -1,4 +1,4 @@
-"""How tensor-parallel ranks, each with one shard of the vocabulary, share the partials of their rows."""
+"""Vocabulary shards of tensor-parallel ranks, and the exchange of partial statistics between them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which shard of the vocabulary this process holds: shard ``rank`` of ``count``, each of ``width`` entries.
+    """The shard of the vocabulary that this process holds: shard ``rank`` of ``count``, each of ``width`` entries.
 
-    The last shard is shorter where ``count`` does not divide the ``vocabulary``.
+    The last shard is shorter if ``count`` does not divide the ``vocabulary``.
     """
 
     rank: int
@@ -30,10 +30,10 @@ class VocabShard:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, entries: int, vocabulary: int | None = None) -> VocabShard:
-        """The shard of ``entries`` of this process in a tensor-parallel ``group``; None: the vocabulary is whole here.
+        """This process's shard of ``entries`` in a tensor-parallel ``group``; None if the vocabulary is not sharded.
 
-        Raises ValueError when this process is not a member of the group, or its shard of the ``vocabulary`` has not as
-        many entries.
+        Raises ValueError if this process is not a member of the group, or if its shard of the ``vocabulary`` must have
+        another number of entries.
         """
         rank, count = 0, 1
         if group is not None:
@@ -49,8 +49,8 @@ class VocabShard:
         expected = min(width, vocabulary - rank * width)
         if entries != expected:
             raise ValueError(
-                f"vocabulary: shard {rank} of {count} of {vocabulary} entries has {expected}, found {entries}; cut off "
-                "what pads it"
+                f"vocabulary: shard {rank} of {count} of {vocabulary} entries has {expected}, found {entries}; remove "
+                "the padding"
             )
         return cls(rank, count, width, vocabulary)
 
@@ -58,13 +58,13 @@ class VocabShard:
 def gather_partials(
     partials: Tensor, shard: VocabShard, group: dist.ProcessGroup | None, inverse_temperature: float
 ) -> Tensor:
-    """All shards' partials: float32 [T, K] to [W, T, K].
+    """Gather the partial statistics of all shards: float32 [T, K] to [W, T, K].
 
-    One all-gather of K * T numbers; none when the vocabulary is whole. Every rank then combines all shards in the
-    same order, so the results are the same bits on every rank. On the CPU one more row says what each rank holds, and
-    unequal shards or temperatures raise ValueError on all ranks; on a device a check would wait for it. Where ranks
-    pass unequal numbers of tokens the collective itself fails: ``MEGATRON_RLVR_CHECK=1`` in the environment compares
-    them beforehand, on any device, with a collective of its own.
+    Communication: one all-gather of K * T numbers, and none if the vocabulary is not sharded. Every rank then combines
+    the shards in the same order, so every rank gets the same bits. On the CPU one more row carries each rank's shard
+    width and temperature, and ranks that differ raise ValueError, all of them; on a GPU such a check would wait for the
+    device. If ranks pass different numbers of tokens, the collective itself fails. ``MEGATRON_RLVR_CHECK=1`` in the
+    environment compares them beforehand, on any device, with a collective of its own.
     """
     if shard.count == 1:
         return partials.unsqueeze(0)
@@ -83,7 +83,7 @@ def gather_partials(
         partials = torch.cat([partials, last])
     gathered = partials.new_empty((shard.count * partials.shape[0], columns))
     if checked:
-        gathered.fill_(math.nan)  # what a rank with fewer tokens leaves unwritten must not look like its answer
+        gathered.fill_(math.nan)  # rows that a rank with fewer tokens leaves unwritten must not look valid
     dist.all_gather_into_tensor(gathered, partials, group=group)
     gathered = gathered.view(shard.count, -1, columns)
     if checked:
@@ -93,7 +93,7 @@ def gather_partials(
 
 
 def _refuse_unequal(everyone: Tensor) -> None:
-    """Raise ValueError unless all ranks hold the same; ``everyone`` [W, 3] is their T, V/tp and 1 / temperature."""
+    """Raise ValueError unless all ranks agree; ``everyone`` [W, 3] is their T, V/tp and 1 / temperature."""
     if not (everyone == everyone[0]).all():
         tokens, widths = (["?" if math.isnan(x) else int(x) for x in column.tolist()] for column in everyone.T[:2])
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The projection of hidden states onto one shard of the vocabulary, a chunk of tokens at a time, and its gradients."""
+"""The projection of hidden states onto a shard of the vocabulary, one chunk of tokens at a time, and its gradients."""
 
 from __future__ import annotations
 
@@ -9,25 +9,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .statistics import LOGIT_TYPES
+from .statistics import LOGIT_TYPES, statistics_of_shard
 from .vocab_parallel import VocabShard, all_reduce_sum
 
-# By type of device. Long enough that a matrix product per chunk runs at full speed, and that the weight's gradient,
-# which every chunk reads and writes, does not dominate; short against the logits of a whole microbatch.
+# Per type of device. Large enough for a chunk's matrix products to run at full speed, and for the weight's gradient,
+# which every chunk reads and writes, not to dominate. Small compared with the logits of a whole microbatch.
 DEFAULT_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-# Chunks are a multiple of so many tokens, the first that fits: a GPU multiplies in tiles of up to 256 rows, and 187
-# tokens took 8 % longer than 192 on the CPU.
+# The number of tokens of a chunk is a multiple of the first of these that fits: a GPU multiplies in tiles of up to 256
+# rows, and on the CPU 187 tokens took 8 % longer than 192.
 CHUNK_MULTIPLES = (128, 32)
-# Vocabulary rows of one float32 product on the CPU: a wide and short product streams the weight from memory more often
-# than it needs to (a fifth slower at 65536 rows and 192 tokens).
+# Vocabulary rows of one float32 product on the CPU. A wide and short product reads the weight from memory more often
+# than necessary (20 % slower at 65536 rows and 192 tokens).
 CPU_TILE = 2048
 
 
 @dataclass(frozen=True)
-class TokenChunks:
-    """Logits of a chunk of tokens at a time, in one buffer of at most ``chunk_bytes`` (but at least one token).
+class VocabSoftmax:
+    """The softmax that all chunks share: the shard of the vocabulary, the temperature and the parallel layout."""
 
-    ``chunk_bytes`` None is the default of the device; ``hidden`` [T, h] and ``weight`` [V/tp, h] of one type.
+    shard: VocabShard
+    group: dist.ProcessGroup | None
+    inverse_temperature: float
+    sequence_parallel: bool
+    chunk_bytes: int | None
+
+    def statistics(
+        self, logits: Tensor, targets: Tensor, second_moments: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-prob, entropy, row state and moments of a chunk, with one all-gather."""
+        return statistics_of_shard(logits, targets, self.inverse_temperature, self.shard, self.group, second_moments)
+
+    def write_gradient(self, logits: Tensor, targets: Tensor, state: Tensor, g: Tensor, h: Tensor) -> None:
+        """Overwrite a chunk's logits with their gradient."""
+        start = self.shard.start
+        torch.ops.megatron_rlvr.logits_gradient_(logits, targets, state, g, h, start, self.inverse_temperature)
+
+
+@dataclass(frozen=True)
+class TokenChunks:
+    """Iterates over the logits of one chunk of tokens at a time, in one buffer of at most ``chunk_bytes``.
+
+    A chunk has at least one token. ``chunk_bytes`` None means the default of the device. ``hidden`` [T, h] and
+    ``weight`` [V/tp, h] have one type.
     """
 
     hidden: Tensor
@@ -47,7 +70,7 @@ class TokenChunks:
 
     @staticmethod
     def _rows(tokens: int, most: int) -> int:
-        """Tokens of a chunk, at most ``most``: no more chunks than needed, of about equal length."""
+        """Tokens per chunk, at most ``most``: as few chunks as possible, of about equal length."""
         if tokens == 0:
             return 1
         equal = -(-tokens // -(-tokens // most))
@@ -64,7 +87,7 @@ class TokenChunks:
 
 
 class WeightGradient:
-    """Where the float32 gradient of the vocabulary weight is summed: Megatron's ``main_grad``, or a buffer of ours."""
+    """The sum of the vocabulary weight's gradient in float32: in Megatron's ``main_grad``, or in a new buffer."""
 
     def __init__(self, weight: Tensor, into_main_grad: bool):
         self.weight = weight
@@ -77,28 +100,43 @@ class WeightGradient:
         if grad_logits.dtype == total.dtype:
             total.addmm_(grad_logits.t(), hidden)
         elif grad_logits.device.type == "cuda":
-            # tensor cores multiply in half precision and sum in float32, onto what is there
+            # tensor cores multiply in half precision and add to `total` in float32
             torch.addmm(total, grad_logits.t(), hidden, out_dtype=torch.float32, out=total)
         else:
             total.addmm_(grad_logits.t().to(total.dtype), hidden.to(total.dtype))
 
     def for_autograd(self) -> Tensor | None:
-        """What a backward pass returns for the weight."""
+        """The gradient that a backward pass returns for the weight; None if it is in ``main_grad`` already."""
         if self.main_grad is None:
             return self.total.to(self.weight.dtype)
         if hasattr(self.weight, "grad_added_to_main_grad"):
-            # Megatron's data-parallel hook wants a gradient to arrive, and does not read it when this is set.
+            # Megatron's data-parallel hook must see a gradient arrive, and does not read it if this is set.
             self.weight.grad_added_to_main_grad = True
-            # A weight that is the embedding too gets a second gradient, added to this one, and Megatron reads the sum.
+            # A weight that is also the embedding gets a second gradient, added to this one, and Megatron reads the sum.
             shared = getattr(self.weight, "zero_out_wgrad", False)
             return torch.zeros_like(self.weight) if shared else torch.empty_like(self.weight)
         return None
 
 
+class ProjectionGradients:
+    """Gradients of hidden states and weight, accumulated chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, wanted: tuple[bool, bool], into_main_grad: bool):
+        self.weight = weight
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.of_weight = WeightGradient(weight, into_main_grad) if wanted[1] else None
+
+    def add(self, chunk: slice, grad_logits: Tensor, hidden: Tensor) -> None:
+        if self.hidden is not None:
+            torch.mm(grad_logits, self.weight, out=self.hidden[chunk])
+        if self.of_weight is not None:
+            self.of_weight.add(grad_logits, hidden[chunk])
+
+
 def gather_hidden(
     hidden: Tensor, shard: VocabShard, group: dist.ProcessGroup | None, sequence_parallel: bool
 ) -> Tensor:
-    """All tokens' hidden states: under sequence parallelism one all-gather along the tokens, else ``hidden`` itself."""
+    """Hidden states of all tokens: one all-gather along the tokens under sequence parallelism, else ``hidden``."""
     if not sequence_parallel or shard.count == 1:
         return hidden.contiguous()
     full = hidden.new_empty((hidden.shape[0] * shard.count, hidden.shape[1]))

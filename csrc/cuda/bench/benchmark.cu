@@ -1,12 +1,13 @@
-// Checks and times the kernels on a GPU, without torch; shapes are ROWS VOCABULARY pairs, or those below.
+// Checks and times the kernels on a GPU, without torch. Arguments are shapes as ROWS VOCABULARY pairs; see main for the
+// default ones.
 //
 //   nvcc -O3 -std=c++17 -arch=native -I csrc csrc/cuda/*.cu csrc/cuda/bench/benchmark.cu -o benchmark && ./benchmark
 //   compute-sanitizer --tool memcheck ./benchmark 67 5003
 //
-// For each shape: the worst error against double precision of a few rows, launched directly and from a captured CUDA
-// graph; then the median time of 20 launches, the bandwidth that follows from the floor of bytes, and its ratio to that
-// of a device-to-device copy in the same run. Exit status 1 when a result is wrong, 2 when there is no
-// GPU or the arguments are not shapes.
+// For each shape it prints the worst error of a few rows against double precision, launched directly and from a
+// captured CUDA graph; then the median time of 20 launches, the bandwidth if each logit moves only as often as it
+// must, and its ratio to the bandwidth of a device-to-device copy in the same run. The exit status is 1 if a result
+// is wrong, and 2 if there is no GPU or the arguments are not shapes.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -49,7 +50,7 @@ void to_device(Value* address, const std::vector<Value>& values) {
   check(cudaMemcpy(address, values.data(), bytes, cudaMemcpyHostToDevice), "copy to the device");
 }
 
-__device__ float hashed_normal(uint64_t index) {  // a sum of uniform numbers is normal enough
+__device__ float hashed_normal(uint64_t index) {  // a sum of uniform numbers is close enough to normal
   float sum = 0;
   for (int i = 0; i < 4; ++i) {
     index = (index ^ (index >> 31)) * 0x9e3779b97f4a7c15u + 12345;
@@ -88,7 +89,7 @@ double median_microseconds(cudaStream_t stream, const std::function<void()>& wor
   return 1000.0 * times[times.size() / 2];
 }
 
-// Everything that a step over [rows, vocabulary] logits needs on the device.
+// The device memory and the launches of a step over [rows, vocabulary] logits.
 template <class Logit>
 struct Step {
   int64_t rows, vocabulary;
@@ -144,7 +145,7 @@ struct Step {
   }
 };
 
-// Whether log-prob, entropy and gradient of a few rows are those of double precision.
+// Whether log-prob, entropy and gradient of a few rows agree with double precision.
 template <class Logit>
 bool is_right(const Step<Logit>& step, const char* how) {
   check(cudaStreamSynchronize(step.stream), how);
