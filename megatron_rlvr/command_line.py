@@ -9,9 +9,10 @@ from contextlib import ExitStack
 
 import torch
 
-from megatron_rlvr.config import Config, load_config
+from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, open_run_directory, print_error
+from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.parallel import Layout, parallel_groups
 from megatron_rlvr.rollout.engines.base import EngineLostError
 
@@ -39,6 +40,7 @@ def run_command(
         torch.set_num_threads(config.threads or torch.get_num_threads())
         with ExitStack() as resources:
             resources.enter_context(open_run_directory(config))
+            config = resolve(config, on_gpu=device.on_gpu())
             layout = resources.enter_context(parallel_groups(config.parallel, config.seed))
             return train(config, layout, resources)
     except (UserError, EngineLostError) as error:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from megatron_rlvr.config import Config
+from megatron_rlvr.config import Config, resolve
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
@@ -51,7 +51,7 @@ QWEN25_HALF_B = {
 GIB = 2**30
 
 
-def case_config(folder: Path, arguments: argparse.Namespace) -> Config:
+def case_config(folder: Path, arguments: argparse.Namespace, on_gpu: bool) -> Config:
     config = Config(
         model=ModelConfig(path=str(folder), layer_spec="local"),
         rollout=RolloutConfig(
@@ -64,7 +64,7 @@ def case_config(folder: Path, arguments: argparse.Namespace) -> Config:
     )
     config.data.max_prompt_tokens = arguments.prompt
     config.algorithm.fused_linear, config.algorithm.minibatches, config.algorithm.epochs = arguments.fused, 1, 1
-    return config
+    return resolve(config, on_gpu=on_gpu)
 
 
 def planned(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
@@ -72,7 +72,7 @@ def planned(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
     from megatron_rlvr.megatron.stage_shapes import model_stages
     from megatron_rlvr.planning.memory import phase_memory, static_memory
 
-    config = case_config(folder, arguments)
+    config = case_config(folder, arguments, on_gpu=True)
     shape, dtype, (stage,) = model_stages(config.model, config.parallel, 1)
     held = static_memory(stage, config.parallel, dtype, 1).total
     return {"held": held, "peak": held + phase_memory(shape, stage, config, dtype.itemsize, 1).update}
@@ -113,7 +113,7 @@ def measure(folder: Path, arguments: argparse.Namespace, vocabulary: int) -> Non
 
         gc.collect()
         before = torch.cuda.memory_allocated() if device.on_gpu() else 0
-        policy = Policy(case_config(folder, arguments), here)
+        policy = Policy(case_config(folder, arguments, device.on_gpu()), here)
         scoring = [seconds(lambda: policy.score(batch, advantage)) for _ in range(2)][1]
         scores = policy.score(batch, advantage)
 

@@ -17,10 +17,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_rlvr.components import build_components
-from megatron_rlvr.config import Config, load_config
+from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR, print_error
-from megatron_rlvr.megatron import parallel
+from megatron_rlvr.megatron import device, parallel
 
 warnings.simplefilter("ignore")
 
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = options.run_directory
     try:
         config = load_config(run / "config.yaml", [*options.overrides, f"run_directory={run}"])
+        config = resolve(config, on_gpu=device.on_gpu())
         with ExitStack() as resources:
             layout = resources.enter_context(parallel.parallel_groups(config.parallel, config.seed))
             result = evaluate(config, run, options.initial, layout, resources)

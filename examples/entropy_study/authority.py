@@ -30,7 +30,7 @@ from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement, read
 from torch import Tensor
 
 from megatron_rlvr.components import Components, build_components
-from megatron_rlvr.config import Config, load_config
+from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.objectives import build_objective, group_advantages
@@ -112,7 +112,7 @@ def main() -> None:
     names = [field.name for field in fields(Measurement)]
     for run in options.runs:
         done = {(m.seed, m.step, m.rewards, m.rate, m.bound) for m in read(options.output)}
-        config = load_config(run / "config.yaml", [f"run_directory={run}"])
+        config = resolve(load_config(run / "config.yaml", [f"run_directory={run}"]), on_gpu=torch.cuda.is_available())
         options.output.parent.mkdir(parents=True, exist_ok=True)
         fresh = not options.output.is_file()
         with options.output.open("a", newline="") as file, ExitStack() as resources:

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.bound_to_parent import exit_with_parent
 from megatron_rlvr.cluster.torchrun import node_name
-from megatron_rlvr.config import Config, load_config
+from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device
@@ -39,10 +39,7 @@ def node_pool(config: Config, logs: Path) -> ServerPool:
             config.rollout.sglang.health_timeout_seconds, config.rollout.sglang.update_timeout_seconds
         ),
     )
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.on_gpu() else "float32"
-    pool = ServerPool(sglang, Path(config.model.path).resolve(), dtype, logs)
+    pool = ServerPool(sglang, Path(config.model.path).resolve(), config.model.dtype, logs)
     each, visible = ServerLayout.from_arguments(sglang.server).gpus, visible_gpus(sglang)
     if device.on_gpu() and len(visible) < each * len(pool.servers):
         raise UserError(
@@ -75,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     exit_with_parent()
     try:
-        pool = node_pool(load_config(options.config, options.overrides), options.folder / node)
+        config = resolve(load_config(options.config, options.overrides), on_gpu=device.on_gpu())
+        pool = node_pool(config, options.folder / node)
         with pool:
             write_text(options.folder / f"{node}.urls", ",".join(pool.urls) + "\n")
             while not stop.wait(_WATCH_PERIOD_S):

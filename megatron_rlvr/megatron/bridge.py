@@ -25,7 +25,7 @@ from megatron_rlvr.megatron.huggingface_config import is_tied, read_config
 from megatron_rlvr.megatron.layout_checks import check_layout
 from megatron_rlvr.megatron.mbridge_patches import grouped_expert_name, open_mbridge, with_mbridge_names
 from megatron_rlvr.megatron.model import PolicyModel
-from megatron_rlvr.megatron.transformer_settings import resolve_dtype, transformer_settings
+from megatron_rlvr.megatron.transformer_settings import transformer_settings
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PolicyBridge:
 
     Args:
         path: folder with config.json and safetensors.
-        model, parallel: sections of the configuration.
+        model, parallel: sections of a resolved configuration.
 
     Raises:
         UserError: if the folder is missing, the family is not supported, or the layout does not divide the model.
@@ -58,8 +58,9 @@ class PolicyBridge:
         self.path = Path(path)
         self.hf_config = read_config(self.path)
         check_layout(self.hf_config, parallel)
-        self.dtype = resolve_dtype(model.dtype)
-        self.spec_name = layer_spec.resolve(model.layer_spec)
+        self.dtype = getattr(torch, model.dtype)
+        self.spec_name = model.layer_spec
+        layer_spec.check_installed(self.spec_name)
         settings = transformer_settings(self.hf_config, model, parallel, self.spec_name)
         self._mbridge = open_mbridge(self.hf_config, self.dtype, self.spec_name, settings)
         # mbridge pads the vocabulary of the weights that it reads and cuts the padding off those that it writes.

@@ -33,14 +33,14 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def resolve(name: str) -> str:
-    """``auto`` becomes ``transformer_engine`` on a GPU that has it and ``local`` elsewhere.
+def check_installed(name: str) -> None:
+    """Refuse the layer spec ``transformer_engine`` where Transformer Engine is not installed.
 
     Raises:
-        UserError: when Transformer Engine is asked for and not installed.
+        UserError: that says how to install it.
     """
-    if name == "local" or (name == "auto" and not device.on_gpu()):
-        return "local"
+    if name != "transformer_engine":
+        return
     try:
         import transformer_engine  # noqa: F401
     except ImportError:
@@ -48,11 +48,10 @@ def resolve(name: str) -> str:
             f"model.layer_spec={name} needs Transformer Engine, which is not installed: "
             "pip install 'megatron-rlvr[gpu]', or set model.layer_spec=local"
         ) from None
-    return "transformer_engine"
 
 
 def layer_spec(config: TransformerConfig, name: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The block spec of this pipeline stage for a resolved `name`."""
+    """The block spec of this pipeline stage for the layer spec `name`."""
     if name == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     layer = get_gpt_layer_local_spec(

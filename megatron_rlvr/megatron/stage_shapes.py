@@ -97,9 +97,8 @@ def model_stages(
         UserError: if the layout does not divide the job or the model.
     """
     _check_world_size(parallel, world_size)
-    # `auto` as it would be on the GPUs of the job, not as on this machine.
-    dtype = "bfloat16" if model.dtype == "auto" else model.dtype
-    model = replace(model, dtype=dtype, layer_spec="local", fp8="none")
+    # Transformer Engine may be missing on the machine that plans; the local layers have parameters of the same shapes.
+    model = replace(model, layer_spec="local", fp8="none")
     totals = _Totals()
     stages = []
     for index in range(parallel.pipeline):

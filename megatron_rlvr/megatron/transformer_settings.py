@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.huggingface_config import is_mixture
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """The dtype of a name; ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
-    if name == "auto":
-        name = "bfloat16" if device.on_gpu() else "float32"
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def transformer_settings(
@@ -27,7 +18,7 @@ def transformer_settings(
     Args:
         hf_config: configuration of the Hugging Face model.
         model, parallel: sections of our configuration.
-        spec_name: the resolved layer spec, ``local`` or ``transformer_engine``.
+        spec_name: the layer spec, ``local`` or ``transformer_engine``.
 
     Raises:
         UserError: if the model or its layers cannot do what `model` asks for.

@@ -14,10 +14,6 @@ from megatron_rlvr.verifiers.user import load_user_verifier
 
 Verifier = Callable[[str, Any], float]
 
-DEFAULT_WORKERS = 4
-# Exact and fast for every completion: a worker process would cost more than it protects from.
-BOUNDED = (Countdown, ExactMatch)
-
 VERIFIERS: dict[str, Callable[..., Verifier]] = {"countdown": Countdown, "exact": ExactMatch, "math": MathAnswer}
 
 
@@ -62,7 +58,5 @@ def build_pool(config: VerifierConfig, start_workers: bool = True) -> VerifierPo
     Raises UserError for configurations that `build_verifier` or `VerifierPool` refuses.
     """
     verifier = build_verifier(config.name, **config.options)
-    workers = config.workers
-    if workers is None:
-        workers = 0 if isinstance(verifier, BOUNDED) else DEFAULT_WORKERS
-    return VerifierPool(verifier, workers if start_workers else 0, config.timeout_seconds, config.memory_mb)
+    assert config.workers is not None  # `megatron_rlvr.config.resolve` replaces it
+    return VerifierPool(verifier, config.workers if start_workers else 0, config.timeout_seconds, config.memory_mb)

@@ -9,7 +9,7 @@ from megatron_rlvr.config_schema import Bounds, NonNegativeInt, PositiveFloat
 
 DEFAULT_WORKERS = 4
 NEED_NO_WORKERS = ("countdown", "exact")
-"""Verifiers that are exact and quick whatever a completion says: workers would cost more than they protect from."""
+"""Verifiers that are exact and fast for every completion: a worker process would cost more than it protects from."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import torch
 
-from megatron_rlvr.config import Config
+from megatron_rlvr.config import Config, resolve
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
@@ -45,7 +45,7 @@ def policy(layout: parallel.Layout, small_model: Path):
     from megatron_rlvr.training.policy import Policy
 
     rollout = RolloutConfig(temperature=TEMPERATURE)
-    return Policy(Config(model=ModelConfig(path=str(small_model)), rollout=rollout), layout)
+    return Policy(resolve(Config(model=ModelConfig(path=str(small_model)), rollout=rollout), on_gpu=False), layout)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytes
     settings = {"bucket_mb": 1, "check_weights": True, **getattr(request, "param", {})}
     config.rollout = RolloutConfig(sglang=dataclasses.replace(sglang, urls=servers.urls, **settings))
     with ExitStack() as resources:
-        engine = SGLangEngine(config, policy, resources)
+        engine = SGLangEngine(resolve(config, on_gpu=False), policy, resources)
         engine.pool = engine.weight_sync.pool = servers
         yield engine
     servers.start_with(policy.bridge.path, 0)
@@ -249,6 +249,7 @@ def test_another_model_behind_the_url(layout, servers, sglang: SGLangConfig, tmp
     other = make_small_model(tmp_path / "other", hidden=48)
     config = Config(model=ModelConfig(path=str(other)), run_directory=str(tmp_path / "run"))
     config.rollout = RolloutConfig(sglang=dataclasses.replace(sglang, urls=servers.urls))
+    config = resolve(config, on_gpu=False)
     policy = Policy(config, layout)
     with ExitStack() as resources, pytest.raises(UserError, match="hidden_size=32 instead of 48"):
         SGLangEngine(config, policy, resources)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.cluster.serve import node_pool
-from megatron_rlvr.config import Config
+from megatron_rlvr.config import Config, resolve
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
 
@@ -20,7 +20,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     config = Config(run_directory=str(tmp_path))
     config.model.path = str(tmp_path)
     config.rollout.sglang.server = {"tensor-parallel-size": 4}
-    return config
+    return resolve(config, on_gpu=True)
 
 
 def test_each_server_has_gpus_of_its_own_and_can_be_reached(config: Config, tmp_path: Path) -> None:

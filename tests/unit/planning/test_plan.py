@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron_rlvr.config import Config, load_config
+from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.stage_shapes import model_stages
 from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, phase_memory, static_memory
@@ -46,7 +46,7 @@ def arguments(name: str, *more: str) -> list[str]:
 
 
 def example(name: str, folder: Path) -> Config:
-    config = load_config(CONFIGS / f"{name}.yaml")
+    config = resolve(load_config(CONFIGS / f"{name}.yaml"), on_gpu=True)
     (folder / "config.json").write_text((CONFIGS / "architectures" / f"{name}.json").read_text())
     config.model.path = str(folder)
     return config
@@ -82,6 +82,7 @@ def test_parameters_are_those_of_transformers(family: str, layout: dict[str, int
     make_family(tmp_path, family)
     (tmp_path / "model.safetensors").unlink()  # config.json alone is enough
     config = Config(model=ModelConfig(path=str(tmp_path)), parallel=ParallelConfig(**layout))  # type: ignore[arg-type]
+    config = resolve(config, on_gpu=True)
     shape, dtype, stages = model_stages(config.model, config.parallel, 4)
     assert dtype is torch.bfloat16
     with torch.device("meta"):

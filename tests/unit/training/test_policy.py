@@ -38,7 +38,7 @@ def policy(request: pytest.FixtureRequest, layout: parallel.Layout, small_model:
     from megatron_rlvr.training.policy import Policy
 
     config = Config(
-        model=ModelConfig(path=str(small_model)),
+        model=ModelConfig(path=str(small_model), dtype="float32", layer_spec="local"),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, clip_grad=1e9),
         algorithm=AlgorithmConfig(fused_linear=request.param),

@@ -2,6 +2,7 @@ import sys
 
 import pytest
 
+from megatron_rlvr.config import Config, resolve
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers import VerifierPool, build_pool, build_verifier, check_answers
 from megatron_rlvr.verifiers.config import VerifierConfig
@@ -89,6 +90,7 @@ def test_an_enormous_number_in_an_answer_is_bounded_by_the_pool():
     ],
 )
 def test_verifiers_that_may_hang_run_in_workers_by_default(config, workers):
+    config = resolve(Config(verifier=config), on_gpu=False).verifier
     with build_pool(config) as pool:
         assert len(pool._workers) == workers
     with build_pool(config, start_workers=False) as pool:

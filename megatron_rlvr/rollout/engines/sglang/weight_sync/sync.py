@@ -68,13 +68,10 @@ class WeightSync:
         self.config, self.policy, self.state, self.pool = config, policy, state, pool
         self.control = ServerControl(urls, config)
         self.folders = WeightFolders(root, policy.bridge, self._folder_complete)
-        way = config.weight_sync
-        if way == "auto":
-            way = "disk" if config.urls else "tensor"
         self.transport: Transport | None = None
-        if way == "distributed":
+        if config.weight_sync == "distributed":
             self.transport = BroadcastTransport(config.update_timeout_seconds)
-        elif way == "tensor":
+        elif config.weight_sync == "tensor":
             self.transport = SharedMemoryTransport()
 
     def close(self) -> None:
