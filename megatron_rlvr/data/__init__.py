@@ -1,4 +1,4 @@
-"""Prompt data sets and the order in which they are drawn."""
+"""Prompt data sets, the prompts that each step draws, and rollouts as tensors."""
 
 from megatron_rlvr.data.examples import Example, load_examples
 from megatron_rlvr.data.sampler import PromptSampler

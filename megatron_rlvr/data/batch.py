@@ -1,4 +1,4 @@
-"""Rollouts as tensors: a step's share of one data-parallel rank."""
+"""The rollouts that one data-parallel rank trains on in a step, as tensors."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from megatron_rlvr.data.completion import Completion
 
 @dataclass
 class RolloutBatch:
-    """What one data-parallel rank rolled out in one step: N sequences, T response tokens in all.
+    """The rollouts of one data-parallel rank in one step: N sequences with T response tokens in total.
 
-    Groups are consecutive: sequences ``g * G .. g * G + G - 1`` answer the rank's prompt g. Flat arrays hold response
-    tokens in sequence order; those of sequence i begin at ``offsets[i]``.
+    Groups are consecutive: sequences ``g * G .. g * G + G - 1`` answer the rank's prompt g. Flat arrays hold
+    response tokens in the order of the sequences; those of sequence i begin at ``offsets[i]``.
 
     Attributes:
-        tokens: int64 [N, S], prompt then response, padded on the right.
+        tokens: int64 [N, S], prompt and response, padded on the right.
         prompt_lengths, response_lengths: int64 [N].
-        rollout_logprob: float32 [T], as the engine sampled them.
+        rollout_logprob: float32 [T], as the engine sampled the tokens.
         rewards: float32 [N].
-        truncated: bool [N], stopped by the token limit.
+        truncated: bool [N], whether the sequence ended at the maximum length.
         group_size: G.
-        penalty: float32 [N], added to the rewards before advantages are formed (overlong shaping).
-        slots: int64 [N / G], which of the step's P prompts the rank's are; None where prompts were not stratified.
-        strata: float64 [N / G], the number by which each of these prompts was stratified; None likewise.
+        penalty: float32 [N], added to the rewards before advantages are computed (overlong shaping).
+        slots: int64 [N / G], the places of the rank's prompts in the step; None unless prompts are stratified.
+        strata: float64 [N / G], the number by which each of these prompts is stratified; None likewise.
     """
 
     tokens: Tensor
@@ -50,19 +50,26 @@ class RolloutBatch:
         rewards: Sequence[float],
         padding: int,
     ) -> RolloutBatch:
-        """Build from G completions for each of the prompts, prompt by prompt; `padding` is the pad token id."""
+        """Build a batch from G completions per prompt.
+
+        Args:
+            prompts: token ids.
+            completions: prompt by prompt, the same number for each.
+            rewards: one per completion.
+            padding: token id that fills `tokens`.
+        """
         group_size = len(completions) // len(prompts)
-        lengths = np.array([len(c.token_ids) for c in completions])
-        heads = [prompts[i // group_size] for i in range(len(completions))]
-        prompt_lengths = np.array([len(h) for h in heads])
-        tokens = np.full((len(completions), int((prompt_lengths + lengths).max())), padding, dtype=np.int64)
-        for row, head, completion in zip(tokens, heads, completions, strict=True):
-            row[: len(head)] = head
-            row[len(head) : len(head) + len(completion.token_ids)] = completion.token_ids
+        response_lengths = np.array([len(c.token_ids) for c in completions])
+        repeated_prompts = [prompts[i // group_size] for i in range(len(completions))]
+        prompt_lengths = np.array([len(prompt) for prompt in repeated_prompts])
+        tokens = np.full((len(completions), int((prompt_lengths + response_lengths).max())), padding, dtype=np.int64)
+        for row, prompt, completion in zip(tokens, repeated_prompts, completions, strict=True):
+            row[: len(prompt)] = prompt
+            row[len(prompt) : len(prompt) + len(completion.token_ids)] = completion.token_ids
         return cls(
             tokens=torch.from_numpy(tokens),
             prompt_lengths=torch.from_numpy(prompt_lengths),
-            response_lengths=torch.from_numpy(lengths),
+            response_lengths=torch.from_numpy(response_lengths),
             rollout_logprob=torch.from_numpy(np.concatenate([np.asarray(c.logprobs, np.float32) for c in completions])),
             rewards=torch.tensor(rewards, dtype=torch.float32),
             truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
@@ -72,30 +79,36 @@ class RolloutBatch:
 
     @property
     def shaped_rewards(self) -> Tensor:
-        """float32 [N / G, G]: the rewards from which advantages are formed, group by group."""
+        """float32 [N / G, G], the rewards from which advantages are computed, group by group."""
         return (self.rewards + self.penalty).view(-1, self.group_size)
 
     @property
     def offsets(self) -> Tensor:
-        """int64 [N], where each sequence's response tokens begin in the flat arrays."""
+        """int64 [N], where the response tokens of each sequence begin in the flat arrays."""
         return self.response_lengths.cumsum(0) - self.response_lengths
 
     @property
     def token_count(self) -> int:
-        """T, response tokens of this rank."""
+        """T, the response tokens of this rank."""
         return int(self.response_lengths.sum())
 
     def sequence_of_token(self) -> Tensor:
-        """int64 [T], the sequence each flat response token is of."""
+        """int64 [T], the index of the sequence of each flat response token."""
         return torch.repeat_interleave(torch.arange(len(self.response_lengths)), self.response_lengths)
 
     def minibatches(self, count: int, only: Tensor | None = None) -> list[Tensor]:
-        """Split the sequences into `count` minibatches of whole groups, in order: int64, N / count each.
+        """Split the sequences into minibatches of whole groups, in order.
 
-        `only`, bool [N], leaves the other sequences out, but one: no forward pass goes without.
+        Args:
+            count: number of minibatches.
+            only: bool [N], leave out the other sequences. Each minibatch keeps at least one sequence, because every
+                rank must take part in every forward pass.
+
+        Returns:
+            int64 indices of each minibatch, N / count without `only`.
         """
         minibatches = torch.arange(len(self.tokens)).chunk(count)
         if only is None:
             return list(minibatches)
-        kept = [sequences[only[sequences]] for sequences in minibatches]
-        return [some if len(some) else whole[:1] for some, whole in zip(kept, minibatches, strict=True)]
+        selected = [sequences[only[sequences]] for sequences in minibatches]
+        return [kept if len(kept) else whole[:1] for kept, whole in zip(selected, minibatches, strict=True)]

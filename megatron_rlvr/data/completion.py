@@ -1,4 +1,4 @@
-"""One sampled response: what a rollout engine returns and training reads."""
+"""One sampled response, as a rollout engine returns it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ class Completion:
     """One sampled response.
 
     Attributes:
-        token_ids: response tokens, the stop token included.
-        logprobs: their log-probabilities (natural logarithm) under the sampling temperature.
-        finish_reason: ``stop`` or ``length``.
-        weight_version: optimizer state that generated its last token: the step whose weights the engine held.
-        version_spans: (version, tokens) from the first token to the last, where weights changed on the way; else empty.
+        token_ids: of the response, stop token included.
+        logprobs: natural logarithms of their probabilities under the sampling temperature.
+        finish_reason: ``stop`` after a stop token, ``length`` at the maximum length.
+        weight_version: version of the weights that generated the last token: the number of training steps before them.
+        version_spans: (version, tokens) from the first token to the last, if the weights changed during generation;
+            otherwise empty.
     """
 
     token_ids: list[int]
@@ -26,5 +27,5 @@ class Completion:
 
     @property
     def oldest_version(self) -> int:
-        """The version that generated its first token."""
+        """Version of the weights that generated the first token."""
         return self.version_spans[0][0] if self.version_spans else self.weight_version

@@ -9,22 +9,24 @@ from typing import Any
 
 from megatron_rlvr.errors import UserError
 
-# The key of the reference answer, looked for in this order when the configuration does not name one:
-# the plain format, slime's JSONL, verl's parquet (a dot goes into a nested object).
+# Keys of the reference answer, tried in this order if the configuration names none: those of the plain format, of
+# slime's JSONL and of verl's parquet. A dot reaches into a nested object.
 ANSWER_KEYS = ("answer", "label", "reward_model.ground_truth")
 SOURCE_KEY = "data_source"
 
-_EXPECTED_LINE = 'expected one JSON object a line, such as {"prompt": "3 5 7 : 22 >", "answer": 22}'
+_EXPECTED_LINE = 'expected one JSON object per line, such as {"prompt": "3 5 7 : 22 >", "answer": 22}'
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and what is needed to verify a completion of it.
+    """One prompt, and what is needed to verify a completion of it.
 
-    index: position in the data set, counted from 0. prompt: plain text, or chat messages
-    [{"role": ..., "content": ...}] for the tokenizer's chat template. answer: whatever the verifier reads, as it
-    stands in the file. source: the row's "data_source", or the file's name without its ending. stratum: the number by
-    which prompts are stratified, where one was asked for.
+    Attributes:
+        index: position in the data set, counted from 0.
+        prompt: plain text, or chat messages [{"role": ..., "content": ...}] for the tokenizer's chat template.
+        answer: whatever the verifier reads, as it stands in the file.
+        source: the row's "data_source", or the name of the file without its suffix.
+        stratum: number by which prompts are stratified; None if no key was given.
     """
 
     index: int
@@ -45,10 +47,16 @@ def load_examples(
 ) -> list[Example]:
     """Read the examples of a ``.jsonl`` or ``.parquet`` file, in file order.
 
-    Keys may be dotted ("reward_model.ground_truth"). Without ``answer_key`` the first row decides which of
-    ``ANSWER_KEYS`` the file uses. Blank lines of a JSONL file are skipped; ``limit`` stops after that many examples.
-    Raises UserError, naming the file and the line or row, for a missing file, an ending that is not known, a line that
-    is no JSON object, a missing key, a prompt that is neither text nor messages, and a file without examples.
+    Args:
+        path: of the file. Blank lines of a JSONL file are skipped.
+        prompt_key, answer_key, source_key, stratify_key: names of fields; dots reach into objects
+            ("reward_model.ground_truth"). Without `answer_key`, the first row decides which of `ANSWER_KEYS` the file
+            uses.
+        limit: stop after this many examples.
+
+    Raises:
+        UserError: naming the file and the line or row, for a missing file, an unknown suffix, a line that is not a JSON
+            object, a missing key, a prompt that is neither text nor messages, and a file without examples.
     """
     path = Path(path)
     if limit is not None and limit < 1:
@@ -83,14 +91,14 @@ def load_examples(
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, row) of a JSONL or parquet file; ``where`` names file and line or row for error messages."""
     if path.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"{path}: the ending {path.suffix!r} is not known; write a .jsonl or .parquet file")
+        raise UserError(f"{path}: the file type {path.suffix!r} is not supported; write a .jsonl or .parquet file")
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a .jsonl or .parquet file")
     yield from _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Bytes, decoded line by line: a stray byte is then reported with its line, too.
+    # Lines are decoded one by one, so that an error names the line of the invalid byte.
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             where = f"{path} line {number}"
@@ -116,7 +124,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with parquet.ParquetFile(path) as file:
             number = 0
-            # Row groups of a data set may hold millions of rows: go through them in small batches.
+            # Small batches, because a row group may hold millions of rows.
             for batch in file.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     yield f"{path} row {number}", row
@@ -133,7 +141,7 @@ def _find_answer_key(row: dict[str, Any], where: str) -> str:
 
 
 def _lookup(row: dict[str, Any], key: str) -> Any:
-    """The value at a dotted key, or None; a key that itself contains dots is tried as it stands first."""
+    """The value at a dotted key, or None. A key of the row that contains the dots itself takes precedence."""
     if key in row:
         return row[key]
     value: Any = row

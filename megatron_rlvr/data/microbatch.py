@@ -1,4 +1,4 @@
-"""Microbatches: what one forward pass sees of a rollout, padded or packed, and cut for a context-parallel rank."""
+"""Microbatches: the sequences of one forward pass, padded or packed, and split over context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_rlvr.data.batch import RolloutBatch
 
 @dataclass(frozen=True)
 class MicrobatchConfig:
-    """How a minibatch is cut into microbatches.
+    """How a minibatch is split into microbatches.
 
     Attributes:
-        sequences: most sequences of a microbatch, padded on the right to one width; 0 takes all.
-        tokens: most tokens of a microbatch, its sequences packed one behind the other; 0 pads instead.
-        width_multiple: the width is a multiple of this: sequence parallelism splits it over tensor-parallel ranks.
+        sequences: maximum number of sequences per microbatch, padded on the right to one width; 0 takes all of them.
+        tokens: maximum number of tokens per microbatch, whose sequences are packed into one row; 0 pads instead.
+        width_multiple: the width is a multiple of this. Sequence parallelism, for example, splits it over ranks.
         context_size, context_rank: of the context-parallel group, which splits every sequence.
-        mark_padding: say which tokens are padding, to a router that balances its experts.
+        mark_padding: also return which tokens are padding, for a router that balances its experts.
     """
 
     sequences: int = 0
@@ -33,35 +33,38 @@ class MicrobatchConfig:
     mark_padding: bool = False
 
     @property
-    def unit(self) -> int:
-        """The length of a sequence is a multiple of this."""
+    def length_multiple(self) -> int:
+        """The length of every sequence is padded to a multiple of this, so that `zigzag` can split it."""
         return 2 * self.context_size if self.context_size > 1 else 1
 
 
 @dataclass
 class Microbatch:
-    """Sequences of one forward pass: b of one width, or, packed, one row of all of them.
+    """The sequences of one forward pass: b of them padded to one width, or all of them packed into one row (b = 1).
+
+    A *predictor* is a position whose output predicts a response token. Only predictors reach the vocabulary projection.
 
     Attributes:
-        tokens: int64 [b, s] of this context-parallel rank; s is the whole width without context parallelism.
-        rows: int64 [R], ``position * b + sequence`` in `tokens` of those that predict a response token.
-        targets: int64 [T], the response tokens, whichever rank predicts them, sequence by sequence.
-        flat: int64 [T], where each of them stands in the rank's flat token arrays (`RolloutBatch.rollout_logprob` ...).
-        sequence_index: int64 [T], the index in `sequences` of the sequence of each token.
-        sequences: int64 [n], which of the rank's sequences these are.
-        here: int64 [R], the targets that this context-parallel rank predicts; None means all.
-        positions: int64 [s], where the tokens stand in their sequences; None means 0 .. s-1.
+        tokens: int64 [b, s], of this context-parallel rank; without context parallelism, s is the whole width.
+        rows: int64 [R], the predictors of this rank, as ``position * b + sequence`` in `tokens`.
+        targets: int64 [T], the response tokens of all context-parallel ranks, sequence by sequence.
+        token_index: int64 [T], the index of each target in the rank's flat token arrays, such as
+            `RolloutBatch.rollout_logprob`.
+        sequence_index: int64 [T], the index in `sequences` of the sequence of each target.
+        sequences: int64 [n], indices of the sequences in the rank's batch.
+        own_targets: int64 [R], which of the targets this context-parallel rank predicts; None means all.
+        positions: int64 [s], the positions of the tokens in their sequences; None means 0 .. s-1.
         boundaries: int32 [n + 1], where the packed sequences begin and end in the whole width; None if padded.
-        padding: bool [b, s], which tokens are none; None unless asked for.
+        padding: bool [b, s], which tokens are padding; None unless `MicrobatchConfig.mark_padding` is set.
     """
 
     tokens: Tensor
     rows: Tensor
     targets: Tensor
-    flat: Tensor
+    token_index: Tensor
     sequence_index: Tensor
     sequences: Tensor
-    here: Tensor | None = None
+    own_targets: Tensor | None = None
     positions: Tensor | None = None
     boundaries: Tensor | None = None
     padding: Tensor | None = None
@@ -70,31 +73,41 @@ class Microbatch:
 def zigzag(boundaries: Sequence[int], size: int, rank: int) -> Tensor:
     """The positions that a context-parallel rank holds, in its order: int64 [boundaries[-1] / size].
 
-    Every segment between two boundaries is cut into 2 x size chunks, of which rank r holds chunks r and 2 size - 1 - r:
-    all ranks have an equal share of the causal triangle. megatron-core's and Transformer Engine's order.
+    Every segment between two boundaries is split into 2 x size chunks. Rank r holds chunks r and 2 x size - 1 - r, so
+    all ranks have the same share of the causal triangle. This is the order of megatron-core and Transformer Engine.
     """
-    found = []
+    positions = []
     for start, end in pairwise(boundaries):
         chunk = (end - start) // (2 * size)
         for number in (rank, 2 * size - 1 - rank):
-            found.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
-    return torch.cat(found)
+            positions.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+    return torch.cat(positions)
 
 
 def partition(batch: RolloutBatch, sequences: Tensor, config: MicrobatchConfig, at_least: int = 1) -> list[Tensor]:
-    """Share `sequences` (int64 [n]) out to microbatches, int64 [m] each; empty ones fill up to `at_least`.
+    """Assign sequences to microbatches.
 
-    Sequences of like length share a padded microbatch, so that little of it is padding. Packed microbatches are
-    balanced: the longest sequence left goes to the emptiest one, as many as the budget takes.
+    Padded microbatches hold sequences of similar length, so that little of them is padding. Packed microbatches are
+    balanced: the longest remaining sequence goes to the emptiest microbatch, with as many microbatches as the limit on
+    tokens requires.
+
+    Args:
+        batch: this rank's rollouts.
+        sequences: int64 [n], indices in the batch.
+        config: limits of a microbatch.
+        at_least: return at least this many; the surplus is empty.
+
+    Returns:
+        int64 [m] for each microbatch.
     """
-    exact = (batch.prompt_lengths + batch.response_lengths)[sequences]
+    exact_lengths = (batch.prompt_lengths + batch.response_lengths)[sequences]
     if not config.tokens:
         count = max(at_least, -(-len(sequences) // (config.sequences or max(1, len(sequences)))))
         if count == 1:
             return [sequences]
-        ordered = sequences[exact.argsort(descending=True, stable=True)]
+        ordered = sequences[exact_lengths.argsort(descending=True, stable=True)]
         return list(ordered.tensor_split(count) if count == at_least else ordered.split(config.sequences))
-    lengths: list[int] = (-(-exact // config.unit) * config.unit).tolist()
+    lengths: list[int] = _round_up(exact_lengths, config.length_multiple).tolist()
     count = max(at_least, -(-sum(lengths) // config.tokens))
     while True:
         loads = [(0, number) for number in range(count)]
@@ -108,62 +121,86 @@ def partition(batch: RolloutBatch, sequences: Tensor, config: MicrobatchConfig, 
         count += 1
 
 
-def microbatch(batch: RolloutBatch, sequences: Tensor, config: MicrobatchConfig) -> Microbatch:
-    """The microbatch of `sequences` (int64 [n]; none gives one of padding, which predicts nothing)."""
+def build_microbatch(batch: RolloutBatch, sequences: Tensor, config: MicrobatchConfig) -> Microbatch:
+    """The microbatch of `sequences`, int64 [n]. Without sequences it consists of padding and predicts nothing."""
     prompt, response = batch.prompt_lengths[sequences], batch.response_lengths[sequences]
     lengths = prompt + response
     width = int(lengths.max()) if len(sequences) else 1
     tokens = batch.tokens[sequences, :width]
-    position = torch.arange(width)
+    column = torch.arange(width)
     first = prompt[:, None] - 1  # the last prompt token predicts the first response token
-    sequence, at = ((position >= first) & (position < first + response[:, None])).nonzero(as_tuple=True)
-    found = Microbatch(
-        tokens=tokens,
-        rows=at * len(sequences) + sequence,
-        targets=tokens[sequence, at + 1],
-        flat=batch.offsets[sequences][sequence] + at - first[sequence, 0],
+    sequence, position = ((column >= first) & (column < first + response[:, None])).nonzero(as_tuple=True)
+    microbatch = Microbatch(
+        tokens=tokens if len(sequences) else torch.zeros(1, width, dtype=torch.int64),
+        rows=position * len(sequences) + sequence,
+        targets=tokens[sequence, position + 1],
+        token_index=batch.offsets[sequences][sequence] + position - first[sequence, 0],
         sequence_index=sequence,
         sequences=sequences,
     )
-    whole = config.unit * config.width_multiple
-    real = position < lengths[:, None]
-    if not len(sequences):
-        found.tokens = torch.zeros(1, width, dtype=torch.int64)
+    is_token = column < lengths[:, None]
     if config.tokens:
-        padded = -(-lengths // config.unit) * config.unit if len(sequences) else torch.ones(1, dtype=torch.int64)
-        padded[-1] += -int(padded.sum()) % whole
-        ends = padded.cumsum(0)
-        starts = ends - padded
-        found.tokens = torch.zeros(1, int(ends[-1]), dtype=torch.int64)
-        row, column = real.nonzero(as_tuple=True)
-        found.tokens[0, starts[row] + column] = tokens[row, column]
-        found.rows = starts[sequence] + at
-        found.boundaries = torch.cat([starts[:1], ends]).int()
-    elif found.tokens.size(1) % whole:
-        found.tokens = torch.nn.functional.pad(found.tokens, (0, -found.tokens.size(1) % whole))
-    if config.mark_padding:
-        found.padding = torch.ones_like(found.tokens, dtype=torch.bool)
-        if config.tokens:
-            found.padding[0, starts[row] + column] = False
-        else:
-            found.padding[: len(real), :width] = ~real
+        _pack(microbatch, lengths, position, is_token, config)
+    else:
+        _pad(microbatch, is_token, config)
     if config.context_size > 1:
-        _keep_own_part(found, config)
-    return found
+        _keep_own_positions(microbatch, config)
+    return microbatch
 
 
-def _keep_own_part(part: Microbatch, config: MicrobatchConfig) -> None:
-    """Leave of the tokens and rows those of this context-parallel rank."""
-    count, width = part.tokens.shape
-    own = zigzag(
-        [0, width] if part.boundaries is None else part.boundaries.tolist(), config.context_size, config.context_rank
-    )
-    local = torch.full((width,), -1)
-    local[own] = torch.arange(len(own))
-    at, sequence = part.rows // count, part.rows % count
-    part.here = (local[at] >= 0).nonzero()[:, 0]
-    part.rows = (local[at] * count + sequence)[part.here]
-    part.tokens = part.tokens[:, own]
-    if part.padding is not None:
-        part.padding = part.padding[:, own]
-    part.positions = own if part.boundaries is None else None
+def _pad(microbatch: Microbatch, is_token: Tensor, config: MicrobatchConfig) -> None:
+    """Pad the rows on the right; `is_token`, bool [n, width], marks what is not padding before."""
+    rows, width = is_token.shape
+    missing = -microbatch.tokens.size(1) % (config.length_multiple * config.width_multiple)
+    if missing:
+        microbatch.tokens = torch.nn.functional.pad(microbatch.tokens, (0, missing))
+    if config.mark_padding:
+        microbatch.padding = torch.ones_like(microbatch.tokens, dtype=torch.bool)
+        microbatch.padding[:rows, :width] = ~is_token
+
+
+def _pack(
+    microbatch: Microbatch, lengths: Tensor, position: Tensor, is_token: Tensor, config: MicrobatchConfig
+) -> None:
+    """Put the sequences into one row, one after the other; the last one takes the padding to the width's multiple.
+
+    Args:
+        microbatch: changed in place.
+        lengths: int64 [n], of the sequences.
+        position: int64 [T], of each target's predictor in its sequence.
+        is_token: bool [n, width].
+        config: multiples of lengths and width.
+    """
+    padded = _round_up(lengths, config.length_multiple) if len(lengths) else torch.ones(1, dtype=torch.int64)
+    padded[-1] += -int(padded.sum()) % (config.length_multiple * config.width_multiple)
+    ends = padded.cumsum(0)
+    starts = ends - padded
+    sequence, column = is_token.nonzero(as_tuple=True)
+    packed = torch.zeros(1, int(ends[-1]), dtype=torch.int64)
+    packed[0, starts[sequence] + column] = microbatch.tokens[sequence, column]
+    microbatch.tokens = packed
+    microbatch.rows = starts[microbatch.sequence_index] + position
+    microbatch.boundaries = torch.cat([starts[:1], ends]).int()
+    if config.mark_padding:
+        microbatch.padding = torch.ones_like(packed, dtype=torch.bool)
+        microbatch.padding[0, starts[sequence] + column] = False
+
+
+def _keep_own_positions(microbatch: Microbatch, config: MicrobatchConfig) -> None:
+    """Remove the tokens and predictors of other context-parallel ranks."""
+    b, width = microbatch.tokens.shape
+    boundaries = [0, width] if microbatch.boundaries is None else microbatch.boundaries.tolist()
+    own = zigzag(boundaries, config.context_size, config.context_rank)
+    own_column = torch.full((width,), -1)
+    own_column[own] = torch.arange(len(own))
+    position, sequence = microbatch.rows // b, microbatch.rows % b
+    microbatch.own_targets = (own_column[position] >= 0).nonzero()[:, 0]
+    microbatch.rows = (own_column[position] * b + sequence)[microbatch.own_targets]
+    microbatch.tokens = microbatch.tokens[:, own]
+    if microbatch.padding is not None:
+        microbatch.padding = microbatch.padding[:, own]
+    microbatch.positions = own if microbatch.boundaries is None else None
+
+
+def _round_up(lengths: Tensor, multiple: int) -> Tensor:
+    return -(-lengths // multiple) * multiple

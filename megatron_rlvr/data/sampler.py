@@ -8,19 +8,28 @@ from megatron_rlvr.errors import UserError
 
 
 class PromptSampler:
-    """Prompts in a new random order every epoch, as a pure function of (seed, step).
+    """Draws prompts in a new random order every epoch, as a pure function of (seed, step).
 
-    The epochs' permutations are laid end to end and step k reads places [k * prompts_per_step, (k + 1) *
-    prompts_per_step): every prompt is drawn once an epoch, no remainder is dropped, and a resumed run needs no saved
-    position to go on exactly. A step that crosses the end of an epoch may draw a prompt twice.
+    The permutations of the epochs are concatenated, and step k reads places [k * prompts_per_step, (k + 1) *
+    prompts_per_step). Every prompt is drawn once per epoch, no remainder is dropped, and a resumed run needs no saved
+    position. A step that crosses the end of an epoch may draw a prompt twice.
 
-    With ``strata``, a number for each example, steps are stratified: the examples in the order of their numbers are cut
-    into prompts_per_step runs of equal length, and a step draws one of each. Every step then has nearly the same mix of
-    prompts, and what differs between prompts of different strata does not blur its means.
+    With ``strata``, one number per example, the prompts of a step are stratified. The examples, sorted by their number,
+    are divided into prompts_per_step strata of equal size, and a step draws one example of each. All steps then have
+    nearly the same mix of prompts, so differences between strata do not add noise to the means of a step.
     """
 
     def __init__(self, count: int, prompts_per_step: int, seed: int, strata: Sequence[float] | None = None) -> None:
-        """count: number of examples, and of ``strata``. Raises UserError if a step needs more prompts than that."""
+        """
+        Args:
+            count: number of examples, and of ``strata``.
+            prompts_per_step: prompts that a step draws, over all data-parallel ranks.
+            seed: of the run.
+            strata: numbers by which the examples are stratified.
+
+        Raises:
+            UserError: when a step needs more prompts than there are, or a number is out of range.
+        """
         if count < 1:
             raise UserError(f"the data set has {count} examples; at least 1 is needed")
         if not 1 <= prompts_per_step <= count:
@@ -37,7 +46,7 @@ class PromptSampler:
         self._sorted = None if strata is None else np.argsort(np.asarray(strata, dtype=np.float64), kind="stable")
 
     def indices(self, step: int) -> list[int]:
-        """The example indices of a step (counted from 0), ``prompts_per_step`` of them."""
+        """The example indices that a step draws, ``prompts_per_step`` of them; steps count from 0."""
         if step < 0:
             raise ValueError(f"step must not be negative, found {step}")
         drawn: list[int] = []
@@ -46,7 +55,8 @@ class PromptSampler:
             epoch, offset = divmod(position + len(drawn), self.count)
             drawn += self._permutation(epoch)[offset : offset + self.prompts_per_step - len(drawn)]
         if self._sorted is not None:
-            # The strata come in the same order in all steps of an epoch; minibatches, cut from a step, must not.
+            # Within an epoch the strata come in the same order in every step. Minibatches are cut from a step in order,
+            # so without this shuffle the same strata would always share a minibatch.
             drawn = np.random.default_rng([self.seed, step, self.count]).permutation(drawn).tolist()
         return drawn
 
@@ -54,12 +64,8 @@ class PromptSampler:
     def stratified(self) -> bool:
         return self._sorted is not None
 
-    def epoch(self, step: int) -> int:
-        """The epoch in which a step's first prompt lies, counted from 0."""
-        return step * self.prompts_per_step // self.count
-
     def _permutation(self, epoch: int) -> list[int]:
-        # Only the latest is kept: a pure function of (seed, epoch), so this changes time and nothing else.
+        """The order of an epoch. Only the latest one is cached, which saves time and changes nothing else."""
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
             if self._sorted is None:
@@ -70,7 +76,10 @@ class PromptSampler:
         return self._order
 
     def _places(self, rng: np.random.Generator) -> np.ndarray:
-        """Where in the epoch each example of the sorted order stands, in [0, 1): one of a stratum's n in every nth."""
+        """The place in the epoch, in [0, 1), of each example in sorted order.
+
+        The n examples of a stratum are spread evenly: one in every n-th of the epoch.
+        """
         places = np.empty(self.count)
         for stratum in np.array_split(np.arange(self.count), self.prompts_per_step):
             size = len(stratum)

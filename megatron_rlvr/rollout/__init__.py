@@ -1,0 +1,1 @@
+"""Prompts in, verified completions out: rollout engines, groups, collection for training, evaluation."""

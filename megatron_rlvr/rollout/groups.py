@@ -176,8 +176,8 @@ class GroupSource:
         return [group for _, group in sorted(done.items())]
 
     def _report(self, text: str) -> None:
-        # Rollouts ahead of training are not what the run is waiting for, and a display that is redrawn for every
-        # prompt would cost more than it tells.
+        # A run does not wait for prefetched rollouts, so their progress is not shown. Redrawing the display for every
+        # prompt would be slow.
         if not self.rollout.max_staleness and time.monotonic() - self._reported > _PROGRESS_PERIOD_S:
             self._reported = time.monotonic()
             self.report_progress(text)

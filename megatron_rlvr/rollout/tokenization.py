@@ -1,4 +1,4 @@
-"""Text and tokens at the two ends of a rollout: prompts in, completions out. In between there are only token ids."""
+"""The tokenizer of a run: prompts to token ids, completions to text. Between the two there are only token ids."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from megatron_rlvr.errors import UserError
 
 
 class Tokenization:
-    """The model's tokenizer, checked against the model.
+    """The tokenizer of a model's folder, checked against the model.
+
+    Args:
+        model_path: Hugging Face folder.
+        vocab_size: of the model.
+        context: the longest sequence that the model supports; None if unknown.
 
     Attributes:
-        stop_token_ids: tokens that end a completion, of the tokenizer and of the generation configuration.
-        padding: id that fills padded places; never seen by the loss.
-        context: the longest sequence that the model was made for, where that is known.
+        stop_token_ids: end a completion; from the tokenizer and the generation configuration.
+        padding: token id for padding, which the loss never sees.
 
     Raises:
         UserError: when the folder has no tokenizer, or one with more tokens than the model has.
     """
 
     def __init__(self, model_path: str | Path, vocab_size: int, context: int | None = None):
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import AutoTokenizer
 
         folder = Path(model_path)
         self.context = context
@@ -33,7 +37,8 @@ class Tokenization:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
-        if not list(folder.glob("tokenizer*")) or len(self.tokenizer) < 2:  # transformers makes up an empty one
+        # transformers makes up an empty tokenizer where there are no files.
+        if not list(folder.glob("tokenizer*")) or len(self.tokenizer) < 2:
             raise UserError(f"{folder} has no tokenizer: save it there with tokenizer.save_pretrained({str(folder)!r})")
         largest = max(self.tokenizer.get_vocab().values(), default=-1)
         if largest >= vocab_size:
@@ -41,18 +46,7 @@ class Tokenization:
                 f"{folder}: the tokenizer has token id {largest} but the model's vocabulary ends at {vocab_size - 1}: "
                 "the folder's tokenizer belongs to another model"
             )
-        stops = {self.tokenizer.eos_token_id}
-        if (folder / "generation_config.json").is_file():
-            try:
-                configured = GenerationConfig.from_pretrained(folder).eos_token_id
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{folder}/generation_config.json cannot be read: {error}") from error
-            stops |= set(configured) if isinstance(configured, list) else {configured}
-        self.stop_token_ids = tuple(sorted(s for s in stops if s is not None))
-        if not self.stop_token_ids:
-            raise UserError(
-                f"{folder}: neither the tokenizer nor generation_config.json names an end-of-sequence token"
-            )
+        self.stop_token_ids = _end_of_sequence_tokens(folder, self.tokenizer)
         pad = self.tokenizer.pad_token_id
         self.padding: int = self.stop_token_ids[0] if pad is None else pad
 
@@ -60,21 +54,21 @@ class Tokenization:
         """The end-of-sequence tokens and those of `texts`.
 
         Raises:
-            UserError: for a text that is not one token.
+            UserError: for a text that is not a single token.
         """
-        found = set(self.stop_token_ids)
+        stops = set(self.stop_token_ids)
         for text in texts:
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             if len(ids) != 1:
                 raise UserError(
-                    f"rollout.stop: {text!r} is {len(ids)} tokens of this tokenizer, but completions end with one: "
-                    "give a text that is a single token"
+                    f"rollout.stop: {text!r} is {len(ids)} tokens of this tokenizer, but a completion ends with one "
+                    "token: give a text that is a single token"
                 )
-            found.add(ids[0])
-        return tuple(sorted(found))
+            stops.add(ids[0])
+        return tuple(sorted(stops))
 
     def encode(self, example: Example) -> list[int]:
-        """Token ids of a prompt: text as it is, messages through the tokenizer's chat template."""
+        """Token ids of a prompt; chat messages go through the tokenizer's chat template."""
         if isinstance(example.prompt, str):
             return self.tokenizer(example.prompt)["input_ids"]
         if not self.tokenizer.chat_template:
@@ -89,57 +83,73 @@ class Tokenization:
         """Token ids of every prompt.
 
         Raises:
-            UserError: naming the first prompt that is empty or longer than `max_tokens`, or of which the tokenizer
-                loses a part.
+            UserError: naming the first prompt that is empty, is longer than `max_tokens`, or loses text.
         """
         texts = [e.prompt for e in examples]
-        plain = all(isinstance(t, str) for t in texts)
-        encoded = self.tokenizer(texts)["input_ids"] if plain else [self.encode(e) for e in examples]
+        all_plain = all(isinstance(t, str) for t in texts)
+        encoded = self.tokenizer(texts)["input_ids"] if all_plain else [self.encode(e) for e in examples]
         for example, ids in zip(examples, encoded, strict=True):
             if not 0 < len(ids) <= max_tokens:
                 raise UserError(
                     f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens; it must have 1 "
-                    f"to data.max_prompt_tokens={max_tokens}: raise that, or take the example out"
+                    f"to data.max_prompt_tokens={max_tokens}: raise that, or remove the example"
                 )
-        if plain:
-            self._check_nothing_is_lost(examples[:64], encoded[:64])
+        if all_plain:
+            self._check_that_no_text_is_lost(examples[:64], encoded[:64])
         return encoded
 
-    def _check_nothing_is_lost(self, examples: Sequence[Example], encoded: Sequence[Sequence[int]]) -> None:
-        """Refuse a tokenizer that drops text, as that of another model does: what is left would train without a word.
+    def _check_that_no_text_is_lost(self, examples: Sequence[Example], encoded: Sequence[Sequence[int]]) -> None:
+        """Refuse a tokenizer that drops text, as that of another model may do: training would use what is left.
 
-        White space, case and Unicode's normal form are the tokenizer's own affair.
+        Tokenizers may normalize white space, case and the Unicode form.
         """
-        for example, read in zip(examples, self.tokenizer.batch_decode(encoded), strict=True):
-            if _bare(str(example.prompt)) not in _bare(read):
+        for example, decoded in zip(examples, self.tokenizer.batch_decode(encoded), strict=True):
+            if _normalized(str(example.prompt)) not in _normalized(decoded):
                 raise UserError(
                     f"the tokenizer reads the prompt of example {example.index} of {example.source}, "
-                    f"{_short(str(example.prompt))}, as {_short(read)}: it has no tokens for the rest; use data that "
-                    "this model reads"
+                    f"{_short(str(example.prompt))}, as {_short(decoded)}: it has no tokens for the rest; use data in "
+                    "the model's language"
                 )
 
     def check_context(
         self, examples: Sequence[Example], encoded: Sequence[Sequence[int]], response: int, setting: str
     ) -> None:
-        """Refuse prompts that leave no room in the model's context for responses of so many tokens.
+        """Refuse prompts that leave no room in the model's context for `response` tokens.
 
         Raises:
-            UserError: naming the first, and the `setting` that `response` comes from.
+            UserError: naming the first such prompt, and the `setting` that `response` comes from.
         """
         for example, ids in zip(examples, encoded, strict=True):
             if self.context is not None and len(ids) + response > self.context:
                 raise UserError(
                     f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens, and {setting}="
-                    f"{response} makes more than the model's context of {self.context}: lower {setting}, take the "
-                    "example out, or raise max_position_embeddings in the model's config.json if it can do more"
+                    f"{response} makes more than the model's context of {self.context}: lower {setting}, remove the "
+                    "example, or raise max_position_embeddings in the model's config.json if the model supports it"
                 )
 
     def decode(self, completions: Sequence[Completion]) -> list[str]:
-        """Their text without special tokens."""
+        """The text of completions, without special tokens."""
         return self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
 
 
-def _bare(text: str) -> str:
+def _end_of_sequence_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Token ids that end a sequence according to the tokenizer or to ``generation_config.json``."""
+    from transformers import GenerationConfig
+
+    stops = {tokenizer.eos_token_id}
+    if (folder / "generation_config.json").is_file():
+        try:
+            configured = GenerationConfig.from_pretrained(folder).eos_token_id
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder}/generation_config.json cannot be read: {error}") from error
+        stops |= set(configured) if isinstance(configured, list) else {configured}
+    ids = tuple(sorted(s for s in stops if s is not None))
+    if not ids:
+        raise UserError(f"{folder}: neither the tokenizer nor generation_config.json names an end-of-sequence token")
+    return ids
+
+
+def _normalized(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 

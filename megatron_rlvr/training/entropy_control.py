@@ -1,4 +1,4 @@
-"""What the schedule of clip thresholds and the entropy bonus are told about each step, and what they decide."""
+"""What the schedule of clip thresholds and the entropy bonus observe in each step, and what they decide."""
 
 from __future__ import annotations
 

@@ -57,12 +57,12 @@ class Head:
 
         Collective over the context-parallel group, whose ranks each hold the output of some of the tokens.
         """
-        if microbatch.here is None:
+        if microbatch.own_targets is None:
             return self._own_statistics(output, microbatch.targets.to(output.device), second_moments)
-        own_targets = microbatch.targets[microbatch.here].to(output.device)
+        own_targets = microbatch.targets[microbatch.own_targets].to(output.device)
         own = self._own_statistics(output, own_targets, second_moments)
         values = [value for field in fields(own) if (value := getattr(own, field.name)) is not None]
-        index = microbatch.here.to(output.device)
+        index = microbatch.own_targets.to(output.device)
         shared = collectives.all_gather_tokens(torch.stack(values), index, len(microbatch.targets))
         return ops.TokenStatistics(*shared)
 
@@ -86,7 +86,7 @@ class Head:
         logprob, entropy = statistics.logprob, statistics.entropy
         token_advantage = advantage[microbatch.sequences][microbatch.sequence_index].to(output.device)
         change = entropy_change(logprob, entropy, token_advantage, squared, squared_logprob)
-        scores.logprob[microbatch.flat] = logprob.cpu()
-        scores.entropy[microbatch.flat] = entropy.cpu()
-        scores.entropy_change[microbatch.flat] = change.cpu()
-        scores.ascent[microbatch.flat] = gradient_norm(logprob, token_advantage, squared).cpu()
+        scores.logprob[microbatch.token_index] = logprob.cpu()
+        scores.entropy[microbatch.token_index] = entropy.cpu()
+        scores.entropy_change[microbatch.token_index] = change.cpu()
+        scores.ascent[microbatch.token_index] = gradient_norm(logprob, token_advantage, squared).cpu()

@@ -64,7 +64,7 @@ class MinibatchLoss:
     def __call__(self, output: Tensor, microbatch: Microbatch) -> Tensor:
         """The loss of a microbatch, float32 [], from the last stage's output."""
         where = output.device
-        flat, index = microbatch.flat.to(where), microbatch.sequence_index.to(where)
+        flat, index = microbatch.token_index.to(where), microbatch.sequence_index.to(where)
         advantage = self.advantage[microbatch.sequences].to(where)[index]
         weight = self.token_weight[microbatch.sequences].to(where)[index]
         old_logprob = self.scores.logprob.to(where)[flat]
@@ -73,7 +73,7 @@ class MinibatchLoss:
             change = self.scores.entropy_change.to(where)[flat]
             steering = steering_weights(change, self.thresholds.steering, self.response)
         # Context-parallel ranks share token statistics before the loss, so there it cannot be part of the operator.
-        if self.head.fused and self.objective.is_plain_clip and microbatch.here is None:
+        if self.head.fused and self.objective.is_plain_clip and microbatch.own_targets is None:
             token_weight = weight if steering is None else weight * steering
             targets = microbatch.targets.to(where)
             loss, logprob, entropy, outputs = self._fused(output, targets, old_logprob, advantage, token_weight)

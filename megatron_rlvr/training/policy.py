@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_rlvr.config import Config
 from megatron_rlvr.control import ClipThresholds, SteeringResponse
 from megatron_rlvr.data.batch import RolloutBatch
-from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, microbatch, partition
+from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, build_microbatch, partition
 from megatron_rlvr.megatron import optimizer, parallel, pipeline
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.loss_scale import LossScale
@@ -147,7 +147,7 @@ class Policy:
             members = partition(batch, sequences, self.microbatching, at_least=count)
         pipeline.forward_backward(
             self._wrapped,
-            [microbatch(batch, chosen, self.microbatching) for chosen in members],
+            [build_microbatch(batch, chosen, self.microbatching) for chosen in members],
             loss,
             scale=self._loss_scale,
             hidden_only=self._head.fused,

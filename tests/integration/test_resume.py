@@ -30,13 +30,13 @@ def _start(config: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def _stop_after(process: subprocess.Popen[str], steps: int, number: signal.Signals, delay: float = 0.0) -> int:
-    """Send a signal `delay` seconds after the process has told of `steps` steps of its own; return the exit status."""
-    told = []
+    """Send a signal `delay` seconds after the process has printed `steps` steps; return the exit status."""
+    printed = []
     for line in process.stdout:  # type: ignore[union-attr]
-        told.append(line)
-        if sum(text.startswith("step ") for text in told) == steps:
+        printed.append(line)
+        if sum(text.startswith("step ") for text in printed) == steps:
             break
-    assert process.poll() is None, "".join(told)
+    assert process.poll() is None, "".join(printed)
     time.sleep(delay)
     process.send_signal(number)
     process.stdout.read()  # type: ignore[union-attr]
@@ -44,7 +44,7 @@ def _stop_after(process: subprocess.Popen[str], steps: int, number: signal.Signa
 
 
 def _tear(run: Path) -> None:
-    """Leave what a kill in the middle of a save leaves, and worse."""
+    """Leave what a kill during a save leaves: unfinished checkpoints, and a pointer to one."""
     newest = run / "checkpoints" / "step_90.partial"
     newest.mkdir()
     (newest / "__0_0.distcp").write_bytes(b"half a file")
@@ -78,11 +78,11 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(run_yaml: Path, tmp
 def test_run_directory_in_use_is_refused(run_yaml: Path, tmp_path: Path) -> None:
     first = _start(run_yaml, "steps=2000", "checkpoint.every=0")
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run" / ".lock").is_file():
-            assert time.monotonic() < deadline
+        deadline = time.monotonic() + 120
+        lock = tmp_path / "run" / ".lock"
+        while not (lock.is_file() and lock.read_text() == str(first.pid)):
+            assert time.monotonic() < deadline, "the first run does not lock its directory"
             time.sleep(0.05)
-        time.sleep(0.5)
         second = run_trainer(run_yaml, check=False)
         assert second.returncode == 2
         assert f"is in use by process {first.pid}" in second.stderr

@@ -1,1 +1,1 @@
-"""Rollout engines: the local one, SGLang servers, and replay of recorded rollouts."""
+"""Rollout engines: the local one, SGLang servers, and the replay of recorded rollouts."""

@@ -7,7 +7,7 @@ import torch
 
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
-from megatron_rlvr.data.microbatch import MicrobatchConfig, microbatch, partition, zigzag
+from megatron_rlvr.data.microbatch import MicrobatchConfig, build_microbatch, partition, zigzag
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
 RESPONSES = [[10], [11, 12, 13], [14, 15], [16, 17, 18, 19]]
@@ -26,21 +26,25 @@ def batch() -> RolloutBatch:
 def test_rows_predict_exactly_the_response_tokens(batch: RolloutBatch, size: int, multiple_of: int) -> None:
     chosen = torch.tensor([3, 0, 1])
     seen = []
-    cut = MicrobatchConfig(sequences=size, width_multiple=multiple_of)
-    for part in (microbatch(batch, members, cut) for members in partition(batch, chosen, cut)):
-        b, s = part.tokens.shape
+    config = MicrobatchConfig(sequences=size, width_multiple=multiple_of)
+    for microbatch in (build_microbatch(batch, members, config) for members in partition(batch, chosen, config)):
+        b, s = microbatch.tokens.shape
         assert s % multiple_of == 0
         for row, target, flat, index in zip(
-            *(x.tolist() for x in (part.rows, part.targets, part.flat, part.sequence_index)), strict=True
+            *(
+                x.tolist()
+                for x in (microbatch.rows, microbatch.targets, microbatch.token_index, microbatch.sequence_index)
+            ),
+            strict=True,
         ):
             position, sequence = divmod(row, b)
             assert sequence == index
-            assert part.tokens[sequence, position + 1] == target
-            number = int(part.sequences[sequence])
+            assert microbatch.tokens[sequence, position + 1] == target
+            number = int(microbatch.sequences[sequence])
             offset = sum(len(r) for r in RESPONSES[:number])
             head = PROMPTS[number // 2]
             assert target == RESPONSES[number][flat - offset]
-            assert part.tokens[sequence, : position + 1].tolist() == (head + RESPONSES[number])[: position + 1]
+            assert microbatch.tokens[sequence, : position + 1].tolist() == (head + RESPONSES[number])[: position + 1]
             seen.append(flat)
     assert sorted(seen) == [0, 1, 2, 3, 6, 7, 8, 9]  # tokens of sequences 0, 1 and 3, each once
 
@@ -69,30 +73,34 @@ def test_context_parallel_ranks_and_packing(batch: RolloutBatch, tokens: int, co
     chosen = torch.tensor([3, 0, 1, 2])
     seen = []
     for rank in range(context):
-        cut = MicrobatchConfig(0 if tokens else 3, tokens, multiple_of, context, rank)
-        for members in partition(batch, chosen, cut):
-            part = microbatch(batch, members, cut)
-            count, width = part.tokens.shape
+        config = MicrobatchConfig(0 if tokens else 3, tokens, multiple_of, context, rank)
+        for members in partition(batch, chosen, config):
+            microbatch = build_microbatch(batch, members, config)
+            count, width = microbatch.tokens.shape
             assert width % multiple_of == 0 and (count == 1 or not tokens)
-            whole = microbatch(batch, members, MicrobatchConfig(cut.sequences, tokens, multiple_of * cut.unit))
-            assert part.targets.equal(whole.targets) and part.flat.equal(whole.flat)
-            boundaries = [0, width * context] if part.boundaries is None else part.boundaries.tolist()
+            whole = build_microbatch(
+                batch, members, MicrobatchConfig(config.sequences, tokens, multiple_of * config.length_multiple)
+            )
+            assert microbatch.targets.equal(whole.targets) and microbatch.token_index.equal(whole.token_index)
+            boundaries = [0, width * context] if microbatch.boundaries is None else microbatch.boundaries.tolist()
             own = zigzag(boundaries, context, rank) if context > 1 else torch.arange(width)
-            if part.positions is not None:
-                assert part.positions.equal(own)
-            here = torch.arange(len(part.targets)) if part.here is None else part.here
+            if microbatch.positions is not None:
+                assert microbatch.positions.equal(own)
+            predicted = (
+                torch.arange(len(microbatch.targets)) if microbatch.own_targets is None else microbatch.own_targets
+            )
             for row, target, index in zip(
-                part.rows.tolist(), here.tolist(), part.sequence_index[here].tolist(), strict=True
+                microbatch.rows.tolist(), predicted.tolist(), microbatch.sequence_index[predicted].tolist(), strict=True
             ):
                 position, column = divmod(row, count)
-                number = int(part.sequences[index])
+                number = int(microbatch.sequences[index])
                 start = boundaries[index] if tokens else 0
                 at = int(own[position]) - start - len(PROMPTS[number // 2]) + 1
-                assert RESPONSES[number][at] == int(part.targets[target])
+                assert RESPONSES[number][at] == int(microbatch.targets[target])
                 assert tokens or column == index
                 text = PROMPTS[number // 2] + RESPONSES[number]
-                assert int(part.tokens[column, position]) == text[int(own[position]) - start]
-                seen.append(int(part.flat[target]))
+                assert int(microbatch.tokens[column, position]) == text[int(own[position]) - start]
+                seen.append(int(microbatch.token_index[target]))
     assert sorted(seen) == list(range(10))
 
 
@@ -101,7 +109,7 @@ def test_packed_microbatches_keep_to_the_budget_and_balance(batch: RolloutBatch)
     chosen = torch.arange(4)
     for budget, loads in ((26, [26]), (14, [13, 13]), (9, [4, 6, 7, 9])):
         parts = partition(batch, chosen, MicrobatchConfig(tokens=budget))
-        assert sorted(int(lengths[part].sum()) for part in parts) == loads
+        assert sorted(int(lengths[members].sum()) for members in parts) == loads
         assert torch.cat(parts).sort().values.tolist() == [0, 1, 2, 3]
 
 
@@ -110,14 +118,16 @@ def test_padded_microbatches_hold_sequences_of_like_length(batch: RolloutBatch) 
     chosen = torch.tensor([0, 3, 1, 2])
     for at_least, expected in ((1, [[9, 7], [6, 4]]), (3, [[9, 7], [6], [4]])):
         parts = partition(batch, chosen, MicrobatchConfig(sequences=2), at_least)
-        assert [lengths[part].tolist() for part in parts] == expected
-    assert [part.tolist() for part in partition(batch, chosen, MicrobatchConfig(sequences=4))] == [chosen.tolist()]
+        assert [lengths[members].tolist() for members in parts] == expected
+    assert [members.tolist() for members in partition(batch, chosen, MicrobatchConfig(sequences=4))] == [
+        chosen.tolist()
+    ]
 
 
 @pytest.mark.parametrize("tokens", [0, 40])
 def test_empty_microbatches_fill_up(batch: RolloutBatch, tokens: int) -> None:
-    cut = MicrobatchConfig(tokens=tokens, context_size=2, width_multiple=3)
-    parts = partition(batch, torch.tensor([2, 1]), cut, at_least=3)
-    assert sorted(len(part) for part in parts) == [0, 1, 1]
-    empty = microbatch(batch, next(part for part in parts if not len(part)), cut)
+    config = MicrobatchConfig(tokens=tokens, context_size=2, width_multiple=3)
+    parts = partition(batch, torch.tensor([2, 1]), config, at_least=3)
+    assert sorted(len(members) for members in parts) == [0, 1, 1]
+    empty = build_microbatch(batch, next(members for members in parts if not len(members)), config)
     assert len(empty.rows) == len(empty.targets) == 0 and empty.tokens.shape == (1, 6)

@@ -63,8 +63,8 @@ def test_verl_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "x", "answer": \n', r"line 2: not valid JSON \(.*\); expected one JSON object a line, such as"),
-        ('["x", 1]\n', r"line 2: found list \['x', 1\]; expected one JSON object a line"),
+        ('{"prompt": "x", "answer": \n', r"line 2: not valid JSON \(.*\); expected one JSON object per line, such as"),
+        ('["x", 1]\n', r"line 2: found list \['x', 1\]; expected one JSON object per line"),
         ("[" * 100_000 + "\n", r"line 2: not valid JSON"),
         ('{"answer": 1}\n', r"line 2: no prompt under 'prompt'; found the keys 'answer'; set prompt_key"),
         ('{"prompt": "x"}\n', r"line 2: no answer under 'answer'; found the keys 'prompt'; set answer_key"),
@@ -119,7 +119,9 @@ def test_torn_parquet(tmp_path):
 def test_missing_file_and_unknown_ending(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.jsonl: no such file"):
         load_examples(tmp_path / "nowhere.jsonl")
-    with pytest.raises(UserError, match=r"data\.csv: the ending '.csv' is not known; write a .jsonl or .parquet file"):
+    with pytest.raises(
+        UserError, match=r"data\.csv: the file type '.csv' is not supported; write a .jsonl or .parquet file"
+    ):
         load_examples(tmp_path / "data.csv")
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(UserError, match=r"folder\.jsonl: no such file"):

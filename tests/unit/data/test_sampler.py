@@ -23,11 +23,6 @@ def test_a_step_depends_on_seed_and_step_alone():
     assert PromptSampler(100, 16, 4).indices(0) != expected[0]
 
 
-def test_epoch_of_a_step():
-    sampler = PromptSampler(10, 4, 0)
-    assert [sampler.epoch(step) for step in range(6)] == [0, 0, 0, 1, 1, 2]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
