@@ -1,7 +1,7 @@
-"""CPU time that the rollout's client costs the training process: ``python tools/benchmark_client.py [--url URL]``.
+"""CPU time of the SGLang client in the training process: ``python tools/benchmark_client.py [--url URL]``.
 
-Without a URL the server is a process of this program that answers every request at once with a reply made before, so
-that no time passes but the exchange's own. With one it is a real SGLang server, whose model does not matter.
+The server is a child process that answers every request at once with a canned reply, so the time is that of the
+exchange alone. ``--url`` measures a real SGLang server too, whose model does not matter.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from megatron_rlvr.rollout.sampling import SamplingPolicy
 
 @cache
 def canned_reply(samples: int, tokens: int) -> bytes:
+    """An HTTP reply of ``/generate`` with `samples` completions of `tokens` tokens each."""
     ids = random.Random(0).choices(range(150_000), k=tokens)
     entries = [[-random.Random(i).random(), i, None] for i in ids]
     meta = {"finish_reason": {"type": "length"}, "weight_version": "0", "output_token_logprobs": entries}
@@ -35,7 +36,7 @@ def canned_reply(samples: int, tokens: int) -> bytes:
 
 
 def serve(port: Any, samples: int, tokens: int) -> None:
-    """Answer for ever; the port goes to `port`."""
+    """Answer requests until killed; sends the port number through the pipe `port`."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -61,17 +62,19 @@ def serve(port: Any, samples: int, tokens: int) -> None:
 
 @contextmanager
 def canned_server(samples: int, tokens: int) -> Iterator[str]:
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=serve, args=(theirs, samples, tokens), daemon=True)
+    """A server process with canned replies; yields its URL."""
+    receiver, sender = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=serve, args=(sender, samples, tokens), daemon=True)
     process.start()
     try:
-        yield f"http://127.0.0.1:{ours.recv()}"
+        yield f"http://127.0.0.1:{receiver.recv()}"
     finally:
         process.terminate()
         process.join()
 
 
 def rollout(url: str, prompts: list[list[int]], sampling: SamplingPolicy, concurrency: int) -> list[Completion]:
+    """Generate the samples of all prompts with the SGLang client."""
     requests = [GroupRequest(prompt, range(sampling.samples)) for prompt in prompts]
     state = ServerState(0, folder=None, max_staleness=10**9)
 
@@ -85,36 +88,36 @@ def rollout(url: str, prompts: list[list[int]], sampling: SamplingPolicy, concur
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", help="of a real server")
+    parser.add_argument("--url", help="of a real SGLang server to measure too")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--vocabulary", type=int, default=100, help="prompts are drawn from so many tokens")
+    parser.add_argument("--vocabulary", type=int, default=100, help="number of token ids that prompts are drawn from")
     parser.add_argument("--repeat", type=int, default=3)
-    given = parser.parse_args()
-    draw = random.Random(0)
-    prompts = [draw.choices(range(3, given.vocabulary), k=given.prompt_tokens) for _ in range(given.prompts)]
-    sampling = SamplingPolicy(samples=given.samples, max_tokens=given.tokens)
+    options = parser.parse_args()
+    rng = random.Random(0)
+    prompts = [rng.choices(range(3, options.vocabulary), k=options.prompt_tokens) for _ in range(options.prompts)]
+    sampling = SamplingPolicy(samples=options.samples, max_tokens=options.tokens)
 
     def measure(url: str, name: str) -> None:
-        for _ in range(given.repeat):
+        for _ in range(options.repeat):
             cpu, wall = time.process_time(), time.perf_counter()
-            completions = rollout(url, prompts, sampling, given.concurrency)
+            completions = rollout(url, prompts, sampling, options.concurrency)
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
             count = len(completions)
             tokens = sum(len(c.token_ids) for c in completions)
             print(
                 f"{name}: {count} completions, {tokens} tokens in {wall:.2f} s; client CPU {cpu:.3f} s = "
-                f"{100 * cpu / wall:.1f} % of it, {1e6 * cpu / count:.0f} us a completion, "
-                f"{1e6 * cpu / tokens:.2f} us a token"
+                f"{100 * cpu / wall:.1f} % of the time, {1e6 * cpu / count:.0f} us per "
+                f"completion, {1e6 * cpu / tokens:.2f} us per token"
             )
 
-    with canned_server(given.samples, given.tokens) as url:
-        measure(url, "answers at once")
-    if given.url:
-        measure(given.url, "SGLang")
+    with canned_server(options.samples, options.tokens) as url:
+        measure(url, "canned replies")
+    if options.url:
+        measure(options.url, "SGLang")
 
 
 if __name__ == "__main__":

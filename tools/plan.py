@@ -1,13 +1,14 @@
-"""Say before anything is started whether a training configuration fits, what it needs, and about how long a step takes.
+"""Compute, before anything starts, whether a training configuration fits, what it needs, and how long a step takes.
 
     python tools/plan.py examples/configs/qwen2.5-math-7b.yaml --nodes 1 \
         --architecture examples/configs/architectures/qwen2.5-math-7b.json
     python tools/plan.py run.yaml --nodes 16 --suggest parallel.tensor=8 parallel.pipeline=4
 
-The model of a rank of every pipeline stage is built by megatron-core without memory behind it (meta device, fake
-process group), so weights, gradients and optimizer state are counted; activations, logits, cache and times are
-formulas. Only config.json of the model is read: the one of model.path, or --architecture. Exit status 0: it fits;
-1: it does not; 2: the configuration is refused.
+megatron-core builds the model of one rank of every pipeline stage on the meta device, under a fake process group.
+Weights, gradients and optimizer state are therefore counted; activations, logits, cache and times are formulas. Of the
+model, only config.json is read: the one in model.path, or --architecture.
+
+Exit status: 0 when the configuration fits, 1 when it does not, 2 when it is refused.
 """
 
 import argparse
@@ -28,16 +29,21 @@ from megatron_rlvr.planning.roofline import Hardware
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit status."""
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file of training")
+    parser.add_argument("config", help="YAML file of a training configuration")
     parser.add_argument("overrides", nargs="*", help="key=value, as for training")
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--architecture", type=Path, help="a model's config.json, instead of the one in model.path")
-    parser.add_argument("--gpu-gb", type=float, default=80.0, help="memory of a GPU, 10^9 bytes")
-    parser.add_argument("--response-share", type=float, default=0.5, help="mean length, as a share of the longest")
-    parser.add_argument("--suggest", action="store_true", help="also try other layouts and rank those that fit")
+    parser.add_argument("--architecture", type=Path, help="config.json of a model, instead of the one in model.path")
+    parser.add_argument("--gpu-gb", type=float, default=80.0, help="memory of a GPU in 10^9 bytes")
+    parser.add_argument(
+        "--response-share",
+        type=float,
+        default=0.5,
+        help="mean length of prompts and responses, as a share of the longest",
+    )
+    parser.add_argument("--suggest", action="store_true", help="also plan other layouts and rank those that fit")
     options = parser.parse_intermixed_args(arguments)
     warnings.simplefilter("ignore")
     hardware = replace(Hardware(), memory_bytes=options.gpu_gb * 1e9)
@@ -48,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             if options.architecture is not None:
                 if not options.architecture.is_file():
-                    raise UserError(f"--architecture {options.architecture} is no file: give a model's config.json")
+                    raise UserError(f"--architecture {options.architecture} is not a file: give a model's config.json")
                 shutil.copyfile(options.architecture, Path(folder) / "config.json")
                 config.model.path = folder
             plan = make_plan(config, options.nodes, options.gpus_per_node, hardware, options.response_share)

@@ -1,4 +1,4 @@
-"""One real SGLang server for all tests of this folder; without its environment they are skipped, and say so."""
+"""One real SGLang server for all tests of this folder, which are skipped without an SGLang environment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PYTHON = Path(os.environ.get("SGLANG_PYTHON", ROOT / ".venv-sglang" / "bin" / "p
 
 @pytest.fixture(scope="session")
 def sglang() -> SGLangConfig:
-    """The engine's configuration on this machine; a hang is found sooner than in earnest."""
+    """The engine's configuration on this machine. A hang is found sooner than by default."""
     if not PYTHON.is_file():
         pytest.skip(f"no SGLang environment at {PYTHON}: `make sglang` makes it, SGLANG_PYTHON names another")
     return SGLangConfig(

@@ -1,7 +1,7 @@
-"""A run whose servers are killed at random: ``python tests/integration/sglang/kill_at_random.py FOLDER [--kills 20]``.
+"""Kills the servers of a run at random: ``python tests/integration/sglang/kill_at_random.py FOLDER [--kills 20]``.
 
-Not a test of every day, because a server takes half a minute to come back on the CPU. Checks that the run finishes by
-itself and that every prompt of every step is answered once, by the weights of that step.
+Checks that the run finishes by itself and that every prompt of every step is answered once, by the weights of that
+step. Not part of the test suite, because a server takes half a minute to restart on a CPU.
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def servers_of(trainer: int) -> list[psutil.Process]:
-    """The first process of every server that listens; one killed three times before it does ends the run by design."""
-    found = []
+    """The first process of every server that listens.
+
+    Servers that do not listen yet are left out: one that fails to start three times ends the run by design.
+    """
+    listening = []
     for process in psutil.Process(trainer).children(recursive=True):
         try:
             words = process.cmdline()
             if "sglang.launch_server" not in words:
                 continue
             with socket.create_connection(("127.0.0.1", int(words[words.index("--port") + 1])), timeout=1.0):
-                found.append(process)
+                listening.append(process)
         except (psutil.Error, OSError):
             continue
-    return found
+    return listening
 
 
 def check_rollouts(run: Path, steps: int, prompts: int, samples: int) -> int:
-    """Read back what was trained on; returns how many completions that were."""
+    """Check the recorded rollouts of a run; returns the number of completions."""
     count = 0
     for step in range(steps):
         files = sorted((run / "rollouts" / f"step_{step:06d}").glob("*.jsonl"))
@@ -61,26 +64,26 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds")
-    given = parser.parse_args()
-    run = given.folder / "run"
-    settings = [f"run_directory={run}", f"steps={given.steps}", "data.heldout=null", "rollout.record=true"]
-    settings += [f"rollout.prompts_per_step={given.prompts}", f"rollout.samples_per_prompt={given.samples}"]
-    settings += ["rollout.engine=sglang", "rollout.sglang.servers=2", f"rollout.sglang.python={given.python}"]
+    options = parser.parse_args()
+    run = options.folder / "run"
+    settings = [f"run_directory={run}", f"steps={options.steps}", "data.heldout=null", "rollout.record=true"]
+    settings += [f"rollout.prompts_per_step={options.prompts}", f"rollout.samples_per_prompt={options.samples}"]
+    settings += ["rollout.engine=sglang", "rollout.sglang.servers=2", f"rollout.sglang.python={options.python}"]
     settings += ["rollout.sglang.server.max_total_tokens=16384", "rollout.sglang.attempts=100", "checkpoint.every=0"]
     settings += ["algorithm.epochs=1", "algorithm.minibatches=2", "telemetry.plots=false", "threads=1"]
-    given.folder.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(given.seed)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(options.seed)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    with (given.folder / "output").open("wb") as output:
-        command = [sys.executable, "-m", "megatron_rlvr.train", str(given.config), *settings]
+    with (options.folder / "output").open("wb") as output:
+        command = [sys.executable, "-m", "megatron_rlvr.train", str(options.config), *settings]
         trainer = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output)
     began, kills, metrics = time.monotonic(), 0, run / "metrics.jsonl"
     try:
-        while trainer.poll() is None and time.monotonic() - began < given.limit:
-            time.sleep(draw.uniform(0.2, given.pause))
+        while trainer.poll() is None and time.monotonic() - began < options.limit:
+            time.sleep(rng.uniform(0.2, options.pause))
             alive = [] if not metrics.is_file() or trainer.poll() is not None else servers_of(trainer.pid)
-            if alive and kills < given.kills:
-                victim = draw.choice(alive)
+            if alive and kills < options.kills:
+                victim = rng.choice(alive)
                 victim.kill()
                 kills += 1
                 step = metrics.read_text().count("\n")
@@ -91,11 +94,11 @@ def main() -> None:
     finally:
         trainer.kill()
         trainer.wait()
-    count = check_rollouts(run, given.steps, given.prompts, given.samples)
+    count = check_rollouts(run, options.steps, options.prompts, options.samples)
     starts = sum(f.read_text().count("fired up and ready") for f in (run / "sglang" / "logs").glob("*.log"))
     print(f"status {status} after {time.monotonic() - began:.0f} s, {kills} kills, {starts} starts of servers")
     print(f"{count} completions, each prompt of each step answered once by its step's weights")
-    sys.exit(status if status or kills == given.kills else 1)
+    sys.exit(status if status or kills == options.kills else 1)
 
 
 if __name__ == "__main__":

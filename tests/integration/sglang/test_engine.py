@@ -1,4 +1,4 @@
-"""The engine on the real SGLang: its log-probs are the trainer's, its weights follow, a dead server is replaced."""
+"""The engine on the real SGLang: log-probs match the trainer's, weights are updated, dead servers are replaced."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def policy(layout: parallel.Layout, small_model: Path):
 
 @pytest.fixture
 def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytest.FixtureRequest):
-    """An engine of this test's own on the shared server, which it watches over as if it had started it."""
+    """An engine for one test on the shared server, which it restarts as if it had started it."""
     from megatron_rlvr.rollout.engines.sglang.engine import SGLangEngine
 
     config = Config(run_directory=str(tmp_path / "run"))
@@ -64,18 +64,18 @@ def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytes
 
 
 def _scores(policy, prompts: list[list[int]], completions: list[Completion]) -> torch.Tensor:
-    """Log-probs of completions in the trainer's scoring pass, one after the other."""
+    """Log-probs of all tokens of all completions, in the trainer's scoring pass."""
     batch = RolloutBatch.from_completions(prompts, completions, [0.0] * len(completions), padding=109)
     return policy.score(batch, torch.zeros(len(completions))).logprob
 
 
 def _difference(policy, prompts: list[list[int]], completions: list[Completion]) -> float:
-    """The largest distance between the engine's log-probs and those of the trainer's scoring pass."""
+    """The largest difference between the engine's log-probs and the trainer's."""
     engine = torch.tensor([value for completion in completions for value in completion.logprobs])
     return (_scores(policy, prompts, completions) - engine).abs().max().item()
 
 
-def _change(policy, seed: int) -> None:
+def _perturb(policy, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.model_chunks[-1].parameters():
@@ -83,7 +83,7 @@ def _change(policy, seed: int) -> None:
 
 
 @pytest.mark.parametrize("engine", [{"weight_sync": way} for way in WAYS], indirect=True, ids=WAYS)
-def test_logprobs_are_the_trainer_s_before_and_after_each_sync(policy, engine, tmp_path: Path, capsys) -> None:
+def test_logprobs_match_the_trainer_s_before_and_after_each_sync(policy, engine, tmp_path: Path, capsys) -> None:
     completions = generate(engine, PROMPTS, SAMPLING)
     assert len(completions) == 12 and {c.weight_version for c in completions} == {0}
     assert {c.finish_reason for c in completions} == {"stop", "length"}
@@ -91,11 +91,11 @@ def test_logprobs_are_the_trainer_s_before_and_after_each_sync(policy, engine, t
         ids = completion.token_ids
         assert (ids[-1] in STOPS) == (completion.finish_reason == "stop") and not set(ids[:-1]) & set(STOPS)
         assert completion.finish_reason == "stop" or len(ids) == 12
-    assert len({tuple(c.token_ids) for c in completions}) > 6  # a short one may come twice
+    assert len({tuple(c.token_ids) for c in completions}) > 6  # a short completion may be drawn twice
     assert _difference(policy, PROMPTS, completions) < 1e-4
     for version in (1, 2):
-        _change(policy, seed=version)
-        assert _difference(policy, PROMPTS, completions) > 1e-2  # the change is one that the comparison sees
+        _perturb(policy, seed=version)
+        assert _difference(policy, PROMPTS, completions) > 1e-2  # the change is large enough for the comparison
         engine.update_weights(version)
         completions = generate(engine, PROMPTS, SAMPLING)
         assert {c.weight_version for c in completions} == {version}
@@ -105,7 +105,7 @@ def test_logprobs_are_the_trainer_s_before_and_after_each_sync(policy, engine, t
     assert "through the disk this time" not in capsys.readouterr().err
 
 
-def test_top_k_leaves_logprobs_of_the_whole_vocabulary(policy, engine) -> None:
+def test_logprobs_are_of_the_whole_vocabulary_under_top_k(policy, engine) -> None:
     sampling = dataclasses.replace(SAMPLING, top_k=3, top_p=0.9, stop_token_ids=())
     completions = generate(engine, PROMPTS, sampling)
     assert all(len(c.token_ids) == 12 for c in completions)
@@ -114,7 +114,7 @@ def test_top_k_leaves_logprobs_of_the_whole_vocabulary(policy, engine) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, servers) -> None:
-    _change(policy, seed=5)
+    _perturb(policy, seed=5)
     engine.update_weights(7)
     prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(48)]
     sampling = SamplingPolicy(samples=8, max_tokens=40, temperature=TEMPERATURE)
@@ -134,7 +134,9 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
     assert server.starts == starts + 1, "the rollout ended before the server was struck"
     assert len(completions) == 384 and {len(c.token_ids) for c in completions} == {40}
     assert {c.weight_version for c in completions} == {7}
-    assert _difference(policy, prompts, completions) < 1e-4  # each answer belongs to its prompt, under the new weights
+    assert (
+        _difference(policy, prompts, completions) < 1e-4
+    )  # each completion belongs to its prompt, under the new weights
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
     ids=["retract", "in_place", "finish"],
 )
 def test_weights_change_under_completions(interrupt: str, policy, engine, servers) -> None:
-    """Each token has the version that drew it; after a retract all that follows is what the new weights say."""
+    """Each token has the version of the weights that drew it. After a retract, the new weights alone draw the rest."""
     engine.state.max_staleness, engine.config.interrupt = 1, interrupt
     prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(24)]
     sampling = SamplingPolicy(samples=8, max_tokens=50, temperature=TEMPERATURE)
@@ -160,7 +162,7 @@ def test_weights_change_under_completions(interrupt: str, policy, engine, server
     while b"Decode batch" not in log.read_bytes()[log_end:] and time.monotonic() < deadline:
         time.sleep(0.005)
     before = {name: value.clone() for name, value in policy.model_chunks[-1].state_dict().items() if value is not None}
-    _change(policy, seed=9)
+    _perturb(policy, seed=9)
     engine.update_weights(1)
     thread.join(timeout=120)
     assert len(found) == 192 and {len(c.token_ids) for c in found} == {50}
@@ -185,12 +187,12 @@ def test_weights_change_under_completions(interrupt: str, policy, engine, server
 
 @pytest.mark.parametrize("engine", [{"weight_sync": "distributed", "update_timeout_seconds": 20.0}], indirect=True)
 def test_broadcast_that_a_server_refuses(policy, engine, capsys) -> None:
-    """A server that does not know the group is given the copy on disk, and joins a new group for the next update."""
-    _change(policy, seed=11)
+    """A server that refuses the group loads the copy on disk, and joins a new group for the next update."""
+    _perturb(policy, seed=11)
     engine.update_weights(1)
     engine.weight_sync.transport.group_name = "another"
     for version in (2, 3):
-        _change(policy, seed=11 + version)
+        _perturb(policy, seed=11 + version)
         engine.update_weights(version)
         completions = generate(engine, PROMPTS, SAMPLING)
         assert {c.weight_version for c in completions} == {version}
@@ -199,7 +201,7 @@ def test_broadcast_that_a_server_refuses(policy, engine, capsys) -> None:
 
 
 def test_surplus_is_aborted_at_the_server(engine, servers) -> None:
-    """Ten of forty prompts are enough: the others stop at once, and the server is free again."""
+    """Ten of forty prompts are enough. The others stop at once, and the server is idle again."""
     prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(40)]
     done: list[int] = []
 
@@ -226,11 +228,11 @@ def _running(url: str) -> int:
     return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
 
 
-def test_memory_is_given_up_and_taken_back(policy, engine) -> None:
-    """On the CPU both calls change nothing but must be answered; weights and log-probs are right afterwards."""
+def test_memory_is_released_and_resumed(policy, engine) -> None:
+    """On the CPU both commands have no effect but must be answered; log-probs match afterwards."""
     engine.config.release_memory = True
     engine.offload()
-    _change(policy, seed=4)
+    _perturb(policy, seed=4)
     engine.update_weights(3)
     completions = generate(engine, PROMPTS, SAMPLING)
     assert {c.weight_version for c in completions} == {3}

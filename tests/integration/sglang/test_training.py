@@ -1,4 +1,4 @@
-"""Whole training runs on the real SGLang."""
+"""Training runs on the real SGLang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.processes import ROOT, environment, run_trainer
 
 
 def _check_rollouts(run: Path, steps: int) -> None:
-    """Every prompt of every step has its four answers, from the weights of that step."""
+    """Check that every prompt of every step has four completions, drawn by the weights of that step."""
     for step in range(steps):
         files = sorted((run / "rollouts" / f"step_{step:06d}").glob("*.jsonl"))
         assert [f.name for f in files] == [f"prompt_{slot:05d}.jsonl" for slot in range(8)]
@@ -38,13 +38,13 @@ LAYOUTS = {
 def test_three_steps(name: str, run_yaml: Path, servers, tmp_path: Path) -> None:
     processes, overrides = LAYOUTS[name]
     overrides = [*overrides, "rollout.engine=sglang", f"rollout.sglang.urls=[{servers.urls[0]}]", "steps=3"]
-    with servers.without_health_checks():  # the run is this server's owner now
+    with servers.without_health_checks():  # the run updates this server now
         done = run_trainer(run_yaml, *overrides, "rollout.record=true", "data.heldout=null", processes=processes)
     assert "through the disk this time" not in done.stderr
     run = tmp_path / "run"
     metrics = read_metrics(run)
     assert len(metrics) == 3 and all(r["grad_norm"] > 0 for r in metrics)
-    # A step moves the weights by more than what servers may be off, so they have those of every stage and shard.
+    # A step changes the weights by more than the tolerance, so the servers have those of every stage and shard.
     assert all(r["ratio_max"] > 1.001 for r in metrics)
     assert all(r["mismatch/max"] < 1e-4 for r in metrics)
     _check_rollouts(run, 3)

@@ -1,4 +1,4 @@
-"""`tools/plan.py` on the example configurations, and its counts beside transformers' and written-out formulas."""
+"""`tools/plan.py` on the example configurations; its counts against transformers and against written-out formulas."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.processes import ROOT
 
 CONFIGS = ROOT / "examples" / "configs"
 NODES = {"qwen2.5-math-7b": 1, "qwen2.5-32b": 4, "llama3.3-70b": 16, "qwen2.5-72b": 16, "qwen3-30b-a3b": 4}
-PARAMETERS = {  # of the model cards' safetensors
+PARAMETERS = {  # as the model cards count them
     "qwen2.5-math-7b": 7_615_616_512,
     "qwen2.5-32b": 32_763_876_352,
     "llama3.3-70b": 70_553_706_496,
@@ -64,12 +64,12 @@ def test_examples_fit(name: str, tool: ModuleType, tmp_path: Path, capsys: pytes
     assert ("5120 tokens exceed the 4096 positions" in printed) is (name == "qwen2.5-math-7b")
     plan = make_plan(example(name, tmp_path), NODES[name], 8)
     assert plan.shape.parameters == PARAMETERS[name]
-    # the bytes of all ranks: weights and gradients once a data-parallel rank, Adam and master weights once
+    # Bytes of all ranks: every data-parallel rank holds the weights; Adam's state and the master weights exist once.
     ranks = plan.config.parallel.tensor * plan.data_parallel
     norms = 1 + 2e-3  # every tensor-parallel rank holds the norms and routers
-    held = sum(static.weights for static, _ in plan.memory) * ranks
+    weights = sum(static.weights for static, _ in plan.memory) * ranks
     if not plan.shape.experts:
-        assert 1 <= held / (2 * PARAMETERS[name] * plan.data_parallel) < norms
+        assert 1 <= weights / (2 * PARAMETERS[name] * plan.data_parallel) < norms
     optimizer = sum(static.optimizer for static, _ in plan.memory) * ranks
     assert 1 <= optimizer / (12 * PARAMETERS[name]) < norms
 
@@ -94,7 +94,7 @@ def test_parameters_are_those_of_transformers(family: str, layout: dict[str, int
         assert stages[1].count == last + model.lm_head.weight.numel()
 
 
-def test_what_does_not_fit(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configurations_that_do_not_fit(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     whole = ["parallel.distributed_optimizer=false", "rollout.local_batch=4096"]
     assert tool.main(arguments("llama3.3-70b", "--nodes", "16", *whole)) == 1
     printed = capsys.readouterr().out
@@ -117,16 +117,16 @@ def test_what_does_not_fit(tool: ModuleType, capsys: pytest.CaptureFixture[str])
 def test_wrong_layouts_are_refused(
     override: str, message: str, tool: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = arguments("llama3.3-70b", "--nodes", "16", override)
+    command = arguments("llama3.3-70b", "--nodes", "16", override)
     if override.startswith("model.path"):
-        given = [given[0], *given[3:]]
-    assert tool.main(given) == 2
+        command = [command[0], *command[3:]]
+    assert tool.main(command) == 2
     line = capsys.readouterr().err
     assert message in line and line.startswith("error: ") and line.count("\n") == 1
 
 
 def test_bytes_by_hand(tmp_path: Path) -> None:
-    """Llama 3.3 70B at tensor 8, pipeline 2, data 8, every formula written out."""
+    """Llama 3.3 70B at tensor 8, pipeline 2, data 8, with every formula written out."""
     config = example("llama3.3-70b", tmp_path)
     shape, dtype, stages = model_stages(config.model, config.parallel, 128)
     h, f, kv, v, layers = 8192, 28672, 1024, 128256, 40
@@ -139,7 +139,7 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
     phases = phase_memory(shape, stages[0], config, 2, 8)
     tokens = 1024 + 8192
     token_layer = 2 * (4 * h + (2 * h + 2 * kv) + 3 * f) // 8 + 4 * 64 // 8
-    buffer = tokens * h * 2  # what sequence-parallel activations are gathered into
+    buffer = tokens * h * 2  # that sequence-parallel activations are gathered into
     # two microbatches in flight on the first stage
     assert phases.activations == 2 * layers * tokens * token_layer + buffer
     assert phase_memory(shape, stages[1], config, 2, 8).activations == layers * tokens * token_layer + buffer
@@ -153,18 +153,18 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
 
 
 def test_mixture_by_hand(tmp_path: Path) -> None:
-    """Qwen3-30B-A3B at tensor 4, expert 8, data 8: a rank has a quarter of what is dense, and 16 experts of a layer."""
+    """Qwen3-30B-A3B at tensor 4, expert 8, data 8: a rank has a quarter of the dense weights, 16 experts per layer."""
     config = example("qwen3-30b-a3b", tmp_path)
     shape, dtype, [stage] = model_stages(config.model, config.parallel, 32)
     h, f, q, kv, v, layers = 2048, 768, 4096, 512, 151936, 48
     assert sum(stage.experts) == layers * 16 * 3 * h * f
     norms = layers * (2 * h + 2 * 128) + h
     assert sum(stage.parameters) == 2 * v * h // 4 + norms + layers * (128 * h + (h * q + 2 * kv * h + q * h) // 4)
-    # 8 of 128 experts compute: "3.3B activated" of the model card
+    # 8 of 128 experts compute: "3.3B activated" on the model card
     assert shape.active == shape.parameters - layers * 120 * 3 * h * f and 3.3e9 < shape.active < 3.4e9
     static = static_memory(stage, config.parallel, dtype, 8)
     assert static.weights == 2 * stage.count
-    # dense state over 8 data-parallel ranks, that of an expert over the 4 ranks that hold it
+    # Dense state is spread over 8 data-parallel ranks, that of an expert over the 4 ranks that hold it.
     exact = 12 * (sum(stage.parameters) // 8 + sum(stage.experts) // 4)
     assert exact <= static.optimizer < 1.001 * exact
     token_layer = 2 * 4 * h // 4 + (2 * (2 * q + 2 * kv + q + kv) + 4 * 32) // 4 + 8 * (2 * h + 3 * f) * 2 // 4 + 128
@@ -181,10 +181,10 @@ def test_context_and_interleaving_by_hand(tmp_path: Path) -> None:
     whole, split = (phase_memory(shape, stages[0], c, 2, 4).activations for c in (config, half))
     assert split == whole // 2
     buffer = 9216 * 8192 * 2
-    # 4 parts a stage: the first of 2 stages holds 2 + 3 x 2 + 1 parts of 10 layers instead of 2 x 40 layers
-    parts = replace(config, parallel=replace(config.parallel, virtual_pipeline=4))
-    assert phase_memory(shape, stages[0], parts, 2, 8).activations == (whole - buffer) * 9 * 10 // 80 + buffer
-    assert make_plan(parts, 16, 8).time.update < make_plan(config, 16, 8).time.update
+    # 4 chunks per stage: the first of 2 stages holds 2 + 3 x 2 + 1 chunks of 10 layers instead of 2 x 40 layers
+    interleaved = replace(config, parallel=replace(config.parallel, virtual_pipeline=4))
+    assert phase_memory(shape, stages[0], interleaved, 2, 8).activations == (whole - buffer) * 9 * 10 // 80 + buffer
+    assert make_plan(interleaved, 16, 8).time.update < make_plan(config, 16, 8).time.update
 
 
 def test_generation_by_hand(tmp_path: Path) -> None:
@@ -192,16 +192,16 @@ def test_generation_by_hand(tmp_path: Path) -> None:
     config = example("llama3.3-70b", tmp_path)
     config.rollout.engine, config.rollout.sglang.server = "sglang", {"tensor-parallel-size": 8}
     weights = 2 * PARAMETERS["llama3.3-70b"] / 8
-    cache = 256 * (512 + 2048) * 80 * 2 * 1024 * 2 / 8  # half of the mean response is there on average
+    cache = 256 * (512 + 2048) * 80 * 2 * 1024 * 2 / 8  # on average, half of the mean response is generated
     plan = make_plan(config, 16, 8)
     assert plan.time.generate == pytest.approx((8192 * weights + 4096 * cache) / (3.35e12 * 0.6), rel=1e-6)
     assert plan.memory[0].phases.server_weights == PARAMETERS["llama3.3-70b"] * 2 // 8
-    # 8 GPUs as 2 pipeline stages of 4 hold as much each, and read twice the weights one after the other
+    # As 2 pipeline stages of 4, each GPU holds as much, and a decoding step reads twice the weights in sequence.
     config.rollout.sglang.server = {"tp": 4, "pp": 2}
     staged = make_plan(config, 16, 8)
     assert staged.memory[0].phases.server_weights == plan.memory[0].phases.server_weights
     assert staged.time.generate == pytest.approx((8192 * 2 * weights + 4096 * cache) / (3.35e12 * 0.6), rel=1e-6)
-    # two replicas of 4 GPUs in one server are two servers of 4
+    # Two replicas of 4 GPUs in one server equal two servers of 4.
     config.rollout.sglang.server = {"tp": 4, "dp": 2}
     replicated = make_plan(config, 16, 8)
     config.rollout.sglang.server = {"tp": 4}
@@ -229,31 +229,32 @@ def test_weights_to_the_servers_by_hand(tmp_path: Path) -> None:
     [(_, phases)] = make_plan(config, 1, 8).memory
     within = whole * 7 / 8 / nvlink + 2 * whole / memory + 2 * whole / nvlink
     assert make_plan(config, 1, 8).time.weight_sync == pytest.approx(within, rel=1e-6)
-    # gathered twice over, and in a bucket of its own beside one of 256 MiB: the embedding
+    # The embedding is gathered twice, and has a bucket of its own beside one of 256 MiB.
     assert phases.export == 3 * 128256 * 8192 * 2 + 256 * 1024**2
 
 
-def test_servers_that_make_room(tmp_path: Path) -> None:
+def test_servers_that_release_their_memory(tmp_path: Path) -> None:
     config = example("llama3.3-70b", tmp_path)
     config.rollout.engine, config.rollout.sglang.server = "sglang", {"tensor-parallel-size": 8}
     assert not make_plan(config, 16, 8).fits
     config.rollout.sglang.release_memory = True
-    gone = make_plan(config, 16, 8)
-    static, phases = gone.memory[0]
+    released = make_plan(config, 16, 8)
+    static, phases = released.memory[0]
     assert (
-        gone.stage_bytes(0) == static.total + max(phases.update, phases.server_weights + phases.export) + CONTEXT_BYTES
+        released.stage_bytes(0)
+        == static.total + max(phases.update, phases.server_weights + phases.export) + CONTEXT_BYTES
     )
-    assert gone.fits
+    assert released.fits
 
 
-def test_time_grows_as_it_must(tmp_path: Path) -> None:
+def test_time_scales_with_length_and_gpus(tmp_path: Path) -> None:
     config = example("qwen2.5-math-7b", tmp_path)
     short, long = (make_plan(config, 1, 8, response_share=share).time for share in (0.25, 0.5))
     assert 1.9 < long.update / short.update < 2.2 and long.generate > short.generate
     two = make_plan(config, 2, 8).time
     one = make_plan(config, 1, 8).time
     assert two.update == pytest.approx(one.update / 2, rel=1e-6)
-    # 6 flops a parameter and token at 40 % of 989 TFLOP/s on 8 GPUs, and attention on top
+    # 6 operations per parameter and token at 40 % of 989 TFLOP/s on 8 GPUs, plus attention.
     tokens = 4096 * (512 + 2048)
     bound = 6 * PARAMETERS["qwen2.5-math-7b"] * tokens / (8 * 989e12 * 0.4)
     assert bound < one.update < 1.2 * bound

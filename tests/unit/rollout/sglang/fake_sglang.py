@@ -1,4 +1,4 @@
-"""A server on the loopback that speaks as much of SGLang's HTTP as the client needs, and misbehaves on request."""
+"""A server on the loopback that speaks the part of SGLang's HTTP that the client needs, and fails on request."""
 
 from __future__ import annotations
 
@@ -14,14 +14,29 @@ Reply = tuple[int, Any]
 
 
 class FakeServer:
-    """Answers each prompt of ``/generate`` with its sum, so that a reply tells whose it is."""
+    """Answers each prompt of ``/generate`` with one token, the sum of its token ids.
+
+    A reply therefore shows which prompt it belongs to.
+
+    Attributes:
+        version: of the weights, as SGLang reports it.
+        delay: seconds before an answer to ``/generate``.
+        healthy: False makes health checks hang.
+        gone: closes the connection of every request.
+        silent: keeps every connection and never answers.
+        answer: computes the answer to ``/generate``.
+        control: computes the answer to commands other than loading weights.
+        prompts: of ``/generate``, so far.
+        loads: bodies of the requests to load weights.
+        running, most_running: prompts in flight, now and at most.
+    """
 
     def __init__(self) -> None:
         self.version = "0"
         self.delay = 0.0
         self.healthy = True
-        self.gone = False  # hangs up on every request
-        self.silent = False  # keeps every connection and says nothing
+        self.gone = False
+        self.silent = False
         self.answer: Callable[[dict[str, Any]], Reply] = self.completion
         self.prompts: list[list[int]] = []
         self.loads: list[dict[str, Any]] = []
@@ -69,7 +84,7 @@ class FakeServer:
             }
         if path != "/health_generate":
             return self.control(path, body)
-        while not self.healthy:  # a hung server keeps the connection and says nothing
+        while not self.healthy:  # a hung server keeps the connection and does not answer
             time.sleep(0.05)
         return 200, {}
 
@@ -84,7 +99,7 @@ def fake_server() -> Iterator[FakeServer]:
         def do_GET(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
             status, content = fake.reply(self.path, body)
-            if status == 0:  # die without an answer
+            if status == 0:  # close the connection without an answer
                 self.close_connection = True
                 return
             data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
@@ -102,7 +117,7 @@ def fake_server() -> Iterator[FakeServer]:
         daemon_threads = True
         request_queue_size = 256
 
-        def handle_error(self, *_: Any) -> None:  # clients that hang up are what is tested
+        def handle_error(self, *_: Any) -> None:  # clients that close connections are expected
             pass
 
     server = Server(("127.0.0.1", 0), Handler)

@@ -1,4 +1,4 @@
-"""The client against a server that answers at once, late, never, or nonsense."""
+"""The client against servers that answer in time, late, never, or with malformed replies."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_samples_of_a_prompt_go_to_one_server(fake: FakeServer, other: FakeServe
     assert min(len(ours), len(theirs)) >= 6
 
 
-def test_server_that_hangs_up_loses_nothing(fake: FakeServer, other: FakeServer) -> None:
+def test_prompts_of_a_server_that_closes_connections_go_to_another(fake: FakeServer, other: FakeServer) -> None:
     answered: list[int] = []
 
     def die_after_five(body: dict[str, Any]) -> tuple[int, Any]:
@@ -89,7 +89,7 @@ def test_server_that_hangs_up_loses_nothing(fake: FakeServer, other: FakeServer)
     assert len(answered) == 5 and len(other.prompts) >= 60
 
 
-def test_hung_server_is_found_by_its_health(fake: FakeServer, other: FakeServer) -> None:
+def test_hung_server_is_found_by_a_health_check(fake: FakeServer, other: FakeServer) -> None:
     def hang(_: dict[str, Any]) -> tuple[int, Any]:
         fake.healthy = False
         time.sleep(15)
@@ -101,35 +101,35 @@ def test_hung_server_is_found_by_its_health(fake: FakeServer, other: FakeServer)
     assert time.monotonic() - began < 8
 
 
-def test_completion_that_takes_too_long_is_asked_again(fake: FakeServer) -> None:
+def test_prompt_that_takes_too_long_is_sent_again(fake: FakeServer) -> None:
     slow = [True]
 
-    def first_one_slow(body: dict[str, Any]) -> tuple[int, Any]:
+    def first_request_slow(body: dict[str, Any]) -> tuple[int, Any]:
         if body["input_ids"][0] == PROMPTS[0] and slow:
             slow.pop()
             time.sleep(3)
         return fake.completion(body)
 
-    fake.answer = first_one_slow
+    fake.answer = first_request_slow
     began = time.monotonic()
     _check(_generate([fake.url], dataclasses.replace(CONFIG, request_timeout_seconds=1.0)))
     assert time.monotonic() - began < 2.8
     assert fake.prompts.count(PROMPTS[0]) == 8
 
 
-def test_completion_that_kills_servers_ends_the_run(fake: FakeServer) -> None:
+def test_prompt_that_kills_servers_ends_the_run(fake: FakeServer) -> None:
     fake.answer = lambda body: (0, None)
     with pytest.raises(UserError, match="3 SGLang servers were lost under one prompt"):
         _generate([fake.url])
 
 
-def test_old_weights_are_replaced_before_anything_is_asked(fake: FakeServer) -> None:
+def test_old_weights_are_replaced_before_the_first_prompt(fake: FakeServer) -> None:
     _check(_generate([fake.url], version=4), version=4)
     assert [load["weight_version"] for load in fake.loads] == ["4"]
     assert fake.loads[0]["model_path"] == str(FOLDER) and fake.loads[0]["flush_cache"] is True
 
 
-def test_server_restarted_behind_our_back_gets_the_weights_again(fake: FakeServer) -> None:
+def test_server_that_someone_restarted_gets_the_weights_again(fake: FakeServer) -> None:
     fake.version = "4"
     forgot = []
 
@@ -144,7 +144,7 @@ def test_server_restarted_behind_our_back_gets_the_weights_again(fake: FakeServe
     assert forgot and [load["weight_version"] for load in fake.loads] == ["4"]
 
 
-def test_version_that_does_not_take(fake: FakeServer) -> None:
+def test_server_that_keeps_its_old_version(fake: FakeServer) -> None:
     fake.load = lambda body: (200, {"success": True})  # type: ignore[method-assign]
     with pytest.raises(UserError, match="serves weights of version 0 after it was given 4"):
         _generate([fake.url], version=4)
@@ -168,7 +168,7 @@ def test_another_model_is_refused_before_it_gets_weights(fake: FakeServer) -> No
     assert not fake.loads
 
 
-def test_nobody_at_the_address() -> None:
+def test_no_server_at_the_address() -> None:
     config = dataclasses.replace(CONFIG, start_timeout_seconds=1.5)
     with pytest.raises(EngineLostError, match=r"no SGLang server is left: http://127.0.0.1:9: .*cannot connect"):
         _generate(["http://127.0.0.1:9"], config)

@@ -1,4 +1,4 @@
-"""What a run may change when it is resumed."""
+"""Which SGLang settings may change when a run resumes."""
 
 from __future__ import annotations
 

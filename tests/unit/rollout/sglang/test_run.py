@@ -1,4 +1,4 @@
-"""Runs that end early: every server gone, an engine that computes another policy."""
+"""Training runs on servers that die, misbehave, or compute another policy."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def fake() -> Iterator[FakeServer]:
         yield server
 
 
-def _drawing(fake: FakeServer) -> Callable[[dict[str, Any]], tuple[int, Any]]:
-    """Answers with one of two tokens."""
+def _random_answers(fake: FakeServer) -> Callable[[dict[str, Any]], tuple[int, Any]]:
+    """Answer each prompt with one of two tokens, in turn."""
     drawn = [0]
 
     def answer(body: dict[str, Any]) -> tuple[int, Any]:
@@ -42,7 +42,7 @@ def _drawing(fake: FakeServer) -> Callable[[dict[str, Any]], tuple[int, Any]]:
 @pytest.fixture
 def command(fake: FakeServer, run_yaml: Path) -> list[str]:
     """A run of four steps on a server that always draws one of two tokens."""
-    fake.answer = _drawing(fake)
+    fake.answer = _random_answers(fake)
     settings = ["steps=4", "data.heldout=null", "checkpoint.export_huggingface=false", "checkpoint.every=0"]
     engine = ["engine=sglang", f"sglang.urls=[{fake.url}]", "sglang.start_timeout_seconds=1", "mismatch_alarm=0"]
     return [str(run_yaml), *settings, *[f"rollout.{setting}" for setting in engine]]
@@ -52,7 +52,7 @@ def _steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_all_servers_gone_leaves_a_checkpoint_and_a_run_that_goes_on(
+def test_losing_all_servers_writes_a_checkpoint_from_which_the_run_resumes(
     fake: FakeServer, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = fake.answer
@@ -75,36 +75,36 @@ def test_all_servers_gone_leaves_a_checkpoint_and_a_run_that_goes_on(
     assert [load["weight_version"] for load in fake.loads] == ["0", "1", "2", "0", "2", "3", "4"]
 
 
-def test_twenty_deaths_at_random_moments_lose_nothing(
+def test_no_prompt_is_lost_when_servers_die_twenty_times(
     fake: FakeServer, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two servers that come back with their first weights, in rollouts and in updates alike.
+    """Two servers die at random moments, in rollouts and in updates, and come back with their first weights.
 
     tests/integration/sglang/kill_at_random.py does the same to real ones, in minutes.
     """
     monkeypatch.setattr("megatron_rlvr.rollout.engines.sglang.client._PROBE_PERIOD_S", 0.05)
     draw, deaths = random.Random(0), dict.fromkeys(("/generate", "/update_weights_from_disk"), 0)
 
-    def make_mortal(server: FakeServer) -> None:
+    def let_die_at_random(server: FakeServer) -> None:
         reply = server.reply
 
         def come_back() -> None:
             server.version, server.gone = "0", False
 
-        def die_at_times(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        def reply_or_die(path: str, body: dict[str, Any]) -> tuple[int, Any]:
             answer = reply(path, body)
-            if path in deaths and not server.gone and draw.random() < 0.3:  # what it did is lost, and all it works on
+            if path in deaths and not server.gone and draw.random() < 0.3:  # all requests that it works on are lost
                 server.gone = True
                 deaths[path] += 1
                 threading.Timer(draw.uniform(0.02, 0.1), come_back).start()
             return (0, None) if server.gone else answer
 
-        server.reply, server.delay = die_at_times, 0.02  # type: ignore[method-assign]
+        server.reply, server.delay = reply_or_die, 0.02  # type: ignore[method-assign]
 
     with fake_server() as other:
-        other.answer = _drawing(other)
-        make_mortal(fake)
-        make_mortal(other)
+        other.answer = _random_answers(other)
+        let_die_at_random(fake)
+        let_die_at_random(other)
         urls = f"rollout.sglang.urls=[{fake.url},{other.url}]"
         settings = ["rollout.sglang.start_timeout_seconds=30", "rollout.sglang.attempts=100", "rollout.record=true"]
         assert main([*command, urls, *settings, "rollout.sglang.concurrency=8", "steps=8"]) == 0
@@ -117,19 +117,19 @@ def test_twenty_deaths_at_random_moments_lose_nothing(
             assert len(rows) == 4 and {row["weight_version"] for row in rows} == {step}
 
 
-def _malformed(fake: FakeServer) -> None:
+def _answer_malformed(fake: FakeServer) -> None:
     answer = fake.answer
     fake.answer = lambda body: (200, "<html>") if fake.version == "2" else answer(body)
 
 
-def _refuses_weights(fake: FakeServer) -> None:
+def _refuse_weights(fake: FakeServer) -> None:
     load = fake.load
     fake.load = lambda body: (  # type: ignore[method-assign]
         (400, {"success": False, "message": "no room"}) if body["weight_version"] == "2" else load(body)
     )
 
 
-def _keeps_its_version(fake: FakeServer) -> None:
+def _keep_old_version(fake: FakeServer) -> None:
     load = fake.load
     fake.load = lambda body: (  # type: ignore[method-assign]
         (200, {"success": True}) if body["weight_version"] == "2" else load(body)
@@ -139,12 +139,12 @@ def _keeps_its_version(fake: FakeServer) -> None:
 @pytest.mark.parametrize(
     ("misbehave", "expected"),
     [
-        (_malformed, "sent a malformed reply"),
-        (_refuses_weights, "did not take the weights in"),
-        (_keeps_its_version, "serves weights of version 1 after it was given 2"),
+        (_answer_malformed, "sent a malformed reply"),
+        (_refuse_weights, "did not take the weights in"),
+        (_keep_old_version, "serves weights of version 1 after it was given 2"),
     ],
 )
-def test_what_a_server_does_wrong_costs_no_step(
+def test_server_error_ends_the_run_with_a_checkpoint_of_every_step(
     misbehave: Callable[[FakeServer], None],
     expected: str,
     fake: FakeServer,
@@ -188,7 +188,7 @@ def test_rollouts_ahead_of_training(
 
     fake.control, fake.delay = control, 0.01
     update = Policy.update
-    # However fast the machine, some of what is rolled out ahead is complete before the weights change.
+    # Slow enough on any machine that some rollouts ahead are complete before the weights change.
     monkeypatch.setattr(Policy, "update", lambda *arguments: (time.sleep(0.2), update(*arguments))[1])
     settings = ["max_staleness=1", f"sglang.interrupt={interrupt}", "record=true", "sglang.concurrency=8"]
     settings += ["dynamic_sampling=true", "over_sampling=1.5"]

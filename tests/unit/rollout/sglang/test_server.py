@@ -1,4 +1,4 @@
-"""Servers as processes, with shell scripts in SGLang's place: what is said when one fails, and who stops it."""
+"""Server processes, with shell scripts in SGLang's place: error messages, restarts, and who stops them."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_user_arguments_win_over_defaults(tmp_path: Path) -> None:
     assert server.environment["OMP_NUM_THREADS"] == "3"
 
 
-def test_servers_know_nothing_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its TORCHELASTIC_USE_AGENT_STORE a server would wait for a store that nobody starts."""
+def test_servers_do_not_inherit_the_environment_of_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TORCHELASTIC_USE_AGENT_STORE a server would wait for a store that nobody starts."""
     for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HOME", "/somewhere")
@@ -53,7 +53,7 @@ def test_servers_know_nothing_of_torchrun(tmp_path: Path, monkeypatch: pytest.Mo
         ({"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}, 4),
     ],
 )
-def test_servers_of_one_machine_have_gpus_of_their_own(
+def test_servers_of_one_machine_use_different_gpus(
     arguments: dict[str, Any], each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trainer and its servers see the same GPUs, because CUDA IPC names one by its index."""
@@ -68,7 +68,7 @@ def test_servers_of_one_machine_have_gpus_of_their_own(
         ServerPool(SGLangConfig(servers=count + 1, server=arguments), tmp_path, "bfloat16", tmp_path)
 
 
-def test_server_that_ends_is_quoted(tmp_path: Path) -> None:
+def test_error_of_a_server_that_ends_is_quoted(tmp_path: Path) -> None:
     config = SGLangConfig(python=_program(tmp_path, "echo starting; echo out of memory; exit 3"))
     expected = rf"ended with status 3 before it was ready: see {tmp_path}/server_0.log, which says: out of memory"
     with pytest.raises(UserError, match=expected), ServerPool(config, tmp_path, "float32", tmp_path):
@@ -76,7 +76,7 @@ def test_server_that_ends_is_quoted(tmp_path: Path) -> None:
 
 
 def test_server_that_is_never_ready_is_stopped(tmp_path: Path) -> None:
-    # A child of the server's too: the whole group has to go.
+    # The server has a child: the whole process group must be stopped.
     program = _program(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/child; echo loading; exec sleep 1000")
     config = SGLangConfig(python=program, start_timeout_seconds=1.0)
     pool = ServerPool(config, tmp_path, "float32", tmp_path)
@@ -89,8 +89,8 @@ def test_server_that_is_never_ready_is_stopped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("body", "given_up"), [("kill -9 $$", False), ("exit 1", True)], ids=["killed", "ends"])
-def test_server_that_is_killed_while_it_starts_is_started_again(body: str, given_up: bool, tmp_path: Path) -> None:
-    """One that ends by itself three times has something wrong; one that others kill has not."""
+def test_server_that_dies_while_it_starts_is_restarted(body: str, given_up: bool, tmp_path: Path) -> None:
+    """Three times when it ends by itself, without limit when something else kills it."""
     config = SGLangConfig(python=_program(tmp_path, body), start_timeout_seconds=60.0)
     pool = ServerPool(config, tmp_path, "float32", tmp_path)
     pool.servers[0].start(tmp_path, 0)
@@ -130,7 +130,7 @@ time.sleep(1000)
     try:
         server = psutil.Process(int(trainer.stdout.readline()))
         deadline = time.monotonic() + 20
-        while server.cmdline()[:1] != ["sleep"]:  # for a moment between two programs a process has no command line
+        while server.cmdline()[:1] != ["sleep"]:  # during exec, a process has no command line for a moment
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:

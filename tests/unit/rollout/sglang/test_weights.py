@@ -1,4 +1,4 @@
-"""Weights in buckets, and what happens when a server does not take one."""
+"""Weights in buckets, and updates that a server refuses or does not answer."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_buckets_hold_every_tensor_once(size: int) -> None:
         assert torch.equal(tensor, TENSORS[name]) and tensor.dtype == TENSORS[name].dtype
     for bucket in made:
         assert len(bucket.flat) <= size or len(bucket.names) == 1
-    assert len(made) == {1: 6, 64: 5, 350: 4, 10**6: 3}[size]  # one dtype a bucket
+    assert len(made) == {1: 6, 64: 5, 350: 4, 10**6: 3}[size]  # one dtype per bucket
 
 
 def test_one_bucket_is_in_memory_at_a_time(fake: FakeServer) -> None:
-    """While it is sent to a server, too."""
+    """Also while it is sent to a server."""
 
     class Counting(SharedMemoryTransport):
         buffers: ClassVar[list[weakref.ref]] = []
@@ -89,17 +89,17 @@ def test_checksum_is_that_of_the_bytes() -> None:
     assert checksum(tensor) != checksum(tensor + 1)
 
 
-def test_shared_memory_leaves_nobody_waiting_for_our_output() -> None:
-    """torch's manager of shared memory outlives the trainer while a server knows it, and must not hold its pipes."""
+def test_shared_memory_does_not_keep_the_trainer_s_output_open() -> None:
+    """torch's shared-memory manager outlives the trainer while a server uses the memory. It must not hold its pipes."""
     program = """
 import os, psutil
 from megatron_rlvr.rollout.engines.sglang.weight_sync.shared_memory import SharedMemoryTransport
 buffer = SharedMemoryTransport().allocate(1000)
 buffer.fill_(1)
 managers = [p for p in psutil.Process().children() if "shm_manager" in p.name()]
-ours = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
-theirs = {os.readlink(f"/proc/{managers[0].pid}/fd/{fd}") for fd in os.listdir(f"/proc/{managers[0].pid}/fd")}
-print(len(managers), ours & theirs)
+trainer = {os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)}
+manager = {os.readlink(f"/proc/{managers[0].pid}/fd/{fd}") for fd in os.listdir(f"/proc/{managers[0].pid}/fd")}
+print(len(managers), trainer & manager)
 os.write(2, b"still here")
 """
     done = subprocess.run(
@@ -133,7 +133,7 @@ def _stream(
     return failure, len(taken)
 
 
-def test_session_around_the_buckets_and_the_version_with_the_last(fake: FakeServer) -> None:
+def test_update_has_a_begin_and_an_end_and_the_version_in_the_last_bucket(fake: FakeServer) -> None:
     asked: list[tuple[str, Any]] = []
 
     def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -152,7 +152,7 @@ def test_session_around_the_buckets_and_the_version_with_the_last(fake: FakeServ
     assert [body["flush_cache"] for _, body in asked[1:-1]] == [False] * 4 + [True]
 
 
-def test_open_session_of_a_failed_update_is_closed_first(fake: FakeServer) -> None:
+def test_update_that_failed_half_way_is_ended_first(fake: FakeServer) -> None:
     asked: list[str] = []
 
     def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -165,8 +165,8 @@ def test_open_session_of_a_failed_update_is_closed_first(fake: FakeServer) -> No
     assert asked[:3] == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
 
 
-def test_server_that_falls_silent_in_an_update_is_found_by_its_health(fake: FakeServer) -> None:
-    """Long before ``update_timeout_seconds``; one that is only slow is waited for."""
+def test_server_that_hangs_during_an_update_is_found_before_the_timeout(fake: FakeServer) -> None:
+    """It is found long before ``update_timeout_seconds``. One that is only slow is waited for."""
     slow = dataclasses.replace(CONFIG, update_timeout_seconds=60, health_timeout_seconds=0.5)
 
     def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -205,7 +205,7 @@ def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transpor
     assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
 
 
-def test_version_that_does_not_take(fake: FakeServer) -> None:
+def test_server_that_keeps_its_old_version(fake: FakeServer) -> None:
     fake.control = lambda path, body: (200, {"success": True})
     with pytest.raises(UserError, match="serves weights of version 0 after it was given 3"):
         _stream(fake, SharedMemoryTransport())
