@@ -1,4 +1,4 @@
-"""Everything that touches megatron-core: no other package imports it.
+"""Everything that touches megatron-core. No other package imports it.
 
 Importing this package makes megatron-core usable on a machine without a GPU, whenever and by whomever it is imported.
 """

@@ -1,12 +1,12 @@
 """Core attention for the local layer spec, on torch's fused scaled-dot-product kernel.
 
 megatron-core's own `DotProductAttention` materialises the [batch, heads, queries, keys] scores and repeats the keys of
-grouped queries; this one does neither. It also holds the key/value cache of the local rollout engine, because it is
-the one place that sees keys after the rotary embedding: megatron-core's static cache stores them before it and rotates
-the whole cache again for every new token.
+grouped queries. This one does neither. It also holds the key/value cache of the local rollout engine, because it sees
+the keys after the rotary embedding. megatron-core's static cache stores them before it, and rotates the whole cache
+again for every new token.
 
-Under context parallelism every rank gathers all keys and values and computes its own queries; on a GPU with Transformer
-Engine its attention does this instead, in the same split.
+Under context parallelism every rank gathers all keys and values and computes its own queries. Transformer Engine's
+attention splits sequences in the same way.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class KeyValueCache:
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [batch, heads, new, head size] behind what is there; return all keys and values so far."""
+        """Append [batch, key heads, new, head size]; return all keys and values so far."""
         end = self.length + keys.size(2)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
@@ -45,7 +45,7 @@ class KeyValueCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def reorder(self, rows: Tensor, capacity: int) -> None:
-        """Keep batch rows `rows` (int64, may repeat) with room for `capacity` tokens."""
+        """Keep the batch rows `rows` (int64, may repeat), with room for `capacity` tokens."""
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_empty(len(rows), old.size(1), capacity, old.size(3))
@@ -56,9 +56,10 @@ class KeyValueCache:
 class SDPAttention(MegatronModule):
     """softmax(q k^T / sqrt(d)) v on q [s, b, heads, d] and k, v [s, b, key heads, d], giving [s, b, heads * d].
 
-    Without a mask attention is causal. A mask is boolean [b, 1, queries, keys], megatron's way round: True hides a key.
-    Packed sequences (thd) come without b, and see themselves only. Under context parallelism s is this rank's part, in
-    the order of `zigzag`; one all-gather of keys and values forward, one reduce-scatter of their gradients backward.
+    Without a mask, attention is causal. A mask is boolean [b, 1, queries, keys], and as in megatron-core, True hides a
+    key. Packed sequences (thd) have no batch dimension, and attend only to themselves. Under context parallelism, s is
+    this rank's share in the order of `zigzag`: one all-gather of keys and values forward, one reduce-scatter of their
+    gradients backward.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class SDPAttention(MegatronModule):
     ):
         super().__init__(config=config)
         if config.attention_dropout:
-            raise NotImplementedError("SDPAttention has no dropout: RLVR needs the same probabilities in every pass")
+            raise NotImplementedError("attention_dropout must be 0: RLVR needs the same probabilities in every pass")
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cache: KeyValueCache | None = None
 
@@ -113,29 +114,29 @@ class SDPAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
     def _segments(self, query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int]) -> Tensor:
-        """Causal attention within each segment of the whole width; all [s, b, heads, d], result too."""
+        """Causal attention within each segment of the whole width; arguments and result are [s, b, heads, d]."""
         size = self.config.context_parallel_size
         if size > 1:
             group = parallel_state.get_context_parallel_group()
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=group)
-            held = torch.cat([zigzag(boundaries, size, rank) for rank in range(size)])
-            both = both.index_select(0, held.argsort().to(both.device))
+            gathered_order = torch.cat([zigzag(boundaries, size, rank) for rank in range(size)])
+            both = both.index_select(0, gathered_order.argsort().to(both.device))
             key, value = both.split([key.size(-1), value.size(-1)], dim=-1)
             rank = group.rank()
-        found = []
+        contexts = []
         for start, end in pairwise(boundaries):
             if size == 1:
-                found.append(self._causal(query[start:end], key[start:end], value[start:end]))
+                contexts.append(self._causal(query[start:end], key[start:end], value[start:end]))
                 continue
-            chunk, own = (end - start) // (2 * size), start // size
+            chunk, first_query = (end - start) // (2 * size), start // size
             for number in (rank, 2 * size - 1 - rank):
                 seen = slice(start, start + (number + 1) * chunk)
-                found.append(self._causal(query[own : own + chunk], key[seen], value[seen]))
-                own += chunk
-        return torch.cat(found)
+                contexts.append(self._causal(query[first_query : first_query + chunk], key[seen], value[seen]))
+                first_query += chunk
+        return torch.cat(contexts)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of the last queries to all keys before them: [s, b, heads, d]."""
+        """Causal attention of queries at the end of a segment to its keys: [s, b, heads, d]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         queries, keys = q.size(2), k.size(2)
         mask = None

@@ -4,7 +4,7 @@ megatron-core names CUDA in a few hundred places. On a machine without a GPU thi
 CPU: a torch function mode maps ``device="cuda"`` to ``cpu``, the `torch.cuda` calls that megatron-core makes answer for
 the CPU, and its fusions run uncompiled. Everything else of megatron-core runs unchanged, with gloo for collectives.
 
-Importing `megatron_rlvr.megatron` calls `install_before_megatron_core`, so callers keep no import order.
+Importing `megatron_rlvr.megatron` calls `install_before_megatron_core`, so callers need no particular import order.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _installed: TorchFunctionMode | None = None
 
 
 def install_before_megatron_core() -> None:
-    """Prepare this process when megatron-core is first imported, by any module; at once if it already was.
+    """Prepare this process when any module first imports megatron-core; at once if one already has.
 
-    Nothing touches CUDA before that import, so a program may read a configuration and fork.
+    CUDA is not touched before that import, so a program may read a configuration and fork.
     """
     if _MEGATRON_CORE in sys.modules:
         _prepare_process()
@@ -61,8 +61,8 @@ class _MegatronCoreFinder(MetaPathFinder):
 class _QuickLoader(Loader):
     """Loads megatron-core without the garbage collector and, on the CPU, without the compiler.
 
-    The collector finds no garbage there and takes a sixth of a program's start. megatron-core looks up torch.compile
-    for its fusions while it loads; on the CPU the compiler's own modules would be a fifth of the start.
+    The collector finds no garbage there and takes a sixth of a program's start-up time. megatron-core calls
+    torch.compile for its fusions while it loads; on the CPU, loading the compiler would take a fifth of the start-up.
     """
 
     def __init__(self, loader: Loader):
@@ -94,12 +94,12 @@ def _prepare_process() -> None:
     if _installed is not None:
         return
     _keep_freed_memory()
-    # megatron-core warns in four places that GPU-only packages are missing, and of its own default settings.
+    # megatron-core warns in four places that GPU-only packages are missing, and about its own default settings.
     for line in ("Transformer Engine and Apex are not installed", "full scope is deprecated"):
         warnings.filterwarnings("ignore", message=line)
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
-    # The token dispatcher of experts copies its counts on a stream of its own.
+    # The token dispatcher of a mixture of experts copies its counts on a separate stream.
     torch.cuda.Stream = _NoStream  # type: ignore[misc,assignment]
     torch.cuda.current_stream = lambda *_args: _THE_STREAM  # type: ignore[assignment]
     torch.cuda.stream = lambda *_args: nullcontext()  # type: ignore[assignment]
@@ -124,7 +124,7 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands for every CUDA stream of a process whose work is complete when a call returns."""
+    """Stands in for every CUDA stream: on the CPU, work is complete when a call returns."""
 
     def wait_stream(self, _other: object) -> None:
         pass
@@ -145,15 +145,15 @@ _THE_STREAM = _NoStream()
 
 
 def _no_compile(function: Any = None, **_options: Any) -> Any:
-    """Stands for torch.compile, as a function and as a decorator."""
+    """Stands in for torch.compile, as a function and as a decorator."""
     return _no_compile if function is None else function
 
 
 def _keep_freed_memory() -> None:
     """Make glibc keep the memory that tensors free instead of returning it to the kernel.
 
-    Otherwise a tensor of some hundred KB is mapped and unmapped for every operation, and half the time of a small
-    model's step goes into page faults. Does nothing under another C library, or where the user tuned malloc.
+    Otherwise a tensor of a few hundred KB is mapped and unmapped for every operation, and half the time of a small
+    model's step goes into page faults. Does nothing with another C library, or if the user has tuned malloc.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or sys.platform != "linux":
         return
@@ -164,10 +164,11 @@ def _keep_freed_memory() -> None:
 
 
 def patch_megatron_core() -> None:
-    """Patch what no function mode can redirect, once megatron-core is imported. Does nothing on a GPU.
+    """Patch what a function mode cannot redirect; call it after megatron-core is imported. Does nothing on a GPU.
 
-    Recomputation saves and restores the state of CUDA's random numbers, which do not exist here. The token dispatcher
-    of experts converts its counts to arrays only on their way from a GPU, but passes them on as if they came from one.
+    Recomputation saves and restores the state of CUDA's random number generator, which does not exist here. The token
+    dispatcher of a mixture of experts converts its counts to numpy arrays only when it copies them from a GPU, but
+    always uses them as arrays.
     """
     if _installed is None:
         return
@@ -184,5 +185,5 @@ def patch_megatron_core() -> None:
 
 
 def without_shim() -> AbstractContextManager:
-    """Run hot code, which names no device, without the function mode, which costs microseconds a torch call."""
+    """Run hot code, which names no device, without the function mode, which costs microseconds per torch call."""
     return nullcontext() if _installed is None else torch._C.DisableTorchFunction()

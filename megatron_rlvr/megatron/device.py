@@ -11,7 +11,7 @@ def on_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process's model and batches."""
+    """The device of the model and the batches of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 

@@ -1,4 +1,4 @@
-"""The one place that chooses between Transformer Engine's layers and megatron-core's local ones."""
+"""The choice between Transformer Engine's layers and megatron-core's local ones."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megatron_rlvr.megatron.attention import SDPAttention
 from megatron_rlvr.megatron.local_layers import GatedSiLU, LocalSelfAttention
 
 if not hasattr(moe_utils, "te_general_gemm"):
-    # megatron-core 0.16 defines it where Transformer Engine is installed only, and asks for it everywhere.
+    # megatron-core 0.16 defines it only if Transformer Engine is installed, but reads it always.
     moe_utils.te_general_gemm = None
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm that tells megatron-core its gradient is partial under sequence parallelism.
+    """torch's RMSNorm, marked so that sequence parallelism works.
 
-    megatron-core's WrappedTorchNorm refuses sequence parallelism; the mark below is all that is missing: with it
-    `finalize_model_grads` adds the weight's gradient over the tensor-parallel group.
+    megatron-core's WrappedTorchNorm refuses sequence parallelism. Each rank computes the weight's gradient from its own
+    tokens. With the mark, `finalize_model_grads` adds these gradients over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: object):
@@ -51,7 +51,7 @@ def check_installed(name: str) -> None:
 
 
 def layer_spec(config: TransformerConfig, name: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The block spec of this pipeline stage for the layer spec `name`."""
+    """The block spec of this pipeline stage for the layer spec `name`; `vp_stage` is the virtual stage, if any."""
     if name == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     layer = get_gpt_layer_local_spec(

@@ -1,4 +1,4 @@
-"""The policy network: megatron-core's GPTModel with a head that answers only where it is asked."""
+"""The policy network: megatron-core's GPTModel, which returns logits of chosen positions only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from torch import Tensor
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel whose last stage returns logits for chosen positions only.
+    """One pipeline stage of a GPTModel, or one virtual stage of it.
 
-    Prompt and padding positions never reach the vocabulary projection, and the logits come as the operators read
-    them: one row a token, split over the tensor-parallel group, in the model's dtype.
+    The vocabulary projection skips prompt and padding positions. Its logits have the form that the operators read: one
+    row per token, split over the tensor-parallel group, in the model's dtype.
+
+    Attributes:
+        vocabulary: number of tokens, without the rows that pad the embedding; set by `PolicyBridge.build`.
     """
+
+    vocabulary: int
 
     def forward(
         self,
@@ -33,12 +38,12 @@ class PolicyModel(GPTModel):
         Args:
             tokens: int64 [b, s].
             rows: int64 [T], indices into the flattened [s * b] positions (``position * b + sequence``) that get logits;
-                None takes all. Read by the last stage.
-            positions: int64 [b, s] rotary positions, or [s] of every sequence; None means 0 .. s-1 for every sequence.
+                None takes all. Only the last stage reads it.
+            positions: int64, rotary positions of every token [b, s], or [s] for all sequences; None is 0 .. s-1.
             attention_mask: bool [b, 1, s, keys], True hides a key; None is causal.
             packed: where the packed sequences (b = 1) begin and end; None if padded.
-            padding: bool [b, s], tokens that the router of a mixture of experts leaves out of its balance.
-            hidden_only: the last stage returns the final hidden states [T, h] for the fused head instead of logits.
+            padding: bool [b, s], tokens that the load-balancing loss of a mixture of experts must ignore.
+            hidden_only: the last stage returns final hidden states instead of logits, for the fused head.
 
         Returns:
             hidden states [s, b, h] before the last stage; on it logits [T, V / tp] or hidden states [T, h].
@@ -67,7 +72,7 @@ class PolicyModel(GPTModel):
         return hidden if hidden_only else self.project(hidden)
 
     def _own_padding(self, padding: Tensor | None) -> Tensor | None:
-        """What sequence parallelism leaves to this rank, [b, s / tp]."""
+        """This rank's share of `padding` under sequence parallelism, [b, s / tp]."""
         if padding is None or not self.config.sequence_parallel:
             return padding
         return padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
@@ -76,8 +81,8 @@ class PolicyModel(GPTModel):
         """The vocabulary projection of this tensor-parallel rank, [V / tp, h], without the rows that pad it."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        own = self.vocabulary - len(weight) * self.pg_collection.tp.rank()
-        return weight if own >= len(weight) else weight[:own]
+        own_tokens = self.vocabulary - len(weight) * self.pg_collection.tp.rank()
+        return weight if own_tokens >= len(weight) else weight[:own_tokens]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits [T, V / tp] of hidden states [T, h]."""
@@ -86,9 +91,9 @@ class PolicyModel(GPTModel):
             input=hidden,
             weight=weight,
             bias=None,
-            # A part of the weight has no gradient buffer of its own to be added to.
+            # A slice of the weight has no gradient buffer to add to.
             gradient_accumulation_fusion=self.config.gradient_accumulation_fusion and weight.is_leaf,
-            # Under sequence parallelism the gather's backward already adds the partial gradients.
+            # Under sequence parallelism the backward pass of the gather adds up the partial gradients.
             allreduce_dgrad=self.config.tensor_model_parallel_size > 1 and not self.config.sequence_parallel,
             sequence_parallel=False,
             tp_group=self.pg_collection.tp,
@@ -96,7 +101,7 @@ class PolicyModel(GPTModel):
 
 
 def packed_sequences(boundaries: Tensor | None, device: torch.device) -> PackedSeqParams | None:
-    """What megatron-core wants to know of packed sequences, from int32 [n + 1] where they begin and end."""
+    """megatron-core's description of packed sequences, from int32 [n + 1] boundaries; None for padded ones."""
     if boundaries is None:
         return None
     longest = int(boundaries.diff().max())

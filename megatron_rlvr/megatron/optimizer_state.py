@@ -1,8 +1,10 @@
-"""The optimizer's state in a checkpoint, in terms of whole parameters, so that another layout can load it.
+"""The optimizer's state in a checkpoint, per whole parameter, so that another layout can load it.
 
-megatron-core keeps the state of its distributed optimizer in flat buffers of which every data-parallel rank has a
-slice. Its ``fully_reshardable`` format cuts them into parameters again. Over torch's Adam, which keeps its step count
-beside the moments of each parameter, that format reads wrongly in three places; `_prepare` and `load` go around them.
+megatron-core's distributed optimizer keeps its state in flat buffers, of which every data-parallel rank holds a slice.
+The ``fully_reshardable`` format stores it per parameter instead. That format goes wrong in three places with torch's
+Adam, which keeps a step count for each parameter next to its moments: the state does not exist before the first step,
+the step count is loaded as one tensor that all parameters share, and the reader of moments takes the step count for a
+moment. `_create_state` and `_load_over_torch` work around them, and `_check_loaded` verifies the result for any Adam.
 """
 
 from __future__ import annotations
@@ -16,122 +18,132 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.optimizer import chained_optimizers
 
-METADATA = {
+_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    # Gather on the first data-parallel rank, in the host's memory, instead of on every rank by way of its GPU.
+    # Gather on the first data-parallel rank, in host memory, instead of on every rank through its GPU.
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
-    """Whether the state is spread over data-parallel ranks."""
-    return any(isinstance(part, DistributedOptimizer) for part in chained_optimizers(optimizer))
+    """Whether the state is sharded over data-parallel ranks."""
+    return any(isinstance(single, DistributedOptimizer) for single in chained_optimizers(optimizer))
 
 
 def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> dict[str, Any]:
-    """megatron-core's description of the state, to be saved or to be filled by loading. Collective."""
+    """megatron-core's description of the state, to save or to be filled by loading. Collective over the job."""
     if loading:
-        for part in chained_optimizers(optimizer):
-            if _over_torch(part):
-                _prepare(part)
-    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=METADATA)
+        for single in chained_optimizers(optimizer):
+            if _is_distributed_over_torch(single):
+                _create_state(single)
+    return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=_METADATA)
 
 
 def load(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
-    """Take over a loaded state, of as many optimizers or of another number.
+    """Put a loaded state into the optimizer, even if it was saved from another number of chained optimizers.
 
-    Experts have an optimizer of their own only where expert-parallel ranks share them. Tensors are named by their
-    parameter, so they find their place in any case; of the rest only the step count is read.
+    Experts have an optimizer of their own only if expert-parallel ranks share them. Tensors are named after their
+    parameter, so they fit in either case. From the rest of the state, only the step count is used.
+
+    Raises:
+        UserError: if a distributed optimizer does not hold the loaded state afterwards.
     """
     chain = chained_optimizers(optimizer)
-    for number, part in enumerate(chain):
+    for number, single in enumerate(chain):
         own = state[number] if len(chain) > 1 else {k: v for k, v in state.items() if not isinstance(k, int)}
-        distributed = isinstance(part, DistributedOptimizer)
+        distributed = isinstance(single, DistributedOptimizer)
         inner = own.setdefault("optimizer", {}) if distributed or "optimizer" in own else own
-        step = _find(state, "step" if distributed else "common_step")
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in part.optimizer.param_groups]
-        for group, given in zip(groups, inner.get("param_groups", [{}] * len(groups)), strict=False):
-            group |= {"params": given["params"]} if "params" in given else {}
+        step = _first_value(state, "step" if distributed else "common_step")
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in single.optimizer.param_groups]
+        for group, stored in zip(groups, inner.get("param_groups", [{}] * len(groups)), strict=False):
+            group |= {"params": stored["params"]} if "params" in stored else {}
             group |= {"step": step} if distributed and step is not None else {}
         inner["param_groups"] = groups
         if not distributed and step is not None:
             inner["state"]["common_step"] = step
-        if not _over_torch(part):
-            part.load_state_dict(own)
-            if distributed:
-                _check(part, own["param_state"], step)
-            continue
-        part.load_state_dict({key: value for key, value in own.items() if not key.startswith("param_state")})
-        # The step count came with the parameter groups, as one tensor that all parameters share: every one of them
-        # would advance it. megatron-core's reader of moments takes whatever is there for a moment.
-        steps = {parameter: slot.pop("step") for parameter, slot in part.optimizer.state.items()}
-        part.load_parameter_state_from_fully_reshardable(own["param_state"])
-        for parameter, count in steps.items():
-            part.optimizer.state[parameter]["step"] = count.clone()
-        _check(part, own["param_state"], step)
+        if _is_distributed_over_torch(single):
+            _load_over_torch(single, own)
+        else:
+            single.load_state_dict(own)
+        if distributed:
+            _check_loaded(single, own["param_state"], step)
 
 
-def _check(part: DistributedOptimizer, loaded: dict[int, dict[str, torch.Tensor]], step: Any) -> None:
-    """Hold what the optimizer has after loading to what was loaded, element by element, whatever Adam it is.
+def _load_over_torch(single: DistributedOptimizer, state: dict[Any, Any]) -> None:
+    single.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
+    # That set the step counts from the parameter groups, to one tensor that all parameters share: each of them would
+    # advance it. megatron-core's reader of moments takes everything in a parameter's state for a moment, so the counts
+    # are set aside while it runs, and come back as one tensor per parameter.
+    steps = {parameter: slot.pop("step") for parameter, slot in single.optimizer.state.items()}
+    single.load_parameter_state_from_fully_reshardable(state["param_state"])
+    for parameter, count in steps.items():
+        single.optimizer.state[parameter]["step"] = count.clone()
 
-    megatron-core has a path for each of Transformer Engine's, Apex's, torch's and the offloaded Adam, and not each of
-    them was right: one resumed with step 0 and said nothing.
+
+def _check_loaded(single: DistributedOptimizer, loaded: dict[int, dict[str, torch.Tensor]], step: Any) -> None:
+    """Compare what the optimizer holds after loading with what was loaded, element by element.
+
+    megatron-core has separate code for Transformer Engine's, Apex's, torch's and the offloaded Adam, and not all of it
+    was right: one resumed at step 0 without a warning.
 
     Raises:
-        UserError: when step counts, moments or master weights are not those of the checkpoint.
+        UserError: if step counts, moments or master weights differ from the checkpoint's.
     """
-    name = type(part.optimizer).__name__
-    inner = getattr(part.optimizer, "sub_optimizers", [part.optimizer])  # of the offloaded one: on GPU and host
-    counts = [slot["step"] for one in inner for slot in one.state.values() if "step" in slot]
+    name = type(single.optimizer).__name__
+    adams = getattr(single.optimizer, "sub_optimizers", [single.optimizer])  # the offloaded one has two: GPU and host
+    counts = [slot["step"] for adam in adams for slot in adam.state.values() if "step" in slot]
     if len({id(count) for count in counts}) < len(counts):
         raise UserError(f"{name} would advance one step count for several parameters after this load: {_ADVICE}")
-    counts += [group["step"] for one in inner for group in one.param_groups if group["params"] and "step" in group]
+    counts += [group["step"] for adam in adams for group in adam.param_groups if group["params"] and "step" in group]
     found = {int(count) for count in counts}
     if step is not None and found != {int(step)}:
         raise UserError(f"{name} has taken {sorted(found)} steps after loading a state of {int(step)}: {_ADVICE}")
-    number = -1
-    for buffer, ranges in zip(part.buffers, part.gbuf_ranges, strict=True):
-        mine = {
-            parameter: where for by in ranges.values() for one in by for parameter, where in one["param_map"].items()
+    number = -1  # parameters are numbered through all buffers
+    for buffer, ranges in zip(single.buffers, single.gbuf_ranges, strict=True):
+        own_ranges = {
+            parameter: range_map
+            for bucket_ranges in ranges.values()
+            for bucket in bucket_ranges
+            for parameter, range_map in bucket["param_map"].items()
         }
         for parameter in buffer.param_index_map:
             number += 1
-            if parameter not in mine:
+            if parameter not in own_ranges:
                 continue
-            own = part._get_main_param_and_optimizer_states(parameter)
-            where = mine[parameter]["param"]
+            held = single._get_main_param_and_optimizer_states(parameter)
+            own_range = own_ranges[parameter]["param"]
             for key in ("param", "exp_avg", "exp_avg_sq"):
-                whole = loaded[number]["fp32_param" if key == "param" and "param" not in loaded[number] else key]
-                given = whole.flatten()[where.start : where.end]
-                if not torch.equal(own[key].detach().flatten().to(given.device, given.dtype), given):
+                stored = loaded[number]["fp32_param" if key == "param" and "param" not in loaded[number] else key]
+                expected = stored.flatten()[own_range.start : own_range.end]
+                if not torch.equal(held[key].detach().flatten().to(expected.device, expected.dtype), expected):
                     raise UserError(f"{name} holds another {key} than the checkpoint after loading it: {_ADVICE}")
 
 
 _ADVICE = (
-    "this state cannot be resumed with it; use the optimizer that wrote it, or go on from the checkpoint's weights "
-    "(tools/convert_checkpoint.py) in a new run"
+    "this state cannot be resumed with it; use the optimizer that wrote it, or start a new run from the checkpoint's "
+    "weights (tools/convert_checkpoint.py)"
 )
 
 
-def _find(state: Any, name: str) -> Any:
-    """The first value under that key, at any depth; None where there is none."""
+def _first_value(state: Any, name: str) -> Any:
+    """The first value with that key at any depth of dicts and lists; None if there is none."""
     if isinstance(state, dict) and name in state:
         return state[name]
-    inner = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
-    return next((found for part in inner if (found := _find(part, name)) is not None), None)
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    return next((value for child in children if (value := _first_value(child, name)) is not None), None)
 
 
-def _over_torch(part: MegatronOptimizer) -> bool:
-    return isinstance(part, DistributedOptimizer) and type(part.optimizer).__module__.startswith("torch.")
+def _is_distributed_over_torch(single: MegatronOptimizer) -> bool:
+    return isinstance(single, DistributedOptimizer) and type(single.optimizer).__module__.startswith("torch.")
 
 
-def _prepare(part: DistributedOptimizer) -> None:
-    """Give torch's Adam the state that it otherwise has after its first step only."""
-    for group in part.optimizer.param_groups:
+def _create_state(single: DistributedOptimizer) -> None:
+    """Give torch's Adam the state that it otherwise creates in its first step."""
+    for group in single.optimizer.param_groups:
         for parameter in group["params"]:
-            if not part.optimizer.state[parameter]:
-                part.optimizer.state[parameter] = {
+            if not single.optimizer.state[parameter]:
+                single.optimizer.state[parameter] = {
                     "step": torch.tensor(0.0),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),

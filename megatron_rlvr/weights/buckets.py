@@ -1,4 +1,4 @@
-"""Weights on their way, a bucket at a time: many tensors of one dtype, end to end in one flat buffer."""
+"""Weights in transit: many tensors of one dtype end to end in one flat buffer, a bucket at a time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Bucket:
 
     Attributes:
         flat: uint8 [bytes].
-        dtype: of all of them.
-        names, shapes: of each; they follow each other in `flat` without gaps.
-        last: whether no bucket follows.
+        dtype: of all tensors.
+        names, shapes: of each tensor; they follow each other in `flat` without gaps.
+        last: whether this is the last bucket.
     """
 
     flat: Tensor
@@ -36,14 +36,14 @@ class Bucket:
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], size: int, allocate: Callable[[int], Tensor]) -> Iterator[Bucket]:
-    """Copy tensors into buckets of at most `size` bytes (a larger tensor has one of its own), in order.
+    """Copy tensors into buckets of at most `size` bytes, in order; a larger tensor gets a bucket of its own.
 
-    A bucket is let go of before the next is allocated: a caller that does so, too, has one in memory at a time.
+    A bucket is released before the next one is allocated. If the caller releases it, too, one is in memory at a time.
 
     Args:
-        tensors: by name; a tensor may change once the next is taken.
+        tensors: by name; a tensor may change once the next one is taken.
         size: bytes of a bucket.
-        allocate: gives a uint8 buffer of so many bytes.
+        allocate: returns a uint8 buffer of the given number of bytes.
     """
     bucket: Bucket | None = None
     buffer = torch.empty(0, dtype=torch.uint8)

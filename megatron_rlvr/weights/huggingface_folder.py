@@ -1,13 +1,11 @@
-"""Hugging Face model folders on disk: written shard by shard and renamed into place, read tensor by tensor."""
+"""Hugging Face model folders on disk: written shard by shard under a temporary name, read tensor by tensor."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,8 +15,9 @@ from megatron_rlvr.atomic_write import replace_folder
 from megatron_rlvr.errors import UserError
 
 SHARD_BYTES = 4 * 1024**3
+"""Largest safetensors file by default."""
 INDEX = "model.safetensors.index.json"
-COMPANIONS = (
+_COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -33,19 +32,19 @@ COMPANIONS = (
 def write_folder(
     folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], companions: Path, shard_bytes: int = SHARD_BYTES
 ) -> int:
-    """Write a complete Hugging Face folder; nothing of that name is touched before every file is whole.
+    """Write a complete Hugging Face folder. It gets its name when every file is complete.
 
     Args:
-        folder: becomes the folder; one that stands there is replaced.
-        tensors: consumed one at a time; what is held at once is one shard.
-        companions: folder that config, generation config and tokenizer are copied from.
-        shard_bytes: a shard is closed before it would exceed this; a model of one shard has no index.
+        folder: replaced if it exists.
+        tensors: consumed one at a time; one shard is held in memory.
+        companions: folder from which config, generation config and tokenizer are copied.
+        shard_bytes: a shard is closed before it would exceed this. A model of one shard has no index.
 
     Returns:
         the number of tensors written.
 
     Raises:
-        UserError: when the disk refuses (full, read-only); what stood there before is untouched.
+        UserError: if the disk refuses (full, read-only). A folder of that name is then untouched.
     """
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -61,32 +60,32 @@ def write_folder(
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what makes a folder of weights a complete model: config, generation config and tokenizer."""
-    for pattern in COMPANIONS:
+    """Copy config, generation config and tokenizer, which make a folder of weights a complete model."""
+    for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             shutil.copy2(file, folder)
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> int:
     shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
+    shard: dict[str, torch.Tensor] = {}
     size = total = 0
 
-    def close() -> None:
+    def close_shard() -> None:
         nonlocal size
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
+        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
         size = 0
 
     for name, tensor in tensors:
-        copy = tensor.detach().to("cpu", copy=True).contiguous()  # exports may be views of a buffer that is reused
-        if held and size + copy.nbytes > shard_bytes:
-            close()
-        held[name] = copy
+        copy = tensor.detach().to("cpu", copy=True).contiguous()  # it may be a view of a buffer that is reused
+        if shard and size + copy.nbytes > shard_bytes:
+            close_shard()
+        shard[name] = copy
         size += copy.nbytes
         total += copy.nbytes
-    close()
+    close_shard()
     for number, file in enumerate(shard_names(len(shards))):
         (folder / f"shard-{number}").rename(folder / file)
     if len(shards) > 1:
@@ -95,14 +94,14 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], sha
 
 
 def shard_names(count: int) -> list[str]:
-    """The names of a model's files, by Hugging Face's convention."""
+    """The names of a model's safetensors files by Hugging Face's convention."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def write_index(folder: Path, shards: Sequence[Iterable[str]], total: int) -> None:
-    """Write which file of a folder holds which tensor; `total` is their bytes."""
+    """Write the index of a folder: which file holds which tensor; `total` is the bytes of all tensors."""
     files = shard_names(len(shards))
     weight_map = {name: file for names, file in zip(shards, files, strict=True) for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -113,7 +112,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """The file of every tensor of a folder, from its index or from the headers of its files.
 
     Raises:
-        UserError: when there are no safetensors, an indexed shard is missing, or a file is damaged.
+        UserError: if there are no safetensors, an indexed shard is missing, or a file is damaged.
     """
     if (folder / INDEX).is_file():
         try:
@@ -123,11 +122,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
         if missing:
             raise UserError(
-                f"{folder} lacks {len(missing)} of its shards, {missing[0]} for one: download the model again"
+                f"{folder} lacks {len(missing)} of its shards, such as {missing[0]}: download the model again"
             )
-        found = {file: _header(folder / file) for file in sorted(set(weight_map.values()))}
+        names = {file: _names(folder / file) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
-            if name not in found[file]:
+            if name not in names[file]:
                 raise UserError(f"{folder / file} lacks {name}, which the index says it holds: download it again")
         return {name: folder / file for name, file in weight_map.items()}
     files = sorted(folder.glob("*.safetensors"))
@@ -135,56 +134,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         raise UserError(
             f"{folder} holds no *.safetensors: save the model with save_pretrained(..., safe_serialization=True)"
         )
-    return {name: file for file in files for name in _header(file)}
-
-
-def check_shapes(files: dict[str, Path], hf_config: Any) -> None:
-    """Refuse weights of another shape than config.json describes, before they are read as something else.
-
-    Args:
-        files: the file of every tensor, of `tensor_files`.
-        hf_config: of transformers.
-
-    Raises:
-        UserError: naming the first tensor that does not fit, or a layer of the configuration that has no weights.
-    """
-    hidden, vocabulary = hf_config.hidden_size, hf_config.vocab_size
-    head = getattr(hf_config, "head_dim", None) or hidden // hf_config.num_attention_heads
-    queries, keys = head * hf_config.num_attention_heads, head * hf_config.num_key_value_heads
-    inner = hf_config.intermediate_size
-    expected = {
-        "model.embed_tokens.weight": [vocabulary, hidden],
-        "lm_head.weight": [vocabulary, hidden],
-        "self_attn.q_proj.weight": [queries, hidden],
-        "self_attn.k_proj.weight": [keys, hidden],
-        "self_attn.v_proj.weight": [keys, hidden],
-        "self_attn.o_proj.weight": [hidden, queries],
-        "mlp.gate_proj.weight": [inner, hidden],
-        "mlp.up_proj.weight": [inner, hidden],
-        "mlp.down_proj.weight": [hidden, inner],
-        "model.norm.weight": [hidden],
-        "input_layernorm.weight": [hidden],
-        "post_attention_layernorm.weight": [hidden],
-    }
-    layers: set[int] = set()
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in opened.keys():  # noqa: SIM118, it is no dictionary
-                layer = re.match(r"model\.layers\.(\d+)\.", name)
-                if layer:
-                    layers.add(int(layer[1]))
-                wanted = expected.get(name[layer.end() :] if layer else name)
-                if wanted and (found := opened.get_slice(name).get_shape()) != wanted:
-                    raise UserError(
-                        f"{file}: {name} has shape {found}, but config.json describes {wanted}: the weights belong to "
-                        "another model"
-                    )
-    count = hf_config.num_hidden_layers
-    if layers != set(range(count)):
-        raise UserError(
-            f"{file.parent}: the weights have layers {min(layers, default=0)} to {max(layers, default=-1)}, but "
-            f"config.json describes {count}: they belong to another model"
-        )
+    return {name: file for file in files for name in _names(file)}
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
@@ -193,8 +143,8 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
         return opened.get_tensor(name)
 
 
-def _header(file: Path) -> set[str]:
-    """The names in a safetensors file; opening it checks that the file is as long as its header says."""
+def _names(file: Path) -> set[str]:
+    """The names of the tensors in a safetensors file. Opening it checks its length against the header."""
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return set(opened.keys())

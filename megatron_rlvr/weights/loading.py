@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.model import PolicyModel
-from megatron_rlvr.weights.huggingface_folder import check_shapes, tensor_files
+from megatron_rlvr.weights.huggingface_folder import tensor_files
+from megatron_rlvr.weights.shape_checks import check_shapes
 
 
 def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folder: Path | None = None) -> None:
