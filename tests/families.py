@@ -1,7 +1,7 @@
-"""Small random models of every supported family, and what a policy makes of one: beside transformers in float64.
+"""Small random models of every supported family, and what a policy and transformers in float64 compute with them.
 
-As a program, under torchrun: ``families.py OUTPUT JOB...`` measures every folder of a job, JSON of
-{"name": ..., "layout": fields of ParallelConfig, "folders": [...]}, and saves OUTPUT/<job name>/<folder name>.pt.
+As a program under torchrun, ``families.py OUTPUT JOB...`` measures every folder of its jobs and saves
+OUTPUT/<job name>/<folder name>.pt. A job is JSON: {"name": ..., "layout": fields of ParallelConfig, "folders": [...]}.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LLAMA3 = {
     "high_freq_factor": 6.0,
     "original_max_position_embeddings": 96,
 }
-# Llama's published scaling, but for wavelengths of heads of 8: kept, blended and divided frequencies all occur.
+# Llama's published scaling, with wavelengths for heads of 8: kept, blended and divided frequencies all occur.
 _LLAMA3_PUBLISHED = {**_LLAMA3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -68,7 +68,7 @@ MICROBATCH = 3
 
 @dataclasses.dataclass
 class Measurement:
-    """Log-probs and entropies [T] of the response tokens, and, by Hugging Face name, gradients and weights."""
+    """Log-probs and entropies [T] of the response tokens; gradients and weights by Hugging Face name."""
 
     logprob: torch.Tensor
     entropy: torch.Tensor
@@ -78,7 +78,7 @@ class Measurement:
 
 
 def make_family(folder: Path, name: str, **changes: Any) -> Path:
-    """Save a random model of the family, every weight away from its initial value, as a Hugging Face folder."""
+    """Save a random model of the family as a Hugging Face folder; no weight has its initial value."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings: dict[str, Any] = {
@@ -106,7 +106,7 @@ def make_family(folder: Path, name: str, **changes: Any) -> Path:
 
 
 def make_batch() -> RolloutBatch:
-    """Eight responses to two prompts, long enough for the low rotary frequencies to turn."""
+    """Eight responses to two prompts, long enough for the low rotary frequencies to matter."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in (45, 31)]
     lengths = (14, 1, 27, 13, 6, 22, 5, 15)
@@ -116,9 +116,9 @@ def make_batch() -> RolloutBatch:
 
 
 def policy_config(folder: Path, layout: ParallelConfig) -> Config:
-    balance = ROUTER_AUX_LOSS if "num_experts" in (folder / "config.json").read_text() else 0.0
+    router_aux_loss = ROUTER_AUX_LOSS if "num_experts" in (folder / "config.json").read_text() else 0.0
     return Config(
-        model=ModelConfig(path=str(folder), dtype="float32", layer_spec="local", router_aux_loss=balance),
+        model=ModelConfig(path=str(folder), dtype="float32", layer_spec="local", router_aux_loss=router_aux_loss),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optimizer=OptimizerConfig(learning_rate=1e-12, clip_grad=1e9),
         parallel=dataclasses.replace(layout, microbatch_sequences=MICROBATCH),
@@ -126,7 +126,7 @@ def policy_config(folder: Path, layout: ParallelConfig) -> Config:
 
 
 def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tuple[Measurement, Any]:
-    """What a policy in this layout makes of the batch, and the policy; log-probs on the last stage only."""
+    """What a policy in this layout computes for the batch, and the policy. Log-probs are on the last stage only."""
     from megatron_rlvr.training.policy import Policy
 
     policy = Policy(policy_config(folder, layout), here)
@@ -139,18 +139,18 @@ def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tupl
         batch, torch.arange(8), ADVANTAGE, weight, scores, ClipThresholds(wide, wide), NEUTRAL, build_objective("clip")
     )
     with torch.no_grad():
-        parameters = [p for part in policy.model_chunks for p in part.parameters()]
-        kept = [p.clone() for p in parameters]
+        parameters = [p for chunk in policy.model_chunks for p in chunk.parameters()]
+        values = [p.clone() for p in parameters]
         for parameter in parameters:
             parameter.copy_(parameter.main_grad)
         gradients = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model_chunks)}
-        for parameter, value in zip(parameters, kept, strict=True):
+        for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
     return Measurement(scores.logprob, scores.entropy, report.grad_norm, gradients, weights), policy
 
 
 def reference(folder: Path) -> Measurement:
-    """The same by transformers in float64; at ratio 1 the clipped objective's gradient is that of A ln p."""
+    """The same, computed by transformers in float64. At ratio 1 the clipped objective has the gradient of A ln p."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
@@ -170,9 +170,10 @@ def reference(folder: Path) -> Measurement:
     loss = -(factor * logprob).sum()
     if routed:
         lengths = batch.prompt_lengths + batch.response_lengths
-        order = lengths.argsort(descending=True, stable=True).tolist()  # as microbatches take them
-        parts = [[routed[i] for i in order[first : first + MICROBATCH]] for first in range(0, len(order), MICROBATCH)]
-        loss = loss + ROUTER_AUX_LOSS * sum(map(imbalance, parts)) / len(parts)
+        order = lengths.argsort(descending=True, stable=True).tolist()  # the order in which microbatches are filled
+        starts = range(0, len(order), MICROBATCH)
+        microbatches = [[routed[i] for i in order[start : start + MICROBATCH]] for start in starts]
+        loss = loss + ROUTER_AUX_LOSS * sum(map(imbalance, microbatches)) / len(microbatches)
     loss.backward()
     gradients = single_experts({name: p.grad for name, p in model.named_parameters()})
     norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
@@ -182,8 +183,8 @@ def reference(folder: Path) -> Measurement:
 def imbalance(sequences: list[tuple[torch.Tensor, ...]], chosen: int = 2) -> torch.Tensor:
     """Switch Transformer's load-balancing loss (arXiv 2101.03961, equation 4), summed over layers.
 
-    E sum_e f_e P_e with f_e the share of choices that fell on expert e and P_e its mean probability, over all tokens of
-    the sequences, each a tuple of router logits [tokens, E] by layer.
+    E sum_e f_e P_e, where f_e is the share of choices that fell on expert e and P_e its mean probability, over all
+    tokens of the sequences. A sequence is a tuple of router logits [tokens, E], by layer.
     """
     total = torch.zeros((), dtype=torch.float64)
     for layer in zip(*sequences, strict=True):
@@ -194,20 +195,21 @@ def imbalance(sequences: list[tuple[torch.Tensor, ...]], chosen: int = 2) -> tor
 
 
 def single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers' stacked experts as the tensors of a model folder."""
-    found = {}
+    """The stacked experts of transformers as the tensors of a model folder."""
+    singles = {}
     for name, tensor in tensors.items():
-        head, _, last = name.rpartition(".")
+        module, _, last = name.rpartition(".")
         if last == "gate_up_proj":
-            for number, both in enumerate(tensor):
-                for part, half in zip(("gate", "up"), both.chunk(2), strict=True):
-                    found[f"{head}.{number}.{part}_proj.weight"] = half
+            for number, gate_and_up in enumerate(tensor):
+                gate, up = gate_and_up.chunk(2)
+                singles[f"{module}.{number}.gate_proj.weight"] = gate
+                singles[f"{module}.{number}.up_proj.weight"] = up
         elif last == "down_proj":
-            for number, one in enumerate(tensor):
-                found[f"{head}.{number}.down_proj.weight"] = one
+            for number, down in enumerate(tensor):
+                singles[f"{module}.{number}.down_proj.weight"] = down
         else:
-            found[name] = tensor
-    return found
+            singles[name] = tensor
+    return singles
 
 
 def main(arguments: list[str]) -> None:

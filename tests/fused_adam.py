@@ -1,7 +1,8 @@
-"""Train as `train_each.py` does, where megatron-core finds an Apex: its FusedAdam's interface with the same arithmetic.
+"""Train as `train_each.py` does, with a stand-in for Apex: the interface and the arithmetic of its FusedAdam.
 
-What matters of it here: the step count is one for each parameter group, and a parameter's state holds moments only.
-Transformer Engine's FusedAdam keeps its state alike. ``fused_adam.py RUN...``, each the JSON of a trainer's arguments.
+Its state differs from that of torch's Adam: there is one step count per parameter group, and the state of a parameter
+holds moments only. Transformer Engine's FusedAdam keeps its state alike. Usage: ``fused_adam.py RUN...``, where
+a run is the JSON list of a trainer's arguments.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW as Apex keeps its state."""
+    """AdamW that keeps its state as Apex does."""
 
     def __init__(
         self,

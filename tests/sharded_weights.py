@@ -1,7 +1,7 @@
 """Read converted checkpoints in a parallel layout, compare them with the models' folders, write them in that layout.
 
-``sharded_weights.py JOB...`` under torchrun, with jobs as JSON of {"name": ..., "layout": fields of ParallelConfig,
-"folders": [...]}; reads FOLDER-converted, writes FOLDER-NAME.
+As a program under torchrun, ``sharded_weights.py JOB...`` reads FOLDER-converted and writes FOLDER-NAME for each folder
+of its jobs. A job is JSON: {"name": ..., "layout": fields of ParallelConfig, "folders": [...]}.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def reshard(folder: Path, target: Path, here: parallel.Layout, layout: ParallelC
     bridge = PolicyBridge(folder, ModelConfig(dtype="float32", layer_spec="local"), layout)
     [model] = bridge.build()
     with torch.no_grad():
-        for parameter in model.parameters():  # so that a weight the checkpoint lacks cannot pass
+        for parameter in model.parameters():  # a weight that the checkpoint lacks must not pass
             parameter.fill_(float("nan"))
     loaded = sharded_checkpoint.load({"model": model.sharded_state_dict()}, Path(f"{folder}-converted"))
     model.load_state_dict(loaded["model"])

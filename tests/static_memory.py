@@ -1,7 +1,7 @@
-"""Bytes that a real policy holds after an optimizer step, and at most during one, for the plan to be held to.
+"""Bytes that a real policy holds after an optimizer step, and the most that it holds during one, to test the plan.
 
-``static_memory.py FOLDER OUTPUT LAYOUT...`` under torchrun, with layouts as JSON of {"dtype": ..., **ParallelConfig};
-writes OUTPUT/<layout number>-<rank>.json.
+As a program under torchrun, ``static_memory.py FOLDER OUTPUT LAYOUT...`` writes OUTPUT/<layout number>-<rank>.json. A
+layout is JSON: {"dtype": ..., and fields of ParallelConfig}.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPT, RESPONSE = 48, 32
 
 
 def live_storages() -> dict[int, int]:
-    """Bytes of every storage that any tensor of this process refers to, by its identity."""
+    """Bytes of every storage that a tensor of this process refers to, by the storage's identity."""
     gc.collect()
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
     return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
@@ -44,7 +44,7 @@ def live_bytes() -> int:
 
 
 class HighWater(TorchDispatchMode):
-    """The most bytes that lived at once of the storages made inside it, backward passes included."""
+    """The most bytes that the storages created inside it held at one time, backward passes included."""
 
     def __enter__(self) -> HighWater:
         self.before = live_storages()
@@ -74,13 +74,13 @@ class HighWater(TorchDispatchMode):
 
 
 def layout_config(folder: Path, settings: dict[str, Any]) -> Config:
-    """The configuration of a layout given as its dtype and the fields of ParallelConfig."""
-    given = dict(settings)
+    """The configuration of a layout, from its dtype and fields of ParallelConfig."""
+    fields = dict(settings)
     config = policy_config(folder, ParallelConfig())
-    config.model.dtype, config.algorithm.fused_linear = given.pop("dtype"), given.pop("fused", False)
-    config.parallel = ParallelConfig(**{"microbatch_sequences": 8, **given})
+    config.model.dtype, config.algorithm.fused_linear = fields.pop("dtype"), fields.pop("fused", False)
+    config.parallel = ParallelConfig(**{"microbatch_sequences": 8, **fields})
     config.data.max_prompt_tokens, config.rollout.max_tokens = PROMPT, RESPONSE
-    # Every rank of the measurement has the whole batch, so the plan is to see as many prompts as that makes.
+    # Every rank of the measurement has the whole batch, so the plan must assume that many prompts per rank.
     parallel = config.parallel
     ranks = 2 // (parallel.tensor * parallel.pipeline * parallel.context)
     config.rollout.prompts_per_step, config.rollout.samples_per_prompt = 2 * ranks, 4
@@ -89,7 +89,7 @@ def layout_config(folder: Path, settings: dict[str, Any]) -> Config:
 
 
 def longest_batch() -> RolloutBatch:
-    """Eight sequences, all as long as the configuration allows, as the plan assumes."""
+    """Eight sequences of the greatest length that the configuration allows, as the plan assumes."""
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, VOCABULARY, (2, PROMPT), generator=generator).tolist()
     responses = torch.randint(0, VOCABULARY, (8, RESPONSE), generator=generator).tolist()
@@ -98,17 +98,15 @@ def longest_batch() -> RolloutBatch:
 
 
 def held_and_peak(config: Config, here: parallel.Layout) -> tuple[int, int]:
-    """Bytes that a policy adds to the process, measured after one update, and the most that it adds during the next."""
+    """Bytes that a policy adds to the process after one update, and the most that it adds during the next."""
     from megatron_rlvr.training.policy import Policy
 
     batch = longest_batch()
     before = live_bytes()
     policy = Policy(config, here)
-    # megatron-core keeps something of the last microbatch, which is no part of the static memory.
-    wanted, policy.microbatching = (
-        policy.microbatching,
-        dataclasses.replace(policy.microbatching, sequences=1, tokens=0),
-    )
+    # megatron-core keeps tensors of the last microbatch, which the static memory excludes: make it small.
+    microbatching = policy.microbatching
+    policy.microbatching = dataclasses.replace(microbatching, sequences=1, tokens=0)
     scores = policy.score(batch, ADVANTAGE)
     wide = AffineThreshold(0.2, 0.0)
     thresholds, objective = ClipThresholds(wide, wide), build_objective("clip")
@@ -117,7 +115,7 @@ def held_and_peak(config: Config, here: parallel.Layout) -> tuple[int, int]:
         policy.update(batch, torch.arange(8), ADVANTAGE, WEIGHT, scores, thresholds, NEUTRAL, objective)
 
     update()
-    policy.microbatching = wanted
+    policy.microbatching = microbatching
     held = live_bytes() - before
     with HighWater() as water:
         update()

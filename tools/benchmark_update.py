@@ -1,10 +1,10 @@
-"""Memory and seconds of one GPU's scoring and update, measured, beside what `tools/plan.py` computes for it.
+"""Measure memory and seconds of one GPU's scoring and update, and compare them with what `tools/plan.py` computes.
 
     python tools/benchmark_update.py                                   Qwen2.5-0.5B's shape, 16 sequences of 2048 tokens
     python tools/benchmark_update.py --architecture config.json --fused --recompute
 
-A random model of that shape is made in a temporary folder; layers are megatron-core's local ones. The first pass of a
-kind is left out. On the CPU there are seconds, and no memory to compare.
+The tool makes a random model of that shape in a temporary folder, and uses megatron-core's local layers. The first
+scoring pass and the first update are not counted. On the CPU it measures seconds only.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def case_config(folder: Path, arguments: argparse.Namespace, on_gpu: bool) -> Co
 
 
 def planned(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
-    """Bytes that the plan computes; in a process of its own, where it may pretend to be a rank."""
+    """Bytes that the plan computes. Runs in a process of its own, because it starts a fake process group."""
     from megatron_rlvr.megatron.stage_shapes import model_stages
     from megatron_rlvr.planning.memory import phase_memory, static_memory
 
@@ -88,6 +88,7 @@ def make_model(folder: Path, architecture: dict[str, Any]) -> None:
 
 
 def seconds(work: Callable[[], Any]) -> float:
+    """Seconds that `work` takes, until the GPU has finished it."""
     if device.on_gpu():
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -134,15 +135,15 @@ def print_memory(held: int, peak: int, folder: Path, arguments: argparse.Namespa
     command = [sys.executable, __file__, *sys.argv[1:], "--planned", str(folder)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     plan = json.loads(output.splitlines()[-1])
-    for name, found in (("held", held), ("peak", peak)):
-        print(f"{name} {found / GIB:.3f} GiB, planned {plan[name] / GIB:.3f} ({plan[name] / found - 1:+.1%})")
+    for name, measured in (("held", held), ("peak", peak)):
+        print(f"{name} {measured / GIB:.3f} GiB, planned {plan[name] / GIB:.3f} ({plan[name] / measured - 1:+.1%})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", type=Path, help="a model's config.json")
     parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--microbatch", type=int, default=4, help="sequences of a microbatch")
+    parser.add_argument("--microbatch", type=int, default=4, help="sequences per microbatch")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--response", type=int, default=1536)
     parser.add_argument("--updates", type=int, default=3)

@@ -3,13 +3,13 @@
     python tools/convert_checkpoint.py to-megatron models/Qwen2.5-7B checkpoints/qwen --verify
     python tools/convert_checkpoint.py to-huggingface runs/math/checkpoints/step_400 exported --model models/Qwen2.5-7B
 
-One process, one weight at a time: beside itself it holds one weight and the Hugging Face tensors that it is made of;
-the peak of its memory and the size of the largest weight are printed. The outputs are written in OUTPUT.partial and
-renamed when whole; a conversion that was killed goes on with the files that are whole when it is started again.
-`--verify` reads back what was written and compares every tensor bit for bit.
+The conversion runs in one process. It holds one weight at a time, with the Hugging Face tensors that make it up, and
+prints its peak memory and the size of the largest weight. It writes to OUTPUT.partial, which it renames at the end. If
+it is killed, start it again: it continues after the files that are complete. `--verify` reads the output back and
+compares every tensor bit for bit.
 
-A checkpoint is of no layout: training reads it under any, and one that was written under any is read here, so there is
-nothing to convert between layouts.
+Checkpoints do not depend on the parallel layout that wrote them. Training reads them under any layout, so there is no
+conversion between layouts.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     began = time.perf_counter()
 
-    def say(text: str) -> None:
+    def report(text: str) -> None:
         print(f"[{time.perf_counter() - began:6.1f} s] {text}", flush=True)
 
     try:
@@ -52,20 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.direction == "to-huggingface" and options.model is None:
             raise UserError("to-huggingface needs --model: the folder that config and tokenizer come from")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("the conversion is one process: start it without torchrun")
+            raise UserError("the conversion runs in one process: start it without torchrun")
         with parallel.parallel_groups(ParallelConfig(), seed=0):
             before = conversion.peak_gib()
             if options.direction == "to-megatron":
                 bridge = _bridge(options.input, _dtype_of_folder(options.input))
-                compared = conversion.to_megatron(bridge, options.output, say, options.verify)
+                compared = conversion.to_megatron(bridge, options.output, report, options.verify)
             else:
                 bridge = _bridge(options.model, _dtype_of_checkpoint(options.input))
-                shard = int(options.shard_gib * 1024**3)
-                compared = conversion.to_huggingface(bridge, options.input, options.output, say, options.verify, shard)
+                shard_bytes = int(options.shard_gib * 1024**3)
+                compared = conversion.to_huggingface(
+                    bridge, options.input, options.output, report, options.verify, shard_bytes
+                )
             if options.verify:
-                say(f"all {compared} tensors are equal")
-            peak = conversion.peak_gib()
-            say(f"{options.output} is complete; peak memory {peak:.2f} GiB, of it {before:.2f} before the first weight")
+                report(f"all {compared} tensors are equal")
+            memory = f"peak memory {conversion.peak_gib():.2f} GiB, of it {before:.2f} before the first weight"
+            report(f"{options.output} is complete; {memory}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bridge(folder: Path, dtype: str) -> PolicyBridge:
-    # The local layers on a GPU, too: both kinds have the same names in a checkpoint.
+    # Local layers also on a GPU: both kinds of layers have the same names in a checkpoint.
     return PolicyBridge(folder, ModelConfig(dtype=dtype, layer_spec="local"), ParallelConfig())
 
 

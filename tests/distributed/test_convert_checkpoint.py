@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face is bit-equal, whatever the layouts of the two conversions."""
+"""Conversion from Hugging Face to Megatron and back is bit-equal, in any layout."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_round_trip_in_one_process(tool: ModuleType, tmp_path: Path, capsys: pyt
     assert equal(source, out)
     assert {p.name for p in source.iterdir()} - {p.name for p in out.iterdir()} == {"model.safetensors"}
     assert (out / INDEX).is_file()
-    # a loadable folder, not only equal files
+    # transformers can load the folder, too.
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(out).state_dict()
@@ -63,7 +63,7 @@ def test_round_trip_in_one_process(tool: ModuleType, tmp_path: Path, capsys: pyt
 
 @pytest.fixture(scope="module")
 def sharded(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every family as FAMILY, converted as FAMILY-converted and written by two processes as FAMILY-LAYOUT."""
+    """A folder of every family: FAMILY, FAMILY-converted, and FAMILY-LAYOUT, rewritten by two processes."""
     folder = tmp_path_factory.mktemp("sharded")
     for family in FAMILIES | MIXTURES:
         make_family(folder / family, family)
@@ -85,7 +85,7 @@ SHARDED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("family", FAMILIES | MIXTURES)
 def test_round_trip_through_every_layout(family: str, tool: ModuleType, sharded: Path, tmp_path: Path) -> None:
-    """Hugging Face -> Megatron in one process, read and written again in the layout -> Hugging Face."""
+    """Converted to Megatron in one process, read and written in the layout, converted back to Hugging Face."""
     for name in (name for name, (_, families) in SHARDED.items() if family in families):
         checkpoint, out = sharded / f"{family}-{name}", tmp_path / name
         source = str(sharded / family)
@@ -93,12 +93,12 @@ def test_round_trip_through_every_layout(family: str, tool: ModuleType, sharded:
         assert equal(sharded / family, out)
 
 
-class Death(BaseException):
-    pass
+class KilledError(BaseException):
+    """Stands in for a kill: nothing catches it."""
 
 
 @pytest.mark.parametrize("direction", ["to-megatron", "to-huggingface"])
-def test_a_killed_conversion_goes_on(
+def test_a_killed_conversion_resumes(
     direction: str,
     tool: ModuleType,
     tmp_path: Path,
@@ -109,24 +109,21 @@ def test_a_killed_conversion_goes_on(
 
     source = make_family(tmp_path / "source", "qwen2-untied", num_hidden_layers=4)
     assert tool.main(["to-megatron", str(source), str(tmp_path / "checkpoint")]) == 0
-    given = {
-        "to-megatron": ["to-megatron", str(source)],
-        "to-huggingface": ["to-huggingface", str(tmp_path / "checkpoint")],
-    }[direction]
-    more = ["--model", str(source), "--shard-gib", "3e-5"]
-    assert tool.main([*given, str(tmp_path / "whole"), *more]) == 0
-    asked: list[str] = []
+    inputs = {"to-megatron": source, "to-huggingface": tmp_path / "checkpoint"}
+    command, options = [direction, str(inputs[direction])], ["--model", str(source), "--shard-gib", "3e-5"]
+    assert tool.main([*command, str(tmp_path / "uninterrupted"), *options]) == 0
+    requested: list[str] = []
     before = whole_weights.WholeWeights.pieces
 
     def count(self: whole_weights.WholeWeights, name: str, weight: torch.Tensor) -> object:
-        asked.append(name)
-        if len(asked) == 17:
-            raise Death
+        requested.append(name)
+        if len(requested) == 17:
+            raise KilledError
         return before(self, name, weight)
 
     monkeypatch.setattr(whole_weights.WholeWeights, "pieces", count)
-    target = [*given, str(tmp_path / "out"), *more]
-    with pytest.raises(Death):
+    target = [*command, str(tmp_path / "out"), *options]
+    with pytest.raises(KilledError):
         tool.main(target)
     written = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out.partial").iterdir() if f.stat().st_size > 2000}
     assert len(written) > 1 and not (tmp_path / "out").exists()
@@ -136,8 +133,8 @@ def test_a_killed_conversion_goes_on(
     kept = {f.name for f in (tmp_path / "out").iterdir() if written.get(f.name) == f.stat().st_mtime_ns}
     assert len(kept) > 1
     if direction == "to-megatron":
-        assert len(asked) < 17 + 33  # not all of the 33 weights again
-    for file in (tmp_path / "whole").iterdir():
+        assert len(requested) < 17 + 33  # not all of the 33 weights again
+    for file in (tmp_path / "uninterrupted").iterdir():
         if file.name not in ("common.pt", "run.json", ".metadata"):
             assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
     assert not list(tmp_path.glob("*.partial"))
@@ -147,11 +144,11 @@ def test_a_killed_conversion_goes_on(
 def test_a_disk_that_refuses(
     direction: str, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The kernel ends writes at 60 kB a file, as a full disk would; with room the conversion goes on."""
+    """The kernel refuses to write more than 60 kB per file, as a full disk would. With room the conversion resumes."""
     source = make_family(tmp_path / "source", "qwen2-untied", vocab_size=1000)
     assert tool.main(["to-megatron", str(source), str(tmp_path / "checkpoint")]) == 0
-    given = str(source if direction == "to-megatron" else tmp_path / "checkpoint")
-    arguments = [direction, given, str(tmp_path / "out"), "--model", str(source), "--shard-gib", "3e-5"]
+    converted = str(source if direction == "to-megatron" else tmp_path / "checkpoint")
+    arguments = [direction, converted, str(tmp_path / "out"), "--model", str(source), "--shard-gib", "3e-5"]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     capsys.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
@@ -176,17 +173,17 @@ def test_another_input_starts_anew(tool: ModuleType, tmp_path: Path, capsys: pyt
 
 
 def test_memory_is_of_one_weight(tmp_path: Path) -> None:
-    """A model of 198 MB, whose largest weight has 17 MB, passes through less than 95 MB in both directions."""
+    """A model of 198 MB, whose largest weight has 17 MB, is converted with less than 95 MB in both directions."""
     source = make_family(
         tmp_path / "source", "qwen2-untied", hidden_size=512, intermediate_size=4096, num_hidden_layers=7
     )
     assert (source / "model.safetensors").stat().st_size > 180e6
     checkpoint, out = str(tmp_path / "checkpoint"), str(tmp_path / "out")
-    for given in (
+    for arguments in (
         ["to-megatron", str(source), checkpoint],
         ["to-huggingface", checkpoint, out, "--model", str(source)],
     ):
-        printed = launch([str(PROGRAM), *given, "--verify"], 1, check=True).stdout
+        printed = launch([str(PROGRAM), *arguments, "--verify"], 1, check=True).stdout
         found = re.search(r"peak memory (\S+) GiB, of it (\S+) before the first weight", printed)
         assert found is not None and 0 < float(found[1]) - float(found[2]) < 0.09, printed
     assert equal(source, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Every model family in every kind of layout against transformers in float64."""
+"""Every model family in every kind of parallel layout against transformers in float64."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def single() -> Iterator[parallel.Layout]:
 
 @pytest.fixture(scope="module")
 def measured(folders: Path) -> Callable[[str], Path]:
-    """The folder of a layout's measurements; a group of layouts is measured when the first of them is asked for."""
+    """Returns the folder of a layout's measurements. A group is measured when its first layout is asked for."""
     groups = ((2, FAMILIES, LAYOUTS), (2, MIXTURES, MIXTURE_LAYOUTS), (4, MIXTURES, MIXTURE_LAYOUTS_OF_4))
     output = folders / "measured"
 
@@ -78,7 +78,7 @@ def measured(folders: Path) -> Callable[[str], Path]:
 
 
 def agree(found: Measurement, expected: Measurement) -> None:
-    """Weights bit for bit; log-probs, entropies and every gradient to float32 rounding."""
+    """Weights agree bit for bit; log-probs, entropies and all gradients up to float32 rounding."""
     for name, tensor in found.weights.items():
         assert tensor.equal(expected.weights[name]), name
     assert set(expected.gradients) == set(found.gradients) == set(found.weights)
@@ -106,8 +106,8 @@ def test_one_process(
         logits = policy.model_chunks[-1](tokens)
     assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
     export_folder(policy.bridge, policy.model_chunks, tmp_path / "saved", write=True)
-    saved, given = (load_file(f / "model.safetensors") for f in (tmp_path / "saved", folders / name))
-    assert saved.keys() == given.keys() and all(saved[key].equal(given[key]) for key in given)
+    saved, original = (load_file(f / "model.safetensors") for f in (tmp_path / "saved", folders / name))
+    assert saved.keys() == original.keys() and all(saved[key].equal(original[key]) for key in original)
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)

@@ -1,4 +1,4 @@
-"""Every layout computes what one process computes, on the same rollouts."""
+"""Every parallel layout computes what one process computes, on the same rollouts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MIXTURES = {
     "moe-pp2": (2, ["parallel.pipeline=2"]),
     "moe-tp2-ep2": (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"]),
 }
-# All of it at once, and with everything on.
+# Tensor, pipeline and data parallelism together, and layouts with every option on.
 EIGHT = {
     "tp2-pp2-dp2": (8, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "tp2-sp-cp2-pp2-packed": (
@@ -68,12 +68,12 @@ EIGHT = {
         ],
     ),
 }
-# bfloat16 weights under float32 gradients and master weights: close to float32, and bit-equal when resumed.
+# bfloat16 weights with float32 gradients and master weights: close to float32, and bit-equal when resumed.
 HALF = {
     "bf16": (2, ["model.dtype=bfloat16"]),
     "bf16-zero": (2, ["model.dtype=bfloat16", "parallel.distributed_optimizer=true"]),
 }
-# Runs of LAYOUTS that are taken back to the checkpoint of their third step and resumed by two processes.
+# Layouts whose run is reset to the checkpoint of its third step and resumed by two processes, with these overrides.
 RESUMED = {
     **{name: overrides for name, (_, overrides) in HALF.items()},
     "moe-ep2-zero": ["parallel.pipeline=2", "parallel.distributed_optimizer=true"],
@@ -93,9 +93,9 @@ CLOSE = (
 
 
 class Runs:
-    """Runs in one folder: ``one`` and ``moe-one`` recorded their rollouts, the layouts replay them.
+    """The runs in one folder. ``one`` and ``moe-one`` record their rollouts, and the layouts replay them.
 
-    A group of layouts is trained in one start of processes, when the first of them is asked for.
+    All layouts of a group and a number of processes are trained by one torchrun, when the first of them is asked for.
     """
 
     def __init__(self, folder: Path, model: Path, problems: Path):
@@ -117,22 +117,22 @@ checkpoint: {{every: 3, keep: 9}}
 """
         )
         self.models = {"one": model, "moe-one": make_small_model(folder / "mixture", mixture=True)}
-        run_trainers([self.run(name, "rollout.record=true", *self.given(name)) for name in self.models])
+        run_trainers([self.run(name, "rollout.record=true", self.model(name)) for name in self.models])
 
     @staticmethod
     def single(layout: str) -> str:
         """The one-process run that a layout replays."""
         return "moe-one" if layout.startswith("moe") else "one"
 
-    def given(self, layout: str) -> list[str]:
-        return [f"model.path={self.models[self.single(layout)]}"]
+    def model(self, layout: str) -> str:
+        return f"model.path={self.models[self.single(layout)]}"
 
     def run(self, name: str, *overrides: str) -> list[object]:
         return [self.config, f"run_directory={self.folder / name}", *overrides]
 
     def replay(self, layout: str, name: str | None = None, overrides: Sequence[str] = ()) -> list[object]:
         recording = f"rollout.recording={self.folder / self.single(layout) / 'rollouts'}"
-        return self.run(name or layout, "rollout.engine=recorded", recording, *self.given(layout), *overrides)
+        return self.run(name or layout, "rollout.engine=recorded", recording, self.model(layout), *overrides)
 
     def of(self, name: str) -> Path:
         """The finished run of a layout."""
@@ -144,18 +144,18 @@ checkpoint: {{every: 3, keep: 9}}
         return self.folder / name
 
     def resumed(self, name: str) -> Path:
-        """The run of a layout, taken back to its checkpoint of step 3 and resumed."""
+        """The run of a layout, reset to its checkpoint of step 3 and resumed."""
         if not (self.folder / f"{name}-resumed").exists():
-            again = []
-            for other, overrides in RESUMED.items():
-                directory = shutil.copytree(self.of(other), self.folder / f"{other}-resumed")
+            runs = []
+            for layout, overrides in RESUMED.items():
+                directory = shutil.copytree(self.of(layout), self.folder / f"{layout}-resumed")
                 shutil.rmtree(directory / "checkpoints" / "step_4")
-                again.append(self.replay(other, f"{other}-resumed", overrides))
-            run_trainers(again, processes=2)
+                runs.append(self.replay(layout, f"{layout}-resumed", overrides))
+            run_trainers(runs, processes=2)
         return self.folder / f"{name}-resumed"
 
     def generated(self, name: str) -> Path:
-        """A run of a layout that made its own rollouts of one step."""
+        """A run of one step in a layout that generates its own rollouts."""
         if not (self.folder / f"{name}-generated").exists():
             settings = ("rollout.record=true", "steps=1")
             run_trainers([self.run(f"{n}-generated", *settings, *LAYOUTS[n][1]) for n in GENERATING], processes=2)
@@ -193,7 +193,7 @@ def test_resumed_in_the_same_layout_is_bit_equal(name: str, runs: Runs) -> None:
 
 
 def agree(runs: Runs, layout: str, other: Path) -> None:
-    """Metrics and trained weights are those of one process but for the order of float32 sums."""
+    """Metrics and trained weights equal those of one process, except for the order of float32 sums."""
     one = runs.folder / runs.single(layout)
     begun = runs.models[one.name]
     expected, found = read_metrics(one), read_metrics(other)
@@ -202,7 +202,7 @@ def agree(runs: Runs, layout: str, other: Path) -> None:
         assert ours["grad_norm"] > 1e-3
         assert [theirs[key] for key in EXACT] == [ours[key] for key in EXACT]
         for key in CLOSE:
-            # The loss near ratio 1 and the drift of entropies are differences of nearly equal numbers: absolute there.
+            # The loss near ratio 1 and the drift of entropies are differences of nearly equal numbers, so `abs` counts.
             assert theirs[key] == pytest.approx(ours[key], rel=1e-5, abs=2e-6), (ours["step"], key)
     start, ours, theirs = (
         load_file(f / "model.safetensors") for f in (begun, one / "huggingface", other / "huggingface")
@@ -210,8 +210,8 @@ def agree(runs: Runs, layout: str, other: Path) -> None:
     assert ours.keys() == theirs.keys() == start.keys()
     for name, weight in ours.items():
         assert (weight - start[name]).norm() > 3e-3 * weight.norm()
-        # A bias of all keys shifts a query's scores alike, up to the rotation: its gradient is a difference of nearly
-        # equal numbers, which 16 steps of Adam bring to the size of the others.
+        # A bias of all keys shifts all scores of a query equally, except for the rotation. Its gradient is a difference
+        # of nearly equal numbers, and 16 steps of Adam scale it to the size of the others.
         limit = 3e-5 if name.endswith("k_proj.bias") else 1e-5
         assert (theirs[name] - weight).norm() < limit * weight.norm(), name
 
@@ -221,7 +221,7 @@ def test_layout_generates_what_one_process_generates(name: str, runs: Runs) -> N
     ours, theirs = runs.generated(name) / "rollouts", runs.folder / "one" / "rollouts" / "step_000000"
     files = sorted(ours.rglob("*.jsonl"))
     assert len(files) == 8
-    # The same random numbers on logits that differ in the last bits: a draw may fall the other way, but seldom.
+    # The random numbers are equal, but logits differ in the last bits, so a draw can differ, rarely.
     equal = sum(a == b for f in files for a, b in zip(_token_ids(f), _token_ids(theirs / f.name), strict=True))
     assert equal >= 31
 

@@ -1,4 +1,4 @@
-"""The plan's static memory is what a real policy allocates, to one percent, and its peak to ten."""
+"""The plan's static memory is within 1 % of what a real policy allocates, and its peak within 10 %."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory")
-    # Large beside the batch: what megatron-core keeps of the last microbatch is no part of the static memory.
+    # Large compared with the batch, of which megatron-core keeps the last microbatch; the static memory excludes that.
     return make_family(folder / "model", "llama3-tied", hidden_size=192, intermediate_size=1536, vocab_size=2048)
 
 
 @pytest.fixture(scope="module")
 def measured(folder: Path) -> Path:
-    """``<layout number>-<rank>.json`` of two real processes."""
+    """The folder of ``<layout number>-<rank>.json``, written by two real processes."""
     launch(
         [str(ROOT / "tests" / "static_memory.py"), str(folder), str(folder.parent), *map(json.dumps, LAYOUTS.values())],
         2,
@@ -59,5 +59,5 @@ def test_memory(name: str, folder: Path, measured: Path) -> None:
         static = static_memory(stage, config.parallel, dtype, data_parallel).total
         assert found["bytes"] == pytest.approx(static, rel=0.01), (rank, found["bytes"] / static)
         update = phase_memory(shape, stage, config, dtype.itemsize, data_parallel).update
-        assert found["peak"] > 1.3 * found["bytes"]  # so that ten percent of the peak say something of what is added
+        assert found["peak"] > 1.3 * found["bytes"]  # otherwise 10 % of the peak would allow for any update
         assert found["peak"] == pytest.approx(static + update, rel=0.1), (rank, found["peak"] / (static + update))

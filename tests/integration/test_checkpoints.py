@@ -1,4 +1,4 @@
-"""Checkpoints that are written beside training, rotated, damaged, or refused by the disk."""
+"""Checkpoints: written in the background, rotated, damaged, or refused by the disk."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def names(run: Path) -> list[str]:
 
 
 def test_asynchronous_saves_hold_the_step_they_are_of(arguments: list[str], tmp_path: Path) -> None:
-    for name, asynchronous in (("beside", "true"), ("between", "false")):
+    for name, asynchronous in (("background", "true"), ("foreground", "false")):
         settings = [*arguments, f"run_directory={tmp_path / name}", f"checkpoint.asynchronous={asynchronous}"]
         assert main([*settings, "steps=3"]) == 0
         assert names(tmp_path / name) == ["latest", "step_2", "step_3"]
         assert main([*settings, "steps=5"]) == 0
-    found, expected = read_metrics(tmp_path / "beside"), read_metrics(tmp_path / "between")
+    found, expected = read_metrics(tmp_path / "background"), read_metrics(tmp_path / "foreground")
     assert len(expected) == 5 and [deterministic(r) for r in found] == [deterministic(r) for r in expected]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The write of step 1 waits until step 3 has begun to save: the steps between did not."""
+    """The write of step 2 is held back until the save of step 3 begins; training must get that far without it."""
     reached, saved = threading.Event(), []
     save, write = Checkpoints.save, FileSystemWriter.write_data
 
@@ -84,7 +84,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     [line] = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
     assert "step_4 cannot be written" in line and "No space left on device" in line and "untouched" in line
     assert names(tmp_path / "run") == ["latest", "step_2"]
-    assert main(settings) == 0  # with room again it goes on from there
+    assert main(settings) == 0  # with room again it resumes from there
     whole = [*arguments, "steps=4", f"run_directory={tmp_path / 'whole'}"]
     assert main(whole) == 0
     found, expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
 
 
 def test_what_is_kept(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every checkpoint an hour after the one before: every third for its time, the best, and the newest."""
+    """With one checkpoint per hour, every third stays for its time, and the best and the newest stay."""
     hours = count()
     clock = SimpleNamespace(time=lambda: 3600.0 * next(hours))
     monkeypatch.setattr("megatron_rlvr.training.checkpoint.time", clock)
@@ -116,7 +116,7 @@ def test_the_best_evaluation_is_kept(run_yaml: Path, tmp_path: Path) -> None:
     best = ["checkpoint.keep=1", "checkpoint.keep_best=evaluation/reward", "evaluation.every=2"]
     first = [str(run_yaml), "checkpoint.export_huggingface=false", *best]
     assert main([*first, "steps=2"]) == 0
-    assert main([*first, "steps=3"]) == 0  # resumed, it saves before it evaluates
+    assert main([*first, "steps=3"]) == 0  # resumed: it saves before its first evaluation
     assert "step_3" in names(tmp_path / "run")
     scores = [json.loads(line)["reward"] for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
     record = json.loads((tmp_path / "run" / "checkpoints" / "step_3" / "run.json").read_text())
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_passed_over(arguments: list[str], tmp_path: Pat
 
 
 def test_a_fused_adam_resumes_in_another_layout(run_yaml: Path, tmp_path: Path) -> None:
-    """The distributed optimizer over an Adam that counts steps for a group, as Apex's and Transformer Engine's do."""
+    """The distributed optimizer over an Adam with a step count per group, like Apex's and Transformer Engine's."""
     program = str(ROOT / "tests" / "fused_adam.py")
     settings = [str(run_yaml), "data.heldout=null", "steps=4", "checkpoint.every=2", "checkpoint.keep=9"]
     settings += ["checkpoint.export_huggingface=false", "parallel.distributed_optimizer=true"]
@@ -152,7 +152,7 @@ def test_a_fused_adam_resumes_in_another_layout(run_yaml: Path, tmp_path: Path) 
     launch([program, json.dumps([*settings, f"run_directory={again}"])], 2, check=True)
     expected, found = read_metrics(whole), read_metrics(again)
     assert [r["step"] for r in found] == [0, 1, 2, 3]
-    assert deterministic(found[-1]) != deterministic(expected[-1])  # it was computed again, in another order
+    assert deterministic(found[-1]) != deterministic(expected[-1])  # computed again, with another order of sums
     for key in ("loss", "grad_norm", "entropy", "entropy_change/measured"):
         assert found[-1][key] == pytest.approx(expected[-1][key], rel=1e-5, abs=2e-6), key
 
@@ -171,7 +171,7 @@ def test_a_state_that_is_loaded_wrongly_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As megatron-core's readers for some Adams would do it."""
+    """Errors that megatron-core's code for some Adams could make."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     settings = [*arguments, "parallel.distributed_optimizer=true", "algorithm.epochs=1"]

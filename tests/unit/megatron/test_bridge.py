@@ -1,4 +1,4 @@
-"""Models that would load and compute something else are refused."""
+"""The bridge refuses models that would load but compute something else, and builds models without memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_unsupported_models(changes: dict[str, Any], message: str, small_model: 
 
 
 def test_a_model_of_shapes_takes_no_memory_on_a_gpu(small_model: Path) -> None:
-    """There megatron-core names the GPU for every weight it makes, which wins over the meta device."""
+    """On a GPU, megatron-core names the device of every weight that it makes, which overrides the meta device."""
     with parallel.parallel_groups(ParallelConfig(), seed=0):
         bridge = PolicyBridge(small_model, ModelConfig(dtype="float32", layer_spec="local"), ParallelConfig())
         bridge.config.use_cpu_initialization = False

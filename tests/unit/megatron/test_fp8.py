@@ -1,4 +1,4 @@
-"""fp8 is handed to megatron-core as it is, and refused where no layer could do it."""
+"""The fp8 settings are passed to megatron-core unchanged, and refused for layers that cannot compute in fp8."""
 
 from __future__ import annotations
 

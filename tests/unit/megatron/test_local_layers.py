@@ -1,4 +1,4 @@
-"""The joined pieces of the local layers against their definitions, value and gradient in float64."""
+"""The differentiable functions of the local layers against their definitions, values and gradients in float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from megatron_rlvr.megatron.local_layers import SplitAndRotate, _GatedSiLU
 
 
 def rotated(heads, angle):
-    """Each pair (x_i, x_{i + d/2}) turned by its position's angle."""
+    """Each pair (x_i, x_{i + d/2}) rotated by the angle of its position."""
     pairs = torch.complex(*heads.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([pairs.real, pairs.imag], dim=-1)
 
@@ -23,7 +23,7 @@ def test_split_and_rotate(groups, heads, batch):
     def apply(mixed):
         return SplitAndRotate.apply(mixed, angle.cos(), angle.sin(), sizes)
 
-    query, key, value = (part.unflatten(-1, (-1, 4)) for part in mixed.split(sizes, dim=-1))
+    query, key, value = (heads.unflatten(-1, (-1, 4)) for heads in mixed.split(sizes, dim=-1))
     for found, expected in zip(apply(mixed), (rotated(query, angle), rotated(key, angle), value), strict=True):
         torch.testing.assert_close(found, expected.flatten(2, 3))
         assert found.is_contiguous()

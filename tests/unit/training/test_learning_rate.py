@@ -1,40 +1,23 @@
-"""The learning rate over a run, and the accounts of a step's time."""
+"""The learning rate over the steps of a run."""
 
 from __future__ import annotations
 
 import itertools
-import time
 
 import pytest
 
 from megatron_rlvr.megatron.config import OptimizerConfig
-from megatron_rlvr.telemetry.timer import StepTimer
+from megatron_rlvr.training.learning_rate import learning_rate
 
 
 def test_learning_rate_warms_up_and_stays() -> None:
-    from megatron_rlvr.training.learning_rate import learning_rate
-
     config = OptimizerConfig(learning_rate=1e-3, warmup_steps=4)
     rates = [learning_rate(config, step, 10) for step in range(10)]
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, *[1e-3] * 7])
 
 
 def test_learning_rate_decays_to_its_minimum() -> None:
-    from megatron_rlvr.training.learning_rate import learning_rate
-
     config = OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4)
     rates = [learning_rate(config, step, 11) for step in range(11)]
     assert rates[0] == pytest.approx(1e-3) and rates[5] == pytest.approx(5.5e-4) and rates[10] == pytest.approx(1e-4)
     assert all(a > b for a, b in itertools.pairwise(rates))
-
-
-def test_step_timer_accounts_for_the_whole_step() -> None:
-    timer = StepTimer()
-    with timer.part("score"):
-        time.sleep(0.02)
-    timer.add("generate", 0.005)
-    time.sleep(0.01)
-    first = timer.metrics()
-    assert first["time/score"] >= 0.02
-    assert sum(v for k, v in first.items() if k != "time/step") == pytest.approx(first["time/step"])
-    assert set(timer.metrics()) == {"time/other", "time/step"}  # a new step, nothing carried over

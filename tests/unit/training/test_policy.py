@@ -1,4 +1,4 @@
-"""The two passes of a step and the local engine against transformers in float64, every formula written out here."""
+"""The two passes of a step, and the local engine, against transformers in float64, with every formula written out."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def reference(small_model: Path):
 @pytest.fixture
 def batch() -> RolloutBatch:
     generator = torch.Generator().manual_seed(1)
-    # transformers gives the pad token (109) no embedding gradient, so no response holds it
+    # In transformers the pad token (109) gets no embedding gradient, so no response contains it.
     responses = [torch.randint(0, 108, (n,), generator=generator).tolist() for n in (4, 1, 7, 3, 6, 2, 5, 5)]
     completions = [Completion(r, [-1.0] * len(r), "stop", 0) for r in responses]
     return RolloutBatch.from_completions(PROMPTS, completions, [0, 1, 1, 0, 0, 0, 0, 1], padding=109)
@@ -90,7 +90,7 @@ def test_score_is_exact(policy, reference, batch: RolloutBatch) -> None:
     entropy = -(prob * logprobs).sum(1)
     assert (scores.logprob - taken).abs().max() < 5e-6
     assert (scores.entropy - entropy).abs().max() < 5e-6
-    # design 2: -A r [p_a (ln p_a + H) - sum p^2 (ln p + H)] with r = 1
+    # First-order entropy change: -A r [p_a (ln p_a + H) - sum p^2 (ln p + H)], with r = 1.
     advantage = ADVANTAGE.double()[batch.sequence_of_token()]
     baseline = (prob**2 * (logprobs + entropy[:, None])).sum(1)
     change = -advantage * (taken.exp() * (taken + entropy) - baseline)
@@ -104,7 +104,7 @@ def test_two_updates_have_the_exact_loss_and_gradient(policy, reference, batch: 
     lengths = batch.response_lengths
     weight = (1.0 / lengths.sum()).expand(8) if aggregation == "token-mean" else 1.0 / (8 * lengths)
     objective = build_objective("clip")
-    for _ in range(2):  # the second has ratios away from 1, some beyond their bounds
+    for _ in range(2):  # in the second one, ratios differ from 1 and some exceed their bounds
         export = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model_chunks)}
         reference.load_state_dict(export, strict=False)
         report = policy.update(batch, everything, ADVANTAGE, weight.float(), scores, THRESHOLDS, NEUTRAL, objective)
@@ -140,7 +140,7 @@ def test_two_updates_have_the_exact_loss_and_gradient(policy, reference, batch: 
 def test_local_engine_reports_the_policy_s_own_logprobs(policy, reference) -> None:
     from megatron_rlvr.rollout.engines.local import LocalEngine
 
-    engine = LocalEngine(policy.model_chunks, batch=5)  # two prompts do not fit together, so batches are cut
+    engine = LocalEngine(policy.model_chunks, batch=5)  # too few for two prompts, so the engine makes two batches
     sampling = SamplingPolicy(samples=4, max_tokens=9, temperature=TEMPERATURE, stop_token_ids=tuple(range(0, 30)))
     completions = generate(engine, PROMPTS, sampling)
     assert {c.finish_reason for c in completions} == {"stop", "length"}

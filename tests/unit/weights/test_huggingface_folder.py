@@ -52,9 +52,9 @@ def test_a_reused_buffer_is_copied(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_earlier_folder(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_rlvr.weights import huggingface_folder as model_folder
+    from megatron_rlvr.weights import huggingface_folder
 
-    save_file, calls = model_folder.save_file, []
+    save_file, calls = huggingface_folder.save_file, []
 
     def fill(*arguments: object, **options: object) -> None:
         calls.append(1)
@@ -62,7 +62,7 @@ def test_a_full_disk_leaves_the_earlier_folder(sharded: Path, monkeypatch: pytes
             raise OSError(28, "No space left on device")
         save_file(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(model_folder, "save_file", fill)
+    monkeypatch.setattr(huggingface_folder, "save_file", fill)
     before = {p.name: p.read_bytes() for p in sharded.iterdir()}
     with pytest.raises(UserError, match=r"model cannot be written: .*No space left"):
         write_folder(sharded, iter(TENSORS.items()), sharded.with_name("source"), shard_bytes=600)
@@ -77,7 +77,7 @@ def test_damaged_folders_are_refused(sharded: Path) -> None:
     with pytest.raises(UserError, match=r"model-00002-of-00003.safetensors cannot be read"):
         tensor_files(sharded)
     second.unlink()
-    with pytest.raises(UserError, match=r"lacks 1 of its shards, model-00002-of-00003.safetensors"):
+    with pytest.raises(UserError, match=r"lacks 1 of its shards, such as model-00002-of-00003.safetensors"):
         tensor_files(sharded)
     second.write_bytes((sharded / "model-00003-of-00003.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"lacks layer\.\d\.weight, which the index says"):
