@@ -1,4 +1,4 @@
-"""Stands in for sgl_kernel on a CPU, for which no registry has a build: every name imports, calling one raises."""
+"""Replaces sgl_kernel on a CPU, for which no registry has a build: every name imports, and calling one raises."""
 
 from typing import Any, NoReturn
 

@@ -70,12 +70,12 @@ def layer_activation_bytes(
 def feed_forward_gradient_bytes(
     shape: ModelShape, parallel: ParallelConfig, tokens: int, itemsize: int, local_layers: bool
 ) -> int:
-    """Bytes that the backward pass of one layer needs beside what was kept; arguments as in `activation_bytes`.
+    """Bytes that the backward pass of one layer needs in addition to what was kept; arguments as in `activation_bytes`.
 
     The larger of two moments in the feed-forward part, in elements per token:
 
-    - the gradient of the product becomes the gradients of gate and up: 2 f and h; local layers hold a product beside
-      them, 4 f and h.
+    - the gradient of the product becomes the gradients of gate and up: 2 f and h; local layers also hold a
+      product, 4 f and h.
     - the gradient of the product was just computed: f and 3 h; local layers also hold the gradient of the weight, f h
       elements in all, before it is added to the gradient buffer.
     """

@@ -41,7 +41,7 @@ class PhaseMemory:
 
     Attributes:
         activations: kept for the backward pass by the microbatches in flight.
-        head: logits, and what their operators need beside them.
+        head: logits, and what their operators need in addition.
         feed_forward: gradients in the backward pass of one feed-forward layer; those of the head are freed by then.
         cache: key/value cache of the local engine.
         server_weights: weights of an SGLang server on the same GPU.

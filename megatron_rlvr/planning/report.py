@@ -75,9 +75,9 @@ def _memory_table(plan: Plan) -> list[str]:
         ]
         lines.append(" ".join(columns))
     if not served:
-        turns = "update (activations, head or working) and generation (cache, gathered tensor) take turns"
+        turns = "update (activations; head or working) and generation (cache, gathered tensor) take turns"
     elif sglang.release_memory:
-        turns = "SGLang servers make room for the update; their weights are back beside the gathered tensor"
+        turns = "SGLang servers release their memory for the update and resume it for the gathered tensor"
     else:
         turns = "SGLang servers keep their weights beside the policy; update and gathered tensor take turns"
     return [*lines, f"{turns}; the context is assumed."]
@@ -138,5 +138,5 @@ def _time(plan: Plan) -> list[str]:
             "disk": f"through a shared file system of {hardware.disk_rate / 1e9:.0f} GB/s, assumed",
         }[planned_weight_sync(plan.config.rollout.sglang.weight_sync, plan.nodes)]
         weights = plan.shape.parameters * plan.itemsize / 1e9
-        lines.append(f"weights to the servers: {weights:.1f} GB {way}; what requests cost beside the bytes is left out")
+        lines.append(f"weights to the servers: {weights:.1f} GB {way}; the overhead of requests is left out")
     return lines

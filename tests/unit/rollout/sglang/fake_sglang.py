@@ -22,7 +22,7 @@ class FakeServer:
         version: of the weights, as SGLang reports it.
         delay: seconds before an answer to ``/generate``.
         healthy: False makes health checks hang.
-        gone: closes the connection of every request.
+        dead: closes the connection of every request.
         silent: keeps every connection and never answers.
         answer: computes the answer to ``/generate``.
         control: computes the answer to commands other than loading weights.
@@ -35,7 +35,7 @@ class FakeServer:
         self.version = "0"
         self.delay = 0.0
         self.healthy = True
-        self.gone = False
+        self.dead = False
         self.silent = False
         self.answer: Callable[[dict[str, Any]], Reply] = self.completion
         self.prompts: list[list[int]] = []
@@ -70,7 +70,7 @@ class FakeServer:
     def reply(self, path: str, body: dict[str, Any]) -> Reply:
         while self.silent:
             time.sleep(0.05)
-        if self.gone:
+        if self.dead:
             return 0, None
         if path == "/generate":
             return self.generate(body)

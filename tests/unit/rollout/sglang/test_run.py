@@ -59,7 +59,7 @@ def test_losing_all_servers_writes_a_checkpoint_from_which_the_run_resumes(
 
     def die(body: dict[str, Any]) -> tuple[int, Any]:
         if fake.version == "2":
-            fake.gone = True
+            fake.dead = True
             return 0, None
         return answer(body)
 
@@ -69,7 +69,7 @@ def test_losing_all_servers_writes_a_checkpoint_from_which_the_run_resumes(
     assert [line for line in lines if line.startswith("error: no SGLang server is left: http")] == lines[-1:]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_2"
     assert _steps(tmp_path / "run") == [0, 1]
-    fake.answer, fake.gone = answer, False
+    fake.answer, fake.dead = answer, False
     assert main(command) == 0
     assert _steps(tmp_path / "run") == [0, 1, 2, 3]
     assert [load["weight_version"] for load in fake.loads] == ["0", "1", "2", "0", "2", "3", "4"]
@@ -89,15 +89,15 @@ def test_no_prompt_is_lost_when_servers_die_twenty_times(
         reply = server.reply
 
         def come_back() -> None:
-            server.version, server.gone = "0", False
+            server.version, server.dead = "0", False
 
         def reply_or_die(path: str, body: dict[str, Any]) -> tuple[int, Any]:
             answer = reply(path, body)
-            if path in deaths and not server.gone and draw.random() < 0.3:  # all requests that it works on are lost
-                server.gone = True
+            if path in deaths and not server.dead and draw.random() < 0.3:  # all requests that it works on are lost
+                server.dead = True
                 deaths[path] += 1
                 threading.Timer(draw.uniform(0.02, 0.1), come_back).start()
-            return (0, None) if server.gone else answer
+            return (0, None) if server.dead else answer
 
         server.reply, server.delay = reply_or_die, 0.02  # type: ignore[method-assign]
 
