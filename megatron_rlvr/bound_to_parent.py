@@ -1,12 +1,12 @@
 """Processes that do not outlive the process that started them, not even after a SIGKILL of it.
 
-`bound_command` binds a child through the kernel, by running this file in front of the child's own command::
+`bind_to_parent` asks the kernel to kill the calling process with its parent. For a program that cannot call it,
+`bound_command` runs this file in front of the program's own command::
 
     python bound_to_parent.py PARENT_PID COMMAND ARGUMENT ...
 
-The file is executed by path and imports only the standard library, so it works in front of any program, such as a
-Python environment in which this package is not installed. `exit_with_parent` binds the calling process itself to a
-parent that gives the kernel's mechanism no stable thread to hold on to.
+The file is executed by path and imports only the standard library, so it also works in front of a Python environment in
+which this package is not installed. `exit_with_parent` is for a parent whose threads come and go.
 """
 
 from __future__ import annotations
@@ -23,11 +23,22 @@ _PR_SET_PDEATHSIG = 1
 _WATCH_PERIOD_S = 0.5
 
 
-def bound_command(command: Sequence[str], parent: int | str) -> list[str]:
-    """Return a command line that runs `command` and is killed with SIGKILL when its parent dies.
+def bind_to_parent(parent: int) -> None:
+    """Have the kernel kill this process with SIGKILL when its parent dies. The request survives exec.
 
-    The kernel sends the signal when the *thread* that started the child ends, so start the child from a thread that
-    lives as long as the child should.
+    The kernel sends the signal when the *thread* that started this process ends, so a process must be started from a
+    thread that lives as long as the process should.
+
+    Args:
+        parent: process id that the parent has. If the parent is already dead, this process exits with status 1.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request, so no signal will come
+        os._exit(1)
+
+
+def bound_command(command: Sequence[str], parent: int) -> list[str]:
+    """Return a command line that binds itself to its parent and then becomes `command`; see `bind_to_parent`.
 
     Args:
         command: the program, as an absolute path, and its arguments.
@@ -53,13 +64,6 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _main(parent: int, command: list[str]) -> None:
-    # The request survives exec. It is lost for a parent that died before it, hence the check that follows.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-    os.execv(command[0], command)
-
-
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), sys.argv[2:])
+    bind_to_parent(int(sys.argv[1]))
+    os.execv(sys.argv[2], sys.argv[2:])

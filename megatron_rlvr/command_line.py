@@ -11,7 +11,8 @@ import torch
 
 from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, open_run_directory, print_error
+from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, failure_recorded
+from megatron_rlvr.lifecycle import open_run_directory, print_error
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.parallel import Layout, parallel_groups
 from megatron_rlvr.rollout.engines.base import EngineLostError
@@ -42,7 +43,8 @@ def run_command(
             resources.enter_context(open_run_directory(config))
             config = resolve(config, on_gpu=device.on_gpu())
             layout = resources.enter_context(parallel_groups(config.parallel, config.seed))
-            return train(config, layout, resources)
+            with failure_recorded():
+                return train(config, layout, resources)
     except (UserError, EngineLostError) as error:
         print_error(error)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_STOPPED

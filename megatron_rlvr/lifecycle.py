@@ -1,4 +1,4 @@
-"""How a run begins and ends: its directory and lock, the signals that stop it, its exit status."""
+"""How a run begins and ends: its directory and lock, the signals that stop it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,6 @@ from types import FrameType
 from megatron_rlvr.config import Config, save_config, warnings_of
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.resume import check_same_run
-
-EXIT_DONE = 0
-EXIT_USER_ERROR = 2
-EXIT_STOPPED = 75
-"""Stopped by a signal, or for lack of an engine, with a checkpoint written: the same command resumes the run."""
 
 
 @contextmanager

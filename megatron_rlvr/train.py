@@ -21,7 +21,8 @@ from megatron_rlvr.command_line import run_command
 from megatron_rlvr.components import build_components
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_STOPPED, StopSignal
+from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED
+from megatron_rlvr.lifecycle import StopSignal
 from megatron_rlvr.megatron import collectives
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives import group_advantages

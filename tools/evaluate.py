@@ -19,7 +19,8 @@ from pathlib import Path
 from megatron_rlvr.components import build_components
 from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR, print_error
+from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR, failure_recorded
+from megatron_rlvr.lifecycle import print_error
 from megatron_rlvr.megatron import device, parallel
 
 warnings.simplefilter("ignore")
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = resolve(config, on_gpu=device.on_gpu())
         with ExitStack() as resources:
             layout = resources.enter_context(parallel.parallel_groups(config.parallel, config.seed))
-            result = evaluate(config, run, options.initial, layout, resources)
+            with failure_recorded():
+                result = evaluate(config, run, options.initial, layout, resources)
         if layout.is_main:
             print(json.dumps(result), flush=True)
             (run / f"evaluation_step_{result['step']}.json").write_text(json.dumps(result) + "\n")

@@ -246,12 +246,23 @@ launch() {
         exit 0
     fi
     wait_step || true
-    # srun says the largest status; user errors count first, then a rank that was killed (134 is abort, by
-    # which a rank that misses another may end), then any other crash, then a stop.
+    # srun exits with the largest status, which says nothing about the cause. A user error counts first, then a rank that
+    # was killed (134 is SIGABRT, by which a rank that lost another may end), then any other crash, then a stop. Among
+    # equals the node that failed first counts: the line "at TIME" follows the line with its status and reason.
     read -r status reason < <(cat "$attempt"/outcome.* 2> /dev/null | awk '
-        { weight = $1 == 2 ? 4 : $1 > 128 && $1 != 134 ? 3 : $1 == 75 ? 1 : $1 == 0 ? 0 : 2 }
-        NR == 1 || weight > most { most = weight; line = $0 }
-        END { print NR ? line : "137 the step was killed on every node" }')
+        function compare() {
+            if (line != "" && (weight > most || weight == most && time < first)) {
+                most = weight; first = time; cause = line
+            }
+        }
+        BEGIN { most = -1; cause = "137 the step was killed on every node" }
+        $1 == "at" { time = $2; next }
+        {
+            compare()
+            line = $0; time = 1e99
+            weight = $1 == 2 ? 4 : $1 > 128 && $1 != 134 ? 3 : $1 == 75 ? 1 : $1 == 0 ? 0 : 2
+        }
+        END { compare(); print cause }')
     told=$(find "$attempt" -maxdepth 1 -name "outcome.*" | wc -l)
     if [ -z "$asked" ] && [ "$told" -lt "$train_nodes" ] && { [ "$status" = 0 ] || [ "$status" = 75 ]; }; then
         status=137 reason="the launcher of a node was killed"

@@ -1,1 +1,8 @@
-"""What a run needs on a cluster around the trainer: the launcher of a node, the check before training, the servers."""
+"""What a Slurm job runs around the trainer: the check before training, the launcher of a node, the SGLang servers."""
+
+import os
+
+
+def node_name() -> str:
+    """Return what Slurm calls this node."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename

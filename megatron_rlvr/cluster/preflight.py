@@ -26,7 +26,7 @@ from megatron_rlvr.cluster.meeting import BadNodesError, Meeting
 from megatron_rlvr.cluster.node_checks import NodeReport, check_node, differing_versions
 from megatron_rlvr.config import Config, load_config
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
+from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR
 
 EXIT_BAD_NODE = 69
 # A network file system may hold the lock of a node that is gone for its lease of 90 seconds.

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.bound_to_parent import exit_with_parent
-from megatron_rlvr.cluster.torchrun import node_name
+from megatron_rlvr.cluster import node_name
 from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.lifecycle import EXIT_DONE, EXIT_USER_ERROR
+from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool, visible_gpus

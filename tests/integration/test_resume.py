@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megatron_rlvr.lifecycle import EXIT_STOPPED
+from megatron_rlvr.exit_status import EXIT_STOPPED
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
 from tests.processes import ROOT, environment, run_trainer
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.cluster import torchrun
-from megatron_rlvr.cluster.torchrun import describe, exit_status
+from megatron_rlvr.cluster.outcome import Outcome
+from megatron_rlvr.cluster.rank_exit import RankExit
+from megatron_rlvr.cluster.torchrun import outcome_of
 from tests.processes import environment
 
 RANK = """
@@ -35,7 +37,6 @@ sys.exit(int(sys.argv[2]))
 @pytest.mark.parametrize(
     ("codes", "asked", "status"),
     [
-        ([], False, 0),
         ([75, 75], False, 75),
         ([-signal.SIGUSR1, 75], True, 75),
         ([-signal.SIGUSR1, 75], False, 128 + signal.SIGUSR1),
@@ -44,14 +45,16 @@ sys.exit(int(sys.argv[2]))
         ([75, 1], False, 1),
     ],
 )
-def test_exit_status(codes: list[int], asked: bool, status: int) -> None:
-    assert exit_status(codes, asked) == status
+def test_exit_status(codes: list[int], asked: bool, status: int, tmp_path: Path) -> None:
+    exits = [RankExit(rank, code, float(rank)) for rank, code in enumerate(codes)]
+    assert outcome_of(exits, tmp_path, asked).status == status
 
 
 def test_reason_names_the_rank_that_crashed_and_its_error(tmp_path: Path) -> None:
     (tmp_path / "rank_3.log").write_text("Traceback:\n  File x\nValueError: too hot\n[W] a warning at exit\n")
-    assert describe({1: 75, 3: 1}, tmp_path).endswith(" ended with status 1: ValueError: too hot")
-    assert "rank 3 on" in describe({1: 75, 3: 1}, tmp_path)
+    outcome = outcome_of([RankExit(1, 75, 1.0), RankExit(3, 1, 2.0)], tmp_path, asked=False)
+    assert outcome.reason.endswith(" ended with status 1: ValueError: too hot")
+    assert outcome.reason.startswith("rank 3 on ")
 
 
 def test_nodes_that_end_together_leave_an_outcome_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +83,7 @@ def test_nodes_that_end_together_leave_an_outcome_each(tmp_path: Path, monkeypat
         ending.append(node)
         with monkeypatch.context() as patch:
             patch.setenv("SLURMD_NODENAME", node)
-            patch.setattr(torchrun, "run", lambda *_: (7, f"of {node}"))
+            patch.setattr(torchrun, "run", lambda *_: Outcome(7, f"of {node}"))
             assert torchrun.main(arguments) == 7
 
     monkeypatch.setattr(Path, "replace", replace)
@@ -114,13 +117,14 @@ def _alive(tmp_path: Path) -> list[int]:
 
 
 def _outcome(tmp_path: Path) -> str:
-    return next((tmp_path / "logs").glob("outcome.*")).read_text()
+    """The line with the status and the reason."""
+    return next((tmp_path / "logs").glob("outcome.*")).read_text().splitlines()[0]
 
 
 def test_status_and_reason_of_the_ranks_come_through(tmp_path: Path) -> None:
     assert _start(tmp_path, "0.5", "2").wait(60) == 2
     assert _outcome(tmp_path).startswith("2 rank ")
-    assert _outcome(tmp_path).endswith("error: nothing to learn from\n")
+    assert _outcome(tmp_path).endswith("error: nothing to learn from")
 
 
 def test_a_signal_reaches_the_ranks(tmp_path: Path) -> None:

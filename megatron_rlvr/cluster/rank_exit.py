@@ -1,0 +1,115 @@
+"""How the ranks of a node ended, and which of them failed first.
+
+When one rank fails, torchrun ends the others, and ranks that wait for it in a collective fail, too. Neither their exit
+statuses nor the order in which the launcher notices them says which rank was the cause. So every rank's process leaves
+a record: when it failed, and whether it had already been told to end by then.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr.exit_status import EXIT_STOPPED, EXIT_USER_ERROR
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+def log_path(logs: Path, rank: int) -> Path:
+    """Return the path of a rank's log."""
+    return logs / f"rank_{rank}.log"
+
+
+def exit_path(logs: Path, rank: int) -> Path:
+    """Return the path of the record that a rank's process leaves."""
+    return logs / f"rank_{rank}.exit"
+
+
+def failure_path(logs: Path, rank: int) -> Path:
+    """Return the path at which a rank itself records when it failed (`megatron_rlvr.exit_status.failure_recorded`)."""
+    return logs / f"rank_{rank}.failure"
+
+
+@dataclass(frozen=True)
+class RankExit:
+    """How one rank ended.
+
+    Attributes:
+        code: exit status; negative for the signal that killed it.
+        time: when it failed, in seconds since the epoch: when it raised its exception if it recorded that, else when it
+            exited. A rank that raises can take longer to exit than the ranks that fail because of it.
+        terminated: whether it had received SIGTERM by then, which torchrun sends to all ranks when one has failed.
+    """
+
+    rank: int
+    code: int
+    time: float
+    terminated: bool = False
+
+    def stopped(self, asked: bool) -> bool:
+        """Whether the rank stopped as it should.
+
+        Args:
+            asked: whether the launcher was asked to stop. A rank that had not yet installed its signal handlers dies of
+                the signal itself, which then also counts as stopped.
+        """
+        return self.code == EXIT_STOPPED or (asked and -self.code in STOP_SIGNALS)
+
+    @property
+    def status(self) -> int:
+        """The exit status as a shell shows it: 128 + N for signal N."""
+        return self.code if self.code >= 0 else 128 - self.code
+
+
+def write_exit(logs: Path, rank: int, code: int | None, exited: float | None, terminated: float | None) -> None:
+    """Leave the record of a rank's process; `code` and `exited` are None while it is still ending."""
+    record = {"code": code, "exited": exited, "terminated": terminated}
+    write_text(exit_path(logs, rank), json.dumps(record), flush_to_disk=False)
+
+
+def read_exit(logs: Path, rank: int, code: int, noticed: float) -> RankExit:
+    """Read how a rank ended.
+
+    Args:
+        code: exit status that torchrun saw, for a rank whose process was killed before it could record one.
+        noticed: time at which torchrun saw it, likewise.
+    """
+    try:
+        record = json.loads(exit_path(logs, rank).read_text())
+    except FileNotFoundError:
+        record = {"code": None, "exited": None, "terminated": None}
+    if record["code"] is not None:
+        code, noticed = record["code"], record["exited"]
+    with suppress(FileNotFoundError):
+        noticed = float(failure_path(logs, rank).read_text())
+    terminated = record["terminated"]
+    return RankExit(rank, code, noticed, terminated is not None and terminated < noticed)
+
+
+def first_failure(exits: Sequence[RankExit], asked: bool) -> RankExit:
+    """Return the rank whose end explains the others'.
+
+    In this order: a user error; a rank that was not told to end; a rank that failed over one that stopped; a rank that
+    was killed by a signal (except SIGABRT, by which a rank that lost another may end); the rank that failed first.
+
+    Args:
+        exits: of all ranks that did not return 0.
+        asked: whether the launcher was asked to stop. It then sent SIGTERM itself, which says nothing about a cause.
+    """
+
+    def precedence(rank: RankExit) -> tuple[bool, bool, bool, bool, float]:
+        killed = rank.code < 0 and -rank.code != signal.SIGABRT
+        return (
+            rank.code != EXIT_USER_ERROR,
+            rank.terminated and not asked,
+            rank.stopped(asked),
+            not killed,
+            rank.time,
+        )
+
+    return min(exits, key=precedence)

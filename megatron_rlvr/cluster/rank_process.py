@@ -1,0 +1,83 @@
+"""The process around one rank: ``python -m megatron_rlvr.cluster.rank_process PARENT_PID LOGS COMMAND ...``.
+
+It starts Python on COMMAND as a child, with output in ``LOGS/rank_N.log``, passes signals on to it, and records how it
+ended (`rank_exit`). Rank 0's output also goes to where this process writes, so that the output of a job shows the run.
+Neither process outlives the one that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_rlvr.bound_to_parent import bind_to_parent
+from megatron_rlvr.cluster.rank_exit import STOP_SIGNALS, failure_path, log_path, write_exit
+from megatron_rlvr.exit_status import FAILURE_FILE_VARIABLE
+
+# Something that a rank started can keep the rank's output open for longer; its log does not matter.
+_LOG_TIMEOUT_S = 10
+
+
+def rank_command(command: Sequence[str]) -> list[str]:
+    """Return the command line of the rank itself."""
+    return [sys.executable, "-u", *command]
+
+
+def rank_process_command(command: Sequence[str], logs: Path, parent: int) -> list[str]:
+    """Return the command line of the process around a rank."""
+    return [sys.executable, "-m", __spec__.name, str(parent), str(logs), *command]
+
+
+def run_rank(logs: Path, command: Sequence[str]) -> int:
+    """Run the rank to its end; returns its exit status."""
+    rank = int(os.environ["RANK"])
+    # Blocked before the child exists, so that no signal is lost; `sigwait` takes them from the queue.
+    awaited = {signal.SIGCHLD, *STOP_SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    this = os.getpid()
+
+    def prepare_child() -> None:
+        bind_to_parent(this)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    log, copy = log_path(logs, rank), None
+    if rank == 0:
+        # It ends when the last process that writes to it ends. Stop signals stay blocked in it: Slurm sends one to
+        # every process of a step, and the rank still writes while it saves.
+        copy = subprocess.Popen(["tee", "-a", log], stdin=subprocess.PIPE, start_new_session=True)
+    with copy.stdin if copy is not None and copy.stdin is not None else log.open("ab") as output:
+        child = subprocess.Popen(
+            rank_command(command),
+            env=os.environ | {FAILURE_FILE_VARIABLE: str(failure_path(logs, rank))},
+            stdout=output,
+            stderr=output,
+            # torchrun signals the process group. The rank must get SIGTERM from this process, after it was recorded.
+            start_new_session=True,
+            preexec_fn=prepare_child,
+        )
+    terminated = None
+    while child.poll() is None:
+        number = signal.sigwait(awaited)
+        if number == signal.SIGCHLD or child.poll() is not None:
+            continue
+        if number == signal.SIGTERM and terminated is None:
+            terminated = time.time()
+            # Now, because torchrun kills this process when the rank does not end.
+            write_exit(logs, rank, None, None, terminated)
+        child.send_signal(number)
+    write_exit(logs, rank, child.returncode, time.time(), terminated)
+    if copy is not None:
+        with suppress(subprocess.TimeoutExpired):
+            copy.wait(_LOG_TIMEOUT_S)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+if __name__ == "__main__":
+    bind_to_parent(int(sys.argv[1]))
+    sys.exit(run_rank(Path(sys.argv[2]), sys.argv[3:]))
