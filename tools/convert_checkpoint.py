@@ -15,6 +15,7 @@ conversion between layouts.
 import argparse
 import json
 import os
+import resource
 import sys
 import time
 import warnings
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("the conversion runs in one process: start it without torchrun")
         with parallel.parallel_groups(ParallelConfig(), seed=0):
-            before = conversion.peak_gib()
+            before = _peak_gib()
             if options.direction == "to-megatron":
                 bridge = _bridge(options.input, _dtype_of_folder(options.input))
                 compared = conversion.to_megatron(bridge, options.output, report, options.verify)
@@ -66,12 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             if options.verify:
                 report(f"all {compared} tensors are equal")
-            memory = f"peak memory {conversion.peak_gib():.2f} GiB, of it {before:.2f} before the first weight"
+            memory = f"peak memory {_peak_gib():.2f} GiB, of it {before:.2f} before the first weight"
             report(f"{options.output} is complete; {memory}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _peak_gib() -> float:
+    """The largest resident memory of this process so far, in GiB."""
+    try:
+        # getrusage also counts the process that this one was forked from.
+        [line] = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM:")]
+        return int(line.split()[1]) / 1024**2
+    except (OSError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
 def _bridge(folder: Path, dtype: str) -> PolicyBridge:

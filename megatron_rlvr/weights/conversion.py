@@ -8,7 +8,6 @@ input continues after the files that are complete.
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,16 +160,6 @@ def open_checkpoint(bridge: PolicyBridge, checkpoint: Path) -> StreamedLoad:
     if not is_complete(checkpoint):
         raise UserError(f"{checkpoint} cannot be read: files are missing or cut short; take another checkpoint")
     return StreamedLoad(checkpoint)
-
-
-def peak_gib() -> float:
-    """The largest resident memory of this process so far, in GiB."""
-    try:
-        # getrusage also counts the process that this one was forked from.
-        [line] = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM:")]
-        return int(line.split()[1]) / 1024**2
-    except (OSError, ValueError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
 def _tensors(weights: WholeWeights, loaded: StreamedLoad) -> Callable[[str], Tensor]:
