@@ -1,4 +1,4 @@
-"""The entropy that a run is to have: curves over its progress."""
+"""Target curves: the entropy that a run should have, over its progress."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ CURVES = ("constant", "linear", "cosine", "piecewise", "file")
 
 @dataclass(frozen=True)
 class EntropyCurve:
-    """A target entropy over progress x from 0 to 1, in nats per token, or in multiples of the entropy at step 0.
+    """A target entropy over progress x from 0 to 1, in multiples of the entropy at step 0 or in nats per token.
 
-    ``curve`` is one of
-
-    - ``constant``: ``start`` all along;
-    - ``linear``, ``cosine``: from ``start`` at x = 0 to ``end`` at x = 1, straight or along half a cosine;
-    - ``piecewise``: straight lines through ``points``, pairs (x, value), level before the first and after the last;
-    - ``file``: the same, from the CSV file ``file`` with a header line ``progress,entropy`` and one point a line.
-
-    ``relative`` says that the values are multiples of the initial entropy; otherwise they are nats.
     Raises ValueError for an unknown name, a missing or unused parameter, a value not above 0, or a bad file (with the
-    line's number).
+    line number).
     """
 
     curve: str = "constant"
+    """The form of the target curve: ``constant`` (``start`` throughout), ``linear`` or ``cosine`` (from ``start`` to
+    ``end``, on a straight line or half a cosine), ``piecewise`` (straight lines through ``points``), or ``file`` (the
+    same through the points in ``file``)."""
     start: float = 1.0
+    """Target at the start of the run."""
     end: float | None = None
+    """Target at the end of the run, for ``linear`` and ``cosine``."""
     points: Sequence[Sequence[float]] | None = None
+    """Pairs [progress, entropy] for ``piecewise``, with increasing progress from 0 to 1. The target is constant before
+    the first and after the last."""
     file: str | None = None
+    """CSV file for ``file``, with the header line ``progress,entropy`` and one point per line."""
     relative: bool = True
+    """Whether targets are multiples of the initial entropy; otherwise they are in nats per token."""
 
     def __post_init__(self) -> None:
         if self.curve not in CURVES:
             raise ValueError(f"target curve: unknown name {self.curve!r}; valid: {', '.join(CURVES)}")
         for parameter, curves in (("end", ("linear", "cosine")), ("points", ("piecewise",)), ("file", ("file",))):
-            given = getattr(self, parameter) is not None
-            if given != (self.curve in curves):
-                verb = "takes no" if given else "needs"
+            is_set = getattr(self, parameter) is not None
+            if is_set != (self.curve in curves):
+                verb = "takes no" if is_set else "needs"
                 raise ValueError(f"target curve: {self.curve} {verb} {parameter}")
         points = read_points(self.file) if self.file is not None else self.points
         if points is not None:
@@ -52,7 +53,7 @@ class EntropyCurve:
                 raise ValueError(f"target curve: {parameter} must be a number above 0, found {value!r}")
 
     def value(self, progress: float, initial_entropy: float) -> float:
-        """The target at ``progress`` (clamped to [0, 1]) in nats; ``initial_entropy`` is the entropy at step 0."""
+        """The target at ``progress`` (clamped to [0, 1]) in nats. ``initial_entropy`` is the entropy at step 0."""
         x = min(max(progress, 0.0), 1.0)
         return self._shape(x) * (initial_entropy if self.relative else 1.0)
 
@@ -67,7 +68,7 @@ class EntropyCurve:
 
 
 def read_points(file: str) -> list[tuple[float, float]]:
-    """The points (progress, entropy) of a CSV file with the header ``progress,entropy``."""
+    """Read the points (progress, entropy) from a CSV file with the header ``progress,entropy``."""
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"target curve: no such file: {file}")

@@ -1,4 +1,4 @@
-"""Target entropy: make the measured entropy follow a curve, first by the thresholds, then by steering regions."""
+"""Target entropy: make the measured entropy follow a curve, first by clip thresholds, then by region steering."""
 
 from __future__ import annotations
 
@@ -6,49 +6,57 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from megatron_rlvr.control.base import Observation, check_inside
 from megatron_rlvr.control.curves import EntropyCurve
 from megatron_rlvr.control.plant import EntropyPlant, PlantBank, shift_plant
-from megatron_rlvr.control.schedules import DynamicSchedule, check_inside, first_entropy
+from megatron_rlvr.control.schedules import RelativeSchedule
 from megatron_rlvr.control.steering import NEUTRAL, SteeringResponse
 from megatron_rlvr.control.thresholds import ClipThresholds
 
-SHIFT_NOISE = 0.02  # standard deviation of an update's measured shift: its prompts are a part of the step's
-SHORTEST_AIM = 0.25  # of a step: near its end the last updates are not expected to correct everything
-STEERING_PACE = 4.0  # within a step u may move this many times steering_rate in all
+SHIFT_NOISE = 0.02
+"""Standard deviation of an update's measured shift: its prompts are only part of the step's."""
+SHORTEST_AIM = 0.25
+"""Fraction of a step over which an error is corrected at least, so that the last updates need not correct all of it."""
+STEERING_PACE = 4.0
+"""Within a step, u moves by at most this many times ``steering_rate``."""
 
 
 @dataclass
-class TargetEntropy(DynamicSchedule):
-    """Follows ``curve`` with two actuators, in this order.
+class TargetEntropy(RelativeSchedule):
+    """Make the entropy follow ``curve`` with two actuators, used in this order.
 
-    1. The thresholds, at position s in [-1, 1]: s > 0 moves the upper one from eps towards its limit H, s < 0 the lower
-       one from eps towards its limit M; H and M are the four scalars ``upper_*`` and ``lower_*``.
-    2. Region steering u, at most ``steering_limit`` in size: 0 leaves the controller with the thresholds alone.
+    1. The thresholds, at a position s in [-1, 1]: s > 0 moves the upper threshold from eps towards H, s < 0 the lower
+       one from eps towards M. H and M are set by the four scalars ``upper_*`` and ``lower_*``.
+    2. Region steering u, at most ``steering_limit`` in absolute value. At a limit of 0, only the thresholds are used.
 
-    Every step it filters the measured entropy, predicts the entropy that the step would leave without intervention
-    (:class:`PlantBank`; the predicted first-order change enters as feed-forward where ``response`` is observed), and
-    asks for the difference to the next step's target, of which the error so far is made up over ``horizon`` steps.
-    Where the trainer reports its updates (:meth:`observe_update`), steering is chosen anew after each of them, so that
-    the step arrives where it should although gains are badly known and updates erratic.
-    Inside ``dead_band`` (relative) it does nothing. With ``floor_only`` the curve is a floor: it never intervenes while
-    the predicted entropy stays above, so that learning is free until collapse threatens.
-
-    ``measurement_noise`` is the relative standard deviation of a step's measured entropy, used where ``standard_error``
-    is not observed. ``clip_gain`` and ``steering_gain`` are where the online estimates of the actuators' effect start
-    (d ln H a step at full position, at u = 1); ``clip_gain`` 0 switches the first actuator off.
+    At every step the controller filters the measured entropy and predicts what the entropy would become without
+    intervention (:class:`~megatron_rlvr.control.plant.PlantBank`; the predicted first-order change enters as
+    feed-forward if ``response`` is observed). It then requests the difference to the next step's target and corrects
+    the current error over ``horizon`` steps. If the trainer reports its updates (:meth:`observe_update`), steering is
+    recomputed after each of them, so that the step reaches its aim although the gains are poorly known and updates
+    erratic.
     """
 
     name: ClassVar[str] = "target-entropy"
     curve: EntropyCurve = field(default_factory=EntropyCurve)
+    """The target entropy over the progress of the run."""
     floor_only: bool = False
-    initial_entropy: float | None = None
+    """Treat the curve as a floor: do not intervene while the predicted entropy stays above it, so that learning is
+    unrestricted until entropy is about to collapse."""
     steering_limit: float = 0.9
+    """Largest absolute value of u, below 1; 0 turns steering off."""
     steering_rate: float = 0.35
+    """Largest move of u away from 0 at the beginning of a step; within a step it may move four times as far."""
     dead_band: float = 0.0
+    """Relative deviation from the target below which the controller does nothing."""
     horizon: float = 1.0
+    """Number of steps over which an error is corrected, at least 1."""
     measurement_noise: float = 0.02
+    """Relative standard deviation of a step's measured entropy, used if no ``standard_error`` is observed."""
     clip_gain: float = 0.01
+    """Initial estimate of the thresholds' effect: change of ln entropy per step at s = 1. 0 keeps them at eps."""
     steering_gain: float = 0.2
+    """Initial estimate of the effect of steering: change of ln entropy per step at u = 1."""
     _plant: PlantBank = field(init=False, repr=False, compare=False)
     _shift: EntropyPlant = field(init=False, repr=False, compare=False)
     _step: int = field(default=-1, init=False, repr=False)
@@ -67,16 +75,11 @@ class TargetEntropy(DynamicSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steering_limit != 0:
-            check_inside(self.name, "steering_limit", self.steering_limit, 0.0, 1.0)
-        check_inside(self.name, "steering_rate", self.steering_rate, 0.0, math.inf)
-        if self.initial_entropy is not None:
-            check_inside(self.name, "initial_entropy", self.initial_entropy, 0.0, math.inf)
-        if self.dead_band != 0:
-            check_inside(self.name, "dead_band", self.dead_band, 0.0, 1.0)
-        if self.clip_gain != 0:
-            check_inside(self.name, "clip_gain", self.clip_gain, 0.0, math.inf)
-        check_inside(self.name, "steering_gain", self.steering_gain, 0.0, math.inf)
+        check_inside(self.name, "steering_limit", self.steering_limit, 0.0, 1.0, or_zero=True)
+        check_inside(self.name, "steering_rate", self.steering_rate, 0.0)
+        check_inside(self.name, "dead_band", self.dead_band, 0.0, 1.0, or_zero=True)
+        check_inside(self.name, "clip_gain", self.clip_gain, 0.0, or_zero=True)
+        check_inside(self.name, "steering_gain", self.steering_gain, 0.0)
         check_inside(self.name, "measurement_noise", self.measurement_noise, 0.0, 1.0)
         if not self.horizon >= 1.0:
             raise ValueError(f"{self.name}: horizon must be at least 1 step, found {self.horizon!r}")
@@ -85,41 +88,33 @@ class TargetEntropy(DynamicSchedule):
         self._plant = PlantBank()
         self._shift = shift_plant(self.clip_gain, self.steering_gain)
 
-    def observe(
-        self,
-        step: int,
-        entropy: float,
-        *,
-        tokens: int | None = None,
-        response: SteeringResponse | None = None,
-        standard_error: float | None = None,
-        rate: float = 1.0,
-    ) -> None:
-        super().observe(step, entropy, tokens=tokens)
+    def _observe(self, observation: Observation) -> None:
+        step, error, rate = observation.step, observation.standard_error, observation.rate
         if step <= self._step:
-            raise ValueError(f"{self.name}: step {step} was observed already; observe() is called once a step")
-        if standard_error is not None and not 0.0 <= standard_error < math.inf:
-            raise ValueError(f"{self.name}: the standard error of step {step} must be finite, found {standard_error!r}")
+            raise ValueError(f"{self.name}: step {step} was observed already; observe() is called once per step")
+        if error is not None and not 0.0 <= error < math.inf:
+            raise ValueError(f"{self.name}: the standard error of step {step} must be finite, found {error!r}")
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"{self.name}: rate is the learning rate relative to its peak, 0 to 1, found {rate!r}")
-        if self.initial_entropy is None:
-            self.initial_entropy = first_entropy(self.name, step, entropy)
-        entropy = max(entropy, 1e-6 * self.initial_entropy)  # a dead policy has entropy 0, and ln 0 would stop the run
-        deviation = self.measurement_noise if standard_error is None else standard_error / entropy
+        super()._observe(observation)
+        assert self.initial_entropy is not None
+        # A collapsed policy has entropy 0, and ln 0 would stop the run.
+        entropy = max(observation.entropy, 1e-6 * self.initial_entropy)
+        deviation = self.measurement_noise if error is None else error / entropy
         if not self._plant.started:
             self._plant.start(math.log(entropy), deviation)
             innovation = 0.0
         else:
-            # What no update reported is taken to have gone as predicted.
+            # The part of the previous step that no update reported is assumed to have gone as predicted.
             self._shift.advance(self._applied, 1.0 - self._done)
             innovation = self._plant.step(self._applied[0], self._shift.mean[0], math.log(entropy), deviation)
         previous, self._progress = self._progress, self.progress(step)
-        # Steps are evenly spaced; tokens are taken to come at the rate of the step before.
-        ahead = (step + 1) / self.total_steps if self.total_tokens is None else 2 * self._progress - previous
+        # Steps are evenly spaced. Tokens are assumed to arrive at the rate of the previous step.
+        next_progress = (step + 1) / self.total_steps if self.total_tokens is None else 2 * self._progress - previous
         self._step, self._done = step, 0.0
         self._shift.restart()
-        self._response, self._rate = response or NEUTRAL, rate
-        self._decide(self._target(self._progress), self._target(ahead))
+        self._response, self._rate = observation.response or NEUTRAL, rate
+        self._decide(self._target(self._progress), self._target(next_progress))
         self._metrics |= {
             "control/error": entropy / self._target(self._progress) - 1.0,
             "control/innovation": innovation,
@@ -130,9 +125,9 @@ class TargetEntropy(DynamicSchedule):
         return self.curve.value(progress, self.initial_entropy)
 
     def _decide(self, target: float, next_target: float) -> None:
-        """Choose the shift that this step is to reach, the thresholds' position, and the steering to begin with."""
+        """Choose the shift to reach in this step, the thresholds' position, and the initial steering."""
         log_entropy, drift, _, transfer = self._plant.best.mean
-        # A step moves entropy in proportion to its learning rate; without it, warm-up would be taken for a small gain.
+        # A step moves entropy in proportion to its learning rate. Without it, warm-up would look like a small gain.
         rate, (inner_drift, clip_gain, steering_gain) = self._rate, self._shift.mean[1:]
         error = math.log(target) - log_entropy
         wanted = math.log(next_target) - (1.0 - 1.0 / self.horizon) * error - log_entropy
@@ -164,16 +159,16 @@ class TargetEntropy(DynamicSchedule):
             "control/transfer": transfer,
             "control/clip_position": self._position,
             "control/wanted_shift": self._wanted_shift,
-            # 0: none, 1: the thresholds, 2: both (then the curve is out of reach for now)
+            # 0: none, 1: the thresholds, 2: both, so that the curve cannot be reached for now
             "control/saturated": float((abs(self._position) >= 1.0 or not self.clip_gain) and bool(missing))
             + float(abs(self._steering) >= self.steering_limit and abs(self._position) in (0.0, 1.0) and bool(missing)),
         }
 
     def _steer(self, begin: float, move: float, remaining: float) -> None:
-        """Choose u so that the ``remaining`` share of the step brings the shift to where it should be.
+        """Choose u so that the ``remaining`` fraction of the step takes the shift to the wanted one.
 
-        u may not lie further from 0 than ``begin`` by more than ``move``: one wild step can wreck a policy, and the
-        gain is least known at the start.
+        u may move away from 0 by at most ``move`` beyond ``begin``: one extreme step can ruin a policy, and the gain is
+        known least at the start.
         """
         shift, drift, clip_gain, steering_gain = self._shift.mean
         steering = 0.0
@@ -193,12 +188,12 @@ class TargetEntropy(DynamicSchedule):
             raise ValueError(f"{self.name}: update {index} of {count} reported; they count from 0")
         if shift is not None and not math.isfinite(shift):
             raise ValueError(f"{self.name}: the shift before update {index} of step {step} must be finite")
-        if index and shift is not None:  # before the first the shift is 0, exactly
+        if index and shift is not None:  # before the first update the shift is exactly 0
             self._shift.correct(shift, SHIFT_NOISE)
         self._shift.advance(self._applied, 1.0 / count)
         self._done, self._count = (index + 1) / count, count
         self._steering_sum += self._steering
-        if self._done < 1.0 and not self._idle:  # the thresholds stay: what they lack shows in the shift
+        if self._done < 1.0 and not self._idle:  # the thresholds stay fixed; their error shows in the shift
             remaining = max(1.0 - self._done, SHORTEST_AIM)
             self._steer(self._steering, STEERING_PACE * self.steering_rate / count, remaining)
             rate, clip, _ = self._applied
@@ -223,13 +218,13 @@ class TargetEntropy(DynamicSchedule):
         steering = self._steering_sum / (self._done * self._count) if self._done else self._steering
         return self._metrics | {
             "control/steering": steering,
-            # 0: none works, 1: the thresholds alone, 2: steering on top of them
+            # 0: none, 1: the thresholds alone, 2: steering as well
             "control/actuator": 2.0 if steering else 1.0 if self._position else 0.0,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        own = {
-            "initial_entropy": self.initial_entropy,
+        return {
+            **super().state_dict(),
             "plant": self._plant.state_dict(),
             "shift": self._shift.state_dict(),
             "done": self._done,
@@ -239,11 +234,9 @@ class TargetEntropy(DynamicSchedule):
             "steering": self._steering,
             "applied": list(self._applied),
         }
-        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.initial_entropy = state["initial_entropy"]
         self._plant.load_state_dict(state["plant"])
         self._shift.load_state_dict(state["shift"])
         self._done = state["done"]

@@ -1,4 +1,4 @@
-"""Target curves: values, files, and the refusal of what makes no sense."""
+"""Target curves: values, files, and refused parameters."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_a_curve_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("step,entropy\n0,1\n", "line 1: expected 'progress,entropy', found 'step,entropy'"),
         ("progress,entropy\n0,1\n0.5,high\n", "line 3"),
@@ -38,17 +38,17 @@ def test_a_curve_from_a_file(tmp_path):
         ("progress,entropy\n0,1\n2,1\n", "progress in 0 to 1"),
     ],
 )
-def test_a_bad_file_is_answered_with_its_line(tmp_path, text, said):
+def test_a_bad_file_is_refused_with_the_line_number(tmp_path, text, message):
     file = tmp_path / "curve.csv"
     file.write_text(text)
     with pytest.raises(ValueError) as error:
         EntropyCurve("file", file=str(file))
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "said"),
+    ("parameters", "message"),
     [
         ({"curve": "parabola"}, "valid: constant, linear, cosine, piecewise, file"),
         ({"curve": "linear"}, "needs end"),
@@ -62,8 +62,8 @@ def test_a_bad_file_is_answered_with_its_line(tmp_path, text, said):
         ({"curve": "linear", "end": "low"}, "end must be a number above 0"),
     ],
 )
-def test_bad_curves_are_refused_in_one_line(parameters, said):
+def test_bad_curves_are_refused_in_one_line(parameters, message):
     with pytest.raises(ValueError) as error:
         EntropyCurve(**parameters)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Schedules against their formulas, written again here with lambda = 1 - 2 k / T and plain pairs of numbers."""
+"""Schedules against their formulas, written here with lambda = 1 - 2 k / T and pairs of numbers."""
 
 import pytest
 
@@ -104,7 +104,7 @@ def test_oscillatory_decay_is_the_hysteresis_of_its_definition(total):
         assert (pair(got.lower), pair(got.upper)) == ((EPS, H) if state else (M, EPS)), k
 
 
-def test_oscillatory_decay_holds_its_state_inside_the_band_and_in_a_checkpoint():
+def test_oscillatory_decay_keeps_its_state_inside_the_band_and_in_a_checkpoint():
     schedule = OscillatoryDecay(total_steps=100)
     for k, (entropy, raising) in enumerate([(1.0, 0), (0.2, 1), (0.6, 1), (0.97, 1), (0.98, 0), (0.3, 0)]):
         schedule.observe(k, entropy)
@@ -151,7 +151,7 @@ def test_build_schedule_makes_every_named_schedule_and_reports_its_parameters():
         ({"name": "oscillatory-decay", "initial_entropy": 0.0}, ["initial_entropy", "0.0"]),
     ],
 )
-def test_bad_configurations_are_answered_in_one_line_with_the_valid_choices(config, words):
+def test_bad_configurations_are_refused_in_one_line_with_the_valid_choices(config, words):
     with pytest.raises(ValueError) as error:
         build_schedule(config, 40)
     text = str(error.value)

@@ -1,4 +1,4 @@
-"""TargetEntropy on a scalar plant whose truth is known: tracking, filtering, saturation, the floor, checkpoints."""
+"""TargetEntropy on a scalar plant with known parameters: tracking, filtering, saturation, the floor, checkpoints."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ CURVES = {
 
 
 class Plant:
-    """ln H moves by ``drift`` + gain * drive + clip_gain * position + noise a step; it is measured with noise."""
+    """ln H moves by ``drift`` + gain * drive + clip_gain * position + noise per step, and is measured with noise."""
 
     def __init__(self, seed, gain=0.2, clip_gain=0.004, drift=-0.02, process=0.015, measurement=0.02, imbalance=-0.1):
         self.random = random.Random(seed)
@@ -29,7 +29,7 @@ class Plant:
         return math.exp(self.log_entropy + self.random.gauss(0, self.measurement))
 
     def response(self):
-        natural = -0.1 + self.random.gauss(0, 0.03)  # what the step's tokens would do by themselves
+        natural = -0.1 + self.random.gauss(0, 0.03)  # the drive of the step without steering
         return SteeringResponse(change=0.02 * natural, slope=0.02, ascent=0.1, ascent_slope=0.1 * self.imbalance)
 
     def apply(self, thresholds, response, position, rate=1.0):
@@ -67,30 +67,30 @@ def test_it_follows_the_curve_within_five_percent_on_every_seed(name, feed_forwa
 
 
 @pytest.mark.parametrize("gain", [0.05, 0.1, 0.4])
-def test_the_gain_may_be_several_times_off(gain):
+def test_the_initial_gain_may_be_wrong_by_a_factor(gain):
     for seed in range(5):
         schedule = TargetEntropy(100, curve=EntropyCurve())
         measured, target, _ = follow(schedule, EntropyCurve(), Plant(seed, gain=gain), 100)
         assert rms(measured, target) < 0.055, (seed, rms(measured, target))
-        if gain > 0.05:  # below, the noise of 100 steps hides it
+        if gain > 0.05:  # at 0.05, the noise of 100 steps hides the gain
             assert gain / 3 < schedule.metrics()["control/steering_gain"] < gain * 3
 
 
-def test_a_known_learning_rate_is_not_taken_for_a_changed_gain():
-    """Warm-up over 10 steps, then a cosine down to a tenth: told the rate, the filter keeps the true gain."""
+def test_a_reported_learning_rate_is_not_mistaken_for_a_changed_gain():
+    """Warm-up over 10 steps, then a cosine down to a tenth. With the rate reported, the filter keeps the true gain."""
     errors = {True: [], False: []}
     for seed in range(8):
-        for told in (True, False):
+        for reported in (True, False):
             schedule, plant, curve = TargetEntropy(60, curve=EntropyCurve()), Plant(seed), EntropyCurve()
             measured = []
             for step in range(60):
                 rate = min(1.0, (step + 1) / 10) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 59)))
                 entropy, response = plant.measure(), plant.response()
-                schedule.observe(step, entropy, response=response, rate=rate if told else 1.0)
+                schedule.observe(step, entropy, response=response, rate=rate if reported else 1.0)
                 measured.append(entropy)
                 plant.apply(schedule.thresholds(step), response, schedule.metrics()["control/clip_position"], rate)
-            errors[told].append(rms(measured, [curve.value(0, measured[0])] * 60))
-            if told:
+            errors[reported].append(rms(measured, [curve.value(0, measured[0])] * 60))
+            if reported:
                 assert 0.1 < schedule.metrics()["control/steering_gain"] < 0.35
     assert sum(errors[True]) < sum(errors[False])
     assert max(errors[True]) < 0.05
@@ -104,8 +104,8 @@ def test_without_noise_the_error_dies_out():
     assert rms(measured, target, skip=0.5) < 0.01
 
 
-def test_saturation_is_reported_and_winds_nothing_up():
-    # For 30 steps the target cannot be reached: u stays at its limit. Then the target comes back to where H is.
+def test_saturation_is_reported_and_causes_no_windup():
+    # For 30 steps the target is out of reach and u stays at its limit. Then the target returns to where H is.
     curve = EntropyCurve("piecewise", points=[[0.0, 1.0], [0.1, 4.0], [0.5, 4.0], [0.52, 1.0], [1.0, 1.0]])
     schedule, plant = TargetEntropy(60, curve=curve), Plant(3, gain=0.12, drift=-0.08, process=0.0)
     saturated = []
@@ -120,7 +120,7 @@ def test_saturation_is_reported_and_winds_nothing_up():
             assert thresholds.steering == 0.9
             assert schedule.metrics()["control/actuator"] == 2.0
     assert saturated[28] == 2.0
-    # The moment it is reachable again the steering leaves its limit, and the error is gone within a few steps.
+    # Once the target is reachable again, steering leaves its limit, and the error vanishes within a few steps.
     assert schedule.metrics()["control/saturated"] < 2.0
     assert abs(math.exp(plant.log_entropy) / curve.value(1.0, schedule.initial_entropy) - 1) < 0.08
 
@@ -169,7 +169,7 @@ def test_thresholds_alone_never_steer():
     assert set(steering) == {0.0}
 
 
-def test_the_floor_does_nothing_above_and_holds_below():
+def test_the_floor_intervenes_only_below_it():
     floor = EntropyCurve(start=0.7)
     for seed in range(5):
         schedule, plant = TargetEntropy(120, curve=floor, floor_only=True), Plant(seed, drift=-0.01, process=0.01)
@@ -192,9 +192,9 @@ def test_the_floor_does_nothing_above_and_holds_below():
         assert abs(sum(held) / len(held) - 1.0) < 0.05
 
 
-def test_inside_the_dead_band_nothing_works():
+def test_inside_the_dead_band_nothing_is_done():
     schedule = TargetEntropy(50, curve=EntropyCurve(), dead_band=0.2)
-    plant = Plant(0, drift=0.02, process=0.0, measurement=0.005)  # the natural fall of the tokens, cancelled
+    plant = Plant(0, drift=0.02, process=0.0, measurement=0.005)  # cancels the drive without steering
     _, _, steering = follow(schedule, EntropyCurve(), plant, 50)
     assert set(steering) == {0.0}
     assert schedule.metrics()["control/actuator"] == 0.0
@@ -228,12 +228,12 @@ def test_progress_by_tokens_gives_the_same_targets():
         assert by_token.metrics()["control/target"] == pytest.approx(by_step.metrics()["control/target"])
 
 
-def test_misuse_is_named():
+def test_misuse_is_refused():
     schedule = TargetEntropy(10)
     with pytest.raises(ValueError, match="last observed is -1"):
         schedule.thresholds(0)
     schedule.observe(0, 0.5)
-    with pytest.raises(ValueError, match="once a step"):
+    with pytest.raises(ValueError, match="once per step"):
         schedule.observe(0, 0.5)
     with pytest.raises(ValueError, match="step 0"):
         TargetEntropy(10).observe(4, 0.5)
@@ -241,11 +241,11 @@ def test_misuse_is_named():
         TargetEntropy(10).observe(0, 0.5, standard_error=float("nan"))
 
 
-def test_a_dead_policy_does_not_stop_the_run():
+def test_a_collapsed_policy_does_not_stop_the_run():
     schedule = TargetEntropy(10)
     schedule.observe(0, 0.5)
     schedule.observe(1, 0.0, response=SteeringResponse(0.0, 0.0, 0.0, 0.0))
-    assert schedule.thresholds(1).steering == 0.0  # no token has a gradient: nothing to steer
+    assert schedule.thresholds(1).steering == 0.0  # no token has a gradient, so steering has no effect
     schedule.observe(2, 0.0)
     assert 0.0 < schedule.thresholds(2).steering <= 0.9
 
@@ -258,7 +258,7 @@ def test_built_from_a_flat_configuration():
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"curve": "line"}, "valid: constant"),
         ({"curves": "linear"}, "did you mean 'curve'"),
@@ -270,15 +270,15 @@ def test_built_from_a_flat_configuration():
         ({"dead_band": -0.1}, "dead_band"),
     ],
 )
-def test_bad_configurations_are_refused_in_one_line(config, said):
+def test_bad_configurations_are_refused_in_one_line(config, message):
     with pytest.raises(ValueError) as error:
         build_schedule({"name": "target-entropy", **config}, 30)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def follow_updates(schedule, curve, seed, steps=60, updates=16, reports=True, noise=0.01, resume_at=None):
-    """A plant whose updates are erratic: every step has a gain and a drift of its own, as wild as those of an LM.
+    """A plant with erratic updates: the gain and drift change at every step, as much as those of a language model.
 
     Returns (measured, target, steering of every update).
     """
@@ -305,7 +305,7 @@ def follow_updates(schedule, curve, seed, steps=60, updates=16, reports=True, no
 
 
 @pytest.mark.parametrize("name", CURVES)
-def test_what_the_updates_report_is_worth_half_the_error(name):
+def test_reported_updates_halve_the_error(name):
     errors = {
         reports: [
             rms(*follow_updates(TargetEntropy(60, curve=CURVES[name]), CURVES[name], seed, reports=reports)[:2])
@@ -340,13 +340,13 @@ def test_a_floor_never_pushes_down_within_a_step():
 
 
 @pytest.mark.parametrize("stop", [1, 9, 41])
-def test_updates_too_are_resumed_exactly(stop):
+def test_a_run_with_reported_updates_resumes_exactly(stop):
     curve = CURVES["rise-hold-fall"]
     whole = follow_updates(TargetEntropy(60, curve=curve), curve, 2)
     assert follow_updates(TargetEntropy(60, curve=curve), curve, 2, resume_at=stop) == whole
 
 
-def test_misreported_updates_are_named():
+def test_misreported_updates_are_refused():
     schedule = TargetEntropy(10)
     schedule.observe(0, 0.5)
     with pytest.raises(ValueError, match="an update of step 1 reported, but the last observed is 0"):
