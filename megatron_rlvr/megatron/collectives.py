@@ -70,6 +70,13 @@ def max_over_job(maxima: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
 
 
+def all_gather_over_job(value: T) -> list[T]:
+    """The value (any picklable object) of every process, by rank. Two all-gathers, of sizes and of bytes."""
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 # ---- the leaders of all data-parallel ranks ----
 
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 def run_on_leaders(work: Callable[[], T], engine: RolloutEngine, layout: Layout) -> T | None:
     """Call `work` on every replica's leader, while the replica's other processes help `engine` to generate.
 
-    Collective over the job; one all-reduce.
+    Collective over the job: one all-reduce, and the texts of all failures if there are any.
 
     Returns:
         the result on leaders, None on other processes.
@@ -35,10 +35,19 @@ def run_on_leaders(work: Callable[[], T], engine: RolloutEngine, layout: Layout)
         engine.dismiss()
     else:
         engine.assist()
-    severity = 0.0 if failure is None else 2.0 if isinstance(failure, UserError) else 1.0
-    worst = collectives.max_over_job({"failure": severity})["failure"]
-    if worst == 2.0:
-        raise RolloutError(str(failure or "the rollout failed on another rank, which reports the reason")) from failure
-    if worst == 1.0:
-        raise EngineLostError(str(failure or "another rank reports that no SGLang server is left")) from failure
+    if collectives.any_rank(failure is not None):
+        raise _common_failure(failure) from failure
     return result
+
+
+def _common_failure(failure: EngineLostError | UserError | None) -> EngineLostError | RolloutError:
+    """The error that this process raises: its own, or the first one of another rank. User errors come first."""
+    own = None if failure is None else (isinstance(failure, UserError), str(failure))
+    failures = [(rank, *found) for rank, found in enumerate(collectives.all_gather_over_job(own)) if found is not None]
+    is_user_error = any(by_user for _, by_user, _ in failures)
+    rank, text = next((rank, text) for rank, by_user, text in failures if by_user == is_user_error)
+    if failure is not None and isinstance(failure, UserError) == is_user_error:
+        text = str(failure)
+    else:
+        text = f"{text} (reported by rank {rank})"
+    return RolloutError(text) if is_user_error else EngineLostError(text)

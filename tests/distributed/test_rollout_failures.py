@@ -1,0 +1,25 @@
+"""A rollout that fails on one rank ends all ranks with a checkpoint and the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_rlvr.telemetry.metrics import read_metrics
+from tests.processes import run_trainer
+
+
+def test_a_user_error_of_one_rank_reaches_all_of_them(run_yaml: Path, tmp_path: Path) -> None:
+    recorded, run = tmp_path / "recorded", tmp_path / "run"
+    settings = ["steps=3", "checkpoint.every=0", "data.heldout=null"]
+    run_trainer(run_yaml, f"run_directory={recorded}", *settings, "rollout.record=true")
+    missing = recorded / "rollouts" / "step_000002" / "prompt_00001.jsonl"  # a prompt of the second data-parallel rank
+    missing.unlink()
+    replay = ["rollout.engine=recorded", f"rollout.recording={recorded / 'rollouts'}"]
+    done = run_trainer(run_yaml, f"run_directory={run}", *settings, *replay, processes=2, check=False)
+    assert done.returncode != 0
+    reason = f"no recorded rollout {missing}: record a run with rollout.record=true and the same settings"
+    assert f"\nerror: {reason} (reported by rank 1)\n" in f"\n{done.stderr}"
+    assert f"\nerror (rank 1): {reason}\n" in f"\n{done.stderr}"
+    # The two steps before it are kept: the run resumes once the recording is complete.
+    assert len(read_metrics(run)) == 2
+    assert (run / "checkpoints" / "step_2" / "run.json").is_file()
