@@ -52,16 +52,16 @@ struct CpuBackend {
   }
 
   void launch(const RowStatisticsArguments& a) const {
-    run_parallel(cpu::kernels().row_statistics, a, a.rows, a.vocabulary);
+    run_parallel(cpu::row_kernels().row_statistics, a, a.rows, a.vocabulary);
   }
   void launch(const CombineStatisticsArguments& a) const {
-    run_parallel(cpu::kernels().combine_statistics, a, a.rows, kCombineCost);
+    run_parallel(cpu::combine_statistics, a, a.rows, kCombineCost);
   }
   void launch(const LogitsGradientArguments& a) const {
-    run_parallel(cpu::kernels().logits_gradient, a, a.rows, a.vocabulary);
+    run_parallel(cpu::row_kernels().logits_gradient, a, a.rows, a.vocabulary);
   }
   void launch(const ClippedObjectiveArguments& a) const {
-    run_parallel(cpu::kernels().clipped_objective, a, a.tokens, kTokenCost);
+    run_parallel(cpu::clipped_objective, a, a.tokens, kTokenCost);
   }
 
   // Checks every call: the results are in host memory already.

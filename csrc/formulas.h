@@ -108,8 +108,8 @@ MEGATRON_RLVR_FORMULA Real log_probability(Real logit, Real maximum, Real log_no
 
 // H = -sum p ln p
 template <class Real>
-MEGATRON_RLVR_FORMULA Real entropy(const RowSums<Real>& sums) {
-  return log_one_plus(sums.excess) - sums.exponential_x / (1 + sums.excess);
+MEGATRON_RLVR_FORMULA Real entropy(const RowSums<Real>& sums, Real log_normaliser) {
+  return log_normaliser - sums.exponential_x / (1 + sums.excess);
 }
 
 // sum p^2
@@ -121,9 +121,9 @@ MEGATRON_RLVR_FORMULA Real sum_squared_probability(const RowSums<Real>& sums) {
 
 // sum p^2 ln p
 template <class Real>
-MEGATRON_RLVR_FORMULA Real sum_squared_probability_logprob(const RowSums<Real>& sums) {
+MEGATRON_RLVR_FORMULA Real sum_squared_probability_logprob(const RowSums<Real>& sums, Real log_normaliser) {
   const Real exponential = 1 + sums.excess;
-  return sums.squared_x / (exponential * exponential) - log_one_plus(sums.excess) * sum_squared_probability(sums);
+  return sums.squared_x / (exponential * exponential) - log_normaliser * sum_squared_probability(sums);
 }
 
 // What a row's sums are finished to, rounded to float32 once. All but the maximum are NaN where `is_normalisable` is
@@ -146,12 +146,12 @@ MEGATRON_RLVR_FORMULA FinishedRow finished_row(const RowSums<double>& sums, floa
   const double log_sum = row.is_normalisable ? log_normaliser(sums) : double(NAN);
   row.maximum = float(sums.maximum);
   row.log_sum = float(log_sum);
-  row.entropy = row.is_normalisable ? float(entropy(sums)) : NAN;
+  row.entropy = row.is_normalisable ? float(entropy(sums, log_sum)) : NAN;
   row.logprob = float(log_probability(double(target_logit), sums.maximum, log_sum, inverse_temperature));
   if (target < 0) row.logprob = row.is_normalisable ? 0.0f : NAN;
   if (kSecondMoments) {
     row.squared = row.is_normalisable ? float(sum_squared_probability(sums)) : NAN;
-    row.squared_logprob = row.is_normalisable ? float(sum_squared_probability_logprob(sums)) : NAN;
+    row.squared_logprob = row.is_normalisable ? float(sum_squared_probability_logprob(sums, log_sum)) : NAN;
   }
   return row;
 }
@@ -231,9 +231,8 @@ struct TokenObjective {
 // min(r A, clip(r, low, high) A), and no less than dual_clip A where A < 0. The gradient is r A where the gate is open,
 // because d r = r d ln pi, and 0 where a bound acts. A = 0 gives 0 even where the ratio overflowed.
 MEGATRON_RLVR_FORMULA TokenObjective token_objective(float ratio, float advantage, const RatioBounds& bounds) {
-  TokenObjective out = {0.0f, 0.0f, Gate::kOpen};
+  TokenObjective out = {0.0f, 0.0f, gate_of(ratio, advantage, bounds)};
   if (advantage == 0.0f) return out;
-  out.gate = gate_of(ratio, advantage, bounds);
   if (out.gate == Gate::kOpen) out.objective = out.gradient = ratio * advantage;
   if (out.gate == Gate::kClippedHigh) out.objective = bounds.high * advantage;
   if (out.gate == Gate::kClippedLow) out.objective = bounds.low * advantage;

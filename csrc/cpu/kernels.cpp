@@ -7,7 +7,7 @@
 namespace megatron_rlvr::cpu {
 namespace {
 
-const Kernels& widest_supported() {
+const RowKernels& widest_supported() {
 #if defined(MEGATRON_RLVR_X86)
   const char* limit = std::getenv("MEGATRON_RLVR_CPU");
   const bool avx2_at_most = limit && std::strcmp(limit, "avx2") == 0;
@@ -25,13 +25,13 @@ const Kernels& widest_supported() {
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& chosen = widest_supported();
+const RowKernels& row_kernels() {
+  static const RowKernels& chosen = widest_supported();
   return chosen;
 }
 
 }  // namespace megatron_rlvr::cpu
 
 extern "C" __attribute__((visibility("default"))) const char* megatron_rlvr_cpu_backend() {
-  return megatron_rlvr::cpu::kernels().name;
+  return megatron_rlvr::cpu::row_kernels().name;
 }

@@ -1,8 +1,7 @@
 #include "vector_avx512.h"
 
 #include "row_kernels.h"  // written in terms of the Vector above
-#include "token_kernels.h"
 
 namespace megatron_rlvr::cpu {
-const Kernels kAvx512Kernels = {"cpu-avx512", row_statistics, combine_statistics, logits_gradient, clipped_objective};
+const RowKernels kAvx512Kernels = {"cpu-avx512", row_statistics, logits_gradient};
 }

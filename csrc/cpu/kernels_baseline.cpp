@@ -1,8 +1,7 @@
 #include "vector_baseline.h"
 
 #include "row_kernels.h"  // written in terms of the Vector above
-#include "token_kernels.h"
 
 namespace megatron_rlvr::cpu {
-const Kernels kBaselineKernels = {"cpu", row_statistics, combine_statistics, logits_gradient, clipped_objective};
+const RowKernels kBaselineKernels = {"cpu", row_statistics, logits_gradient};
 }

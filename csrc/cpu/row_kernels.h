@@ -1,17 +1,22 @@
-// The kernels that work on rows of logits, written once in terms of `Vector`. One source file per instruction set
-// defines a `Vector` and includes this file. Everything has internal linkage, for the reason given in
-// isolated_formulas.h.
+// The kernels that read every logit, written once in terms of `Vector`. One source file per instruction set defines a
+// `Vector` and includes this file.
+//
+// Everything has internal linkage, the formulas included. An ordinary inline function or template compiled for AVX-512 may
+// become the one copy that the linker keeps, and would then run in the baseline kernels of a processor without AVX-512.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "isolated_formulas.h"
-#include "kernels.h"
+#include "kernels.h"  // with kernel_arguments.h, whose types must not be those of the namespace below
 #include "number_types.h"
 
 namespace megatron_rlvr::cpu {
 namespace {
+namespace isolated {
+#include "../formulas.h"
+}
+namespace formulas = isolated::megatron_rlvr;
 
 // Logits of a block. Small enough to stay in the first-level cache between the pass for the maximum and that for the
 // sums.
@@ -138,52 +143,6 @@ void row_statistics_of(const RowStatisticsArguments& a, int64_t begin, int64_t e
   }
 }
 
-// Lowers `*first` to `row`; other threads may do the same at the same time.
-inline void report_row(int32_t* first, int64_t row) {
-  int32_t current = __atomic_load_n(first, __ATOMIC_RELAXED);
-  while (row < current &&
-         !__atomic_compare_exchange_n(first, &current, int32_t(row), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-}
-
-// Merges shards in rank order, in float64, and rounds once, so that every rank gets the same bits.
-template <bool kMoments>
-void combine_statistics_of(const CombineStatisticsArguments& a, int64_t begin, int64_t end) {
-  constexpr int64_t width = kMoments ? kPartialWidthWithMoments : kPartialWidth;
-  for (int64_t row = begin; row < end; row++) {
-    formulas::RowSums<double> sums;
-    float target_logit = -INFINITY;
-    for (int64_t shard = 0; shard < a.shards; shard++) {
-      const float* partial = a.partials + (shard * a.rows + row) * width;
-      formulas::RowSums<double> of_shard;
-      of_shard.maximum = partial[kMaximum];
-      of_shard.excess = partial[kExcess];
-      of_shard.exponential_x = partial[kExponentialX];
-      if (kMoments) {
-        of_shard.squared_excess = partial[kSquaredExcess];
-        of_shard.squared_x = partial[kSquaredX];
-      }
-      if (partial[kTargetLogit] > target_logit) target_logit = partial[kTargetLogit];
-      sums = shard == 0 ? of_shard : formulas::merged<kMoments>(sums, of_shard, a.inverse_temperature);
-    }
-    const auto finished = formulas::finished_row<kMoments>(sums, target_logit, a.targets[row], a.inverse_temperature);
-    a.logprob[row] = finished.logprob;
-    a.entropy[row] = finished.entropy;
-    float* state = a.state + row * kStateWidth;
-    state[kStateMaximum] = finished.maximum;
-    state[kStateLogSum] = finished.log_sum;
-    state[kStateEntropy] = finished.entropy;
-    state[kStateLogprob] = finished.logprob;
-    if (kMoments) {
-      a.moments[row] = finished.squared;
-      a.moments[a.rows + row] = finished.squared_logprob;
-    }
-    if (!a.bad_rows) continue;
-    if (!finished.is_normalisable) report_row(a.bad_rows, row);
-    if (!formulas::is_valid_target(a.targets[row], a.vocabulary)) report_row(a.bad_rows + 1, row);
-  }
-}
-
 template <class T>
 void logits_gradient_of(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
   using Floats = Vector::Floats;
@@ -242,13 +201,6 @@ void row_statistics(const RowStatisticsArguments& a, int64_t begin, int64_t end)
     else
       row_statistics_of<false, T>(a, begin, end);
   });
-}
-
-void combine_statistics(const CombineStatisticsArguments& a, int64_t begin, int64_t end) {
-  if (a.second_moments)
-    combine_statistics_of<true>(a, begin, end);
-  else
-    combine_statistics_of<false>(a, begin, end);
 }
 
 void logits_gradient(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
