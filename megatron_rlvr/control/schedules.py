@@ -7,9 +7,9 @@ All schedules are used in the same way, once per step and before its updates::
 
 The forms of the schedules are those of arXiv 2602.09782. With x = k / T the progress at step k of T and s the split,
 
-    lambda = 1 - x / s  in the first phase (x < s),     lambda = -(x - s) / (1 - s)  in the second (x >= s),
+    lambda = 1 - x / s  in the first phase (x <= s),     lambda = -(x - s) / (1 - s)  in the second (x > s),
 
-which is 1 - 2 k / T for s = 1/2. The step at the split belongs to the second phase. Steps run from 0 to
+which is 1 - 2 k / T for s = 1/2. The step at the split belongs to the first phase, as in the paper. Steps run from 0 to
 T - 1. The formulas reach their end at k = T and stay there.
 
 The default numbers of the dynamic thresholds (upper 0.5 - 0.25 p, lower 0.3 - 0.13 p) are not in the paper. They come
@@ -138,7 +138,7 @@ class TwoPhaseSchedule(DynamicSchedule):
     def phase(self, step: int) -> tuple[bool, float]:
         """(whether ``step`` is in the first phase, lambda). Lambda falls from 1 to 0 at the split, and then to -1."""
         x = self.progress(step)
-        if x < self.split:
+        if x <= self.split:
             return True, 1.0 - x / self.split
         return False, -(x - self.split) / (1.0 - self.split)
 

@@ -26,14 +26,14 @@ def mix(weight, x, other_weight, y):
 
 def expected_id(k, total):
     lam = 1 - 2 * (k / total)
-    if 2 * k < total:
+    if 2 * k <= total:
         return EPS, mix(lam, H, 1 - lam, EPS)
     return mix(1 + lam, M, -lam, EPS), EPS
 
 
 def expected_did(k, total):
     lam = 1 - 2 * (k / total)
-    if 2 * k < total:
+    if 2 * k <= total:
         return EPS, mix(lam, EPS, 1 - lam, H)
     return mix(1 + lam, M, -lam, EPS), H
 
@@ -54,11 +54,11 @@ def test_two_phase_schedules_equal_their_formulas_exactly(schedule_class, expect
 def test_both_ends_and_the_split(total):
     schedule = IncreaseThenDecrease(total_steps=total)
     assert (pair(schedule.thresholds(0).lower), pair(schedule.thresholds(0).upper)) == (EPS, H)
-    assert (pair(schedule.thresholds(total // 2).lower), pair(schedule.thresholds(total // 2).upper)) == (M, EPS)
+    assert (pair(schedule.thresholds(total // 2).lower), pair(schedule.thresholds(total // 2).upper)) == (EPS, EPS)
     assert (pair(schedule.thresholds(total).lower), pair(schedule.thresholds(total).upper)) == (EPS, EPS)
     schedule = DecreaseIncreaseDecrease(total_steps=total)
     assert (pair(schedule.thresholds(0).lower), pair(schedule.thresholds(0).upper)) == (EPS, EPS)
-    assert (pair(schedule.thresholds(total // 2).lower), pair(schedule.thresholds(total // 2).upper)) == (M, H)
+    assert (pair(schedule.thresholds(total // 2).lower), pair(schedule.thresholds(total // 2).upper)) == (EPS, H)
     assert (pair(schedule.thresholds(total).lower), pair(schedule.thresholds(total).upper)) == (EPS, H)
 
 
@@ -68,12 +68,16 @@ def test_lambda_runs_one_to_zero_to_minus_one_for_any_split(split, total):
     schedule = IncreaseThenDecrease(total_steps=total, split=split)
     border = round(split * total)
     assert schedule.phase(0) == (True, 1.0)
-    assert schedule.phase(border) == (False, 0.0)
+    assert schedule.phase(border) == (True, 0.0)  # the step at the split belongs to the first phase
     assert schedule.phase(total) == (False, -1.0)
-    assert pair(schedule.thresholds(border).lower) == M
+    assert pair(schedule.thresholds(border).lower) == EPS
+    # The second phase begins close to M.
+    assert pair(schedule.thresholds(border + 1).lower) == pytest.approx(
+        mix(1 - 1 / (total - border), M, 1 / (total - border), EPS)
+    )
     for k in range(1, border):
         assert schedule.phase(k) == (True, pytest.approx(1 - k / border))
-    for k in range(border, total):
+    for k in range(border + 1, total):
         assert schedule.phase(k) == (False, pytest.approx(-(k - border) / (total - border)))
 
 
