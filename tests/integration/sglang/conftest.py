@@ -20,7 +20,11 @@ def sglang() -> SGLangConfig:
     if not PYTHON.is_file():
         pytest.skip(f"no SGLang environment at {PYTHON}: `make sglang` makes it, SGLANG_PYTHON names another")
     return SGLangConfig(
-        python=str(PYTHON), server={"max_total_tokens": 8192}, health_timeout_seconds=6.0, start_timeout_seconds=240.0
+        python=str(PYTHON),
+        # Tests wait for the log line of the first decoding step; by default there is one every 40 steps.
+        server={"max_total_tokens": 8192, "decode_log_interval": 1},
+        health_timeout_seconds=6.0,
+        start_timeout_seconds=240.0,
     )
 
 

@@ -75,6 +75,14 @@ def _difference(policy, prompts: list[list[int]], completions: list[Completion])
     return (_scores(policy, prompts, completions) - engine).abs().max().item()
 
 
+def _wait_until_decoding(log: Path, log_end: int) -> None:
+    """Wait for a decoding step in the part of a server's log after its first `log_end` bytes."""
+    deadline = time.monotonic() + 60
+    while b"Decode batch" not in log.read_bytes()[log_end:]:
+        assert time.monotonic() < deadline, f"no decoding step in {log}"
+        time.sleep(0.005)
+
+
 def _perturb(policy, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -122,9 +130,7 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
     starts, log_end = server.starts, len(server.log.read_bytes())
 
     def strike() -> None:
-        deadline = time.monotonic() + 60
-        while b"Decode batch" not in server.log.read_bytes()[log_end:] and time.monotonic() < deadline:
-            time.sleep(0.01)
+        _wait_until_decoding(server.log, log_end)
         os.killpg(server.process.pid, number)
 
     thread = threading.Thread(target=strike)
@@ -134,9 +140,8 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
     assert server.starts == starts + 1, "the rollout ended before the server was struck"
     assert len(completions) == 384 and {len(c.token_ids) for c in completions} == {40}
     assert {c.weight_version for c in completions} == {7}
-    assert (
-        _difference(policy, prompts, completions) < 1e-4
-    )  # each completion belongs to its prompt, under the new weights
+    # Each completion belongs to its prompt, under the new weights.
+    assert _difference(policy, prompts, completions) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -149,36 +154,44 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
     indirect=["engine"],
     ids=["retract", "in_place", "finish"],
 )
-def test_weights_change_under_completions(interrupt: str, policy, engine, servers) -> None:
+def test_weights_change_under_completions(interrupt: str, policy, engine, servers, monkeypatch) -> None:
     """Each token has the version of the weights that drew it. After a retract, the new weights alone draw the rest."""
     engine.state.max_staleness, engine.config.interrupt = 1, interrupt
     prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(24)]
     sampling = SamplingPolicy(samples=8, max_tokens=50, temperature=TEMPERATURE)
-    log, found = servers.servers[0].log, []
+    log, completions = servers.servers[0].log, []
     log_end = len(log.read_bytes())
-    thread = threading.Thread(target=lambda: found.extend(generate(engine, prompts, sampling)))
-    thread.start()
-    deadline = time.monotonic() + 60
-    while b"Decode batch" not in log.read_bytes()[log_end:] and time.monotonic() < deadline:
-        time.sleep(0.005)
+    thread = threading.Thread(target=lambda: completions.extend(generate(engine, prompts, sampling)))
+
+    def start_generating() -> None:
+        thread.start()
+        _wait_until_decoding(log, log_end)
+
     before = {name: value.clone() for name, value in policy.model_chunks[-1].state_dict().items() if value is not None}
     _perturb(policy, seed=9)
+    if engine.weight_sync.transport is None:  # writing the folder could take longer than all completions
+        write = engine.weight_sync.folders.write
+        monkeypatch.setattr(
+            engine.weight_sync.folders, "write", lambda *arguments: (write(*arguments), start_generating())
+        )
+    else:
+        start_generating()
     engine.update_weights(1)
     thread.join(timeout=120)
-    assert len(found) == 192 and {len(c.token_ids) for c in found} == {50}
-    changed = [c for c in found if c.version_spans]
+    assert len(completions) == 192 and {len(c.token_ids) for c in completions} == {50}
+    changed = [c for c in completions if c.version_spans]
     if interrupt == "finish":
-        assert not changed and {c.weight_version for c in found} == {0}
+        assert not changed and {c.weight_version for c in completions} == {0}
     else:
-        assert changed, "no completion was under way"
+        assert changed, "no completion was in flight"
         assert all([version for version, _ in c.version_spans] == [0, 1] for c in changed)
-    sampled = torch.tensor([value for c in found for value in c.logprobs])
+    sampled = torch.tensor([value for c in completions for value in c.logprobs])
     drawn_by = torch.tensor(
-        [v for c in found for v, n in (c.version_spans or ((c.weight_version, 50),)) for _ in range(n)]
+        [v for c in completions for v, n in (c.version_spans or ((c.weight_version, 50),)) for _ in range(n)]
     )
-    new = _scores(policy, prompts, found)
+    new = _scores(policy, prompts, completions)
     policy.model_chunks[-1].load_state_dict(before, strict=False)
-    old = _scores(policy, prompts, found)
+    old = _scores(policy, prompts, completions)
     assert (sampled - old)[drawn_by == 0].abs().max() < 1e-4
     if interrupt == "retract":
         assert (sampled - new)[drawn_by == 1].abs().max() < 1e-4
