@@ -22,38 +22,32 @@ from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device
-from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
-from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool, visible_gpus
+from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 
 _WATCH_PERIOD_S = 0.5
 
 
 def node_pool(config: Config, logs: Path) -> ServerPool:
-    """The servers of this node, not started yet: reachable from other nodes, each with GPUs of its own."""
+    """The servers of this node, not started yet. Other nodes can reach them, and each has its own GPUs."""
     sglang = replace(
         config.rollout.sglang,
         server={"host": "0.0.0.0", **config.rollout.sglang.server},
-        # Here nobody knows when the trainer has a server load weights, which takes as long as an update may: one that
-        # is silent for less must not be taken for hung. The trainer's clients see a hang earlier, and ask another one.
+        # This process does not know when the trainer has a server load weights, and a server may be silent as long as
+        # an update takes. The trainer's clients notice a server that hangs earlier, and send its prompts to another.
         health_timeout_seconds=max(
             config.rollout.sglang.health_timeout_seconds, config.rollout.sglang.update_timeout_seconds
         ),
     )
-    pool = ServerPool(sglang, Path(config.model.path).resolve(), config.model.dtype, logs)
-    each, visible = ServerLayout.from_arguments(sglang.server).gpus, visible_gpus(sglang)
-    if device.on_gpu() and len(visible) < each * len(pool.servers):
-        raise UserError(
-            f"{len(pool.servers)} servers (rollout.sglang.servers) of {each} GPUs each need more than the "
-            f"{len(visible)} GPUs of this node"
-        )
-    for number, server in enumerate(pool.servers):
-        if server.host == "0.0.0.0":
-            # What the nodes call each other, which need not be what a machine calls itself.
-            server.url = f"http://{node_name()}:{server.port}"
-        if device.on_gpu():  # no memory is shared with a trainer here, so each may see its own GPUs only
-            server.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number * each : (number + 1) * each])
-            server.arguments["base_gpu_id"] = 0
-    return pool
+    return ServerPool(
+        sglang,
+        Path(config.model.path).resolve(),
+        config.model.dtype,
+        logs,
+        # What the nodes call each other need not be what a machine calls itself.
+        host_name=node_name(),
+        # These servers share no memory with a trainer.
+        hide_other_gpus=True,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,11 +27,21 @@ def test_each_server_has_gpus_of_its_own_and_can_be_reached(config: Config, tmp_
     config.rollout.sglang.servers = 2
     pool = node_pool(config, tmp_path / "logs")
     assert [server.environment["CUDA_VISIBLE_DEVICES"] for server in pool.servers] == ["0,1,2,3", "4,5,6,7"]
+    assert [server.arguments["base_gpu_id"] for server in pool.servers] == [0, 0]  # among the GPUs that each one sees
     assert {server.host for server in pool.servers} == {"0.0.0.0"}
     assert [server.url for server in pool.servers] == [f"http://n7.cluster:{s.port}" for s in pool.servers]
     assert pool.servers[0].port != pool.servers[1].port
     assert pool.servers[0].arguments["dtype"] == "bfloat16"
     assert pool.config.health_timeout_seconds >= config.rollout.sglang.update_timeout_seconds
+
+
+def test_gpus_below_base_gpu_id_are_left_free(config: Config, tmp_path: Path) -> None:
+    config.rollout.sglang.server["base_gpu_id"] = 4
+    (server,) = node_pool(config, tmp_path / "logs").servers
+    assert (server.environment["CUDA_VISIBLE_DEVICES"], server.arguments["base_gpu_id"]) == ("4,5,6,7", 0)
+    config.rollout.sglang.servers = 2
+    with pytest.raises(UserError, match=r"2 servers .* of 4 GPUs each after base_gpu_id=4 need more than the 8 GPUs"):
+        node_pool(config, tmp_path / "logs")
 
 
 def test_more_servers_than_gpus_are_refused(config: Config, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 from megatron_rlvr.bound_to_parent import bound_command
 from megatron_rlvr.errors import UserError
@@ -36,6 +37,9 @@ class Server:
         dtype: of the model, as SGLang calls it.
         log: file that the output is appended to.
         number: of the server on this machine, from 0.
+        host_name: under which other machines reach this one; by default what the machine calls itself.
+        hide_other_gpus: whether the process sees its own GPUs only. Not for servers that share memory with the trainer,
+            because CUDA IPC names a GPU by its index.
 
     Attributes:
         arguments: of ``sglang.launch_server``, without those that change from start to start.
@@ -49,7 +53,15 @@ class Server:
         failed_starts: how many times in a row it ended by itself, or hung, before it was ready.
     """
 
-    def __init__(self, config: SGLangConfig, dtype: str, log: Path, number: int = 0):
+    def __init__(
+        self,
+        config: SGLangConfig,
+        dtype: str,
+        log: Path,
+        number: int = 0,
+        host_name: str | None = None,
+        hide_other_gpus: bool = False,
+    ):
         self.config, self.log = config, log
         defaults: dict[str, Any] = {"host": "127.0.0.1", "dtype": dtype}
         self.environment = dict(os.environ)
@@ -66,11 +78,15 @@ class Server:
         self.environment |= config.environment
         self.arguments = defaults | normalized(config.server)
         if device.on_gpu():
-            first = int(self.arguments.get("base_gpu_id") or 0)
-            self.arguments["base_gpu_id"] = first + number * ServerLayout.from_arguments(config.server).gpus
+            count = ServerLayout.from_arguments(config.server).gpus
+            first = int(self.arguments.get("base_gpu_id") or 0) + number * count
+            if hide_other_gpus:
+                self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(config)[first : first + count])
+                first = 0
+            self.arguments["base_gpu_id"] = first
         self.host = str(self.arguments["host"])
         self.port = _free_port(self.host)
-        reachable = socket.gethostname() if self.host == "0.0.0.0" else self.host
+        reachable = (host_name or socket.gethostname()) if self.host == "0.0.0.0" else self.host
         self.url = f"http://{reachable}:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = False
@@ -124,6 +140,12 @@ class Server:
     def where_to_look(self) -> str:
         """The end of an error message: the log file, and the error in it."""
         return f"see {self.log}, which says: {last_error(self.log)}"
+
+
+def visible_gpus(config: SGLangConfig) -> list[str]:
+    """The GPUs that servers on this machine may take, as CUDA_VISIBLE_DEVICES names them."""
+    named = config.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
 
 
 def _free_port(host: str) -> int:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch
-
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
-from megatron_rlvr.rollout.engines.sglang.server import Server
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout, normalized
+from megatron_rlvr.rollout.engines.sglang.server import Server, visible_gpus
 
 _WATCH_PERIOD_S = 0.5
 _HEALTH_CHECK_PERIOD_S = 2.0
@@ -31,6 +28,7 @@ class ServerPool:
         folder: Hugging Face folder of the first weights, which have version 0.
         dtype: of the model, as SGLang calls it.
         logs: folder of the log files, one per server.
+        host_name, hide_other_gpus: see `Server`.
 
     Attributes:
         servers: in the order of their GPUs.
@@ -40,11 +38,22 @@ class ServerPool:
         UserError: on a GPU machine, when the servers need more GPUs than it has.
     """
 
-    def __init__(self, config: SGLangConfig, folder: Path, dtype: str, logs: Path):
+    def __init__(
+        self,
+        config: SGLangConfig,
+        folder: Path,
+        dtype: str,
+        logs: Path,
+        host_name: str | None = None,
+        hide_other_gpus: bool = False,
+    ):
         self.config = config
         _check_gpus(config)
         logs.mkdir(parents=True, exist_ok=True)
-        self.servers = [Server(config, dtype, logs / f"server_{i}.log", i) for i in range(config.servers)]
+        self.servers = [
+            Server(config, dtype, logs / f"server_{number}.log", number, host_name, hide_other_gpus)
+            for number in range(config.servers)
+        ]
         self.failure: str | None = None
         self._start_weights: tuple[Path, int] = (folder, 0)
         self._health_checks = threading.RLock()
@@ -158,16 +167,14 @@ class ServerPool:
         server.start(*self._start_weights)
 
 
-def visible_gpus(config: SGLangConfig) -> list[str]:
-    """The GPUs that servers on this machine may take, as CUDA_VISIBLE_DEVICES names them."""
-    named = config.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return named.split(",") if named else [str(gpu) for gpu in range(torch.cuda.device_count())]
-
-
 def _check_gpus(config: SGLangConfig) -> None:
+    if not device.on_gpu():
+        return
     each = ServerLayout.from_arguments(config.server).gpus
-    if device.on_gpu() and (found := len(visible_gpus(config))) < each * config.servers:
+    first = int(normalized(config.server).get("base_gpu_id") or 0)
+    if (visible := len(visible_gpus(config))) < first + each * config.servers:
+        after = f" after base_gpu_id={first}" if first else ""
         raise UserError(
-            f"{config.servers} servers (rollout.sglang.servers) of {each} GPUs each need more than the {found} GPUs of "
-            "this machine: start fewer, or spread each over fewer"
+            f"{config.servers} servers (rollout.sglang.servers) of {each} GPUs each{after} need more than the "
+            f"{visible} GPUs of this machine: start fewer, or spread each over fewer"
         )
