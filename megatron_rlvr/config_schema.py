@@ -25,7 +25,7 @@ REQUIRED = "???"
 
 
 class Limits(Protocol):
-    """Numbers that a field takes, as an annotation: ``Annotated[float, limits]``. Its text completes "must lie ..."."""
+    """Numbers that a field takes, as an annotation: ``Annotated[float, limits]``. Its text completes "must be ..."."""
 
     def allow(self, value: float) -> bool: ...
 
@@ -110,8 +110,7 @@ class KeyType:
             return f"be one of {', '.join(self.choices)}, not {value!r}"
         if self.limits is not None:
             if not self.limits.allow(value):
-                text = str(self.limits)
-                return f"{'lie' if text.startswith('in ') else 'be'} {text}, not {value}"
+                return f"be {self.limits}, not {value}"
             if math.isinf(value) and not getattr(self.limits, "infinite", False):
                 return f"be a finite number, not {value}"
         if self.type is list and self.element is not None:

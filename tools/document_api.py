@@ -99,7 +99,8 @@ def parameter_text(parameter: inspect.Parameter) -> str:
     text = parameter.name
     if parameter.annotation is not parameter.empty:
         annotation = parameter.annotation
-        text += f": {annotation if isinstance(annotation, str) else annotation.__name__}"
+        name = annotation if isinstance(annotation, str) else annotation.__name__
+        text += ": " + re.sub(r"Annotated\[(\w+), [^]]*\]", r"\1", name)  # without the bounds
     if parameter.default is parameter.empty:
         return text
     shown = repr(parameter.default)

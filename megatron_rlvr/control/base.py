@@ -1,4 +1,4 @@
-"""The interface of all clip schedules, and checks that they share."""
+"""The interface of all clip schedules."""
 
 from __future__ import annotations
 
@@ -98,19 +98,3 @@ class ClipSchedule:
 def check_step(step: int) -> None:
     if step < 0:
         raise ValueError(f"schedule: step must not be negative, found {step}")
-
-
-def check_inside(
-    name: str, parameter: str, value: object, low: float, high: float = math.inf, *, or_zero: bool = False
-) -> None:
-    """Raise ValueError unless ``value`` is a number in the open interval (low, high), or 0 with ``or_zero``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (low < value < high or (or_zero and value == 0)):  # type: ignore[operator]
-        zero = "0 or " if or_zero else ""
-        raise ValueError(f"{name}: {parameter} must be {zero}a number inside ({low:g}, {high:g}), found {value!r}")
-
-
-def check_count(name: str, parameter: str, value: object) -> None:
-    """Raise ValueError unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: {parameter} must be an integer of at least 1, found {value!r}")

@@ -43,7 +43,7 @@ class ScheduleParameters:
 
 
 def _parameters(name: str, schedule_class: type, preset: Mapping[str, Any]) -> type[ScheduleParameters]:
-    """The subclass of ScheduleParameters for ``name``; each field's metadata has the class that documents it."""
+    """The subclass of ScheduleParameters for ``name``; a field's metadata has the class and name that document it."""
     sources = [(schedule_class, f) for f in fields(schedule_class) if f.init and f.name not in ("total_steps", "curve")]
     if schedule_class is TargetEntropy:  # the curve's parameters stand beside the schedule's, so that both are flat
         sources = [(EntropyCurve, f) for f in fields(EntropyCurve)] + sources
@@ -51,7 +51,7 @@ def _parameters(name: str, schedule_class: type, preset: Mapping[str, Any]) -> t
         (
             f.name,
             get_type_hints(source, include_extras=True)[f.name],
-            dataclasses.field(default=preset.get(f.name, f.default), metadata={"source": source}),
+            dataclasses.field(default=preset.get(f.name, f.default), metadata={"source": (source, f.name)}),
         )
         for source, f in sources
     ]

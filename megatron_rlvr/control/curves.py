@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
-CURVES = ("constant", "linear", "cosine", "piecewise", "file")
+from megatron_rlvr.control.bounds import Within, check_bounds
+
+CurveName = Literal["constant", "linear", "cosine", "piecewise", "file"]
+CURVES: tuple[str, ...] = get_args(CurveName)
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,13 @@ class EntropyCurve:
     line number).
     """
 
-    curve: str = "constant"
+    curve: CurveName = "constant"
     """The form of the target curve: ``constant`` (``start`` throughout), ``linear`` or ``cosine`` (from ``start`` to
     ``end``, on a straight line or half a cosine), ``piecewise`` (straight lines through ``points``), or ``file`` (the
     same through the points in ``file``)."""
-    start: float = 1.0
+    start: Annotated[float, Within(0.0)] = 1.0
     """Target at the start of the run."""
-    end: float | None = None
+    end: Annotated[float, Within(0.0)] | None = None
     """Target at the end of the run, for ``linear`` and ``cosine``."""
     points: Sequence[Sequence[float]] | None = None
     """Pairs [progress, entropy] for ``piecewise``, with increasing progress from 0 to 1. The target is constant before
@@ -47,10 +51,7 @@ class EntropyCurve:
         points = read_points(self.file) if self.file is not None else self.points
         if points is not None:
             object.__setattr__(self, "points", _checked(points))
-        for parameter in ("start", "end"):
-            value = getattr(self, parameter)
-            if value is not None and not _positive(value):
-                raise ValueError(f"target curve: {parameter} must be a number above 0, found {value!r}")
+        check_bounds(self, "target curve")
 
     def value(self, progress: float, initial_entropy: float) -> float:
         """The target at ``progress`` (clamped to [0, 1]) in nats. ``initial_entropy`` is the entropy at step 0."""

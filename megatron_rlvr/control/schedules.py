@@ -19,9 +19,10 @@ from a public launch script of other users of the method (Tencent, IterSynth).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from megatron_rlvr.control.base import ClipSchedule, Observation, check_count, check_inside, check_step
+from megatron_rlvr.control.base import ClipSchedule, Observation, check_step
+from megatron_rlvr.control.bounds import Within, check_bounds
 from megatron_rlvr.control.thresholds import AffineThreshold, ClipThresholds
 
 
@@ -54,9 +55,9 @@ class Constant(ClipSchedule):
 class DynamicSchedule(ClipSchedule):
     """Base class of the dynamic schedules: the thresholds eps, H and M that they mix, and the progress of the run."""
 
-    total_steps: int
+    total_steps: Annotated[int, Within(1, includes_low=True)]
     """T, the steps of the run."""
-    eps: float = 0.2
+    eps: Annotated[float, Within(0.0, 1.0)] = 0.2
     """The static threshold."""
     upper_intercept: float = 0.5
     """Dynamic upper threshold H(p) at p = 0."""
@@ -66,15 +67,12 @@ class DynamicSchedule(ClipSchedule):
     """Dynamic lower threshold M(p) at p = 0."""
     lower_slope: float = -0.13
     """Slope of M(p)."""
-    total_tokens: int | None = None
+    total_tokens: Annotated[int, Within(1, includes_low=True)] | None = None
     """Count progress in response tokens, of which the run has this many; null counts it in steps."""
     _tokens: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_count(self.name, "total_steps", self.total_steps)
-        if self.total_tokens is not None:
-            check_count(self.name, "total_tokens", self.total_tokens)
-        check_inside(self.name, "eps", self.eps, 0.0, 1.0)
+        check_bounds(self, self.name)
         # Every mixture of possible thresholds is possible, so checking the unmixed ones once is enough.
         ClipThresholds(self.lower, self.upper)
 
@@ -124,12 +122,8 @@ class TwoPhaseSchedule(DynamicSchedule):
     Second phase: upper = B, lower = (1 + lambda) M - lambda eps.
     """
 
-    split: float = 0.5
+    split: Annotated[float, Within(0.0, 1.0)] = 0.5
     """Progress at which the first phase ends, as a fraction of the run."""
-
-    def __post_init__(self) -> None:
-        check_inside(self.name, "split", self.split, 0.0, 1.0)
-        super().__post_init__()
 
     def upper_ends(self) -> tuple[AffineThreshold, AffineThreshold]:
         """The upper threshold at the start and at the end of the first phase."""
@@ -184,13 +178,8 @@ class DecreaseIncreaseDecrease(TwoPhaseSchedule):
 class RelativeSchedule(DynamicSchedule):
     """Base class of the schedules that compare the entropy to its value at the start of the run."""
 
-    initial_entropy: float | None = None
+    initial_entropy: Annotated[float, Within(0.0)] | None = None
     """H_init in nats per token; null takes the entropy measured at step 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.initial_entropy is not None:
-            check_inside(self.name, "initial_entropy", self.initial_entropy, 0.0)
 
     def _observe(self, observation: Observation) -> None:
         super()._observe(observation)
@@ -223,14 +212,10 @@ class OscillatoryDecay(RelativeSchedule):
     """
 
     name: ClassVar[str] = "oscillatory-decay"
-    floor: float = 0.2
+    floor: Annotated[float, Within(0.0, 1.0)] = 0.2
     """H_min as a fraction of the initial entropy."""
     _raising: bool = field(default=False, init=False, repr=False)
     _band: tuple[float, float] | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_inside(self.name, "floor", self.floor, 0.0, 1.0)
 
     def _observe(self, observation: Observation) -> None:
         super()._observe(observation)

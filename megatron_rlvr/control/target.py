@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from megatron_rlvr.control.base import Observation, check_inside
+from megatron_rlvr.control.base import Observation
+from megatron_rlvr.control.bounds import Within
 from megatron_rlvr.control.curves import EntropyCurve
 from megatron_rlvr.control.plant import EntropyPlant, PlantBank, shift_plant
 from megatron_rlvr.control.schedules import RelativeSchedule
@@ -43,19 +44,19 @@ class TargetEntropy(RelativeSchedule):
     floor_only: bool = False
     """Treat the curve as a floor: do not intervene while the predicted entropy stays above it, so that learning is
     unrestricted until entropy is about to collapse."""
-    steering_limit: float = 0.9
+    steering_limit: Annotated[float, Within(0.0, 1.0, includes_low=True)] = 0.9
     """Largest absolute value of u, below 1; 0 turns steering off."""
-    steering_rate: float = 0.35
+    steering_rate: Annotated[float, Within(0.0)] = 0.35
     """Largest move of u away from 0 at the beginning of a step; within a step it may move four times as far."""
-    dead_band: float = 0.0
+    dead_band: Annotated[float, Within(0.0, 1.0, includes_low=True)] = 0.0
     """Relative deviation from the target below which the controller does nothing."""
-    horizon: float = 1.0
+    horizon: Annotated[float, Within(1.0, includes_low=True)] = 1.0
     """Number of steps over which an error is corrected, at least 1."""
-    measurement_noise: float = 0.02
+    measurement_noise: Annotated[float, Within(0.0, 1.0)] = 0.02
     """Relative standard deviation of a step's measured entropy, used if no ``standard_error`` is observed."""
-    clip_gain: float = 0.01
+    clip_gain: Annotated[float, Within(0.0, includes_low=True)] = 0.01
     """Initial estimate of the thresholds' effect: change of ln entropy per step at s = 1. 0 keeps them at eps."""
-    steering_gain: float = 0.2
+    steering_gain: Annotated[float, Within(0.0)] = 0.2
     """Initial estimate of the effect of steering: change of ln entropy per step at u = 1."""
     _plant: PlantBank = field(init=False, repr=False, compare=False)
     _shift: EntropyPlant = field(init=False, repr=False, compare=False)
@@ -75,14 +76,6 @@ class TargetEntropy(RelativeSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_inside(self.name, "steering_limit", self.steering_limit, 0.0, 1.0, or_zero=True)
-        check_inside(self.name, "steering_rate", self.steering_rate, 0.0)
-        check_inside(self.name, "dead_band", self.dead_band, 0.0, 1.0, or_zero=True)
-        check_inside(self.name, "clip_gain", self.clip_gain, 0.0, or_zero=True)
-        check_inside(self.name, "steering_gain", self.steering_gain, 0.0)
-        check_inside(self.name, "measurement_noise", self.measurement_noise, 0.0, 1.0)
-        if not self.horizon >= 1.0:
-            raise ValueError(f"{self.name}: horizon must be at least 1 step, found {self.horizon!r}")
         if not (self.clip_gain or self.steering_limit):
             raise ValueError(f"{self.name}: clip_gain 0 and steering_limit 0 leave no actuator; raise one of them")
         self._plant = PlantBank()

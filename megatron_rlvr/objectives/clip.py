@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from megatron_rlvr import ops
+from megatron_rlvr.control.bounds import Within, check_bounds
 from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
 
 
@@ -18,11 +20,11 @@ class Clip:
     single huge ratio cannot dominate a step. Sources: PPO, arXiv 1707.06347, equation 7; dual clip, arXiv 1912.09729.
     """
 
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, Within(1.0)] | None = None
+    """Bound on the loss of a token with a negative advantage, as a multiple of the advantage; null sets none."""
 
     def __post_init__(self) -> None:
-        if self.dual_clip is not None and not self.dual_clip > 1.0:
-            raise ValueError(f"objective: dual_clip must exceed 1, found {self.dual_clip!r}")
+        check_bounds(self, "objective clip")
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
         return TokenOutputs.of(inputs.clipped_objective(self.dual_clip))
@@ -36,16 +38,15 @@ class DynamicClip:
     high = (1 + sqrt(1 + 4 eps_high / q)) / 2, at most ``max_ratio``. The schedule's thresholds are not used.
     """
 
-    eps_low: float = 0.16
-    eps_high: float = 0.2
-    max_ratio: float = 10.0
+    eps_low: Annotated[float, Within(0.0)] = 0.16
+    """Largest decrease of a token's probability, weighted by the ratio's distance from 1 as above."""
+    eps_high: Annotated[float, Within(0.0)] = 0.2
+    """Largest increase of a token's probability, likewise."""
+    max_ratio: Annotated[float, Within(1.0)] = 10.0
+    """Largest upper bound of the importance ratio."""
 
     def __post_init__(self) -> None:
-        if not (self.eps_low > 0 and self.eps_high > 0 and self.max_ratio > 1):
-            raise ValueError(
-                "objective dcpo: needs eps_low > 0, eps_high > 0 and max_ratio > 1, "
-                f"found {self.eps_low!r}, {self.eps_high!r}, {self.max_ratio!r}"
-            )
+        check_bounds(self, "objective dcpo")
 
     def bounds(self, old_prob: Tensor) -> tuple[Tensor, Tensor]:
         """(low, high), [T], for old probabilities [T]."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from megatron_rlvr.control.bounds import Within, check_bounds
 from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
 
 
@@ -30,18 +32,20 @@ class CovarianceClip:
     a resumed run repeats it.
     """
 
-    share: float = 2e-4
+    share: Annotated[float, Within(0.0, 1.0)] = 2e-4
+    """Share of the tokens of a microbatch that are left out."""
     lower: float = 1.0
+    """Smallest covariance of a token that may be left out."""
     upper: float = 5.0
+    """Largest covariance of a token that may be left out, greater than `lower`."""
     seed: int = 0
+    """Seed of the draw."""
     _generator: torch.Generator = field(default_factory=torch.Generator, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not (0 < self.share < 1 and self.lower < self.upper):
-            raise ValueError(
-                "objective clip-cov: needs 0 < share < 1 and lower < upper, "
-                f"found {self.share!r}, {self.lower!r}, {self.upper!r}"
-            )
+        check_bounds(self, "objective clip-cov")
+        if not self.lower < self.upper:
+            raise ValueError(f"objective clip-cov: needs lower < upper, found {self.lower!r}, {self.upper!r}")
         self.start_step(0)
 
     def start_step(self, step: int) -> None:
@@ -68,15 +72,13 @@ class CovarianceKL:
     Nothing is clipped. |ln r| is the authors' per-token estimate of KL(pi_old, pi).
     """
 
-    share: float = 2e-4
-    coefficient: float = 1.0
+    share: Annotated[float, Within(0.0, 1.0)] = 2e-4
+    """Share of the tokens of a microbatch that are penalized."""
+    coefficient: Annotated[float, Within(0.0, includes_low=True)] = 1.0
+    """Weight of the penalty."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.share < 1 and self.coefficient >= 0):
-            raise ValueError(
-                "objective kl-cov: needs 0 < share < 1 and coefficient >= 0, "
-                f"found {self.share!r}, {self.coefficient!r}"
-            )
+        check_bounds(self, "objective kl-cov")
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
         log_ratio = inputs.log_ratio()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from megatron_rlvr.control.bounds import Within, check_bounds
 
 
 @dataclass
@@ -15,22 +18,22 @@ class EntropyBonus:
     entropy is at or below the target, and 0 otherwise.
     """
 
-    coefficient: float = 0.0
-    target: float | None = None
-    increment: float = 0.005
-    maximum: float = 1.0
+    coefficient: Annotated[float, Within(0.0, includes_low=True)] = 0.0
+    """Coefficient of an entropy bonus; with a target, the coefficient to start from."""
+    target: Annotated[float, Within(0.0)] | None = None
+    """Entropy that an adaptive coefficient aims at, in nats per token; null keeps the coefficient fixed."""
+    increment: Annotated[float, Within(0.0)] = 0.005
+    """Change of the adaptive coefficient per step."""
+    maximum: Annotated[float, Within(0.0, includes_low=True)] = 1.0
+    """Largest adaptive coefficient, not less than the one to start from."""
     _adaptive: float = field(default=0.0, init=False, repr=False)
     _active: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.coefficient >= 0.0:
-            raise ValueError(f"entropy bonus: coefficient must not be negative, found {self.coefficient!r}")
-        if self.target is not None and not self.target > 0.0:
-            raise ValueError(f"entropy bonus: target must be above 0 nats, found {self.target!r}")
-        if not (self.increment > 0.0 and self.maximum >= self.coefficient):
+        check_bounds(self, "entropy bonus")
+        if not self.maximum >= self.coefficient:
             raise ValueError(
-                "entropy bonus: needs increment > 0 and maximum >= coefficient, "
-                f"found {self.increment!r}, {self.maximum!r}"
+                f"entropy bonus: maximum must be at least coefficient={self.coefficient!r}, found {self.maximum!r}"
             )
         self._adaptive = self.coefficient
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
+from megatron_rlvr.control.bounds import Within, check_bounds
 from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
 
 
@@ -19,15 +21,13 @@ class GradientPreservingClip:
     clipped tokens.
     """
 
-    beta_low: float = 0.75
-    beta_high: float = 1.0
+    beta_low: Annotated[float, Within(0.0, includes_low=True)] = 0.75
+    """Scale of the gradient of tokens below the lower bound."""
+    beta_high: Annotated[float, Within(0.0, includes_low=True)] = 1.0
+    """Scale of the gradient of tokens above the upper bound."""
 
     def __post_init__(self) -> None:
-        if not (self.beta_low >= 0 and self.beta_high >= 0):
-            raise ValueError(
-                f"objective ce-gppo: beta_low and beta_high must not be negative, "
-                f"found {self.beta_low!r}, {self.beta_high!r}"
-            )
+        check_bounds(self, "objective ce-gppo")
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
         clipped = inputs.clipped_objective()
@@ -47,6 +47,7 @@ class ClippedImportanceWeight:
     """
 
     clip_low: bool = False
+    """Clip the weight at the lower threshold, too."""
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
         ratio = inputs.log_ratio().exp().detach()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from megatron_rlvr.control.bounds import Within, check_bounds
 from megatron_rlvr.objectives.sequence_ratio import sequence_sum
 from megatron_rlvr.objectives.tokens import TokenInputs
+
+ImportanceCap = Annotated[float, Within(1.0, includes_low=True)]
+ImportanceLevel = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -20,14 +25,13 @@ class TruncatedImportance:
     ``sequence`` (the product over a sequence's tokens, shared by all of them). ``cap`` must be at least 1.
     """
 
-    cap: float = 2.0
-    level: str = "token"
+    cap: ImportanceCap = 2.0
+    level: ImportanceLevel = "token"
 
     def __post_init__(self) -> None:
-        if self.level not in ("token", "sequence"):
+        if self.level not in get_args(ImportanceLevel):
             raise ValueError(f"importance level: unknown {self.level!r}; valid: token, sequence")
-        if not self.cap >= 1.0:
-            raise ValueError(f"importance cap: must be at least 1, found {self.cap!r}")
+        check_bounds(self, "importance weights")
 
     def __call__(self, inputs: TokenInputs) -> Tensor:
         if inputs.rollout_logprob is None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 from megatron_rlvr.control.build import did_you_mean
 from megatron_rlvr.objectives.clip import Clip, DynamicClip
 from megatron_rlvr.objectives.covariance import CovarianceClip, CovarianceKL
 from megatron_rlvr.objectives.entropy_bonus import EntropyBonus
 from megatron_rlvr.objectives.gradient_preserving import ClippedImportanceWeight, GradientPreservingClip
-from megatron_rlvr.objectives.importance import TruncatedImportance
+from megatron_rlvr.objectives.importance import ImportanceCap, ImportanceLevel, TruncatedImportance
 from megatron_rlvr.objectives.policy_objective import PolicyObjective
 from megatron_rlvr.objectives.sequence_ratio import SequenceClip
 
@@ -31,45 +31,35 @@ OBJECTIVES: dict[str, tuple[type, dict[str, Any]]] = {
 
 @dataclass
 class ObjectiveParameters:
-    """A token objective's ``name`` and the parameters that every objective takes.
+    """A token objective's ``name`` and the importance weights that go with any objective.
 
-    Each name has a subclass in ``OBJECTIVE_PARAMETERS``, which adds the parameters of its own.
+    Each name has a subclass in ``OBJECTIVE_PARAMETERS``, which adds the objective's own parameters and those of an
+    entropy bonus (``entropy_coefficient`` and so on, see :class:`EntropyBonus`).
     """
 
     name: str = "clip"
-    importance_cap: float | None = None
-    """Largest importance weight pi_old / pi_rollout of a token, at least 1, to correct for the mismatch between the
-    engine that sampled and the weights that train; null applies no weights."""
-    importance_level: Literal["token", "sequence"] | None = None
-    """Whether the weight is a token's own (``token``) or the product over its sequence (``sequence``); null is token.
+    importance_cap: ImportanceCap | None = None
+    """Largest importance weight pi_old / pi_rollout, to correct for the mismatch between the engine that sampled and
+    the weights that train; null applies no weights."""
+    importance_level: ImportanceLevel | None = None
+    """Whether a token's weight is its own (``token``) or the product over its sequence (``sequence``); null is token.
     Needs `importance_cap`."""
-    entropy_coefficient: float = EntropyBonus.coefficient
-    """Coefficient of an entropy bonus; with `entropy_target`, the coefficient to start from."""
-    entropy_target: float | None = EntropyBonus.target
-    """Entropy, in nats per token, that an adaptive coefficient aims at (Skywork-OR1); null fixes the coefficient."""
-    entropy_increment: float = EntropyBonus.increment
-    """Change of the adaptive coefficient per step."""
-    entropy_maximum: float = EntropyBonus.maximum
-    """Largest adaptive coefficient."""
 
 
 def _parameters(name: str, objective_class: type, preset: Mapping[str, Any]) -> type[ObjectiveParameters]:
-    """The subclass of ObjectiveParameters for ``name``; each field's metadata has the class that documents it."""
-    types = get_type_hints(objective_class, include_extras=True)
-    own = [
-        (
-            f.name,
-            types[f.name],
-            dataclasses.field(default=preset.get(f.name, f.default), metadata={"source": objective_class}),
-        )
-        for f in fields(objective_class)
-        if f.init
-    ]
-    made = dataclasses.make_dataclass(
-        f"{objective_class.__name__}Parameters",
-        [("name", str, dataclasses.field(default=name)), *own],
-        bases=(ObjectiveParameters,),
-    )
+    """The subclass of ObjectiveParameters for ``name``: the objective's own fields and those of EntropyBonus.
+
+    Each field's metadata has the class and the name under which it is documented.
+    """
+    described: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=name))]
+    for source, prefix, defaults in ((objective_class, "", preset), (EntropyBonus, "entropy_", {})):
+        types = get_type_hints(source, include_extras=True)
+        for f in fields(source):
+            if f.init:
+                default = defaults.get(f.name, f.default)
+                copy = dataclasses.field(default=default, metadata={"source": (source, f.name)})
+                described.append((prefix + f.name, types[f.name], copy))
+    made = dataclasses.make_dataclass(f"{objective_class.__name__}Parameters", described, bases=(ObjectiveParameters,))
     made.__doc__ = objective_class.__doc__
     return made
 
@@ -91,8 +81,7 @@ def objective_parameters(name: str) -> list[str]:
 def build_objective(chosen: str | ObjectiveParameters = "clip", **parameters: Any) -> PolicyObjective:
     """Build an objective by name with its ``parameters``, or from an ObjectiveParameters.
 
-    Besides its own parameters, each objective takes those of :class:`ObjectiveParameters`. A parameter that is None
-    has the default of the name.
+    A parameter that is None has the default of the name.
     Raises ValueError, in one line that names the valid choices, for an unknown name, an unknown parameter or an
     impossible value.
     """

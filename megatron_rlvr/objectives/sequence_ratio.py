@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from megatron_rlvr import ops
+from megatron_rlvr.control.bounds import Within, check_bounds
 from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
 
 
@@ -26,14 +28,13 @@ class SequenceClip:
     thresholds are not used, because they are functions of a token's probability.
     """
 
-    eps_low: float = 3e-4
-    eps_high: float = 4e-4
+    eps_low: Annotated[float, Within(0.0, 1.0)] = 3e-4
+    """Distance of the lower bound of the sequence ratio from 1."""
+    eps_high: Annotated[float, Within(0.0)] = 4e-4
+    """Distance of the upper bound of the sequence ratio from 1."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.eps_low < 1 and self.eps_high > 0):
-            raise ValueError(
-                f"objective gspo: needs 0 < eps_low < 1 and eps_high > 0, found {self.eps_low!r}, {self.eps_high!r}"
-            )
+        check_bounds(self, "objective gspo")
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
         log_ratio = inputs.log_ratio().detach()

@@ -58,8 +58,8 @@ def test_a_bad_file_is_refused_with_the_line_number(tmp_path, text, message):
         ({"curve": "piecewise", "points": [[0.5, 1.0], [0.2, 1.0]]}, "must increase"),
         ({"curve": "piecewise", "points": [[0.5, -1.0]]}, "entropy above 0"),
         ({"curve": "file", "file": "/nowhere.csv"}, "no such file: /nowhere.csv"),
-        ({"start": 0.0}, "start must be a number above 0"),
-        ({"curve": "linear", "end": "low"}, "end must be a number above 0"),
+        ({"start": 0.0}, "start must be greater than 0"),
+        ({"curve": "linear", "end": "low"}, "end must be a number greater than 0"),
     ],
 )
 def test_bad_curves_are_refused_in_one_line(parameters, message):

@@ -145,7 +145,7 @@ def test_build_schedule_makes_every_named_schedule_and_reports_its_parameters():
         ({"name": "increase"}, ["'increase'", "increase-then-decrease", "oscillatory-decay"]),
         ({"name": "constant", "upper_slop": 0.1}, ["'upper_slop'", "did you mean 'upper_slope'", "lower_intercept"]),
         ({"name": "constant", "split": 0.5}, ["'split'", "upper_slope"]),
-        ({"name": "increase-then-decrease", "split": 1.0}, ["split", "inside (0, 1)"]),
+        ({"name": "increase-then-decrease", "split": 1.0}, ["split", "in (0, 1)"]),
         ({"name": "increase-then-decrease", "split": "half"}, ["split", "'half'"]),
         ({"name": "increase-then-decrease", "total_tokens": 0}, ["total_tokens", "0"]),
         ({"name": "constant", "lower_intercept": 1.5}, ["schedule constant", "lower", "1.5"]),
