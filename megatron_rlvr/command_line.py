@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import torch
 
 from megatron_rlvr.config import Config, load_config, resolve
+from megatron_rlvr.config_schema import describe_sections, key_types
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, failure_recorded
 from megatron_rlvr.lifecycle import open_run_directory, print_error
@@ -17,15 +18,34 @@ from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.parallel import Layout, parallel_groups
 from megatron_rlvr.rollout.engines.base import EngineLostError
 
+USAGE = """\
+usage: python -m megatron_rlvr.train CONFIG.yaml [key=value ...]
+       torchrun --nproc-per-node N -m megatron_rlvr.train CONFIG.yaml [key=value ...]
 
-def run_command(
-    train: Callable[[Config, Layout, ExitStack], int], usage: str | None, arguments: Sequence[str] | None
-) -> int:
+Train a policy as CONFIG.yaml describes. Each key=value replaces one value of the file:
+
+  optimizer.learning_rate=2e-6 rollout.stop=[END] algorithm.schedule.name=oscillatory-decay
+
+The same command resumes a run that was stopped. Exit status: 0 done, 2 user error, 75 stopped and resumable.
+
+Outside sections the configuration has the keys {keys}. Its sections are
+
+{sections}
+
+docs/configuration.md describes every key: type, default, bounds and meaning."""
+
+
+def usage() -> str:
+    """The text of ``--help``."""
+    keys = [name for name, wanted in key_types(Config).items() if not wanted.is_section]
+    return USAGE.format(keys=", ".join(keys), sections=describe_sections(Config))
+
+
+def run_command(train: Callable[[Config, Layout, ExitStack], int], arguments: Sequence[str] | None) -> int:
     """Run ``CONFIG [key=value ...]``.
 
     Args:
         train: runs a configuration, and returns the exit status.
-        usage: the text of ``--help``.
         arguments: None takes those of the process.
 
     Returns:
@@ -35,7 +55,7 @@ def run_command(
     warnings.simplefilter("ignore", FutureWarning)
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(usage)
+            print(usage())
             return EXIT_DONE if arguments else EXIT_USER_ERROR
         config = load_config(arguments[0], arguments[1:])
         torch.set_num_threads(config.threads or torch.get_num_threads())

@@ -199,6 +199,5 @@ def describe_sections(section: type) -> str:
     """One line per section of a configuration, from the first sentence of each dataclass's docstring."""
     sections = {name: wanted.type for name, wanted in key_types(section).items() if wanted.is_section}
     width = max(map(len, sections))
-    return "\n".join(
-        f"  {name:{width}}  {(kind.__doc__ or '').splitlines()[0].rstrip('.')}" for name, kind in sections.items()
-    )
+    first_lines = {name: (kind.__doc__ or "").splitlines()[0] for name, kind in sections.items()}
+    return "\n".join(f"  {name:{width}}  {line.rstrip('.').replace('``', '')}" for name, line in first_lines.items())

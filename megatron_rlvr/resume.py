@@ -14,8 +14,8 @@ from megatron_rlvr.config_reader import read
 from megatron_rlvr.errors import UserError
 
 # The rest (more steps, another parallel layout, other telemetry) may change when a run is resumed.
-_IDENTITY = ("seed", "data", "verifier", "rollout", "algorithm", "optimizer")
-_MAY_CHANGE = ("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang")
+IDENTITY = ("seed", "data", "verifier", "rollout", "algorithm", "optimizer")
+MAY_CHANGE = ("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang")
 
 
 def check_same_run(config: Config, path: Path) -> None:
@@ -32,7 +32,7 @@ def check_same_run(config: Config, path: Path) -> None:
         return
     begun: Any = OmegaConf.to_container(OmegaConf.load(path))
     for key, old, new in _differences(asdict(read(Config, begun)), asdict(config)):
-        if key.split(".")[0] in _IDENTITY and not key.startswith(_MAY_CHANGE):
+        if key.split(".")[0] in IDENTITY and not key.startswith(MAY_CHANGE):
             raise UserError(
                 f"{path.parent} holds a run with {key}={old}, this one has {new}: "
                 "choose another run_directory, or set it back"

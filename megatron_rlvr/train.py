@@ -131,7 +131,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return run_command(train, __doc__, arguments)
+    return run_command(train, arguments)
 
 
 if __name__ == "__main__":

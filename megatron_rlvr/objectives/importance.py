@@ -26,11 +26,13 @@ class TruncatedImportance:
     """
 
     cap: ImportanceCap = 2.0
+    """Largest weight."""
     level: ImportanceLevel = "token"
+    """Whether each token has its own weight or shares that of its sequence."""
 
     def __post_init__(self) -> None:
         if self.level not in get_args(ImportanceLevel):
-            raise ValueError(f"importance level: unknown {self.level!r}; valid: token, sequence")
+            raise ValueError(f"importance level: unknown {self.level!r}; valid: {', '.join(get_args(ImportanceLevel))}")
         check_bounds(self, "importance weights")
 
     def __call__(self, inputs: TokenInputs) -> Tensor:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import document_api
+import document_configuration
 import pytest
+from field_docstrings import field_docstring
 
+from megatron_rlvr.config import Config
+from megatron_rlvr.config_schema import key_types
+from megatron_rlvr.train import main
 from tests.processes import ROOT
 
 IGNORED = {".venv", ".venv-sglang", "build", "runs", "node_modules"}
@@ -81,8 +89,44 @@ def test_the_figures_of_the_readme_are_those_of_the_study() -> None:
     assert [figure for figure in quoted if figure not in study] == []
 
 
-def test_the_api_reference_is_that_of_the_docstrings() -> None:
-    for path, text in document_api.pages().items():
+@pytest.mark.parametrize("tool", [document_api, document_configuration], ids=lambda tool: tool.__name__)
+def test_generated_pages_are_those_of_the_docstrings(tool: ModuleType) -> None:
+    for path, text in tool.pages().items():
         # Not a comparison inside the assert: pytest would spend minutes on the difference of two long texts.
         current = path.is_file() and path.read_text() == text
-        assert current, f"{path.relative_to(ROOT)} is out of date: run `make docs` (python tools/document_api.py)"
+        command = f"python tools/{tool.__name__}.py"
+        assert current, f"{path.relative_to(ROOT)} is out of date: run `make docs` ({command})"
+
+
+def fields_of(section: type) -> Iterator[tuple[type, str]]:
+    """Every field of a section and of those in it, as (class that documents it, its name there)."""
+    for field in dataclasses.fields(section):
+        wanted = key_types(section)[field.name]
+        if wanted.by_name is not None:
+            yield section, field.name
+            for parameters in wanted.by_name.values():
+                for parameter in dataclasses.fields(parameters):
+                    if parameter.name != "name":
+                        yield parameter.metadata.get("source", (parameters, parameter.name))
+        elif wanted.is_section:
+            yield from fields_of(wanted.type)
+        else:
+            yield section, field.name
+
+
+def test_every_configuration_key_has_a_docstring() -> None:
+    fields = list(fields_of(Config))
+    assert len(fields) > 150
+    assert [f"{owner.__name__}.{name}" for owner, name in fields if not field_docstring(owner, name)] == []
+
+
+def test_help_names_every_section_and_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    reference = (ROOT / "docs" / "configuration.md").read_text()
+    for name, wanted in key_types(Config).items():
+        assert re.search(rf"^  {name} +\w.+$" if wanted.is_section else rf"\b{name}\b", text, flags=re.MULTILINE), name
+        assert f"`{name}`" in reference
+    assert "key=value" in text
+    assert "docs/configuration.md" in text
+    assert max(map(len, text.splitlines())) <= 120

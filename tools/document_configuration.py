@@ -1,0 +1,186 @@
+"""Write docs/configuration.md from the sections of the configuration: types, bounds, defaults and docstrings.
+
+python tools/document_configuration.py        # make docs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import document_api
+from field_docstrings import field_docstring
+
+from megatron_rlvr.config import Config
+from megatron_rlvr.config_schema import REQUIRED, KeyType, key_types
+from megatron_rlvr.control.build import SCHEDULES
+from megatron_rlvr.objectives import OBJECTIVES
+from megatron_rlvr.resume import IDENTITY, MAY_CHANGE
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a`, `b` and `c`."""
+    *first, last = (f"`{name}`" for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+INTRODUCTION = f"""# Configuration
+
+Generated from the sections of the configuration by `make docs`. Do not edit this page.
+
+A run is described by one YAML file and by overrides on the command line:
+
+```bash
+python -m megatron_rlvr.train run.yaml optimizer.learning_rate=1e-6 algorithm.schedule.name=constant
+```
+
+- An override is `key=value` with a dotted key and wins over the file. Its value is YAML, such as `rollout.stop=[END]`.
+- A key that is not given has its default. Unknown keys and impossible values are refused before anything starts.
+- `${{section.key}}` in a value is replaced by the value of that key.
+- `auto` is resolved when a program starts. The run's `config.yaml` keeps `auto`, so that a run on GPUs can be evaluated
+  on a CPU.
+- Starting the same command again resumes the run. {listed(IDENTITY)}
+  must then be unchanged, except {listed(MAY_CHANGE)}.
+  Everything else may change.
+- The keys of the first table stand at the top level of the file, outside sections.
+"""
+DISCARDS = "Overriding `{0}.name` discards the parameters in the file, which belong to the {1} that is replaced."
+BY_NAME: dict[str, tuple[str, dict[str, tuple[Any, dict[str, Any]]]]] = {
+    "algorithm.objective": (
+        "The token objective, chosen by `name`. " + DISCARDS.format("algorithm.objective", "objective"),
+        OBJECTIVES,
+    ),
+    "algorithm.schedule": (
+        "The schedule of clip thresholds, chosen by `name`. A threshold is intercept + slope * p, where p is the "
+        "token's probability. " + DISCARDS.format("algorithm.schedule", "schedule"),
+        SCHEDULES,
+    ),
+}
+
+
+def pages() -> dict[Path, str]:
+    """The generated page: path -> text."""
+    blocks = [INTRODUCTION.rstrip(), *section("", Config)]
+    return {PAGE: "\n\n".join(block for block in blocks if block) + "\n"}
+
+
+def section(key: str, kind: type) -> Iterator[str]:
+    """The blocks of a section and of those in it."""
+    if key:
+        yield f"## `{key}`"
+        yield document_api.markdown(inspect.getdoc(kind) or "")
+    wanted_types = key_types(kind)
+    yield table(
+        [
+            row(field, wanted_types[field.name], field_docstring(kind, field.name))
+            for field in dataclasses.fields(kind)
+            if not wanted_types[field.name].is_section
+        ]
+    )
+    inner = {f"{key}.{name}".lstrip("."): wanted for name, wanted in wanted_types.items() if wanted.is_section}
+    if not key:
+        yield "Sections:"
+        rows = [
+            f"| [`{name}`](#{anchor(name)}) | {document_api.summary(inspect.getdoc(wanted.type) or '')} |"
+            for name, wanted in inner.items()
+        ]
+        yield "\n".join(["| section | what it sets |", "| --- | --- |", *rows])
+    for name, wanted in inner.items():
+        if wanted.by_name is None:
+            yield from section(name, wanted.type)
+        else:
+            yield from choices(name, wanted.by_name)
+
+
+def choices(key: str, by_name: Mapping[str, type]) -> Iterator[str]:
+    """The blocks of a section whose parameters depend on its key ``name``: shared parameters, then each name's own."""
+    introduction, registered = BY_NAME[key]
+    yield f"## `{key}`"
+    yield introduction
+    names: dict[type, list[str]] = {}  # several names may stand for one class, with other defaults
+    for name, (described, _) in registered.items():
+        names.setdefault(described, []).append(name)
+    takers: dict[str, list[type]] = {}  # row of a parameter -> classes that take it
+    for described, (name, *_) in names.items():
+        for text in parameter_rows(by_name[name]):
+            takers.setdefault(text, []).append(described)
+    tables: dict[tuple[type, ...], list[str]] = {}
+    for text, classes in takers.items():
+        tables.setdefault(tuple(classes), []).append(text)
+    for classes, rows in tables.items():
+        if len(classes) > 1:
+            taking = listed(name for described in classes for name in names[described])
+            yield f"Every {key.split('.')[-1]} takes:" if len(classes) == len(names) else f"{taking} take:"
+            yield table(rows)
+    for described, (first, *others) in names.items():
+        yield f"### {', '.join(f'`{name}`' for name in (first, *others))}"
+        for name in others:
+            preset = listed(f"{parameter}: {yaml(value)}" for parameter, value in registered[name][1].items())
+            yield f"`{name}` is `{first}` with other defaults: {preset}."
+        yield document_api.markdown(inspect.getdoc(described) or "")
+        yield table(tables.get((described,), []))
+
+
+def parameter_rows(parameters: type) -> Iterator[str]:
+    """The rows of the parameters of a schedule or objective, from where each of them is documented."""
+    wanted_types = key_types(parameters)
+    for field in dataclasses.fields(parameters):
+        if field.name != "name":
+            source, name = field.metadata.get("source", (parameters, field.name))
+            yield row(field, wanted_types[field.name], field_docstring(source, name))
+
+
+def table(rows: list[str]) -> str:
+    return "\n".join(["| key | takes | default | meaning |", "| --- | --- | --- | --- |", *rows]) if rows else ""
+
+
+def row(field: dataclasses.Field[Any], wanted: KeyType, docstring: str) -> str:
+    """The row of a key in a table."""
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+    shown = "required" if default == REQUIRED else f"`{yaml(default)}`"
+    cells = (f"`{field.name}`", takes(wanted), shown, document_api.markdown(docstring))
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def takes(wanted: KeyType) -> str:
+    """What a key takes, in words."""
+    if wanted.choices:
+        words = ", ".join(f"`{choice}`" for choice in wanted.choices)
+    elif wanted.type is list and wanted.element is not None:
+        words = f"list of {takes(wanted.element)}"
+    elif wanted.type is dict:
+        words = "names and values"
+    else:
+        words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}[wanted.type]
+    if wanted.limits is not None:
+        words += f" {wanted.limits}"
+    return words + (" or `null`" if wanted.optional else "")
+
+
+def yaml(value: Any) -> str:
+    """A value as YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(yaml, value))}]"
+    return str(value)
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives to a heading."""
+    return heading.replace(".", "")
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.write_text(text)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
