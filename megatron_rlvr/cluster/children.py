@@ -59,6 +59,10 @@ def start(work: Callable[[], Any]) -> Child:
     os.close(reader)
     told: tuple[str, Any]
     try:
+        import torch
+
+        # OpenMP hangs in a fork of a process that has used its threads. With one thread torch does not call OpenMP.
+        torch.set_num_threads(1)
         told = ("done", work())
     except UserError as error:
         told = ("refused", str(error))

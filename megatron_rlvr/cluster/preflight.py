@@ -58,11 +58,11 @@ def see_reports(nodes: Sequence[str], folder: Path, seconds: float) -> None:
         BadNodesError: when something of some nodes is not.
     """
     until = time.monotonic() + seconds
-    unseen = list(nodes)
-    while unseen and time.monotonic() < until:
-        unseen = [node for node in unseen if not (folder / f"{node}.json").is_file()]
-        time.sleep(0.1 if unseen else 0.0)
-    if not unseen:
+    while unseen := [node for node in nodes if not (folder / f"{node}.json").is_file()]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    else:
         return
     reason = f"what {', '.join(unseen)} wrote into {folder} is not there on {nodes[0]}"
     if unseen == list(nodes[1:]):

@@ -83,7 +83,7 @@ class Cluster:
     size: int
     environment: dict[str, str] = field(default_factory=dict)
 
-    def run(self, *command: object, check: bool = True, timeout: float = 60) -> str:
+    def run(self, *command: object, check: bool = True, timeout: float = 300) -> str:
         """Run a command against this cluster; its output, both streams."""
         done = subprocess.run(
             [str(word) for word in command],
@@ -104,7 +104,7 @@ class Cluster:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=300,
             cwd=script.parents[2],
         )
         assert done.returncode == 0, done.stderr
@@ -159,7 +159,7 @@ class Cluster:
                     found.append(int(entry.name))
         return found
 
-    def orphans(self, job: str, timeout: float = 10) -> list[str]:
+    def orphans(self, job: str, timeout: float = 60) -> list[str]:
         """Processes of a job that are still there so long after its end, as ps shows them."""
         deadline = time.monotonic() + timeout
         while (found := self.processes(job)) and time.monotonic() < deadline:
@@ -185,7 +185,7 @@ class Cluster:
         script = f"hostname {node}; mount --bind {self.root}/hosts /etc/hosts; exec slurmd -N {node}"
         self.run("unshare", "--mount", "--uts", "--propagation", "private", "bash", "-c", script)
 
-    def wait_for_nodes(self, timeout: float = 30) -> None:
+    def wait_for_nodes(self, timeout: float = 300) -> None:
         """Wait until every node is idle."""
         deadline = time.monotonic() + timeout
         while (states := self.run("sinfo", "-h", "-N", "-o", "%T").split()).count("idle") != self.size:
@@ -229,14 +229,14 @@ def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.run("scancel", "--state=PENDING", "--state=RUNNING", "--user=root", check=False)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while cluster.run("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
             time.sleep(0.1)
         daemons = [int(file.read_text()) for file in (*(root / "run").glob("*.pid"), munge / "pid") if file.is_file()]
         for pid in daemons:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        while any(Path(f"/proc/{pid}").exists() for pid in daemons) and time.monotonic() < deadline + 15:
+        while any(Path(f"/proc/{pid}").exists() for pid in daemons) and time.monotonic() < deadline + 60:
             time.sleep(0.1)
 
 

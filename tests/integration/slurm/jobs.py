@@ -63,7 +63,7 @@ class Job:
         """Wait until the job's attempts have told of so many steps in all."""
         self.cluster.wait_for_output(self.id, r"(?m)^step +\d+/", steps, timeout)
 
-    def wait_for_steps_after_resuming(self, steps: int, timeout: float = 120) -> None:
+    def wait_for_steps_after_resuming(self, steps: int, timeout: float = 300) -> None:
         """Wait until an attempt has gone on from a checkpoint, and told of so many steps since."""
         self.cluster.wait_for_output(self.id, rf"(?ms)try \d from step_\d+ on n(.*?^step +\d+/){{{steps}}}", 1, timeout)
 
@@ -118,7 +118,7 @@ class Job:
         os.kill(random.Random(len(found)).choice(found), signal.SIGKILL)
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 300) -> None:
     """Wait for something, by name."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -134,6 +134,6 @@ def with_stand_in_servers(job: Job) -> Job:
         f"rollout.sglang.python={sys.executable}",
         f"rollout.sglang.environment.PYTHONPATH={stand_in}",
         "rollout.sglang.weight_sync=disk",
-        "rollout.sglang.start_timeout_seconds=120",
+        "rollout.sglang.start_timeout_seconds=600",
     ]
     return replace(job, overrides=[*job.overrides, *servers])

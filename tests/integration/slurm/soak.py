@@ -50,7 +50,7 @@ def interrupt(cluster: Cluster, job: Job, kind: str, rng: random.Random) -> None
     job.submit(f"steps={STEPS}", options=["--nodes=3"], RLVR_SERVERS="nodes:1")
     steps = rng.randrange(1, STEPS - 4)
     if rng.random() < 0.25:
-        cluster.wait_for_output(job.id, "try 1 from", timeout=60)
+        cluster.wait_for_output(job.id, "try 1 from")
         time.sleep(1 + 15 * rng.random())
     else:
         job.wait_for_steps(steps, timeout=300)

@@ -28,7 +28,7 @@ def dry_run(script: Path, *arguments: str, **variables: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RLVR_"))}
     environment |= {"RLVR_DRY_RUN": "1", "RLVR_ENVIRONMENT": f"venv:{sys.prefix}", "PYTHONPATH": str(ROOT), **variables}
     command = ["bash", str(script), *arguments]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -47,7 +47,7 @@ def test_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck: `make slurm` installs it, as root on Debian")
     files = [*SCRIPTS, *FOLDER.glob("*.sh")]
-    done = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
 
 

