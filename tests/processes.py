@@ -36,7 +36,7 @@ def launch(program: list[str], processes: int, check: bool) -> subprocess.Comple
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, *program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280
+        [*command, *program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=800
     )
     if check and done.returncode:
         pytest.fail(f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")

@@ -143,7 +143,7 @@ BUGS = [
 
 def run(program: Path, order: int = 0) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TSAN_OPTIONS": "exitcode=66 halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-    return subprocess.run([program, str(order)], capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run([program, str(order)], capture_output=True, text=True, timeout=600, env=environment)
 
 
 def plant(bug: Bug, directory: Path) -> Path:

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from megatron_rlvr import ops
 
 ROWS, VOCABULARY = 12, 4096
-TIMEOUT_S = 120
+TIMEOUT_S = 600
 
 
 def start(rank, world, port, work, arguments):

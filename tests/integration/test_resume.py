@@ -40,7 +40,7 @@ def _stop_after(process: subprocess.Popen[str], steps: int, number: signal.Signa
     time.sleep(delay)
     process.send_signal(number)
     process.stdout.read()  # type: ignore[union-attr]
-    return process.wait(timeout=120)
+    return process.wait()
 
 
 def _tear(run: Path) -> None:
@@ -78,10 +78,9 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(run_yaml: Path, tmp
 def test_run_directory_in_use_is_refused(run_yaml: Path, tmp_path: Path) -> None:
     first = _start(run_yaml, "steps=2000", "checkpoint.every=0")
     try:
-        deadline = time.monotonic() + 120
         lock = tmp_path / "run" / ".lock"
         while not (lock.is_file() and lock.read_text() == str(first.pid)):
-            assert time.monotonic() < deadline, "the first run does not lock its directory"
+            assert first.poll() is None, "the first run ended without locking its directory"
             time.sleep(0.05)
         second = run_trainer(run_yaml, check=False)
         assert second.returncode == 2

@@ -23,8 +23,8 @@ def sglang() -> SGLangConfig:
         python=str(PYTHON),
         # Tests wait for the log line of the first decoding step; by default there is one every 40 steps.
         server={"max_total_tokens": 8192, "decode_log_interval": 1},
-        health_timeout_seconds=6.0,
-        start_timeout_seconds=240.0,
+        health_timeout_seconds=20.0,
+        start_timeout_seconds=600.0,
     )
 
 

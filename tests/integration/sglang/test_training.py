@@ -83,19 +83,18 @@ def test_run_survives_the_death_of_its_only_server(run_yaml: Path, sglang: SGLan
     with (tmp_path / "output").open("wb") as output:
         trainer = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=output, stderr=output)
     try:
-        deadline = time.monotonic() + 200
         while not ((run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count("\n") >= 1):
-            assert trainer.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()[-3000:]
+            assert trainer.poll() is None, (tmp_path / "output").read_text()[-3000:]
             time.sleep(0.02)
         family = psutil.Process(trainer.pid).children(recursive=True)
         servers = [p for p in family if "sglang.launch_server" in p.cmdline()]
         assert servers
         servers[0].kill()
-        assert trainer.wait(timeout=200) == 0, (tmp_path / "output").read_text()[-3000:]
+        assert trainer.wait() == 0, (tmp_path / "output").read_text()[-3000:]
     finally:
         trainer.kill()
         trainer.wait()
     assert len(read_metrics(run)) == 3
     _check_rollouts(run, 3)
     assert (run / "sglang" / "logs" / "server_0.log").read_text().count("fired up and ready") == 2
-    assert not psutil.wait_procs(family, timeout=10)[1], "the trainer left processes behind"
+    assert not psutil.wait_procs(family, timeout=100)[1], "the trainer left processes behind"

@@ -13,8 +13,6 @@ from megatron_rlvr.cluster.preflight import judge
 from megatron_rlvr.errors import UserError
 from tests.integration.slurm.jobs import Job
 
-pytestmark = pytest.mark.timeout(900)
-
 
 def test_a_job_that_cannot_run_is_refused_with_the_reason(quickstart: Job, tmp_path: Path) -> None:
     quickstart.submit("model.path=/nowhere", "steps=1")

@@ -6,11 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from tests.integration.slurm.jobs import Job, with_stand_in_servers
-
-pytestmark = pytest.mark.timeout(900)
 
 STEPS = 5
 

@@ -15,8 +15,6 @@ from tests.integration.slurm.cluster import Cluster
 from tests.integration.slurm.jobs import Job, wait_until, with_stand_in_servers
 from tests.processes import ROOT
 
-pytestmark = pytest.mark.timeout(900)
-
 STEPS = 16
 SCRIPT = ROOT / "examples" / "slurm" / "quickstart-cpu.sbatch"
 

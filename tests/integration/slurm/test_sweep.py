@@ -12,8 +12,6 @@ from tests.integration.slurm.cluster import Cluster
 from tests.integration.slurm.jobs import Settings
 from tests.processes import ROOT
 
-pytestmark = pytest.mark.timeout(900)
-
 
 def test_array_and_its_report(
     cluster: Cluster, settings: Settings, tmp_path: Path, job_environment: None, monkeypatch: pytest.MonkeyPatch

@@ -34,7 +34,7 @@ def test_what_is_missing_is_named(environment, message, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode != 0
     assert message in done.stderr.splitlines()[-1]

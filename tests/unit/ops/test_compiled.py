@@ -16,7 +16,7 @@ PRINT = "import warnings; warnings.simplefilter('always'); from megatron_rlvr im
 
 def run(program, **environment):
     return subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=600
     )
 
 

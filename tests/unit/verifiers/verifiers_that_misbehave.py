@@ -50,11 +50,11 @@ def scaled(completion, answer, factor=1.0):
 
 
 class SlowToStart:
-    """Takes a second to start, as a slow import does."""
+    """Takes three seconds to start, as a slow import does."""
 
     def warm_up(self):
         if not hasattr(self, "warm"):
-            time.sleep(1.0)
+            time.sleep(3.0)
         self.warm = True
 
     def __call__(self, completion, answer):

@@ -20,7 +20,8 @@ class FakeServer:
 
     Attributes:
         version: of the weights, as SGLang reports it.
-        delay: seconds before an answer to ``/generate``.
+        delay: seconds before an answer to ``/generate``; for tests that pass whatever it is.
+        wait_before_answer: called before an answer to ``/generate``, while its prompts count as in flight.
         healthy: False makes health checks hang.
         dead: closes the connection of every request.
         silent: keeps every connection and never answers.
@@ -29,11 +30,13 @@ class FakeServer:
         prompts: of ``/generate``, so far.
         loads: bodies of the requests to load weights.
         running, most_running: prompts in flight, now and at most.
+        answered: prompts that are not in flight any more.
     """
 
     def __init__(self) -> None:
         self.version = "0"
         self.delay = 0.0
+        self.wait_before_answer: Callable[[], None] = lambda: None
         self.healthy = True
         self.dead = False
         self.silent = False
@@ -41,7 +44,7 @@ class FakeServer:
         self.prompts: list[list[int]] = []
         self.loads: list[dict[str, Any]] = []
         self.control: Callable[[str, dict[str, Any]], Reply] = lambda path, body: (404, {})
-        self.running = self.most_running = 0
+        self.running = self.most_running = self.answered = 0
         self.url = ""
         self._lock = threading.Lock()
 
@@ -58,8 +61,10 @@ class FakeServer:
             self.running += len(body["input_ids"])
             self.most_running = max(self.most_running, self.running)
         time.sleep(self.delay)
+        self.wait_before_answer()
         with self._lock:
             self.running -= len(body["input_ids"])
+            self.answered += len(body["input_ids"])
         return self.answer(body)
 
     def load(self, body: dict[str, Any]) -> Reply:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_sglang import FakeServer, fake_server
 
+from megatron_rlvr.rollout.prefetch import RolloutPrefetcher
 from megatron_rlvr.train import main
 from megatron_rlvr.training.policy import Policy
 
@@ -44,7 +45,7 @@ def command(fake: FakeServer, run_yaml: Path) -> list[str]:
     """A run of four steps on a server that always draws one of two tokens."""
     fake.answer = _random_answers(fake)
     settings = ["steps=4", "data.heldout=null", "checkpoint.export_huggingface=false", "checkpoint.every=0"]
-    engine = ["engine=sglang", f"sglang.urls=[{fake.url}]", "sglang.start_timeout_seconds=1", "mismatch_alarm=0"]
+    engine = ["engine=sglang", f"sglang.urls=[{fake.url}]", "sglang.start_timeout_seconds=200", "mismatch_alarm=0"]
     return [str(run_yaml), *settings, *[f"rollout.{setting}" for setting in engine]]
 
 
@@ -64,7 +65,8 @@ def test_losing_all_servers_writes_a_checkpoint_from_which_the_run_resumes(
         return answer(body)
 
     fake.answer = die
-    assert main(command) == 75
+    short = "rollout.sglang.start_timeout_seconds=5"  # after this many seconds without a server, it gives up
+    assert main([*command, short]) == 75
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("error: no SGLang server is left: http")] == lines[-1:]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_2"
@@ -106,7 +108,7 @@ def test_no_prompt_is_lost_when_servers_die_twenty_times(
         let_die_at_random(fake)
         let_die_at_random(other)
         urls = f"rollout.sglang.urls=[{fake.url},{other.url}]"
-        settings = ["rollout.sglang.start_timeout_seconds=30", "rollout.sglang.attempts=100", "rollout.record=true"]
+        settings = ["rollout.sglang.start_timeout_seconds=200", "rollout.sglang.attempts=100", "rollout.record=true"]
         assert main([*command, urls, *settings, "rollout.sglang.concurrency=8", "steps=8"]) == 0
     assert sum(deaths.values()) >= 20 and min(deaths.values()) >= 2, deaths
     for step in range(8):
@@ -187,9 +189,21 @@ def test_rollouts_ahead_of_training(
         return 200, {"status": "ok"}
 
     fake.control, fake.delay = control, 0.01
-    update = Policy.update
-    # Slow enough on any machine that some rollouts ahead are complete before the weights change.
-    monkeypatch.setattr(Policy, "update", lambda *arguments: (time.sleep(0.2), update(*arguments))[1])
+    take, update = RolloutPrefetcher.take, Policy.update
+    prefetchers: list[RolloutPrefetcher[Any]] = []
+
+    def take_and_remember(self: RolloutPrefetcher[Any], step: int) -> Any:
+        prefetchers.append(self)
+        return take(self, step)
+
+    def update_after_a_rollout_ahead(*arguments: Any) -> Any:
+        # The rollout of the second step is complete before the weights change for the first time.
+        if len(prefetchers) == 1:
+            wait([prefetchers[0]._pending[1]])
+        return update(*arguments)
+
+    monkeypatch.setattr(RolloutPrefetcher, "take", take_and_remember)
+    monkeypatch.setattr(Policy, "update", update_after_a_rollout_ahead)
     settings = ["max_staleness=1", f"sglang.interrupt={interrupt}", "record=true", "sglang.concurrency=8"]
     settings += ["dynamic_sampling=true", "over_sampling=1.5"]
     assert main([*command, *[f"rollout.{setting}" for setting in settings]]) == 0

