@@ -22,6 +22,7 @@ the locks that other threads of the trainer hold at that moment.
 import collections
 import logging
 import math
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from typing import Any
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers.verdict import STATUSES, Verdict, judge
-from megatron_rlvr.verifiers.worker_process import WorkerProcess, pickled_setup
+from megatron_rlvr.verifiers.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class VerifierPool:
         self._waiting: list[_Request] = []
         self._waiting_lock = threading.Lock()
         self._verifying_lock = threading.Lock()
-        self._setup = pickled_setup(verifier, timeout_s, memory_mb) if workers else b""
+        self._setup = _pickled_setup(verifier, timeout_s, memory_mb) if workers else b""
         self._workers = [WorkerProcess(self._setup, timeout_s) for _ in range(workers)]
         self._closed = False
 
@@ -196,3 +197,19 @@ class VerifierPool:
                 worker.kill()
                 self._workers[slot] = WorkerProcess(self._setup, self._timeout_s)
         return [verdict for verdict in verdicts if verdict is not None]
+
+
+def _pickled_setup(verifier: Callable[[str, Any], float], timeout_s: float, memory_mb: int) -> bytes:
+    """The first message to a worker: its limits and its verifier.
+
+    Raises UserError for a verifier that cannot be unpickled in another process.
+    """
+    function = getattr(verifier, "func", verifier)
+    if getattr(function, "__module__", None) == "__main__":
+        raise UserError("a verifier defined in the main script cannot be sent to worker processes; move it to a module")
+    try:
+        return pickle.dumps((memory_mb, timeout_s, pickle.dumps(verifier)))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"the verifier cannot be sent to worker processes ({error}); use a module-level function, or workers=0"
+        ) from error

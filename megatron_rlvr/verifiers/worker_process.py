@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +19,6 @@ from megatron_rlvr.verifiers.verdict import Verdict
 
 # A worker imports its verifier in a second or two on an idle machine; a node that starts 64 at once takes longer.
 _START_TIMEOUT_S = 120.0
-
-
-def pickled_setup(verifier: Callable[[str, Any], float], timeout_s: float, memory_mb: int) -> bytes:
-    """The first message to a worker: its limits and its verifier.
-
-    Raises UserError for a verifier that cannot be unpickled in another process.
-    """
-    function = getattr(verifier, "func", verifier)
-    if getattr(function, "__module__", None) == "__main__":
-        raise UserError("a verifier defined in the main script cannot be sent to worker processes; move it to a module")
-    try:
-        return pickle.dumps((memory_mb, timeout_s, pickle.dumps(verifier)))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"the verifier cannot be sent to worker processes ({error}); use a module-level function, or workers=0"
-        ) from error
 
 
 class WorkerProcess:

@@ -24,7 +24,7 @@ def build_engine(config: Config, policy: Policy, resources: ExitStack) -> Rollou
         # Imported here because the other engines do not need httpx and the server processes.
         from megatron_rlvr.rollout.engines.sglang.engine import SGLangEngine
 
-        return SGLangEngine(config, policy, resources)
+        return SGLangEngine(rollout, Path(config.run_directory) / "sglang", policy, resources)
     if rollout.engine == "recorded":
         if expert > 1 and config.data.heldout:
             raise UserError(

@@ -53,11 +53,10 @@ def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytes
     """An engine for one test on the shared server, which it restarts as if it had started it."""
     from megatron_rlvr.rollout.engines.sglang.engine import SGLangEngine
 
-    config = Config(run_directory=str(tmp_path / "run"))
     settings = {"bucket_mb": 1, "check_weights": True, **getattr(request, "param", {})}
-    config.rollout = RolloutConfig(sglang=dataclasses.replace(sglang, urls=servers.urls, **settings))
+    config = Config(rollout=RolloutConfig(sglang=dataclasses.replace(sglang, urls=servers.urls, **settings)))
     with ExitStack() as resources:
-        engine = SGLangEngine(resolve(config, on_gpu=False), policy, resources)
+        engine = SGLangEngine(resolve(config, on_gpu=False).rollout, tmp_path / "run" / "sglang", policy, resources)
         engine.pool = engine.weight_sync.pool = servers
         yield engine
     servers.start_with(policy.bridge.path, 0)
@@ -258,10 +257,10 @@ def test_another_model_behind_the_url(layout, servers, sglang: SGLangConfig, tmp
     from megatron_rlvr.training.policy import Policy
 
     other = make_small_model(tmp_path / "other", hidden=48)
-    config = Config(model=ModelConfig(path=str(other)), run_directory=str(tmp_path / "run"))
+    config = Config(model=ModelConfig(path=str(other)))
     config.rollout = RolloutConfig(sglang=dataclasses.replace(sglang, urls=servers.urls))
     config = resolve(config, on_gpu=False)
     policy = Policy(config, layout)
     with ExitStack() as resources, pytest.raises(UserError, match="hidden_size=32 instead of 48"):
-        SGLangEngine(config, policy, resources)
+        SGLangEngine(config.rollout, tmp_path / "run" / "sglang", policy, resources)
     assert servers.servers[0].passes_health_check(200.0)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_rlvr.config import Config
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import collectives
+from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
@@ -29,7 +29,8 @@ class SGLangEngine:
     The leader of every data-parallel rank is a client of all servers. Construction is collective over the job.
 
     Args:
-        config: of the run.
+        rollout: section of the configuration, with ``auto`` resolved.
+        directory: for the servers' logs and for weights that they load from disk.
         policy: whose weights the servers get.
         resources: stops the servers when it is closed.
 
@@ -40,12 +41,12 @@ class SGLangEngine:
     streaming = True
     draws_from_policy = True
 
-    def __init__(self, config: Config, policy: Policy, resources: ExitStack):
-        self.config, self.policy = config.rollout.sglang, policy
+    def __init__(self, rollout: RolloutConfig, directory: Path, policy: Policy, resources: ExitStack):
+        self.config, self.policy = rollout.sglang, policy
         self.layout = policy.layout
-        directory = Path(config.run_directory).resolve() / "sglang"
+        directory = directory.resolve()
         model_folder = policy.bridge.path.resolve()
-        self.state = ServerState(0, model_folder, max_staleness=config.rollout.max_staleness)
+        self.state = ServerState(0, model_folder, max_staleness=rollout.max_staleness)
         self.pool: ServerPool | None = None
         urls = list(self.config.urls)
         if not urls:
