@@ -4,5 +4,5 @@ import os
 
 
 def node_name() -> str:
-    """Return what Slurm calls this node."""
+    """Return the name of this node in Slurm."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename

@@ -1,4 +1,4 @@
-"""What a node can check of itself before training: environment, GPUs, model and data, the shared file system."""
+"""What one node checks by itself before training: versions, GPUs, model, data and run directory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +19,27 @@ _PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "numpy", "tran
 _NVIDIA_SMI_TIMEOUT_S = 20
 
 
-@dataclass
-class NodeReport:
-    """What a node found.
+class BadNodesError(Exception):
+    """Some nodes must not train; the message is the reason.
 
     Attributes:
-        versions: what must be the same on all nodes.
-        gpus: name and memory (MiB) of each, as nvidia-smi lists them.
-        problems: what keeps the run from training here, one line each.
+        nodes: their names.
+    """
+
+    def __init__(self, nodes: Sequence[str], reason: str):
+        super().__init__(reason)
+        self.nodes = list(nodes)
+
+
+@dataclass
+class NodeReport:
+    """What a node found out about itself.
+
+    Attributes:
+        node: its name.
+        versions: of packages, driver and sources, which must be the same on all nodes.
+        gpus: name and memory (MiB) of each GPU, as nvidia-smi lists them.
+        problems: why the node cannot train, one line each.
     """
 
     node: str
@@ -35,19 +49,20 @@ class NodeReport:
 
 
 def check_node(node: str, config: Config, processes: int, trains: bool, folder: Path) -> NodeReport:
-    """Check this node for a run and leave the report in `folder`, which proves that the run directory can be written.
+    """Check this node and write its report to ``NODE.json``, which also tests that the run directory is writable.
 
     Args:
-        processes: that will train on it.
-        trains: whether it trains; a node of SGLang servers needs no data.
+        node: name of this node.
+        processes: number of training processes per node.
+        trains: whether this node trains. A node of SGLang servers needs no data.
         folder: of the reports, in the run directory.
     """
-    report = NodeReport(node, versions())
+    report = NodeReport(node, installed_versions())
     report.gpus = visible_gpus(report)
-    wanted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-    if trains and (wanted or report.gpus) and len(report.gpus) < processes:
+    requested = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if trains and (requested or report.gpus) and len(report.gpus) < processes:
         report.problems.append(f"{len(report.gpus)} GPUs are seen where {processes} processes are to train")
-    if len(report.gpus) and "+cpu" in report.versions["torch"]:
+    if report.gpus and "+cpu" in report.versions["torch"]:
         report.problems.append(f"torch {report.versions['torch']} cannot use the GPUs: install a CUDA build")
     data = [config.data.train, config.data.heldout] if trains else []
     try:
@@ -63,23 +78,23 @@ def check_node(node: str, config: Config, processes: int, trains: bool, folder: 
     return report
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computes, with a digest of this package's own sources and compiled operators."""
-    found = {"python": platform.python_version()}
+def installed_versions() -> dict[str, str]:
+    """Return versions of Python, of packages, and a digest of this package's sources and compiled operators."""
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
+            versions[name] = "missing"
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parents[1]
     for path in sorted(p for pattern in ("*.py", "*.so") for p in package.rglob(pattern)):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    return found | {"megatron_rlvr": digest.hexdigest()[:12]}
+    return versions | {"megatron_rlvr": digest.hexdigest()[:12]}
 
 
 def visible_gpus(report: NodeReport) -> list[tuple[str, int]]:
-    """Name and memory (MiB) of this node's GPUs; the driver's version goes into the report."""
+    """Return name and memory (MiB) of this node's GPUs, and add the driver's version and any problem to the report."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_TIMEOUT_S)
@@ -97,33 +112,17 @@ def visible_gpus(report: NodeReport) -> list[tuple[str, int]]:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """config.json and every shard of the weights that the model's index names."""
+    """Return config.json and every shard of the weights that the index of a model folder names."""
     index = folder / "model.safetensors.index.json"
     shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
     return [folder / "config.json", *(folder / shard for shard in sorted(set(shards)))]
 
 
 def check_readable(path: Path) -> None:
-    """Read a file's first byte.
-
-    Raises:
-        UserError: when it cannot be read, or is empty.
-    """
+    """Read the first byte of a file. Raises UserError if it is empty or cannot be read."""
     try:
         with path.open("rb") as file:
             if not file.read(1):
                 raise UserError(f"{path} is empty")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def differing_versions(reports: list[NodeReport]) -> dict[str, list[str]]:
-    """Nodes whose versions are not those of the most nodes, each with what differs."""
-    found: dict[str, list[str]] = {}
-    for name in sorted({name for report in reports for name in report.versions}):
-        values = [report.versions.get(name, "missing") for report in reports]
-        common = max(dict.fromkeys(values), key=values.count)
-        for report, value in zip(reports, values, strict=True):
-            if value != common:
-                found.setdefault(report.node, []).append(f"{name} {value} instead of {common}")
-    return found

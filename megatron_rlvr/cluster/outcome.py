@@ -1,4 +1,4 @@
-"""How a command ended on one node of a job, for the batch script and for the launchers of the other nodes."""
+"""How training ended on one node, for the batch script and for the launchers of the other nodes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.cluster import node_name
 
-# torchrun gives ranks 30 s between SIGTERM and SIGKILL, so one node's outcome can come that much later than another's.
-_OTHERS_TIMEOUT_S = 60
+# torchrun waits 30 s between SIGTERM and SIGKILL, so the outcome of one node can come that much later than another's.
+_OTHER_NODES_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Outcome:
 
     Attributes:
         status: exit status of the launcher.
-        reason: one line; empty where the status is 0.
-        failed: when the first of them failed, in seconds since the epoch. Among nodes with equal statuses the batch
-            script reports the earliest, which the others may have failed for.
+        reason: one line; empty if the status is 0.
+        failed: when the first rank failed, in seconds since the epoch. Of nodes with equal statuses the batch script
+            reports the one that failed first, because the others may have failed because of it.
     """
 
     status: int
@@ -36,6 +36,6 @@ class Outcome:
 
 def await_outcomes(logs: Path, nodes: int) -> None:
     """Wait until all nodes have written their outcomes, for at most a minute."""
-    deadline = time.monotonic() + _OTHERS_TIMEOUT_S
+    deadline = time.monotonic() + _OTHER_NODES_TIMEOUT_S
     while len(list(logs.glob("outcome.*"))) < nodes and time.monotonic() < deadline:
         time.sleep(0.05)

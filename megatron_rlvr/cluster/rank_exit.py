@@ -1,8 +1,8 @@
 """How the ranks of a node ended, and which of them failed first.
 
 When one rank fails, torchrun ends the others, and ranks that wait for it in a collective fail, too. Neither their exit
-statuses nor the order in which the launcher notices them says which rank was the cause. So every rank's process leaves
-a record: when it failed, and whether it had already been told to end by then.
+statuses nor the order in which the launcher notices them say which rank was the cause. The supervisor of every rank
+therefore leaves a record: when the rank failed, and whether it had received SIGTERM by then.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def log_path(logs: Path, rank: int) -> Path:
 
 
 def exit_path(logs: Path, rank: int) -> Path:
-    """Return the path of the record that a rank's process leaves."""
+    """Return the path of the record that a rank's supervisor leaves."""
     return logs / f"rank_{rank}.exit"
 
 
@@ -52,7 +52,7 @@ class RankExit:
     terminated: bool = False
 
     def stopped(self, asked: bool) -> bool:
-        """Whether the rank stopped as it should.
+        """Return whether the rank stopped as it should.
 
         Args:
             asked: whether the launcher was asked to stop. A rank that had not yet installed its signal handlers dies of
@@ -67,7 +67,7 @@ class RankExit:
 
 
 def write_exit(logs: Path, rank: int, code: int | None, exited: float | None, terminated: float | None) -> None:
-    """Leave the record of a rank's process; `code` and `exited` are None while it is still ending."""
+    """Write the record of a rank. `code` and `exited` are None while the rank is still ending."""
     record = {"code": code, "exited": exited, "terminated": terminated}
     write_text(exit_path(logs, rank), json.dumps(record), flush_to_disk=False)
 
@@ -76,8 +76,8 @@ def read_exit(logs: Path, rank: int, code: int, noticed: float) -> RankExit:
     """Read how a rank ended.
 
     Args:
-        code: exit status that torchrun saw, for a rank whose process was killed before it could record one.
-        noticed: time at which torchrun saw it, likewise.
+        code: exit status that torchrun saw. It counts if the supervisor was killed before it could record one.
+        noticed: when torchrun saw it, in seconds since the epoch; likewise.
     """
     try:
         record = json.loads(exit_path(logs, rank).read_text())
@@ -94,8 +94,8 @@ def read_exit(logs: Path, rank: int, code: int, noticed: float) -> RankExit:
 def first_failure(exits: Sequence[RankExit], asked: bool) -> RankExit:
     """Return the rank whose end explains the others'.
 
-    In this order: a user error; a rank that was not told to end; a rank that failed over one that stopped; a rank that
-    was killed by a signal (except SIGABRT, by which a rank that lost another may end); the rank that failed first.
+    A user error comes first, then a rank that had not received SIGTERM, then one that failed rather than stopped, then
+    one that a signal killed (except SIGABRT, which can end a rank that lost another), then the one that failed first.
 
     Args:
         exits: of all ranks that did not return 0.

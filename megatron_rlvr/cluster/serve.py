@@ -1,8 +1,8 @@
 """The SGLang servers of one node: ``python -m megatron_rlvr.cluster.serve --folder DIR CONFIG [key=value ...]``.
 
 Starts ``rollout.sglang.servers`` servers, each on its own GPUs, restarts those that die or hang, and stops them when it
-receives a stop signal or dies. ``DIR/NODE.urls`` holds their addresses, comma-separated, once all of them
-answer; ``DIR/NODE/server_N.log`` their output.
+receives a stop signal or dies. Once all servers answer, it writes their URLs to ``DIR/NODE.urls``, comma-separated.
+Their output goes to ``DIR/NODE/server_N.log``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WATCH_PERIOD_S = 0.5
 
 
 def node_pool(config: Config, logs: Path) -> ServerPool:
-    """The servers of this node, not started yet. Other nodes can reach them, and each has its own GPUs."""
+    """Return the servers of this node, not started yet. Other nodes can reach them, and each has its own GPUs."""
     sglang = replace(
         config.rollout.sglang,
         server={"host": "0.0.0.0", **config.rollout.sglang.server},
@@ -51,7 +51,7 @@ def node_pool(config: Config, logs: Path) -> ServerPool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit status."""
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("config", help="YAML file of training")
@@ -59,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     node = node_name()
     stop = threading.Event()
-    # The servers' processes are bound to this thread; it must end by itself, so that they are stopped in order.
+    # The server processes die with this thread, so it must end by itself to stop them in order.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    # Slurm's signal before the time limit is for the ranks, whose last step still needs the servers.
+    # Slurm's signal before the time limit is meant for the ranks, whose last step still needs the servers.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     exit_with_parent()
     try:

@@ -1,15 +1,15 @@
 """torchrun for one node of a Slurm job: ``python -m megatron_rlvr.cluster.torchrun OPTIONS -- COMMAND``.
 
-COMMAND is what Python is given, such as ``-m megatron_rlvr.train run.yaml``. torchrun itself starts the ranks, with the
-c10d rendezvous on the first node. This program adds what torchrun does not do:
+COMMAND holds Python's arguments, such as ``-m megatron_rlvr.train run.yaml``. torchrun itself starts the ranks, with
+the c10d rendezvous on the first node. This program adds what torchrun does not do:
 
 - It passes SIGUSR1, SIGTERM and SIGINT on to the ranks, which finish their step and save. torchrun would kill them.
 - It exits with the status of the rank that failed first, where torchrun always exits with 1, and writes the reason next
   to the logs, where the batch script finds it.
-- It ends together with the other nodes. The first node keeps the rendezvous open until all have written their
-  outcomes: a torchrun that loses the rendezvous takes its node for failed, and srun kills the rest of a step when one
+- It ends together with the other nodes. The first node keeps the rendezvous open until all nodes have written their
+  outcomes. A torchrun that loses the rendezvous would report its node as failed, and srun kills the whole step if one
   of its tasks exits with a nonzero status.
-- No rank outlives it, and it does not outlive its parent, not even after a SIGKILL.
+- No rank outlives it, and it does not outlive its parent, even after SIGKILL.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_rlvr.bound_to_parent import exit_with_parent
 from megatron_rlvr.cluster import node_name
 from megatron_rlvr.cluster.outcome import Outcome, await_outcomes
 from megatron_rlvr.cluster.rank_exit import STOP_SIGNALS, RankExit, first_failure, log_path, read_exit
-from megatron_rlvr.cluster.rank_process import rank_command, rank_process_command
+from megatron_rlvr.cluster.rank_supervisor import rank_command, supervisor_command
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED
 from megatron_rlvr.log_tail import last_error
 
@@ -37,10 +37,10 @@ _JOIN_TIMEOUT_S = 300
 
 
 class StopRequest:
-    """Passes signals that ask for a stop on to the ranks; without ranks yet, ends this process as stopped."""
+    """Passes stop signals on to the ranks. Before there are ranks, a stop signal ends this process as stopped."""
 
     def __init__(self) -> None:
-        import psutil  # here, because a dry run happens on a login node, whose Python may not have it
+        import psutil  # here, because the Python of a login node, where a dry run happens, may not have it
 
         self.received: int | None = None
         self._this = psutil.Process()
@@ -58,16 +58,17 @@ class StopRequest:
 
 
 def describe(rank: RankExit, logs: Path) -> str:
-    """Return which rank ended, how, and the error that its log names, in one line."""
+    """Return one line: which rank ended, how, and the last error in its log."""
     how = f"with status {rank.code}" if rank.code >= 0 else f"of {signal.Signals(-rank.code).name}"
     return f"rank {rank.rank} on {node_name()} ended {how}: {last_error(log_path(logs, rank.rank))}"
 
 
 def outcome_of(exits: Sequence[RankExit], logs: Path, asked: bool) -> Outcome:
-    """Return the outcome of a node from the ranks that did not return 0.
+    """Return the outcome of a node.
 
     Args:
-        asked: whether a stop was asked for.
+        exits: of the ranks that did not return 0.
+        asked: whether the launcher received a stop signal.
     """
     first = first_failure(exits, asked)
     if first.stopped(asked):
@@ -76,8 +77,8 @@ def outcome_of(exits: Sequence[RankExit], logs: Path, asked: bool) -> Outcome:
 
 
 def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) -> Outcome:
-    """Run this node's ranks to their end."""
-    # A node that ends later than the one that hosts the rendezvous logs its loss as a warning, which is expected here.
+    """Run this node's ranks until all have ended."""
+    # A node that ends after the one that hosts the rendezvous warns about the lost connection, which is expected here.
     quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
     if quiet:
         os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
@@ -92,12 +93,12 @@ def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) 
 
     arguments = [f"--nnodes={options.nnodes}", f"--nproc-per-node={options.nproc_per_node}", "--max-restarts=0"]
     arguments += ["--rdzv-backend=c10d", f"--rdzv-id={options.rdzv_id}", f"--rdzv-endpoint={options.rdzv_endpoint}"]
-    # torchrun numbers nodes in the order of their addresses; by default that is what the system calls this machine.
+    # torchrun numbers nodes in the order of their addresses, by default the host names, which can differ from Slurm's.
     arguments += [f"--local-addr={node_name()}"]
     arguments += [f"--rdzv-conf=join_timeout={_JOIN_TIMEOUT_S},is_host={int(hosts_rendezvous(options))}"]
     arguments += ["--signals-to-handle=SIGQUIT", "--no-python"]
     try:
-        torchrun(parse_args([*arguments, *rank_process_command(command, options.logs, os.getpid())]))
+        torchrun(parse_args([*arguments, *supervisor_command(command, options.logs, os.getpid())]))
     except ChildFailedError as error:
         exits = [
             read_exit(options.logs, rank, failure.exitcode, failure.timestamp)
@@ -113,13 +114,13 @@ def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) 
 
 
 def hosts_rendezvous(options: argparse.Namespace) -> bool:
-    """Return whether the nodes meet at this one."""
+    """Return whether this node hosts the rendezvous."""
     return options.nnodes == 1 or options.rdzv_endpoint.rpartition(":")[0] == node_name()
 
 
 @contextmanager
 def rendezvous_kept(options: argparse.Namespace) -> Iterator[None]:
-    """Keep the rendezvous open to the end of the block on the node that hosts it, not just until its own ranks end."""
+    """Keep the rendezvous open until the end of the block, on the node that hosts it. torchrun closes it earlier."""
     if options.nnodes == 1 or not hosts_rendezvous(options):
         yield
         return
@@ -127,15 +128,15 @@ def rendezvous_kept(options: argparse.Namespace) -> Iterator[None]:
 
     host, _, port = options.rdzv_endpoint.rpartition(":")
     store = None
-    with suppress(RuntimeError):  # torchrun will fail in the same way, and its error is reported
-        # Stores of one process at one port share a server.
+    with suppress(RuntimeError):  # torchrun will fail in the same way and report the error
+        # Two stores of one process at the same port share a server.
         store = TCPStore(host, int(port), is_master=True, multi_tenant=True, wait_for_workers=False)
     yield
     del store
 
 
 def print_commands(options: argparse.Namespace, command: Sequence[str]) -> None:
-    """Print what every rank of the job would run."""
+    """Print the command of every rank of the job."""
     nodes = options.dry_run.split(",")
     size, local = len(nodes) * options.nproc_per_node, options.nproc_per_node
     words = shlex.join(rank_command(command))
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rdzv-endpoint", required=True, help="HOST:PORT on the first node")
     parser.add_argument("--logs", type=Path, required=True, help="folder of the ranks' logs and this node's outcome")
     parser.add_argument("--dry-run", metavar="NODE,NODE...", help="print the command of every rank, start nothing")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and what Python is given")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and Python's arguments")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if options.dry_run:

@@ -5,12 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
-from megatron_rlvr.cluster.meeting import BadNodesError
-from megatron_rlvr.cluster.node_checks import NodeReport, differing_versions
-from megatron_rlvr.cluster.preflight import judge
-from megatron_rlvr.errors import UserError
 from tests.integration.slurm.jobs import Job
 
 
@@ -46,22 +40,3 @@ def test_a_bad_node_is_named_and_left_out(quickstart: Job, tmp_path: Path) -> No
     assert re.search(r"attempt 0: preflight: n2: .*config\.json cannot be read", history)
     second = re.search(r"attempt 1: try 2 from the beginning on (\S+)", history)
     assert second and "n2" not in cluster.run("scontrol", "show", "hostnames", second[1]).split()
-
-
-def test_what_is_wrong_everywhere_is_no_nodes_fault() -> None:
-    good = NodeReport("n1", {"torch": "2.13.0"})
-    judge([good, NodeReport("n2", {"torch": "2.13.0"})])
-    everywhere = [NodeReport(f"n{i}", {"torch": "2.13.0"}, problems=["no data"]) for i in (1, 2)]
-    with pytest.raises(UserError, match=r"no data \(on all 2 nodes\)"):
-        judge(everywhere)
-    with pytest.raises(BadNodesError, match="n2: no data") as caught:
-        judge([good, everywhere[1]])
-    assert caught.value.nodes == ["n2"]
-
-
-def test_a_node_with_another_version_is_named() -> None:
-    reports = [NodeReport(f"n{i}", {"torch": "2.13.0", "driver": "580"}) for i in range(3)]
-    reports[1].versions["driver"] = "570"
-    assert differing_versions(reports) == {"n1": ["driver 570 instead of 580"]}
-    with pytest.raises(BadNodesError, match="n1: driver 570 instead of 580"):
-        judge(reports)

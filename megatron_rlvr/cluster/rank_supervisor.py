@@ -1,8 +1,8 @@
-"""The process around one rank: ``python -m megatron_rlvr.cluster.rank_process PARENT_PID LOGS COMMAND ...``.
+"""The parent process of one rank: ``python -m megatron_rlvr.cluster.rank_supervisor PARENT_PID LOGS COMMAND ...``.
 
-It starts Python on COMMAND as a child, with output in ``LOGS/rank_N.log``, passes signals on to it, and records how it
-ended (`rank_exit`). Rank 0's output also goes to where this process writes, so that the output of a job shows the run.
-Neither process outlives the one that started it.
+It starts ``python COMMAND`` with its output in ``LOGS/rank_N.log``, passes signals on to it, and records how it ended
+(`rank_exit`). Rank 0's output is also copied to this process's own, so that the output of a job shows the run. Neither
+process outlives the one that started it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_rlvr.bound_to_parent import bind_to_parent
 from megatron_rlvr.cluster.rank_exit import STOP_SIGNALS, failure_path, log_path, write_exit
 from megatron_rlvr.exit_status import FAILURE_FILE_VARIABLE
 
-# Something that a rank started can keep the rank's output open for longer; its log does not matter.
+# A process that the rank started can keep the rank's output open for longer. What it writes is not waited for.
 _LOG_TIMEOUT_S = 10
 
 
@@ -29,15 +29,15 @@ def rank_command(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-u", *command]
 
 
-def rank_process_command(command: Sequence[str], logs: Path, parent: int) -> list[str]:
-    """Return the command line of the process around a rank."""
+def supervisor_command(command: Sequence[str], logs: Path, parent: int) -> list[str]:
+    """Return the command line of a rank's supervisor."""
     return [sys.executable, "-m", __spec__.name, str(parent), str(logs), *command]
 
 
 def run_rank(logs: Path, command: Sequence[str]) -> int:
-    """Run the rank to its end; returns its exit status."""
+    """Run the rank and return its exit status."""
     rank = int(os.environ["RANK"])
-    # Blocked before the child exists, so that no signal is lost; `sigwait` takes them from the queue.
+    # Signals are blocked before the child exists, so that none is lost. `sigwait` takes them from the queue.
     awaited = {signal.SIGCHLD, *STOP_SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     this = os.getpid()
@@ -48,8 +48,8 @@ def run_rank(logs: Path, command: Sequence[str]) -> int:
 
     log, copy = log_path(logs, rank), None
     if rank == 0:
-        # It ends when the last process that writes to it ends. Stop signals stay blocked in it: Slurm sends one to
-        # every process of a step, and the rank still writes while it saves.
+        # `tee` ends when the last process that writes to it ends. Stop signals stay blocked in it, because Slurm sends
+        # them to every process of a step, and the rank still writes while it saves.
         copy = subprocess.Popen(["tee", "-a", log], stdin=subprocess.PIPE, start_new_session=True)
     with copy.stdin if copy is not None and copy.stdin is not None else log.open("ab") as output:
         child = subprocess.Popen(
@@ -57,7 +57,7 @@ def run_rank(logs: Path, command: Sequence[str]) -> int:
             env=os.environ | {FAILURE_FILE_VARIABLE: str(failure_path(logs, rank))},
             stdout=output,
             stderr=output,
-            # torchrun signals the process group. The rank must get SIGTERM from this process, after it was recorded.
+            # torchrun signals the process group. The rank must receive SIGTERM from this process, once it is recorded.
             start_new_session=True,
             preexec_fn=prepare_child,
         )
@@ -68,7 +68,7 @@ def run_rank(logs: Path, command: Sequence[str]) -> int:
             continue
         if number == signal.SIGTERM and terminated is None:
             terminated = time.time()
-            # Now, because torchrun kills this process when the rank does not end.
+            # Recorded now, because torchrun kills this process if the rank does not end.
             write_exit(logs, rank, None, None, terminated)
         child.send_signal(number)
     write_exit(logs, rank, child.returncode, time.time(), terminated)

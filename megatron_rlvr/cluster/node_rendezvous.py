@@ -1,0 +1,50 @@
+"""A store on the first node of a job, through which the processes of the preflight exchange messages."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+_SHORTEST_WAIT_S = 0.1
+
+
+class NodeRendezvous:
+    """Messages between the nodes of a job. The first node, the head, hosts the store.
+
+    Args:
+        nodes: names of all nodes, the head first.
+        index: of this node.
+        endpoint: host and port of the store.
+        seconds: from now to the deadline of the whole exchange.
+    """
+
+    def __init__(self, nodes: Sequence[str], index: int, endpoint: tuple[str, int], seconds: float):
+        import torch.distributed as dist
+
+        self.nodes, self.index, self.endpoint = nodes, index, endpoint
+        self.deadline = time.monotonic() + seconds
+        self.store = dist.TCPStore(
+            *endpoint, is_master=index == 0, wait_for_workers=False, timeout=datetime.timedelta(seconds=seconds)
+        )
+
+    def seconds_left(self) -> float:
+        """Return the seconds until the deadline, always a little more than 0."""
+        return max(_SHORTEST_WAIT_S, self.deadline - time.monotonic())
+
+    def publish(self, name: str, value: Any) -> None:
+        """Store a message of this node. `value` must be JSON serializable."""
+        self.store.set(f"{name}/{self.index}", json.dumps(value))
+
+    def read(self, name: str, index: int, seconds: float) -> Any:
+        """Return the message of a node, or None if it does not arrive within `seconds`."""
+        import torch.distributed as dist
+
+        key = f"{name}/{index}"
+        try:
+            self.store.wait([key], datetime.timedelta(seconds=max(_SHORTEST_WAIT_S, seconds)))
+        except dist.DistStoreError:
+            return None
+        return json.loads(self.store.get(key))

@@ -1,0 +1,62 @@
+"""Whether a configuration can run on the GPUs of a job's nodes, by the plan of `megatron_rlvr.planning`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_rlvr.cluster.node_checks import NodeReport
+from megatron_rlvr.config import Config
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import normalized
+
+
+def check_plan(config: Config, reports: Sequence[NodeReport], nodes: int, processes: int, servers: str = "none") -> str:
+    """Return the plan of a configuration as text. It is computed, not measured.
+
+    Args:
+        reports: of all nodes, those that train first.
+        nodes: number of training nodes.
+        processes: training processes per node.
+        servers: SGLang servers that the job will start: none, colocated or nodes:N.
+
+    Raises:
+        UserError: if the layout does not divide the job or does not fit its GPUs, or if the job has no engine that can
+            generate. The environment variable RLVR_IGNORE_PLAN turns off the check of memory.
+    """
+    # Imported here, in the process that plans, because megatron-core looks at the GPU when it is imported.
+    from megatron_rlvr.planning.plan import make_plan
+    from megatron_rlvr.planning.report import describe, verdict
+    from megatron_rlvr.planning.roofline import Hardware
+
+    rollout = config.rollout
+    memory = [mebibytes for report in reports[:nodes] for _, mebibytes in report.gpus]
+    hardware = replace(Hardware(), memory_bytes=min(memory) * 2.0**20) if memory else Hardware()
+    beside_servers = ""
+    if servers != "none":  # with servers at these URLs, the plan counts none of their memory
+        sglang = replace(rollout.sglang, urls=["http://not.yet"])
+        config = replace(config, rollout=replace(rollout, engine="sglang", sglang=sglang))
+    elif memory and rollout.engine == "local" and config.model.layer_spec != "local":
+        raise UserError(
+            "rollout.engine=local needs model.layer_spec=local: set RLVR_SERVERS=colocated or nodes:N, and the job "
+            "generates on SGLang servers"
+        )
+    if memory and servers == "colocated":
+        fraction = normalized(rollout.sglang.server).get("mem_fraction_static")
+        if fraction is None:
+            raise UserError(
+                "servers beside training (RLVR_SERVERS=colocated) need rollout.sglang.server.mem_fraction_static: the "
+                "share of each GPU that they keep"
+            )
+        hardware = replace(hardware, memory_bytes=hardware.memory_bytes * (1 - float(fraction)))
+        beside_servers = f" beside servers that keep {float(fraction):.0%} of each GPU"
+    plan = make_plan(config, nodes, processes, hardware)
+    if not memory:
+        return f"layout: {plan.data_parallel} data-parallel ranks on {nodes} x {processes} processes, no GPUs"
+    if not plan.fits and not os.environ.get("RLVR_IGNORE_PLAN"):
+        raise UserError(
+            f"by the plan (computed) the configuration {verdict(plan)}{beside_servers}; RLVR_IGNORE_PLAN=1 trains "
+            "nevertheless"
+        )
+    return describe(plan)
