@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# How a job survives: signals, attempts and what became of them, requeueing, and an end to crash loops. Sourced by
-# common.sh, which names the job.
+# How a job survives: signals, attempts and their history, requeueing, and an end to crash loops. Sourced by common.sh,
+# which sets the variables of the job.
 
 # --- Steps and signals -------------------------------------------------------------------------------------------------
-# Before the time limit Slurm sends USR1 to this script alone (--signal=B:USR1@SECONDS), which hands it to the step that
-# runs: the ranks finish their step, save, and end with status 75. TERM means that Slurm is ending the job (scancel,
-# preemption, a node that failed) and tells the ranks itself: what they can save until they are killed is saved.
+# Before the time limit Slurm sends USR1 to this script alone (--signal=B:USR1@SECONDS). The script passes it on to the
+# running step: the ranks finish their training step, save, and end with status 75. TERM means that Slurm is ending the
+# job (scancel, preemption, a node that failed). Slurm then also sends it to the ranks, which save what they can before
+# they are killed.
 asked='' interrupted='' step=''
-# Of the job, set by common.sh: for scontrol; which attempt; the first node; how and why training ended.
+# Set by common.sh: the job's name for scontrol, the number of the attempt, the first node, and how and why training ended.
 job='' restart=0 head='' status='' reason=''
-# What this attempt began from.
+# The checkpoint that this attempt began from.
 checkpoint=''
 
 heed_signals() {
@@ -29,17 +30,17 @@ on_term() {
     say "Slurm is ending this job"
 }
 
-# What this script did not expect is an attempt that failed, too.
+# An unexpected error of this script also counts as a failed attempt.
 on_error() {
     [ "$BASH_SUBSHELL" = 0 ] || exit 1
     trap - ERR
     fail 1 "the batch script failed at line $1 of ${2##*/}"
 }
 
-# Between two looks at something. Slurm's TERM ends a sleep, too, which is no failure of this script.
+# Sleep between two checks. Slurm's TERM also ends a sleep, which must not fail this script.
 pause() { sleep "$1" || true; }
 
-# Start srun with these arguments in the background, or print what would be started.
+# Start srun with these arguments in the background; in a dry run, print the command instead.
 start_step() {
     local command=(srun "${step_options[@]}" "$@")
     if [ -n "$RLVR_DRY_RUN" ]; then
@@ -51,14 +52,14 @@ start_step() {
     step=$!
 }
 
-# Wait for the step started last; signals are handled meanwhile. With FILE and SECONDS, it is ended five seconds after the
-# file is there, and after so many seconds in any case.
+# wait_step [FILE SECONDS]: wait for the step that was started last, and handle signals meanwhile. The step is killed five
+# seconds after FILE appears, and after SECONDS in any case.
 wait_step() {
-    local status=0 deadline=$((SECONDS + ${2:-0})) told=''
+    local status=0 deadline=$((SECONDS + ${2:-0})) written=''
     [ -z "$RLVR_DRY_RUN" ] || return 0
     while [ -n "${1:-}" ] && kill -0 "$step" 2> /dev/null; do
-        if [ -z "$told" ] && [ -s "$1" ]; then
-            told=1
+        if [ -z "$written" ] && [ -s "$1" ]; then
+            written=1
             [ $((SECONDS + 5)) -gt $deadline ] || deadline=$((SECONDS + 5))
         fi
         if [ $SECONDS -ge $deadline ]; then
@@ -77,7 +78,7 @@ wait_step() {
     return "$status"
 }
 
-# --- Attempts: what became of them stands in RUN_DIRECTORY/slurm/history -----------------------------------------------
+# --- Attempts: RUN_DIRECTORY/slurm/history records how each of them ended ----------------------------------------------
 record() {
     say "$*"
     echo "$(date +%FT%T) job $SLURM_JOB_ID attempt $restart: $*" >> "$RUN_DIRECTORY/slurm/history"
@@ -99,7 +100,7 @@ begin_attempt() {
     if [ "$tries" -ge "$RLVR_MAX_TRIES" ]; then
         record "gave up: $tries attempts from $checkpoint ended without a new checkpoint, the last because of:" \
             "$(cat "$RUN_DIRECTORY/slurm/reason" 2> /dev/null || echo 'no reason was left; see the logs beside this file')"
-        # A submission by hand starts counting again.
+        # When the user submits the job again, counting starts anew.
         rm -f "$RUN_DIRECTORY/slurm/tries"
         end_attempt 1
     fi
@@ -116,8 +117,8 @@ set_tries() {
     mv "$RUN_DIRECTORY/slurm/tries.partial" "$RUN_DIRECTORY/slurm/tries"
 }
 
-# A step of its own that outlives this script by the seconds Slurm takes to end a job. If the script was killed (by
-# SIGKILL, or for memory), nobody else would ask for another attempt.
+# A separate step, which outlives this script by the seconds that Slurm takes to end a job. If this script was killed (by
+# SIGKILL, or for its memory), only the guard can ask for another attempt.
 guard() {
     trap 'kill $! 2> /dev/null' TERM
     sleep infinity &
@@ -138,7 +139,8 @@ end_attempt() {
     exit "$1"
 }
 
-# What Slurm knows of this job; its controller may be away for some minutes. An array is shown element by element.
+# Print Slurm's record of this job. The controller may not answer for some minutes. scontrol shows an array element by
+# element.
 job_record() {
     for _ in $(seq 150); do
         if scontrol show job -o "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "; then return; fi
@@ -147,8 +149,8 @@ job_record() {
     return 1
 }
 
-# Ask Slurm for another attempt, without the nodes in $1. Only the attempt that Slurm believes in may do so: one that
-# outlived its node must not end its successor.
+# Ask Slurm for another attempt, without the nodes in $1. Only the attempt that Slurm knows as the current one may do so:
+# an attempt that outlived its node must not end its successor.
 requeue() {
     local found left_out
     found=$(job_record)
@@ -161,9 +163,9 @@ requeue() {
         end_attempt 75
     fi
     touch "$attempt/ended"
-    trap '' TERM # requeueing ends this script, too
+    trap '' TERM # requeueing also ends this script
     scontrol requeue "$job" || true
-    # A job's nodes can be left out only while it waits for its next attempt.
+    # Nodes can be excluded only while the job waits for its next attempt.
     if [ -n "$1" ]; then
         left_out=$(sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p' <<< "$found")
         for _ in $(seq 100); do
@@ -178,7 +180,7 @@ requeue() {
     end_attempt 75
 }
 
-fail() { # STATUS REASON: what the next attempt, or the last, will name
+fail() { # STATUS REASON: end this attempt; the line that gives up names the last reason
     echo "${*:2}" > "$RUN_DIRECTORY/slurm/reason"
     case $1 in
         2)
@@ -197,7 +199,7 @@ newest_checkpoint() { cat "$RUN_DIRECTORY/checkpoints/latest" 2> /dev/null || ec
 
 stopped() {
     case $asked:$status in
-        TERM:*) # nothing is wrong with the run
+        TERM:*) # not a fault of the run
             set_tries 0 "$(newest_checkpoint)"
             reason=''
             ;;
@@ -207,7 +209,7 @@ stopped() {
                 reason="asked before a step was finished: the time limit must be longer than the seconds of --signal"
             ;;
         USR1:*)
-            # Where one was saved nonetheless, the reason is how training ended.
+            # If a checkpoint was saved nevertheless, the reason is how training ended.
             [ "$(newest_checkpoint)" != "$checkpoint" ] ||
                 reason="the time limit came before a step was finished and saved: raise the seconds of --signal"
             ;;
@@ -215,7 +217,7 @@ stopped() {
     [ -z "$reason" ] || echo "$reason" > "$RUN_DIRECTORY/slurm/reason"
     record "stopped (${asked:-by itself}${reason:+: $reason}); the newest checkpoint is $(newest_checkpoint)"
     if [ "$asked" = TERM ] && [[ $(job_record) != *Reason=TimeLimit* ]]; then
-        end_attempt 75 # cancelled, preempted or lost a node: Slurm knows whether there is another attempt
+        end_attempt 75 # cancelled, preempted or a lost node: Slurm decides whether there is another attempt
     fi
     requeue ""
 }

@@ -1,45 +1,45 @@
 #!/usr/bin/env bash
-# What the scenarios of this folder share; docs/slurm.md explains it. A scenario is a few lines: it sets RUN_DIRECTORY,
-# sources this file and calls `train CONFIG key=value...` (or `run_tool`). Here is what a job does, in attempts.sh how it
-# survives. Both are plain bash around srun: there is no Ray and no fixed sleep; what must be waited for is polled, with a
-# deadline. They need Slurm 22.05, and are written for bash 4.2, under whose set -u no empty array may be expanded.
+# Shared by the job scripts of this folder; docs/slurm.md explains them. A job script sets RUN_DIRECTORY, sources this file
+# and calls `train CONFIG key=value...` (or `run_tool`). This file is what a job does, attempts.sh is how it survives. Both
+# are plain bash around srun, without Ray and without fixed sleeps: they poll for what they wait for, with a deadline. They
+# need Slurm 22.05 and bash 4.2, in which `set -u` forbids the expansion of an empty array.
 set -Eeuo pipefail
 
 # --- Settings ----------------------------------------------------------------------------------------------------------
-# Set any of these before sbatch, which hands the environment on: RLVR_ENVIRONMENT=module:python,cuda sbatch ...
+# Set any of these before sbatch, which passes the environment on: RLVR_ENVIRONMENT=module:python,cuda sbatch ...
 
 # Where Python comes from: venv:FOLDER, module:NAME,NAME..., pyxis:IMAGE (enroot) or apptainer:IMAGE.
 : "${RLVR_ENVIRONMENT:=venv:.venv}"
-# Folders that a container sees besides the project and the run's own, under the same paths: models, data. Comma-separated.
+# Folders that a container sees under the same paths, besides the project and the run directory; comma-separated.
 : "${RLVR_MOUNTS:=}"
 # SGLang servers: none, colocated (on every training node) or nodes:N (the last N nodes of the job, which do not train).
 : "${RLVR_SERVERS:=none}"
-# Processes that train on a node; by default one a GPU. Set it where Slurm knows nothing of the GPUs.
+# Training processes per node; by default one per GPU. Set it where Slurm does not manage the GPUs.
 : "${RLVR_PROCESSES_PER_NODE:=}"
-# Attempts in a row that may end without a new checkpoint before the job gives up.
+# The job gives up after this many attempts in a row without a new checkpoint.
 : "${RLVR_MAX_TRIES:=3}"
-# Deadlines: the whole preflight, which takes seconds, but minutes where a shared file system hands out torch for the first
-# time; all servers answering.
+# Deadlines of the whole preflight and of the start of all servers. The preflight takes seconds, or minutes when torch is
+# read from a shared file system for the first time.
 : "${RLVR_PREFLIGHT_SECONDS:=300}"
 : "${RLVR_SERVER_SECONDS:=900}"
-# 1 prints the exact command of every step and every rank, and starts nothing: RLVR_DRY_RUN=1 bash examples/slurm/X.sbatch
+# 1: print the exact command of every step and rank, start nothing. RLVR_DRY_RUN=1 bash examples/slurm/X.sbatch
 : "${RLVR_DRY_RUN:=}"
 
 # --- Network -----------------------------------------------------------------------------------------------------------
-# NCCL finds NVLink and InfiniBand by itself on most clusters. When the preflight's bandwidth is far below what the
-# network has, or its all-reduce hangs, these are the settings to look at; whatever is set outside is kept.
-#   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME   interface of the first contact between nodes, such as ib0 or bond0
+# NCCL finds NVLink and InfiniBand by itself on most clusters. If the preflight's bandwidth is far below the network's, or
+# its all-reduce hangs, check these settings. Values from the environment are kept.
+#   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME   interface for the first contact between nodes, such as ib0 or bond0
 #   NCCL_IB_HCA                              adapters to use, such as mlx5 or =mlx5_0:1,mlx5_1:1; NCCL_IB_DISABLE=1: none
-#   NCCL_DEBUG=INFO                          say what was chosen
+#   NCCL_DEBUG=INFO                          log what was chosen
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# Communication of tensor and sequence parallelism keeps its order behind the computation it waits for.
+# Keeps the communication of tensor and sequence parallelism in order with the computation that it depends on.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-# Less fragmentation between generation and updates.
+# Reduces fragmentation between generation and updates.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
-# Threads of a process outside of torch, which has `threads` of the configuration.
+# Threads of libraries other than torch; the configuration's `threads` sets torch's.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Open files, and memory that InfiniBand pins: shells have low limits, which Slurm hands on with the environment.
-raise_limit() { # OPTION VALUE: the soft limit, as far as the hard one lets it
+# Open files, and memory that InfiniBand pins. Slurm passes on the limits of the submitting shell, which are often low.
+raise_limit() { # OPTION VALUE: raise the soft limit to VALUE, or to the hard limit if that is lower
     local soft hard
     soft=$(ulimit -S "$1") hard=$(ulimit -H "$1")
     [ "$soft" != unlimited ] || return 0
@@ -52,12 +52,12 @@ raise_limit() { # OPTION VALUE: the soft limit, as far as the hard one lets it
 raise_limit -n 65536
 raise_limit -l unlimited
 
-# --- The job: what Slurm gave, or in a dry run what the script asks for ------------------------------------------------
+# --- The job: what Slurm allocated, or in a dry run what the script requests -------------------------------------------
 say() { echo "[$(date +%T)] $*"; }
 
 describe_job() {
     local count gpus
-    if [ -n "$RLVR_DRY_RUN" ]; then # of what the script asks for, whatever job this shell may be in
+    if [ -n "$RLVR_DRY_RUN" ]; then # what the script requests, even if this shell runs within a job
         count=$(sed -n 's/^#SBATCH --nodes=//p' "$0")
         gpus=$(sed -n 's/^#SBATCH --gpus-per-node=//p' "$0")
         cpus=$(sed -n 's/^#SBATCH --cpus-per-task=//p' "$0")
@@ -80,21 +80,21 @@ describe_job() {
     esac
     train_nodes=$((${#nodes[@]} - server_nodes))
     if [ "$train_nodes" -lt 1 ]; then
-        echo "error: RLVR_SERVERS=$RLVR_SERVERS leaves none of ${#nodes[@]} nodes to train: ask for more nodes" >&2
+        echo "error: RLVR_SERVERS=$RLVR_SERVERS leaves none of ${#nodes[@]} nodes to train: request more nodes" >&2
         exit 2
     fi
-    # The order in which torchrun numbers nodes, so that rank 0 is on the head.
+    # torchrun numbers nodes in this order, so rank 0 is on the head.
     mapfile -t trainers < <(printf '%s\n' "${nodes[@]:0:train_nodes}" | LC_ALL=C sort)
     nodes=("${trainers[@]}" "${nodes[@]:train_nodes}")
     head=${nodes[0]}
-    # Another port for every attempt: what is left of the one before may still hold its own.
+    # A different port for every attempt, because a leftover process of the previous one may still hold its port.
     port=$((20000 + (${SLURM_JOB_ID//[!0-9]/0} * 7 + restart * 3) % 12000))
 }
 
-# What is read from Slurm's record and not from the environment: which attempt this is, and of which job. sbatch hands its
-# own environment on, so a job that is submitted from within another one has that one's SLURM_* variables, except those
-# that Slurm sets for it. From an element of an array it would requeue that array; from an interactive session on one core
-# its steps would get one core; and srun refuses two ways of asking for memory at once.
+# Read the job's identity and attempt from Slurm's record rather than from the environment. sbatch passes its environment
+# on, so a job that is submitted from within another job inherits the SLURM_* variables that Slurm does not set itself. It
+# would requeue the array that it was submitted from, or give its steps the one core of an interactive session. And srun
+# refuses two requests for memory at once.
 read_record() {
     local record name version
     version=$(srun --version | sed -n 's/.* \([0-9]*\)\.\([0-9]*\).*/\1\2/p')
@@ -105,26 +105,26 @@ read_record() {
     record=$(job_record)
     [[ ! $record =~ ' Restarts='([0-9]+) ]] || restart=${BASH_REMATCH[1]}
     job=$SLURM_JOB_ID
-    # To scontrol, the number of one element of an array may mean the whole array.
+    # For scontrol, the id of an array element may name the whole array.
     [[ ! $record =~ ' ArrayJobId='([0-9]+)' ArrayTaskId='([0-9]+)' ' ]] || job=${BASH_REMATCH[1]}_${BASH_REMATCH[2]}
-    # The cores of a node, of the smallest one where they differ.
+    # Cores per node, of the smallest node if they differ.
     cpus=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
-    # SLURM_EXPORT_ENV is of sbatch --export, which would keep the variables of this script from its own steps.
+    # SLURM_EXPORT_ENV comes from sbatch --export and would hide this script's variables from its steps.
     for name in EXPORT_ENV MEM_PER_NODE MEM_PER_CPU MEM_PER_GPU CPUS_PER_TASK CPUS_PER_GPU TRES_PER_TASK GPUS_PER_TASK \
         NTASKS_PER_GPU NTASKS_PER_SOCKET NTASKS_PER_CORE CPU_BIND CPU_BIND_TYPE CPU_BIND_LIST CPU_BIND_VERBOSE \
         GPU_BIND DISTRIBUTION; do
         unset "SLURM_$name"
     done
-    # A job that asked for GPUs, or for whole nodes, has been told which.
+    # In a job that requested GPUs or whole nodes, these variables are its own.
     [[ $record =~ gres[:/]gpu|OverSubscribe=NO ]] ||
         unset SLURM_GPUS SLURM_GPUS_ON_NODE SLURM_GPUS_PER_NODE SLURM_JOB_GPUS
 }
 
-# How a step on the nodes is started, and how Python is: `step_options` and `python`.
+# Set `step_options`, the options of every srun, and `python`, the command that starts Python on a node.
 describe_environment() {
     local kind=${RLVR_ENVIRONMENT%%:*} value=${RLVR_ENVIRONMENT#*:} modules folder mounts=$PWD:$PWD
     for folder in "$RUN_DIRECTORY" ${RLVR_MOUNTS//,/ }; do mounts+=,$folder:$folder; done
-    # Steps share all that the job has; without saying so, a step gets one core, and memory for that.
+    # Steps share all resources of the job. By default a step gets one core, and the memory that belongs to it.
     step_options=(--overlap --mem=0 --cpus-per-task="$cpus")
     case $kind in
         venv) python=("$value/bin/python") ;;
@@ -146,8 +146,8 @@ describe_environment() {
     fi
 }
 
-# A batch script is no login shell, and may have been submitted from one that is not bash: `module` has to be found first.
-# Neither its definition nor the modules are written for set -eu.
+# A batch script is not a login shell, and the submitting shell need not be bash, so the definition of `module` must be
+# found first. Neither that definition nor the modules are written for set -eu.
 load_modules() {
     local file status=0
     set +Eeu
@@ -170,20 +170,20 @@ load_modules() {
 # shellcheck source=examples/slurm/attempts.sh
 source examples/slurm/attempts.sh
 
-# --- The parts of a training job ---------------------------------------------------------------------------------------
-# Check every node before training; a bad one is named, and left out of the next attempt.
+# --- The stages of a training job --------------------------------------------------------------------------------------
+# Check every node before training. Bad nodes are named and excluded from the next attempt.
 preflight() {
     local code=0 reason verdict=$attempt/preflight/verdict
     start_step --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --wait=0 "${python[@]}" \
         -m megatron_rlvr.cluster.preflight --nodes="$(IFS=, && echo "${nodes[*]}")" --train-nodes="$train_nodes" \
         --processes-per-node="$RLVR_PROCESSES_PER_NODE" --servers="$RLVR_SERVERS" --endpoint="$head:$((port + 1))" \
         --report="$attempt/preflight" --seconds="$RLVR_PREFLIGHT_SECONDS" -- "${training[@]}"
-    # Nothing in a process ends it while its file system hangs, so srun is not waited for much longer than for the verdict.
+    # A process whose file system hangs cannot end, so this script does not wait for srun much longer than for the verdict.
     wait_step "$verdict" $((RLVR_PREFLIGHT_SECONDS + 60)) || code=$?
     [ -z "$asked" ] || stopped
     [ -z "$RLVR_DRY_RUN" ] && [ "$code" != 0 ] || return 0
     if [ ! -s "$verdict" ]; then
-        # The head says the verdict; where it could not, the others have left their reports, and it is the bad one.
+        # The head writes the verdict. If only the other nodes have left reports, the head is the bad node.
         if compgen -G "$attempt/preflight/*.json" > /dev/null && [ ! -f "$attempt/preflight/$head.json" ]; then
             echo "69 $head did not run the preflight, other nodes did" > "$verdict"
             echo "$head" > "$attempt/preflight/bad_nodes"
@@ -202,7 +202,7 @@ preflight() {
     fail "$code" "preflight: $reason"
 }
 
-# Start the SGLang servers that CONFIG key=value... describe and wait until all answer; `training` then names them.
+# Start the SGLang servers that CONFIG key=value... describe, wait until all answer, and add their URLs to `training`.
 start_servers() {
     server_step=''
     [ "$RLVR_SERVERS" != none ] || return 0
@@ -229,14 +229,14 @@ start_servers() {
     say "SGLang servers: $urls"
 }
 
-# Run Python on the training nodes, under torchrun; what became of it is then in status and reason.
+# Run Python on the training nodes, under torchrun. Sets `status` and `reason` to how it ended.
 launch() {
-    local told program=(-m megatron_rlvr.cluster.torchrun --nnodes="$train_nodes"
+    local outcomes program=(-m megatron_rlvr.cluster.torchrun --nnodes="$train_nodes"
         --nproc-per-node="$RLVR_PROCESSES_PER_NODE" --rdzv-id="$SLURM_JOB_ID.$restart" --rdzv-endpoint="$head:$port" --logs="$attempt")
     [ -z "$asked" ] || stopped
     start_step --nodes="$train_nodes" --ntasks="$train_nodes" --ntasks-per-node=1 --relative=0 --kill-on-bad-exit=1 \
         "${python[@]}" "${program[@]}" -- "$@"
-    if [ -n "$RLVR_DRY_RUN" ]; then # by the Python of this machine: there may be no container here
+    if [ -n "$RLVR_DRY_RUN" ]; then # with the Python of this machine, which may have no container
         if ! "${python[@]: -1}" -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
             echo "error: ${python[*]: -1} on $(uname -n) is older than Python 3.9: put a newer one first in PATH" >&2
             exit 2
@@ -246,9 +246,9 @@ launch() {
         exit 0
     fi
     wait_step || true
-    # srun exits with the largest status, which says nothing about the cause. A user error counts first, then a rank that
-    # was killed (134 is SIGABRT, by which a rank that lost another may end), then any other crash, then a stop. Among
-    # equals the node that failed first counts: the line "at TIME" follows the line with its status and reason.
+    # srun exits with the largest status, which is not always the cause. A user error counts first, then a rank that was
+    # killed (except by SIGABRT, 134, which can end a rank that lost another), then any other crash, then a stop. Of nodes
+    # with equal weight the one that failed first counts: a line "at TIME" follows the line with its status and reason.
     read -r status reason < <(cat "$attempt"/outcome.* 2> /dev/null | awk '
         function compare() {
             if (line != "" && (weight > most || weight == most && time < first)) {
@@ -263,8 +263,8 @@ launch() {
             weight = $1 == 2 ? 4 : $1 > 128 && $1 != 134 ? 3 : $1 == 75 ? 1 : $1 == 0 ? 0 : 2
         }
         END { compare(); print cause }')
-    told=$(find "$attempt" -maxdepth 1 -name "outcome.*" | wc -l)
-    if [ -z "$asked" ] && [ "$told" -lt "$train_nodes" ] && { [ "$status" = 0 ] || [ "$status" = 75 ]; }; then
+    outcomes=$(find "$attempt" -maxdepth 1 -name "outcome.*" | wc -l)
+    if [ -z "$asked" ] && [ "$outcomes" -lt "$train_nodes" ] && { [ "$status" = 0 ] || [ "$status" = 75 ]; }; then
         status=137 reason="the launcher of a node was killed"
     fi
 }
@@ -278,7 +278,7 @@ train() { # CONFIG key=value...
     finish
 }
 
-# Evaluate a run on the training nodes, with servers as it had them; the same survival but no preflight.
+# Evaluate a run on the training nodes, with servers as the run had them. It survives like training, without a preflight.
 evaluate() { # RUN [--initial] key=value...
     local word settings=("${1:?the directory of a run}/config.yaml")
     begin_attempt
@@ -291,14 +291,14 @@ evaluate() { # RUN [--initial] key=value...
     finish
 }
 
-# What has to be there before, made on the first node.
+# Run a program on the first node, to make files that training needs.
 prepare() { # PROGRAM ARGUMENT...
     begin_attempt
     start_step --nodes=1 --ntasks=1 --nodelist="$head" "${python[@]}" "$@"
     wait_step || { [ -z "$asked" ] || stopped; fail 1 "$1 failed (its output is in the job's)"; }
 }
 
-# A tool under torchrun on the training nodes.
+# Run a tool under torchrun on the training nodes.
 run_tool() {
     begin_attempt
     launch "$@"
@@ -321,12 +321,12 @@ finish() {
     esac
 }
 
-# run_directory=... among the script's arguments chooses another one.
+# run_directory=... among the arguments of the job script replaces the script's own.
 for argument in "$@"; do
     case $argument in run_directory=*) RUN_DIRECTORY=${argument#run_directory=} ;; esac
 done
 # The same path on all nodes and in containers.
-RUN_DIRECTORY=$(realpath -m "${RUN_DIRECTORY:?the scenario sets it before it sources common.sh}")
+RUN_DIRECTORY=$(realpath -m "${RUN_DIRECTORY:?the job script sets it before it sources common.sh}")
 server_step='' training=()
 describe_job
 [ -n "$RLVR_DRY_RUN" ] || heed_signals

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submit the entropy sweep: the array of runs, and the report that is made when all of them have ended.
+# Submit the entropy sweep: the array of runs, and the report that starts when all of them have ended.
 #   bash examples/slurm/entropy-sweep.sh [key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
