@@ -1,13 +1,13 @@
-# Megatron-RLVR: `make help` lists what there is.
+# Megatron-RLVR: `make help` lists the targets.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SGLANG_VENV := .venv-sglang
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge shellcheck
-# Its tests use the environment that SGLANG_PYTHON names, if it does.
+# If SGLANG_PYTHON names an environment, the tests use it and need none of their own.
 SGLANG_READY := $(if $(SGLANG_PYTHON),,$(SGLANG_VENV)/.installed)
-# More test processes than cores: the tests wait for other processes much of the time. PARALLEL= runs one after another.
+# More test processes than cores, because many tests wait for other processes. `make test PARALLEL=` runs one at a time.
 PARALLEL ?= --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 export PYTHONWARNINGS ?= ignore
@@ -19,7 +19,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-setup: $(STAMP)  ## make .venv, install everything, build the operators
+setup: $(STAMP)  ## create .venv, install everything, build the operators
 
 $(STAMP): pyproject.toml $(NATIVE)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml $(NATIVE)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[train,dev]'
 	touch $@
 
-sglang: $(SGLANG_VENV)/.installed  ## make .venv-sglang: SGLang on the CPU, for rollout.sglang.python and its tests
+sglang: $(SGLANG_VENV)/.installed  ## create .venv-sglang: SGLang on the CPU, for rollout.sglang.python and the tests
 
 $(SGLANG_VENV)/.installed: examples/sglang/requirements.txt examples/sglang/sgl_kernel.py
 	test -d $(SGLANG_VENV) || $(PYTHON) -m venv $(SGLANG_VENV)
@@ -37,39 +37,39 @@ $(SGLANG_VENV)/.installed: examples/sglang/requirements.txt examples/sglang/sgl_
 	cp examples/sglang/sgl_kernel.py "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 
-slurm:  ## Debian's Slurm and shellcheck, for tests/integration/slurm; installed where this is root on Debian
+slurm:  ## install Debian's Slurm and shellcheck, for tests/integration/slurm; needs root on Debian
 	@missing=; for program in slurmctld slurmd munged sbatch shellcheck; do command -v $$program >/dev/null || missing=1; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null; \
 	else echo "not root on Debian, so not installed: $(SLURM_PACKAGES); the tests on a real Slurm will be skipped"; fi
 
-slurm-soak: $(STAMP) slurm  ## 10 random interruptions of a job on a virtual cluster, each to its end (about 10 minutes)
+slurm-soak: $(STAMP) slurm  ## interrupt a job on a virtual cluster at 10 random moments (about 10 minutes)
 	PYTHONPATH=.:examples/quickstart $(BIN)/python -m tests.integration.slurm.soak $(ARGS)
 
-quickstart: $(STAMP)  ## RLVR on Countdown in minutes; ARGS="key=value ..." overrides quickstart.yaml
+quickstart: $(STAMP)  ## train on Countdown in minutes; ARGS="key=value ..." overrides quickstart.yaml
 	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
 	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
 	$(BIN)/python -m megatron_rlvr.train examples/quickstart/quickstart.yaml $(ARGS)
 
-study: $(STAMP)  ## every strategy on the quickstart's task, 5 seeds each (2 hours, resumable), into docs/entropy_study.md
+study: $(STAMP)  ## compare all strategies, 5 seeds each (2 hours, resumable), and write docs/entropy_study.md
 	test -f runs/study/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py --output runs/study/data
 	$(BIN)/python examples/entropy_study/study.py run && $(BIN)/python examples/entropy_study/study.py report
 
 docs: $(STAMP)  ## write the pages that are generated from docstrings; the tests fail while they are out of date
 	for tool in tools/document_*.py; do $(BIN)/python $$tool || exit 1; done
 
-test: $(STAMP) slurm $(SGLANG_READY) lint  ## everything CI runs, also on the real SGLang (the first time 2 minutes and 3 GB)
+test: $(STAMP) slurm $(SGLANG_READY) lint  ## run what CI runs, also on the real SGLang (downloads 3 GB the first time)
 	$(BIN)/python -m pytest tests $(PARALLEL)
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## let ruff put the code in order
+format: $(STAMP)  ## format the code with ruff and apply its fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove the environment and what was built
+clean:  ## remove the environments and everything that was built
 	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info megatron_rlvr/*.so
