@@ -1,8 +1,8 @@
-"""A real Slurm on this machine, for tests: slurmctld, munge, and a slurmd for each of several virtual nodes.
+"""A real Slurm on this machine, for tests: slurmctld, munge, and one slurmd per virtual node.
 
-Every virtual node has a host name and an /etc/hosts of its own (UTS and mount namespaces), and GPUs that are character
-devices and nothing more. Outside `root`, which is under the temporary folder, nothing is changed but its parents' mode.
-Needs root and Debian's slurmctld, slurmd and munge.
+Every virtual node has its own host name and /etc/hosts (UTS and mount namespaces). Its GPUs are mere character devices.
+The cluster changes nothing outside `root`, a temporary folder, except the mode of the folders above it. Needs root and
+Debian's slurmctld, slurmd and munge.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MARK = "RLVR_TEST_MARK"
 _DAEMONS = ("slurmctld", "slurmd", "munged", "unshare", "nsenter")
 _GPUS, _CPUS = 8, 96
 _CONFIGURATION = """
@@ -66,7 +65,7 @@ PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 OverSubs
 
 
 def why_not() -> str | None:
-    """What keeps this machine from running the virtual cluster, or None."""
+    """Return why this machine cannot run the virtual cluster, or None."""
     missing = [name for name in _DAEMONS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
     if missing:
         return f"no {', '.join(missing)}: `make slurm` installs Debian's Slurm, as root"
@@ -84,7 +83,7 @@ class Cluster:
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, *command: object, check: bool = True, timeout: float = 300) -> str:
-        """Run a command against this cluster; its output, both streams."""
+        """Run a command against this cluster and return its output, both streams."""
         done = subprocess.run(
             [str(word) for word in command],
             env=os.environ | self.environment,
@@ -97,8 +96,8 @@ class Cluster:
         return done.stdout
 
     def submit(self, script: Path, *arguments: object, options: Sequence[str] = (), **variables: str) -> str:
-        """sbatch a script of the project with a fresh mark in its environment; the job's id."""
-        environment = os.environ | self.environment | {MARK: "1"} | variables
+        """Submit a script of the project and return the id of the job."""
+        environment = os.environ | self.environment | variables
         done = subprocess.run(
             ["sbatch", "--parsable", f"--output={self.root}/out-%j.txt", *options, str(script), *map(str, arguments)],
             env=environment,
@@ -115,25 +114,25 @@ class Cluster:
         return path.read_text(errors="replace") if path.is_file() else ""
 
     def job(self, job: str) -> dict[str, str]:
-        """The fields that scontrol shows of a job."""
+        """Return the fields that scontrol shows for a job."""
         text = self.run("scontrol", "show", "job", "-o", job)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def wait(self, job: str, *states: str, timeout: float = 300) -> dict[str, str]:
-        """Wait until a job is in one of the states; its fields."""
+        """Wait until a job is in one of the states, and return its fields."""
         deadline = time.monotonic() + timeout
-        while (found := self.job(job))["JobState"] not in states:
+        while (fields := self.job(job))["JobState"] not in states:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"job {job} is {found['JobState']}, not {states}:\n{self.output(job)[-6000:]}")
+                raise TimeoutError(f"job {job} is {fields['JobState']}, not {states}:\n{self.output(job)[-6000:]}")
             time.sleep(0.1)
-        return found
+        return fields
 
     def finished(self, job: str, timeout: float = 500) -> dict[str, str]:
-        """Wait until a job has ended for good."""
+        """Wait until a job has ended and will not be requeued."""
         return self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=timeout)
 
     def wait_for_output(self, job: str, pattern: str, count: int = 1, timeout: float = 300) -> None:
-        """Wait until the job's output has so many matches of a regular expression."""
+        """Wait until the job's output has `count` matches of a regular expression."""
         deadline = time.monotonic() + timeout
         while len(re.findall(pattern, self.output(job))) < count:
             state = self.job(job)["JobState"]
@@ -143,7 +142,7 @@ class Cluster:
             time.sleep(0.05)
 
     def processes(self, job: str, pattern: str = "", node: str = "") -> list[int]:
-        """Living processes that carry the job's environment, on one node or all, whose command line matches."""
+        """Return the living processes of a job, on one node or all, whose command line matches a regular expression."""
         wanted = {f"SLURM_JOB_ID={job}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
         if node:
             wanted.add(f"SLURMD_NODENAME={node}")
@@ -154,13 +153,13 @@ class Cluster:
             with contextlib.suppress(OSError):
                 variables = set((entry / "environ").read_bytes().decode(errors="replace").split("\0"))
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                # slurmstepd takes over the environment of its job, and ends with it.
+                # slurmstepd has the environment of its job, and ends with it.
                 if wanted <= variables and re.search(pattern, command) and "slurmstepd" not in command:
                     found.append(int(entry.name))
         return found
 
     def orphans(self, job: str, timeout: float = 60) -> list[str]:
-        """Processes of a job that are still there so long after its end, as ps shows them."""
+        """Wait until no process of a job is left. Return those that remain at the deadline, as ps shows them."""
         deadline = time.monotonic() + timeout
         while (found := self.processes(job)) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -172,7 +171,7 @@ class Cluster:
         return self.run("nsenter", "-t", pid, "--mount", "--uts", *command)
 
     def power_off(self, node: str, job: str) -> None:
-        """End a node: every process of the job on it and its slurmd at once; Slurm then finds it down."""
+        """Kill all processes of the job on a node and its slurmd at once, and mark the node as down."""
         slurmd = int((self.root / "run" / f"slurmd-{node}.pid").read_text())
         for pid in [slurmd, *self.processes(job, node=node)]:
             with contextlib.suppress(ProcessLookupError):
@@ -195,10 +194,10 @@ class Cluster:
 
 @contextlib.contextmanager
 def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
-    """Start a cluster of `size` nodes under `root`, stop it and all its jobs at the end."""
+    """Start a cluster of `size` nodes under `root`; at the end, stop it and all its jobs."""
     for name in ("state", "log", "spool", "run", "dev", "munge"):
         (root / name).mkdir(parents=True)
-    # munge refuses a socket whose folders others could not reach, and a test's folders are their owner's alone.
+    # munge refuses a socket in folders that others cannot enter, and the folders of a test have mode 700.
     for folder in (root / "munge", root, *root.parents):
         if folder == Path(tempfile.gettempdir()):
             break
@@ -210,7 +209,7 @@ def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
     (root / "slurm.conf").write_text(_CONFIGURATION.format(**settings))
     devices = f"File={root}/dev/gpu[0-{_GPUS - 1}]"
     (root / "gres.conf").write_text(f"AutoDetect=off\nNodeName=n[1-{size}] Name=gpu Type=h100 {devices}\n")
-    for gpu in range(_GPUS):  # plain files would give the tasks an empty CUDA_VISIBLE_DEVICES
+    for gpu in range(_GPUS):  # with plain files, the tasks would have an empty CUDA_VISIBLE_DEVICES
         os.mknod(root / "dev" / f"gpu{gpu}", 0o020666, os.makedev(1, 3))
     names = "".join(f"127.0.0.1 n{i}\n" for i in range(1, size + 1))
     (root / "hosts").write_text(Path("/etc/hosts").read_text() + names)
@@ -241,7 +240,7 @@ def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many free ports in a row, below those that the system hands out."""
+    """Return the first of `count` consecutive free ports, below the range of ports that the system assigns."""
     for _ in range(100):
         first = random.Random().randrange(12000, 19000)
         with contextlib.ExitStack() as probes:

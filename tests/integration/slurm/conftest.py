@@ -1,4 +1,4 @@
-"""One virtual Slurm cluster for all tests of this folder; where it cannot run they are skipped, and say why."""
+"""One virtual Slurm cluster for all tests of this folder. If it cannot run, they are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def settings(small_model: Path, problems: Path) -> Settings:
-    """The quickstart's task in small: quick steps on a random model."""
+    """Settings of a run with quick steps on a small random model."""
     return Settings(small_model, problems)
 
 
 def set_job_environment(patch: pytest.MonkeyPatch) -> None:
-    """What a user's shell would hand to sbatch: the tree under test, this Python."""
+    """Set the environment that a user's shell would pass to sbatch: the checkout under test and this Python."""
     for name, value in environment().items():
         if name in ("PYTHONPATH", "OMP_NUM_THREADS", "PYTHONWARNINGS"):
             patch.setenv(name, value)
@@ -47,5 +47,5 @@ def job_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quickstart(cluster: Cluster, settings: Settings, tmp_path: Path, job_environment: None) -> Job:
-    """The example script on the small model, in a run directory of this test; not submitted yet."""
+    """The example script on the small model, with a run directory of this test; not submitted yet."""
     return Job(cluster, ROOT / "examples" / "slurm" / "quickstart-cpu.sbatch", tmp_path / "run", settings.overrides())

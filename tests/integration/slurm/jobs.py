@@ -1,4 +1,4 @@
-"""Jobs of the tests: what they train, and what is done to them while they run."""
+"""Jobs of the tests: what they train, and the interruptions that they must survive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.integration.slurm.cluster import Cluster
 
 @dataclass
 class Settings:
-    """A run whose steps take a fraction of a second."""
+    """Settings of a run whose steps take a fraction of a second."""
 
     model: Path
     problems: Path
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass
 class Job:
-    """One job script and its run directory, from submission to the end of all its processes."""
+    """A job script with its run directory, from submission until all processes of the job have ended."""
 
     cluster: Cluster
     script: Path
@@ -60,21 +60,21 @@ class Job:
         return self
 
     def wait_for_steps(self, steps: int, timeout: float = 300) -> None:
-        """Wait until the job's attempts have told of so many steps in all."""
+        """Wait until the attempts of the job have printed `steps` steps in all."""
         self.cluster.wait_for_output(self.id, r"(?m)^step +\d+/", steps, timeout)
 
     def wait_for_steps_after_resuming(self, steps: int, timeout: float = 300) -> None:
-        """Wait until an attempt has gone on from a checkpoint, and told of so many steps since."""
+        """Wait until an attempt has resumed from a checkpoint and printed `steps` steps."""
         self.cluster.wait_for_output(self.id, rf"(?ms)try \d from step_\d+ on n(.*?^step +\d+/){{{steps}}}", 1, timeout)
 
     def finish(self, timeout: float = 500) -> str:
-        """Wait for the end of the job and of its processes; its state."""
+        """Wait until the job and all its processes have ended, and return its state."""
         state = self.cluster.finished(self.id, timeout)["JobState"]
         assert not (left := self.cluster.orphans(self.id)), left
         return state
 
     def nodes(self) -> list[str]:
-        """The nodes that it runs on now, the head first."""
+        """Return the nodes that the job runs on now, the head first."""
         listed = self.cluster.job(self.id)["NodeList"]
         return self.cluster.run("scontrol", "show", "hostnames", listed).split()
 
@@ -83,17 +83,17 @@ class Job:
         return file.read_text() if file.is_file() else ""
 
     def metrics(self) -> list[Record]:
-        """The run's records without what depends on the machine's speed."""
+        """Return the metrics of the run without those that depend on the machine's speed."""
         return [deterministic(record) for record in read_metrics(self.run)]
 
-    # What can happen to a job -----------------------------------------------------------------------------------------
+    # Interruptions ----------------------------------------------------------------------------------------------------
 
     def signal_before_the_limit(self) -> None:
-        """What --signal=B:USR1@... does."""
+        """Send the signal that --signal=B:USR1@... sends before the time limit."""
         self.cluster.run("scancel", "--batch", "--signal=USR1", self.id)
 
     def requeue(self) -> None:
-        """What preemption does."""
+        """Requeue the job, as preemption does."""
         self.cluster.run("scontrol", "requeue", self.id)
 
     def kill_rank(self, node: str = "") -> None:
@@ -109,7 +109,7 @@ class Job:
         self._kill("slurm_script", "")
 
     def lose_node(self, node: str) -> None:
-        """The power of a node fails."""
+        """Cut the power of a node."""
         self.cluster.power_off(node, self.id)
 
     def _kill(self, pattern: str, node: str) -> None:
@@ -119,7 +119,7 @@ class Job:
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 300) -> None:
-    """Wait for something, by name."""
+    """Wait until a condition holds; `what` describes it in the error."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -128,7 +128,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = 300) -
 
 
 def with_stand_in_servers(job: Job) -> Job:
-    """The job with the tests' deterministic stand-in for SGLang as its engine."""
+    """Return the job with the tests' deterministic stand-in for SGLang as its engine."""
     stand_in = Path(__file__).with_name("stand_in")
     servers = [
         f"rollout.sglang.python={sys.executable}",

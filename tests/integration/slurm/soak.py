@@ -1,11 +1,11 @@
-"""Interrupt the two-node quickstart job at random, over and over, and hold every run to the uninterrupted one.
+"""Interrupt the two-node quickstart job at random moments, and compare every run with an uninterrupted one.
 
     make slurm-soak ARGS="[--interruptions 10] [--seed 0] [--only 1-5]"
 
-Starts a virtual cluster (root, Debian's Slurm). The job trains on two nodes and generates on a server on a third, the
-tests' deterministic stand-in for SGLang. Every interruption is a job of its own, interrupted once at a random moment,
-one in four of them before training begins, and waited for to its end; it must end COMPLETED with the metrics of the
-uninterrupted job, bit for bit, and leave no process behind. Exit status 1 if any does not.
+Starts a virtual cluster, which needs root and Debian's Slurm. The job trains on two nodes and generates on a server on
+a third, the tests' deterministic stand-in for SGLang. Every job is interrupted once at a random moment, one in four
+before training begins. It must end as COMPLETED with the metrics of the uninterrupted job, bit for bit, and leave no
+process behind. The exit status is 1 if any job does not.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ STEPS = 16
 SCRIPT = ROOT / "examples" / "slurm" / "quickstart-cpu.sbatch"
 
 
-def kinds(job: Job, rng: random.Random) -> dict[str, Callable[[], None]]:
-    """What can happen to a job that runs."""
+def interruptions(job: Job, rng: random.Random) -> dict[str, Callable[[], None]]:
+    """Return the interruptions of a running job by name."""
     trainers = job.nodes()[:2]
     return {
         "USR1 before the time limit": job.signal_before_the_limit,
@@ -46,7 +46,7 @@ def kinds(job: Job, rng: random.Random) -> dict[str, Callable[[], None]]:
 
 
 def interrupt(cluster: Cluster, job: Job, kind: str, rng: random.Random) -> None:
-    """Submit a job and do this to it at a random moment, between its beginning and its last steps."""
+    """Submit a job and interrupt it at a random moment between its beginning and its last steps."""
     job.submit(f"steps={STEPS}", options=["--nodes=3"], RLVR_SERVERS="nodes:1")
     steps = rng.randrange(1, STEPS - 4)
     if rng.random() < 0.25:
@@ -57,7 +57,7 @@ def interrupt(cluster: Cluster, job: Job, kind: str, rng: random.Random) -> None
         time.sleep(rng.random() / 2)
     before = set(job.nodes())
     print(f"    at {'the beginning' if 'step ' not in cluster.output(job.id) else f'step {steps}'}: {kind}", flush=True)
-    kinds(job, rng)[kind]()
+    interruptions(job, rng)[kind]()
     state = job.finish(timeout=600)
     assert state == "COMPLETED", f"{state}\n{job.history()}\n{cluster.output(job.id)[-3000:]}"
     for node in sorted(before):
@@ -68,7 +68,7 @@ def interrupt(cluster: Cluster, job: Job, kind: str, rng: random.Random) -> None
 
 
 def soak(cluster: Cluster, root: Path, count: int, seed: int, only: range) -> int:
-    """The whole of it, or those with numbers in `only`; the number of interruptions that were not survived."""
+    """Run the interruptions whose numbers are in `only`. Returns how many were not survived."""
     model = make_small_model(root / "model")
     settings = Settings(model, write_problems(root / "train.jsonl"))
 
@@ -81,8 +81,8 @@ def soak(cluster: Cluster, root: Path, count: int, seed: int, only: range) -> in
     assert whole.finish(timeout=600) == "COMPLETED", cluster.output(whole.id)
     expected = whole.metrics()
     print(f"uninterrupted: {len(expected)} steps in {time.monotonic() - began:.0f} s", flush=True)
-    names = list(kinds(whole, rng)) if whole.nodes() else []
-    # Every kind once, the rest by chance, in random order.
+    names = list(interruptions(whole, rng)) if whole.nodes() else []
+    # Every interruption once, then random ones, in random order.
     chosen = [names[i] if i < len(names) else rng.choice(names) for i in range(count)]
     rng.shuffle(chosen)
     failed = done = 0
@@ -110,7 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interruptions", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", metavar="FIRST-LAST", help="of them, those with these numbers")
+    parser.add_argument("--only", metavar="FIRST-LAST", help="run only the interruptions with these numbers")
     options = parser.parse_args()
     first, last = map(int, options.only.split("-")) if options.only else (1, options.interruptions)
     if reason := why_not():

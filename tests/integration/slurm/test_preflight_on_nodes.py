@@ -1,4 +1,4 @@
-"""What the preflight refuses, and which node it names."""
+"""Which jobs the preflight refuses, and which node it names."""
 
 from __future__ import annotations
 

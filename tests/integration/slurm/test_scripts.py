@@ -1,4 +1,4 @@
-"""The example scripts as text: shellcheck, their dry run, and whether Slurm would take them."""
+"""The job scripts without running them: shellcheck, dry run, and whether Slurm accepts them."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_dry_run_of_the_other_gpu_scripts_and_within_a_job() -> None:
     ],
 )
 def test_environments(environment: str, expected: str) -> None:
-    # Whatever python3 there is suffices: a login node has none of the container's packages.
+    # Any python3 suffices, because a login node lacks the packages of the container.
     text = dry_run(FOLDER / "quickstart-cpu.sbatch", "run_directory=/scratch/run", RLVR_ENVIRONMENT=environment)
     assert re.search(expected, text)
     if "/images/" in environment:
@@ -120,13 +120,13 @@ def test_environments(environment: str, expected: str) -> None:
         ({"RLVR_DRY_RUN": ""}, "error: this is a batch script: sbatch"),
     ],
 )
-def test_settings_that_cannot_work(variables: dict[str, str], message: str) -> None:
+def test_wrong_settings_are_refused(variables: dict[str, str], message: str) -> None:
     with pytest.raises(AssertionError) as caught:
         dry_run(FOLDER / "quickstart-cpu.sbatch", "model.path=x", **variables)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=_name)
-def test_slurm_takes_it(script: Path, cluster: Cluster) -> None:
+def test_slurm_accepts_it(script: Path, cluster: Cluster) -> None:
     found = cluster.run("sbatch", "--test-only", script)
     assert re.search(r"Job \d+ to start at .* on nodes n", found), found

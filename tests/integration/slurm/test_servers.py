@@ -1,4 +1,7 @@
-"""SGLang servers of a job, on nodes of their own and on the training nodes; a stand-in, because SGLang's is random."""
+"""SGLang servers of a job, on separate nodes and on the training nodes.
+
+A deterministic stand-in replaces SGLang, whose completions on the CPU are random.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quickstart as a job of two nodes through the very example script, and what happens to it."""
+"""The quickstart as a job of two nodes, from its example script, under every kind of interruption."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def uninterrupted(cluster: Cluster, settings, tmp_path_factory: pytest.TempPathF
     return job
 
 
-def test_it_runs_and_says_how_it_is_doing(uninterrupted: Job, job_environment: None) -> None:
+def test_it_runs_and_reports_its_status(uninterrupted: Job, job_environment: None) -> None:
     assert [record["step"] for record in uninterrupted.metrics()] == list(range(STEPS))
     status = read_status(uninterrupted.run)
     assert (status.state, status.step, status.checkpoint) == ("done", STEPS, STEPS)
@@ -94,62 +94,63 @@ def test_evaluation_of_a_checkpoint(uninterrupted: Job, tmp_path: Path, job_envi
     assert not job.cluster.orphans(job.id)
 
 
-# What needs no training: a Python that pretends ----------------------------------------------------------------------
+# Tests without training: a shell script takes the place of Python -----------------------------------------------------
 
-PRETENDER = """#!/bin/bash
-# The preflight is content, or does what $PREFLIGHT says; all else does what $PRETEND says, a launcher with $logs.
+FAKE_PYTHON = """#!/bin/bash
+# The preflight succeeds, or runs $PREFLIGHT. Everything else runs $PROGRAM, a launcher with $logs set.
 case "$*" in
     *cluster.preflight*)
         report=$(tr ' ' '\\n' <<< "$*" | sed -n 's/^--report=//p')
         mkdir -p "$report" && eval "${PREFLIGHT:-echo 0 fine > $report/verdict}" ;;
-    *) logs=$(tr ' ' '\\n' <<< "$*" | sed -n 's/^--logs=//p'); eval "$PRETEND" ;;
+    *) logs=$(tr ' ' '\\n' <<< "$*" | sed -n 's/^--logs=//p'); eval "$PROGRAM" ;;
 esac
 """
 
 
 @pytest.fixture
-def pretender(cluster: Cluster, tmp_path: Path, job_environment: None, monkeypatch: pytest.MonkeyPatch) -> Job:
+def fake_job(cluster: Cluster, tmp_path: Path, job_environment: None, monkeypatch: pytest.MonkeyPatch) -> Job:
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text(PRETENDER)
+    (tmp_path / "bin" / "python").write_text(FAKE_PYTHON)
     (tmp_path / "bin" / "python").chmod(0o755)
     monkeypatch.setenv("RLVR_ENVIRONMENT", f"venv:{tmp_path}")
     return Job(cluster, SCRIPT, tmp_path / "run", ["model.path=none"])
 
 
-# A launcher's last words, and waiting for those of so many nodes: the first that ends may end the others.
-OUTCOME = '[ -z "$logs" ] || echo "$said" > $logs/outcome.$SLURMD_NODENAME'
-TOLD = 'until [ "$(cat $logs/outcome.* | wc -l)" -ge %d ]; do sleep 0.1; done'
+# Write the outcome of a launcher. Wait for those of several nodes: the first launcher that ends may end the others.
+OUTCOME = '[ -z "$logs" ] || echo "$outcome" > $logs/outcome.$SLURMD_NODENAME'
+AWAIT_OUTCOMES = 'until [ "$(cat $logs/outcome.* | wc -l)" -ge %d ]; do sleep 0.1; done'
 
 
-def test_crash_loop_ends_with_the_reason(pretender: Job) -> None:
+def test_crash_loop_ends_with_the_reason(fake_job: Job) -> None:
     reason = "rank 3 on n2 ended of SIGSEGV: its last words"
-    said = f'said="139 {reason}"; [ "$SLURM_PROCID" = 1 ] || said="1 rank 0 on n1 ended with status 1: lost its peer"'
-    pretender.submit(RLVR_MAX_TRIES="2", PRETEND=f"{said}; {OUTCOME}; {TOLD % 2}; exit ${{said%% *}}")
-    assert pretender.finish() == "FAILED"
-    history = pretender.history()
+    peer = "rank 0 on n1 ended with status 1: lost its peer"
+    outcome = f'outcome="139 {reason}"; [ "$SLURM_PROCID" = 1 ] || outcome="1 {peer}"'
+    fake_job.submit(RLVR_MAX_TRIES="2", PROGRAM=f"{outcome}; {OUTCOME}; {AWAIT_OUTCOMES % 2}; exit ${{outcome%% *}}")
+    assert fake_job.finish() == "FAILED"
+    history = fake_job.history()
     assert len(re.findall(rf"attempt \d: failed: {reason}", history)) == 2
     assert history.rstrip().endswith(
         f"gave up: 2 attempts from the beginning ended without a new checkpoint, the last because of: {reason}"
     )
 
 
-def test_cancelled_job_stays_cancelled(pretender: Job) -> None:
-    pretender.submit(PRETEND="sleep 1000")
-    pretender.cluster.wait_for_output(pretender.id, "try 1 from")
-    wait_until(lambda: bool(pretender.cluster.processes(pretender.id, "sleep 1000")), "the step")
-    pretender.cluster.run("scancel", pretender.id)
-    assert pretender.finish() == "CANCELLED"  # none of its processes is left, which could ask for another attempt
-    assert pretender.cluster.job(pretender.id)["Restarts"] == "0"
+def test_cancelled_job_stays_cancelled(fake_job: Job) -> None:
+    fake_job.submit(PROGRAM="sleep 1000")
+    fake_job.cluster.wait_for_output(fake_job.id, "try 1 from")
+    wait_until(lambda: bool(fake_job.cluster.processes(fake_job.id, "sleep 1000")), "the step")
+    fake_job.cluster.run("scancel", fake_job.id)
+    assert fake_job.finish() == "CANCELLED"  # none of its processes is left, which could ask for another attempt
+    assert fake_job.cluster.job(fake_job.id)["Restarts"] == "0"
 
 
-def test_killed_launcher_is_a_crash_even_if_the_rest_stopped_well(pretender: Job) -> None:
-    killed = f'[ "$SLURM_PROCID" = 1 ] && {{ {TOLD % 1}; kill -9 $$; }}'
-    pretender.submit(RLVR_MAX_TRIES="1", PRETEND=f'{killed}; said="75 stopped"; {OUTCOME}; exit 75')
-    assert pretender.finish() == "FAILED"
-    assert "failed: the launcher of a node was killed" in pretender.history()
+def test_a_killed_launcher_is_a_crash_even_if_the_others_stopped(fake_job: Job) -> None:
+    killed = f'[ "$SLURM_PROCID" = 1 ] && {{ {AWAIT_OUTCOMES % 1}; kill -9 $$; }}'
+    fake_job.submit(RLVR_MAX_TRIES="1", PROGRAM=f'{killed}; outcome="75 stopped"; {OUTCOME}; exit 75')
+    assert fake_job.finish() == "FAILED"
+    assert "failed: the launcher of a node was killed" in fake_job.history()
 
 
-def test_nothing_of_the_job_that_it_is_submitted_from_matters(pretender: Job) -> None:
+def test_a_job_does_not_depend_on_the_job_that_it_is_submitted_from(fake_job: Job) -> None:
     outer = {
         "SLURM_ARRAY_JOB_ID": "1",
         "SLURM_ARRAY_TASK_ID": "0",
@@ -161,84 +162,84 @@ def test_nothing_of_the_job_that_it_is_submitted_from_matters(pretender: Job) ->
         "SLURM_GPUS_ON_NODE": "8",
         "SLURM_EXPORT_ENV": "NONE",
     }
-    told = 'echo "step of $SLURM_CPUS_PER_TASK cores, bind ${SLURM_CPU_BIND:-not}, processes $*"'
-    said = 'said="0 "; [ ${SLURM_RESTART_COUNT:-0} = 1 ] || said="1 broken"'
-    pretender.submit(PRETEND=f"{told}; {said}; {OUTCOME}; {TOLD % 2}; exit ${{said%% *}}", **outer)
-    assert pretender.finish() == "COMPLETED", pretender.cluster.output(pretender.id)
-    attempts = re.findall(r"attempt (\d): try \d", pretender.history())
+    report = 'echo "step of $SLURM_CPUS_PER_TASK cores, bind ${SLURM_CPU_BIND:-not}, processes $*"'
+    outcome = 'outcome="0 "; [ ${SLURM_RESTART_COUNT:-0} = 1 ] || outcome="1 broken"'
+    fake_job.submit(PROGRAM=f"{report}; {outcome}; {OUTCOME}; {AWAIT_OUTCOMES % 2}; exit ${{outcome%% *}}", **outer)
+    assert fake_job.finish() == "COMPLETED", fake_job.cluster.output(fake_job.id)
+    attempts = re.findall(r"attempt (\d): try \d", fake_job.history())
     assert attempts == ["0", "1"]
     found = re.findall(
-        r"step of (\d+) cores, bind (\S+), processes .*--nproc-per-node=(\d+)", pretender.cluster.output(pretender.id)
+        r"step of (\d+) cores, bind (\S+), processes .*--nproc-per-node=(\d+)", fake_job.cluster.output(fake_job.id)
     )
     assert found == [("4", "not", "1")] * 4
 
 
-def test_an_element_of_an_array_is_requeued_alone(pretender: Job) -> None:
-    said = 'said="0 "; [ $SLURM_ARRAY_TASK_ID.${SLURM_RESTART_COUNT:-0} != 1.0 ] || said="1 broken"'
-    array = pretender.cluster.submit(
-        pretender.script,
+def test_an_element_of_an_array_is_requeued_alone(fake_job: Job) -> None:
+    outcome = 'outcome="0 "; [ $SLURM_ARRAY_TASK_ID.${SLURM_RESTART_COUNT:-0} != 1.0 ] || outcome="1 broken"'
+    array = fake_job.cluster.submit(
+        fake_job.script,
         "model.path=none",
-        f"run_directory={pretender.run}",
+        f"run_directory={fake_job.run}",
         options=["--array=0-1%1"],
-        PRETEND=f"{said}; {OUTCOME}; exit ${{said%% *}}",
+        PROGRAM=f"{outcome}; {OUTCOME}; exit ${{outcome%% *}}",
     )
-    wait_until(lambda: pretender.history().count(": done") == 2, "both elements")
-    states = [pretender.cluster.job(f"{array}_{element}") for element in (0, 1)]
+    wait_until(lambda: fake_job.history().count(": done") == 2, "both elements")
+    states = [fake_job.cluster.job(f"{array}_{element}") for element in (0, 1)]
     assert [state["Restarts"] for state in states] == ["0", "1"]
 
 
-def test_a_node_that_hangs_in_the_preflight_is_left_out(pretender: Job) -> None:
+def test_a_node_that_hangs_in_the_preflight_is_left_out(fake_job: Job) -> None:
     hang = "trap '' TERM; sleep 1000"
     verdict = "echo n2 > $report/bad_nodes; echo '69 n2: no report' > $report/verdict; exit 69"
-    pretender.submit(
+    fake_job.submit(
         options=["--nodelist=n1,n2"],
         PREFLIGHT=f'[ "$SLURM_PROCID" = 0 ] || {{ {hang}; }}; {verdict}',
-        PRETEND="exit 1",
+        PROGRAM="exit 1",
     )
-    pretender.cluster.wait_for_output(pretender.id, "the next attempt leaves out n2")
-    pretender.cluster.run("scancel", pretender.id)
-    pretender.finish()
-    assert "attempt 0: preflight: n2: no report" in pretender.history()
+    fake_job.cluster.wait_for_output(fake_job.id, "the next attempt leaves out n2")
+    fake_job.cluster.run("scancel", fake_job.id)
+    fake_job.finish()
+    assert "attempt 0: preflight: n2: no report" in fake_job.history()
 
 
-def test_modules_are_found_and_may_be_careless(pretender: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_are_found_and_may_fail_within(fake_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lmod" / "init").mkdir(parents=True)
     (tmp_path / "bin" / "python").rename(tmp_path / "bin" / "python3")
     module = f'module() {{ echo "$1 ${{@:2}} $NOT_SET"; false; PATH={tmp_path}/bin:$PATH; }}; false\n'
     (tmp_path / "lmod" / "init" / "bash").write_text(module)
     monkeypatch.setenv("RLVR_ENVIRONMENT", "module:python/3.11,cuda")
-    pretender.submit(LMOD_PKG=str(tmp_path / "lmod"), PRETEND=f'said="0 "; {OUTCOME}')
-    assert pretender.finish() == "COMPLETED", pretender.cluster.output(pretender.id)
-    assert "load python/3.11 cuda" in pretender.cluster.output(pretender.id)
-    pretender.submit(LMOD_PKG="/nowhere", PATH="/usr/sbin:/usr/bin:/bin")
-    assert pretender.finish() == "FAILED"
-    assert "error: `module load python/3.11 cuda` on " in pretender.cluster.output(pretender.id)
+    fake_job.submit(LMOD_PKG=str(tmp_path / "lmod"), PROGRAM=f'outcome="0 "; {OUTCOME}')
+    assert fake_job.finish() == "COMPLETED", fake_job.cluster.output(fake_job.id)
+    assert "load python/3.11 cuda" in fake_job.cluster.output(fake_job.id)
+    fake_job.submit(LMOD_PKG="/nowhere", PATH="/usr/sbin:/usr/bin:/bin")
+    assert fake_job.finish() == "FAILED"
+    assert "error: `module load python/3.11 cuda` on " in fake_job.cluster.output(fake_job.id)
 
 
-def test_a_first_job_makes_its_data_and_model(pretender: Job, tmp_path: Path) -> None:
+def test_the_first_job_makes_its_data_and_model(fake_job: Job, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    pretender.overrides = []
-    told = 'case "$*" in *quickstart/*.py) echo "made by $*" ;; esac'
-    pretender.submit(RLVR_PROJECT=str(tmp_path), PRETEND=f'{told}; said="0 "; {OUTCOME}')
-    assert pretender.finish() == "COMPLETED", pretender.cluster.output(pretender.id)
-    made = re.findall(r"made by (\S+)", pretender.cluster.output(pretender.id))
+    fake_job.overrides = []
+    report = 'case "$*" in *quickstart/*.py) echo "made by $*" ;; esac'
+    fake_job.submit(RLVR_PROJECT=str(tmp_path), PROGRAM=f'{report}; outcome="0 "; {OUTCOME}')
+    assert fake_job.finish() == "COMPLETED", fake_job.cluster.output(fake_job.id)
+    made = re.findall(r"made by (\S+)", fake_job.cluster.output(fake_job.id))
     assert made == ["examples/quickstart/countdown.py", "examples/quickstart/make_base_model.py"]
-    pretender.submit("run_directory=" + str(tmp_path / "other"), RLVR_PROJECT=str(tmp_path), PRETEND="exit 3")
-    pretender.cluster.wait_for_output(pretender.id, r"failed: examples/quickstart/countdown\.py failed")
-    pretender.cluster.run("scancel", pretender.id)
-    pretender.finish()
+    fake_job.submit("run_directory=" + str(tmp_path / "other"), RLVR_PROJECT=str(tmp_path), PROGRAM="exit 3")
+    fake_job.cluster.wait_for_output(fake_job.id, r"failed: examples/quickstart/countdown\.py failed")
+    fake_job.cluster.run("scancel", fake_job.id)
+    fake_job.finish()
 
 
-def test_a_time_limit_that_leaves_no_time_is_no_endless_loop(pretender: Job) -> None:
+def test_a_time_limit_that_leaves_no_time_is_no_endless_loop(fake_job: Job) -> None:
     # One node ends. The other signals the batch script and ends when this attempt has noticed that it was signalled.
-    output = pretender.cluster.root / "out-$SLURM_JOB_ID.txt"
+    output = fake_job.cluster.root / "out-$SLURM_JOB_ID.txt"
     noticed = f'[ "$(grep -c "asked to stop (USR1)" {output})" -gt "${{SLURM_RESTART_COUNT:-0}}" ]'
-    asked = f"{TOLD % 1}; scancel --batch --signal=USR1 $SLURM_JOB_ID; until {noticed}; do sleep 0.1; done"
-    pretender.submit(
+    asked = f"{AWAIT_OUTCOMES % 1}; scancel --batch --signal=USR1 $SLURM_JOB_ID; until {noticed}; do sleep 0.1; done"
+    fake_job.submit(
         RLVR_MAX_TRIES="2",
-        PRETEND=f'trap "" USR1; [ "$SLURM_PROCID" = 1 ] || {{ {asked}; }}; said="75 stopped"; {OUTCOME}',
+        PROGRAM=f'trap "" USR1; [ "$SLURM_PROCID" = 1 ] || {{ {asked}; }}; outcome="75 stopped"; {OUTCOME}',
     )
-    assert pretender.finish() == "FAILED"
+    assert fake_job.finish() == "FAILED"
     reason = "asked before a step was finished: the time limit must be longer than the seconds of --signal"
-    assert f"attempt 1: stopped (USR1: {reason})" in pretender.history()
-    assert pretender.history().rstrip().endswith(f"ended without a new checkpoint, the last because of: {reason}")
+    assert f"attempt 1: stopped (USR1: {reason})" in fake_job.history()
+    assert fake_job.history().rstrip().endswith(f"ended without a new checkpoint, the last because of: {reason}")

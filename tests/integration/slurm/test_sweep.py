@@ -1,4 +1,4 @@
-"""The entropy sweep: a job array, and the report that waits for it."""
+"""The entropy sweep: a job array and the report that waits for it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from tests.processes import environment
 
 
 def head(nodes: int) -> NodeRendezvous:
-    """Return the rendezvous of the first of so many nodes, the others of which never come."""
+    """Return the rendezvous of the first of `nodes` nodes, the others of which never connect."""
     return NodeRendezvous([f"n{number + 1}" for number in range(nodes)], 0, ("localhost", 0), 600.0)
 
 

@@ -18,7 +18,7 @@ from megatron_rlvr.cluster.rank_exit import RankExit, first_failure, read_exit, 
 from tests.processes import environment
 
 NODE = "localhost"  # torchrun must be able to resolve it
-# What every rank can use: `wait_for` a file in the log folder, `leave` one there.
+# Functions for every rank: `wait_for` a file in the log folder, `leave` one there.
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -162,7 +162,7 @@ def test_stop_signal(crashing: int | None, unprepared: int | None, status: int, 
     assert outcome(tmp_path).startswith(f"{status} rank ") and reason in outcome(tmp_path)
 
 
-def test_the_rank_that_torchrun_had_to_kill_is_no_cause(tmp_path: Path) -> None:
+def test_a_rank_that_torchrun_had_to_kill_is_not_the_cause(tmp_path: Path) -> None:
     """torchrun kills a rank that hangs in a collective half a minute after its SIGTERM."""
     write_exit(tmp_path, 0, None, None, terminated=100.2)
     write_exit(tmp_path, 3, 1, 100.1, terminated=None)
@@ -171,7 +171,7 @@ def test_the_rank_that_torchrun_had_to_kill_is_no_cause(tmp_path: Path) -> None:
     assert first_failure(exits, asked=False).rank == 3
 
 
-def test_a_rank_that_reports_lost_servers_is_no_crash_of_those_that_wait_for_it() -> None:
+def test_a_rank_that_reports_lost_servers_comes_before_those_that_wait_for_it() -> None:
     lost = RankExit(4, 75, 10.0)
     assert first_failure([RankExit(0, 1, 11.0, terminated=True), lost], asked=False) == lost
 

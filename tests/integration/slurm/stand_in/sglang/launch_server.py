@@ -1,7 +1,7 @@
-"""Stands in for ``python -m sglang.launch_server``: transformers behind as much of SGLang's HTTP as the trainer uses.
+"""A stand-in for ``python -m sglang.launch_server``: transformers behind the HTTP of SGLang that the trainer uses.
 
-Unlike SGLang on the CPU it heeds ``sampling_seed``, so that a run whose servers were killed can be compared with one
-whose were not.
+Unlike SGLang on the CPU it obeys ``sampling_seed``. A run whose servers were killed can therefore be compared with an
+undisturbed one.
 """
 
 import argparse
@@ -27,7 +27,7 @@ class Policy:
 
     @torch.no_grad()
     def complete(self, prompt: list[int], parameters: dict[str, Any]) -> dict[str, Any]:
-        """One completion, by itself: what is computed beside it must not touch its rounding."""
+        """Return one completion, computed alone, because a batch would change its rounding."""
         generator = torch.Generator().manual_seed(parameters["sampling_seed"])
         stop = set(parameters.get("stop_token_ids") or [])
         tokens: list[int] = []
