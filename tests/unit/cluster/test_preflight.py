@@ -31,7 +31,7 @@ def start(
     node: str, nodes: str, port: int, report: Path, *training: object, python_path: object = ROOT
 ) -> subprocess.Popen[str]:
     options = [f"--nodes={nodes}", f"--endpoint=localhost:{port}", f"--train-nodes={nodes.count(',') + 1}"]
-    options += ["--processes-per-node=1", f"--report={report}", "--", *map(str, training)]
+    options += ["--processes-per-node=1", "--seconds=800", f"--report={report}", "--", *map(str, training)]
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *options],
         env=environment() | {"SLURMD_NODENAME": node, "PYTHONPATH": str(python_path)},
