@@ -28,7 +28,7 @@ from report import write_report
 from results import Run, Runs
 from strategies import COMMON, EVERYTHING, FAMILIES, LONG, STRATEGIES, steps_of
 
-from megatron_rlvr.telemetry.plots import load_run
+from megatron_rlvr.telemetry.runs import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs" / "study"

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics, progress, the summary at the end, plots."""
+"""What a run reports: metrics files, the progress display, ``status.json``, the final summary and plots."""
 
 from megatron_rlvr.telemetry.metrics import MetricsWriter, deterministic, read_metrics
 

@@ -1,4 +1,4 @@
-"""Runs side by side: which differ in their seed only, what the others differ in, and a table of their results."""
+"""Comparison of runs: groups of runs that differ only in their seed, labelled by the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -17,33 +17,36 @@ from yaml import YAMLError
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry.metrics import Record
-from megatron_rlvr.telemetry.plots import RunGroup, load_run
+from megatron_rlvr.telemetry.runs import RunGroup, load_run
 
-# What may differ between runs of one group: their seed, and where they are written and under which name.
+# Settings in which runs of one group may differ.
 IGNORED_KEYS = ("seed", "name", "run_directory")
 
 
 def group_runs(run_directories: Sequence[str | os.PathLike[str]]) -> list[RunGroup]:
-    """Group run directories whose resolved configurations are equal but for seed, name and directory, in order.
+    """Group runs whose configurations are equal except for seed, name and directory; groups in order of first runs.
 
-    A group is labelled by the name of its first run and, where another group has the same name, by the settings in
-    which the groups differ. Raises UserError when a directory holds no metrics or an unreadable configuration.
+    A group is labelled with the name of its first run. Groups with the same name are also labelled with the settings in
+    which they differ.
+
+    Raises:
+        UserError: when a directory holds no metrics, or its configuration cannot be read.
     """
-    members: dict[str, list[Path]] = {}
+    directories_by_key: dict[str, list[Path]] = {}
     settings: dict[str, dict[str, Any]] = {}
     names: dict[str, str] = {}
     for directory in map(Path, run_directories):
         config = _flat_config(directory)
         kept = {key: value for key, value in config.items() if key not in IGNORED_KEYS}
-        # A run without a configuration cannot be known to repeat another: it stands alone.
+        # Whether a run without a configuration repeats another is unknown, so it is a group of its own.
         key = json.dumps(kept, sort_keys=True, default=str) if config else str(directory)
-        members.setdefault(key, []).append(directory)
+        directories_by_key.setdefault(key, []).append(directory)
         settings.setdefault(key, kept)
         names.setdefault(key, str(config.get("name") or directory.name))
     groups = []
-    for key, directories in members.items():
+    for key, directories in directories_by_key.items():
         label = names[key]
-        namesakes = [settings[other] for other in members if names[other] == label]
+        namesakes = [settings[other] for other in directories_by_key if names[other] == label]
         if len(namesakes) > 1:
             changed = sorted(
                 k for k in set().union(*namesakes) if any(n.get(k) != namesakes[0].get(k) for n in namesakes)
@@ -57,21 +60,20 @@ def group_runs(run_directories: Sequence[str | os.PathLike[str]]) -> list[RunGro
 
 
 def comparison_table(groups: Sequence[RunGroup]) -> Table:
-    """A row a result and a column a group: the mean over the group's runs and, in brackets, the lowest and highest."""
+    """One row per result, one column per group: the mean over the runs and, in brackets, the lowest and highest."""
     table = Table(title=Text("Mean over runs [lowest, highest]"), title_justify="left", title_style="bold")
     table.add_column("")
     for group in groups:
         count = len(group.runs)
         table.add_column(Text(f"{group.label}\n{count} run{'s' if count > 1 else ''}"), justify="right")
     results = [[_results(*pair) for pair in _pairs(group)] for group in groups]
-    # Every name once, in the order in which the runs give them.
     for name in dict.fromkeys(name for group in results for run in group for name in run):
         table.add_row(Text(name), *(Text(_spread([run[name] for run in group if name in run])) for group in results))
     return table
 
 
 def _results(records: list[Record], evaluations: list[Record]) -> dict[str, float]:
-    """What a run came to, by the label of its row."""
+    """The results of a run by row label."""
     results: dict[str, float] = {"last step": records[-1]["step"]} if records else {}
     entropies = [record["entropy"] for record in records if "entropy" in record]
     if entropies:
@@ -89,14 +91,14 @@ def _results(records: list[Record], evaluations: list[Record]) -> dict[str, floa
 
 
 def _flat_config(run_directory: Path) -> dict[str, Any]:
-    """The resolved configuration as dotted keys; empty when the directory has none."""
+    """The resolved configuration by dotted key. Empty when the directory has none."""
     file = run_directory / "config.yaml"
     if not file.is_file():
         return {}
     try:
         tree = OmegaConf.to_container(OmegaConf.load(file))
     except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{file} is no configuration: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file} is not a configuration: {' '.join(str(error).split())}") from None
     flat: dict[str, Any] = {}
 
     def flatten(prefix: str, value: Any) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass
 class TelemetryConfig:
-    """Where metrics are written besides ``metrics.jsonl``, and plots."""
+    """Where metrics are written besides ``metrics.jsonl``, and whether plots are drawn."""
 
     tensorboard: bool = True
     """Write TensorBoard event files to ``tensorboard/`` of the run directory."""
     wandb_project: str | None = None
-    """Weights & Biases project to log to as well; null logs to none."""
+    """Weights & Biases project to log to as well. Null turns W&B off."""
     plots: bool = True
     """Draw ``plots/`` at the end of the run."""

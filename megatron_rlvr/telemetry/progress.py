@@ -1,12 +1,11 @@
-"""What a run shows while it works: a live panel on a terminal, one line a step anywhere else.
+"""The progress display of a run: a live panel on a terminal, one line per step anywhere else.
 
-Both read the same metrics records that are written to disk, and show a dash for what a record lacks.
+Both show the metrics records that are written to disk, with a dash for a value that a record does not have.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 from types import TracebackType
@@ -20,15 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_rlvr.telemetry.metrics import Record
+from megatron_rlvr.telemetry.timer import StepPace
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 DASH = "-"
-# Steps whose mean time predicts the time left: enough to smooth, few enough to follow responses that grow longer.
-RECENT_STEPS = 10
 
 
 class Progress(Protocol):
-    """A display of a run: `phase` names what it is doing now, `update` takes the record of a finished step."""
+    """A progress display: `phase` shows what the run is doing now, `update` shows the record of a finished step."""
 
     def phase(self, name: str) -> None: ...
     def update(self, record: Record) -> None: ...
@@ -41,9 +39,13 @@ class Progress(Protocol):
 def open_progress(
     title: str, total_steps: int, history: Sequence[Record] = (), console: Console | None = None
 ) -> Progress:
-    """The live panel where the output is a terminal, plain lines otherwise (CI, Slurm logs, pipes).
+    """A live panel if the output is a terminal, plain lines otherwise (CI, Slurm logs, pipes).
 
-    history holds the records of the steps before this process, so that a resumed run shows its whole course.
+    Args:
+        title: of the panel.
+        total_steps: of the whole run.
+        history: records of the steps before this process, so that a resumed run shows all its steps.
+        console: standard output by default.
     """
     console = console or Console()
     if console.is_terminal and not console.is_dumb_terminal:
@@ -52,7 +54,10 @@ def open_progress(
 
 
 def sparkline(values: Sequence[float], width: int = 32) -> str:
-    """The course of a number in one line of text, lowest to highest value; longer histories are averaged to width."""
+    """Draw values as a line of block characters, from the lowest to the highest value.
+
+    More than `width` values are averaged to `width` characters. Values that are not finite are skipped.
+    """
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) > width:
         edges = [round(i * len(finite) / width) for i in range(width + 1)]
@@ -61,7 +66,7 @@ def sparkline(values: Sequence[float], width: int = 32) -> str:
     if not finite:
         return ""
     low, span = min(finite), max(finite) - min(finite)
-    # A flat history is drawn in the middle; dividing by its rounding noise would show steps that are not there.
+    # Constant values are drawn in the middle: dividing by their rounding noise would show changes that do not exist.
     if span <= 1e-9 * max(abs(low), 1e-9):
         return BLOCKS[3] * len(finite)
     return "".join(BLOCKS[min(int((value - low) / span * len(BLOCKS)), len(BLOCKS) - 1)] for value in finite)
@@ -74,40 +79,40 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class _Course:
-    """The records so far and the clock: what both displays know."""
+class _History:
+    """The records and step times so far, formatted for display."""
 
     def __init__(self, total_steps: int, history: Sequence[Record]) -> None:
         self.total_steps = total_steps
         self.records = list(history)
-        self.step_seconds: list[float] = []
-        self.done = history[-1]["step"] + 1 if history else 0
-        self._last = time.monotonic()
+        self.finished_steps = history[-1]["step"] + 1 if history else 0
+        self._pace = StepPace()
 
     def add(self, record: Record) -> None:
-        now = time.monotonic()
-        self.step_seconds.append(now - self._last)
-        self._last = now
+        self._pace.step_ended()
         self.records.append(record)
-        self.done = record["step"] + 1
+        self.finished_steps = record["step"] + 1
 
-    def history(self, name: str) -> list[float]:
+    def values(self, name: str) -> list[float]:
         return [record[name] for record in self.records if name in record]
 
-    def left(self) -> str:
-        recent = self.step_seconds[-RECENT_STEPS:]
-        return duration(sum(recent) / len(recent) * (self.total_steps - self.done)) if recent else DASH
+    def step_seconds(self) -> float | None:
+        return self._pace.last()
+
+    def time_left(self) -> str:
+        mean = self._pace.mean()
+        return DASH if mean is None else duration(mean * (self.total_steps - self.finished_steps))
 
     def latest(self, name: str, form: str = ".3f", scale: float = 1.0) -> str:
         value = self.records[-1].get(name) if self.records else None
         return DASH if value is None else format(value * scale, form)
 
-    def against_start(self, name: str) -> str:
-        values = self.history(name)
+    def ratio_to_start(self, name: str) -> str:
+        values = self.values(name)
         return f"{values[-1] / values[0]:.2f}" if values and values[0] > 0 else DASH
 
     def threshold(self, side: str, separator: str) -> str:
-        """A threshold at p = 0 and at p = 1, as the affine function has them."""
+        """The threshold at p = 0 and at p = 1."""
         record = self.records[-1] if self.records else {}
         intercept, slope = record.get(f"clip/{side}_intercept"), record.get(f"clip/{side}_slope")
         if intercept is None or slope is None:
@@ -116,31 +121,31 @@ class _Course:
 
 
 class PlainProgress:
-    """One line a step: step, reward, entropy, thresholds at p = 0..1, clipped high/low, length, seconds, time left."""
+    """Prints a line per step: reward, entropy, thresholds at p = 0..1, clipped high/low, length, seconds, time left."""
 
     def __init__(self, total_steps: int, history: Sequence[Record], console: Console) -> None:
-        self._course = _Course(total_steps, history)
+        self._history = _History(total_steps, history)
         self._console = console
 
     def phase(self, name: str) -> None:
-        """Says nothing: a log keeps one line a step."""
+        """Prints nothing: a log has one line per step."""
 
     def update(self, record: Record) -> None:
-        course = self._course
-        course.add(record)
-        width = len(str(course.total_steps))
+        history = self._history
+        history.add(record)
+        width = len(str(history.total_steps))
         parts = [
-            f"step {course.done:{width}d}/{course.total_steps}",
-            f"reward {course.latest('reward')}",
-            f"entropy {course.latest('entropy')} ({course.against_start('entropy')} of start)",
-            f"upper {course.threshold('upper', '..')}",
-            f"lower {course.threshold('lower', '..')}",
-            f"clipped {_percent(course, 'clip/fraction_high')}/{_percent(course, 'clip/fraction_low')}",
-            f"length {course.latest('response_length', '.1f')}",
-            f"{course.step_seconds[-1]:.1f} s",
-            f"left {course.left()}",
+            f"step {history.finished_steps:{width}d}/{history.total_steps}",
+            f"reward {history.latest('reward')}",
+            f"entropy {history.latest('entropy')} ({history.ratio_to_start('entropy')} of start)",
+            f"upper {history.threshold('upper', '..')}",
+            f"lower {history.threshold('lower', '..')}",
+            f"clipped {_percent(history, 'clip/fraction_high')}/{_percent(history, 'clip/fraction_low')}",
+            f"length {history.latest('response_length', '.1f')}",
+            f"{history.step_seconds():.1f} s",
+            f"left {history.time_left()}",
         ]
-        # soft_wrap: a log line stays one line whatever width the console believes in.
+        # soft_wrap keeps a log line on one line, whatever width rich assumes.
         self._console.print("  ".join(parts), soft_wrap=True, highlight=False, markup=False)
 
     def __enter__(self) -> Self:
@@ -153,11 +158,11 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """The panel, redrawn when a phase begins or a step ends, and at no other time: it takes no thread and no core."""
+    """Shows a panel, redrawn only when a phase begins or a step ends, so that it needs no thread."""
 
     def __init__(self, title: str, total_steps: int, history: Sequence[Record], console: Console) -> None:
         self._title = title
-        self._course = _Course(total_steps, history)
+        self._history = _History(total_steps, history)
         self._phase = "starting"
         self._live = Live(self._panel(), console=console, auto_refresh=False)
 
@@ -166,7 +171,7 @@ class LiveProgress:
         self._live.update(self._panel(), refresh=True)
 
     def update(self, record: Record) -> None:
-        self._course.add(record)
+        self._history.add(record)
         self._live.update(self._panel(), refresh=True)
 
     def __enter__(self) -> Self:
@@ -181,15 +186,15 @@ class LiveProgress:
         self._live.stop()
 
     def _panel(self) -> Panel:
-        course = self._course
+        history = self._history
         head = Table.grid(padding=(0, 2))
-        seconds = f"{course.step_seconds[-1]:.1f} s a step" if course.step_seconds else ""
+        step_seconds = history.step_seconds()
         head.add_row(
-            Text(f"step {course.done}/{course.total_steps}", style="bold"),
-            ProgressBar(total=course.total_steps, completed=course.done, width=24),
+            Text(f"step {history.finished_steps}/{history.total_steps}", style="bold"),
+            ProgressBar(total=history.total_steps, completed=history.finished_steps, width=24),
             Text(self._phase, style="cyan"),
-            seconds,
-            f"{course.left()} left",
+            "" if step_seconds is None else f"{step_seconds:.1f} s per step",
+            f"{history.time_left()} left",
         )
         body = Table.grid(padding=(0, 2))
         body.add_column(style="dim")
@@ -197,17 +202,17 @@ class LiveProgress:
         body.add_column(no_wrap=True)
         body.add_column(no_wrap=True, style="dim")
         for name, style in (("reward", "green"), ("entropy", "magenta")):
-            history = Text(sparkline(course.history(name)), style=style)
-            body.add_row(name, course.latest(name), history, f"{course.against_start(name)} × start")
-        upper, lower = course.threshold("upper", " → "), course.threshold("lower", " → ")
+            line = Text(sparkline(history.values(name)), style=style)
+            body.add_row(name, history.latest(name), line, f"{history.ratio_to_start(name)} × start")
+        upper, lower = history.threshold("upper", " → "), history.threshold("lower", " → ")
         body.add_row("clip at", "", f"upper {upper}   lower {lower}", "for p = 0 → 1")
-        high, low = _percent(course, "clip/fraction_high"), _percent(course, "clip/fraction_low")
-        steering = course.latest("control/steering", "+.2f")
+        high, low = _percent(history, "clip/fraction_high"), _percent(history, "clip/fraction_low")
+        steering = history.latest("control/steering", "+.2f")
         body.add_row("clipped", "", f"high {high}   low {low}", "" if steering == DASH else f"steering {steering}")
-        length, norm = course.latest("response_length", ".1f"), course.latest("grad_norm", ".3g")
+        length, norm = history.latest("response_length", ".1f"), history.latest("grad_norm", ".3g")
         body.add_row("response", "", f"{length} tokens   gradient norm {norm}", "")
         return Panel(Group(head, "", body), title=self._title, title_align="left", expand=False, border_style="dim")
 
 
-def _percent(course: _Course, name: str) -> str:
-    return course.latest(name, ".1f", 100) + "%"
+def _percent(history: _History, name: str) -> str:
+    return history.latest(name, ".1f", 100) + "%"

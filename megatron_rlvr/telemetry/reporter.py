@@ -20,7 +20,7 @@ from megatron_rlvr.telemetry.timer import StepTimer
 
 
 class Reporter:
-    """Reports a run. Every process times its steps and keeps the newest metrics; only the active one writes.
+    """Reports a run. Every process times its steps and keeps the newest metrics; only the active process writes.
 
     Args:
         config: of the run.

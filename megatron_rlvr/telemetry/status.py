@@ -1,4 +1,4 @@
-"""``status.json`` of a run directory: what the run is doing now, small, and whole whenever it is read."""
+"""``status.json`` of a run directory: what the run is doing now. The file is complete whenever it is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,25 +14,29 @@ from typing import Any
 
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.telemetry.timer import StepPace
 
 STATUS_FILE = "status.json"
-# Steps whose mean time predicts the time left, as the progress display has it.
-_RECENT_STEPS = 10
 
 
 @dataclass
 class Status:
-    """What ``status.json`` holds; None where nothing is known yet.
+    """The content of ``status.json``. Values that are not known yet are None.
 
     Attributes:
-        state: ``running``, ``done``, ``stopped`` (resumable), or ``failed`` with the `reason`.
+        steps: of the whole run.
+        state: ``running``, ``done``, ``stopped`` (resumable), or ``failed``.
         phase: of the step in progress.
-        step, steps: finished steps, and those of the whole run.
-        entropy, entropy_target: nats per token, of the last finished step; the target where the schedule has one.
-        tokens_per_second: response tokens of the last step over its time, evaluation and checkpoint included.
-        step_seconds, seconds_left: mean of the last steps; what it means for the rest of the run.
-        checkpoint: steps that the newest checkpoint holds.
-        updated: seconds since 1970.
+        reason: why the run failed.
+        step: number of finished steps.
+        reward, entropy, entropy_target: of the last finished step. Entropies are in nats per token; the target is None
+            unless the schedule has one.
+        tokens_per_second: response tokens of the last step by its duration, evaluation and checkpoint included.
+        step_seconds: mean duration of the last steps.
+        seconds_left: expected duration of the remaining steps.
+        checkpoint: number of steps in the newest complete checkpoint.
+        updated: when the file was written, in seconds since 1970.
+        slurm_job: id of the Slurm job.
     """
 
     name: str
@@ -56,12 +59,13 @@ class Status:
 
 
 class StatusWriter:
-    """Keeps ``status.json`` of a run; one process of a run owns one.
+    """Keeps ``status.json`` of a run up to date. One process of a run owns one writer.
 
     Args:
-        run_directory: exists already.
-        name, steps: of the run.
-        first_step: the step that this process begins with, whose checkpoint is there when it is not 0.
+        run_directory: must exist.
+        name: of the run.
+        steps: of the whole run.
+        first_step: the step that this process begins with. If it is not 0, a checkpoint of that step exists.
     """
 
     def __init__(self, run_directory: Path, name: str, steps: int, first_step: int) -> None:
@@ -69,8 +73,7 @@ class StatusWriter:
         self.status = Status(name, steps, step=first_step, checkpoint=first_step or None)
         self.status.host, self.status.pid = socket.gethostname(), os.getpid()
         self.status.slurm_job = os.environ.get("SLURM_JOB_ID")
-        self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._last = time.monotonic()
+        self._pace = StepPace()
         self._write()
 
     def phase(self, name: str) -> None:
@@ -78,26 +81,25 @@ class StatusWriter:
         self._write()
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """Take in the record of a finished step."""
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        self._seconds.append(seconds)
+        """Update the status from the record of a finished step."""
+        seconds = self._pace.step_ended()
         status = self.status
         status.step = int(record["step"]) + 1
         status.reward, status.entropy = _finite(record.get("reward")), _finite(record.get("entropy"))
         status.entropy_target = _finite(record.get("control/target"))
         status.tokens_per_second = _finite(record.get("tokens", math.nan) / seconds)
-        status.step_seconds = sum(self._seconds) / len(self._seconds)
-        status.seconds_left = status.step_seconds * (status.steps - status.step)
+        mean = self._pace.mean() or seconds
+        status.step_seconds = mean
+        status.seconds_left = mean * (status.steps - status.step)
         self._write()
 
     def saved(self, step: int) -> None:
-        """A checkpoint of `step` steps is whole."""
+        """Record that the checkpoint of `step` steps is complete."""
         self.status.checkpoint = step
         self._write()
 
     def ended(self, state: str, reason: str | None = None) -> None:
-        """The last word of this process: ``done``, ``stopped`` or ``failed``."""
+        """Record how this process ended: ``done``, ``stopped`` or ``failed``."""
         self.status.state, self.status.phase, self.status.reason = state, "", reason
         if state == "done":
             self.status.seconds_left = 0.0
@@ -105,7 +107,7 @@ class StatusWriter:
 
     def _write(self) -> None:
         self.status.updated = time.time()
-        # Rewritten several times per step: waiting for the disk each time would cost more than a lost status.
+        # Not flushed to disk: the file is rewritten several times per step, and losing a status does no harm.
         write_text(self._path, json.dumps(asdict(self.status), allow_nan=False) + "\n", flush_to_disk=False)
 
 
@@ -113,7 +115,7 @@ def read_status(run_directory: Path) -> Status:
     """The status of a run.
 
     Raises:
-        UserError: when the directory has none, or the file is not one.
+        UserError: when the directory has no status, or the file cannot be read as one.
     """
     path = run_directory / STATUS_FILE
     try:
@@ -121,7 +123,7 @@ def read_status(run_directory: Path) -> Status:
     except FileNotFoundError:
         raise UserError(f"no {STATUS_FILE} in {run_directory}: give the directory of a run that has started") from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is no status of a run ({error})") from error
+        raise UserError(f"{path} is not the status of a run ({error})") from error
 
 
 def _finite(value: float | None) -> float | None:

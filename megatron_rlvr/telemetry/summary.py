@@ -1,4 +1,4 @@
-"""The table at the end of a run: what it gained, and what it cost in entropy."""
+"""The table at the end of a run: held-out results, reward and entropy before and after."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich.table import Table
 
 from megatron_rlvr.telemetry.metrics import EVALUATIONS_FILE, Record, read_metrics
 
-# Training rewards are of one batch of prompts each; a few steps together tell where the run began and ended.
+# The reward of a single step is noisy, since every step has other prompts: the first and last steps are averaged.
 STEPS_AVERAGED = 5
 
 
 def summary_table(records: Sequence[Record], evaluations: Sequence[Record]) -> Table:
-    """Held-out results before and after, the course of the training reward and entropy, and the clip fractions.
+    """Held-out results, training reward and entropy before and after, and the clip fractions.
 
-    Before and after are the first and the last evaluation; a run with one evaluation shows it as "after" only.
+    "Before" and "after" are the first and the last evaluation. A single evaluation is shown as "after".
     """
     table = Table(title="Summary of the run", title_justify="left", title_style="bold")
     table.add_column("")
@@ -32,9 +32,9 @@ def summary_table(records: Sequence[Record], evaluations: Sequence[Record]) -> T
             table.add_row(f"held-out {name}", *_before_after(first.get(name), last[name]))
     rewards = _column(records, "reward")
     if rewards:
-        ends = min(STEPS_AVERAGED, max(len(rewards) // 2, 1))
-        start, end = (math.fsum(part) / len(part) for part in (rewards[:ends], rewards[-ends:]))
-        label = "training reward" if ends == 1 else f"training reward, mean of {ends} steps"
+        count = min(STEPS_AVERAGED, max(len(rewards) // 2, 1))
+        start, end = (math.fsum(values) / count for values in (rewards[:count], rewards[-count:]))
+        label = "training reward" if count == 1 else f"training reward, mean of {count} steps"
         table.add_row(label, *_before_after(start, end))
     entropies = _column(records, "entropy")
     if entropies:
@@ -53,7 +53,7 @@ def summary_table(records: Sequence[Record], evaluations: Sequence[Record]) -> T
 def print_summary(
     run_directory: str | os.PathLike[str], results: Mapping[str, str | os.PathLike[str]], console: Console | None = None
 ) -> None:
-    """Print the table of a finished run and under it, a line each, where its results lie and the commands to go on."""
+    """Print the table of a finished run and below it `results`: paths and commands, one line per label."""
     console = console or Console()
     directory = Path(run_directory)
     evaluations = directory / EVALUATIONS_FILE
@@ -61,7 +61,7 @@ def print_summary(
     console.print(summary_table(records, read_metrics(evaluations) if evaluations.is_file() else []))
     width = max((len(label) for label in results), default=0)
     for label, value in results.items():
-        # soft_wrap, so that a path or command can be copied whole.
+        # soft_wrap keeps a path or command on one line, so that it can be copied.
         console.print(f"{label:{width}}  {os.fspath(value)}", soft_wrap=True, highlight=False, markup=False)
 
 

@@ -1,14 +1,18 @@
-"""Where the wall-clock time of a step goes."""
+"""Wall-clock time of steps: where it goes, and how long the remaining steps will take."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Enough steps to smooth the estimate, few enough that it follows responses that grow longer.
+RECENT_STEPS = 10
+
 
 class StepTimer:
-    """Adds up the seconds of the named parts of a step; time outside of them is ``time/other``."""
+    """Adds up the seconds of the named parts of a step. The remaining time of the step is ``time/other``."""
 
     def __init__(self) -> None:
         self._step_began = time.perf_counter()
@@ -28,7 +32,7 @@ class StepTimer:
         self._parts[name] = self._parts.get(name, 0.0) + seconds
 
     def metrics(self) -> dict[str, float]:
-        """``time/<part>`` and ``time/step`` in seconds, and the start of the next step.
+        """``time/<part>`` and ``time/step`` in seconds; starts the next step.
 
         A step begins when the timer is created, or at the previous call.
         """
@@ -39,3 +43,26 @@ class StepTimer:
         metrics["time/step"] = step
         self._step_began, self._parts = now, {}
         return metrics
+
+
+class StepPace:
+    """Seconds per step, from the ends of the steps of this process."""
+
+    def __init__(self) -> None:
+        self._last_end = time.monotonic()
+        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
+
+    def step_ended(self) -> float:
+        """Record the end of a step; returns its seconds. Evaluation and checkpoint count for the step they precede."""
+        now = time.monotonic()
+        seconds, self._last_end = now - self._last_end, now
+        self._recent.append(seconds)
+        return seconds
+
+    def last(self) -> float | None:
+        """Seconds of the last step, None before the first has ended."""
+        return self._recent[-1] if self._recent else None
+
+    def mean(self) -> float | None:
+        """Mean seconds of the last RECENT_STEPS steps, None before the first has ended."""
+        return sum(self._recent) / len(self._recent) if self._recent else None

@@ -1,4 +1,4 @@
-"""Records of a made-up run under increase-then-decrease, for the tests of what reads records."""
+"""Records of a synthetic run under increase-then-decrease."""
 
 import json
 from pathlib import Path

@@ -23,7 +23,7 @@ def write(directory, steps, resume_step=None, attempt=0):
 
 @pytest.mark.parametrize("killed_after, resume_step", [(7, 4), (7, 8), (0, 0), (3, 1)])
 @pytest.mark.parametrize("torn", [b"", b'{"step": 9, "rew', b"{"])
-def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path, killed_after, resume_step, torn):
+def test_resumed_run_leaves_the_file_of_an_uninterrupted_run(tmp_path, killed_after, resume_step, torn):
     write(tmp_path / "whole", range(12))
     write(tmp_path / "killed", range(killed_after + 1))
     path = tmp_path / "killed" / "metrics.jsonl"
@@ -32,11 +32,11 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(tmp_path, killed_
 
     whole, killed = read_metrics(tmp_path / "whole"), read_metrics(path)
     assert [deterministic(r) for r in killed] == [deterministic(r) for r in whole]
-    assert whole[11] != killed[11]  # they differ in the wall clock, which `deterministic` leaves out
+    assert whole[11] != killed[11]  # the wall-clock metrics differ, and `deterministic` drops them
     assert path.read_bytes().count(b"\n") == 12
 
 
-def test_a_line_is_on_disk_when_write_returns(tmp_path):
+def test_record_is_on_disk_when_write_returns(tmp_path):
     writer = MetricsWriter(tmp_path, tensorboard=False)
     for step in range(3):
         writer.write(record(step))
@@ -60,21 +60,21 @@ def test_values_round_trip_exactly(tmp_path):
     assert read[7]["tokens"] == 7
 
 
-def test_what_is_not_finite_stays_valid_json_and_reads_as_nan(tmp_path):
+def test_values_that_are_not_finite_are_null_in_json_and_read_as_nan(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=True) as writer:
         writer.write({"step": 0, "grad_norm": math.inf, "kl_rollout": math.nan})
     assert path_lines(tmp_path) == ['{"step": 0, "grad_norm": null, "kl_rollout": null}']
     assert math.isnan(read_metrics(tmp_path)[0]["grad_norm"])
 
 
-def test_evaluations_stand_apart_and_are_replaced_when_repeated(tmp_path):
+def test_repeated_evaluations_replace_earlier_ones(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         for step in (0, 4, 8):
             writer.write_evaluation({"step": step, "pass@1": step / 10})
         for step in range(9):
             writer.write(record(step))
     path = tmp_path / "evaluations.jsonl"
-    # Resumed at 4: the evaluation of the policy in checkpoint 4 stays, the later one goes.
+    # Resumed at 4: the evaluation of the policy in checkpoint 4 is kept, the later one is removed.
     with MetricsWriter(tmp_path, 4, tensorboard=False) as writer:
         assert [r["step"] for r in read_metrics(path)] == [0, 4]
         writer.write_evaluation({"step": 4, "pass@1": 0.5})
@@ -82,7 +82,7 @@ def test_evaluations_stand_apart_and_are_replaced_when_repeated(tmp_path):
     assert [(r["step"], r["pass@1"]) for r in read_metrics(path)] == [(0, 0.0), (4, 0.5), (8, 0.6)]
 
 
-def test_deterministic_drops_the_wall_clock_and_nothing_else():
+def test_deterministic_drops_only_wall_clock_metrics():
     whole = {
         "step": 1,
         "tokens": 5,
@@ -96,19 +96,19 @@ def test_deterministic_drops_the_wall_clock_and_nothing_else():
     assert deterministic(whole) == {"step": 1, "tokens": 5, "timeouts": 1, "kl_rollout": 0.1}
 
 
-def test_a_new_run_refuses_the_metrics_of_another(tmp_path):
+def test_new_run_refuses_the_metrics_of_another_run(tmp_path):
     write(tmp_path, range(2))
     with pytest.raises(UserError, match="resume that run"):
         MetricsWriter(tmp_path, tensorboard=False)
 
 
-def test_a_gap_before_the_resume_step_is_announced(tmp_path):
+def test_missing_steps_before_the_resume_step_are_reported(tmp_path):
     write(tmp_path, range(2))
     with pytest.warns(UserWarning, match="ends at step 1, the run resumes at step 5"):
         MetricsWriter(tmp_path, 5, tensorboard=False)
 
 
-def test_steps_only_go_up(tmp_path):
+def test_steps_must_increase(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(record(3))
         with pytest.raises(ValueError, match="step 3 written after"):
@@ -118,7 +118,7 @@ def test_steps_only_go_up(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{oops}", "[1, 2]", '{"reward": 1}'])
-def test_a_broken_line_is_named(tmp_path, line):
+def test_error_gives_the_number_of_an_invalid_line(tmp_path, line):
     write(tmp_path, range(2))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + line + "\n" + json.dumps(record(3)) + "\n")
@@ -126,12 +126,12 @@ def test_a_broken_line_is_named(tmp_path, line):
         read_metrics(path)
 
 
-def test_missing_metrics_are_named(tmp_path):
+def test_missing_metrics_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no metrics at"):
         read_metrics(tmp_path)
 
 
-def test_tensorboard_reads_back_the_scalars_without_what_a_resume_replaced(tmp_path):
+def test_tensorboard_drops_the_scalars_that_a_resumed_run_replaces(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with MetricsWriter(tmp_path) as writer:
@@ -156,7 +156,7 @@ def test_telemetry_does_not_import_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
-def test_wandb_gets_every_record_and_a_resumed_run_its_old_page(tmp_path, monkeypatch):
+def test_wandb_receives_every_record_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
     opened, logged = [], []
 
     def init(**settings):
@@ -172,7 +172,7 @@ def test_wandb_gets_every_record_and_a_resumed_run_its_old_page(tmp_path, monkey
     assert opened[0]["id"] == opened[1]["id"] and opened[0]["project"] == "study"
 
 
-def test_missing_wandb_is_one_clear_line(tmp_path, monkeypatch):
+def test_missing_wandb_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         MetricsWriter(tmp_path, tensorboard=False, wandb={})

@@ -8,16 +8,18 @@ from synthetic_run import evaluations, records, write_run
 
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.telemetry.comparison import comparison_table, group_runs
-from megatron_rlvr.telemetry.plots import RunGroup, _curves, _panels, _phases, plot_groups, plot_run
+from megatron_rlvr.telemetry.panels import curves, panels, phases
+from megatron_rlvr.telemetry.plots import plot_groups, plot_run
+from megatron_rlvr.telemetry.runs import RunGroup
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def panel(groups, name):
-    return next(p for p in _panels(groups) if p.name == name)
+    return next(p for p in panels(groups) if p.name == name)
 
 
-def test_a_run_is_drawn_into_files_that_are_images(tmp_path):
+def test_a_run_is_plotted_into_png_files(tmp_path):
     paths = plot_run(write_run(tmp_path / "run"), "study")
     assert [p.name for p in paths] == [
         "overview.png", "entropy.png", "reward.png", "heldout.png", "thresholds.png", "clip_fractions.png",
@@ -26,48 +28,48 @@ def test_a_run_is_drawn_into_files_that_are_images(tmp_path):
     assert all(p.parent == tmp_path / "run" / "plots" and p.read_bytes()[:4] == b"\x89PNG" for p in paths)
 
 
-def test_what_was_not_measured_is_left_out(tmp_path):
+def test_panels_without_values_are_left_out(tmp_path):
     bare = [{"step": step, "reward": 0.5, "entropy": 0.3} for step in range(3)]
     paths = plot_groups([RunGroup("bare", [bare], [[]])], "bare", tmp_path)
     assert [p.name for p in paths] == ["overview.png", "entropy.png", "reward.png"]
 
 
-def test_bounds_are_those_of_the_closed_form():
+def test_clip_bounds_follow_the_closed_form():
     group = RunGroup("study", [records()], [evaluations()])
-    curves = {curve.series.label: curve for curve in _curves(group, panel([group], "thresholds"))}
+    bounds = {curve.series.label: curve for curve in curves(group, panel([group], "thresholds"))}
     # arXiv 2602.09782: 1.5 -> 1.2 at the full upper threshold, 0.70 -> 0.805 at the full lower one.
-    assert curves["upper, p = 0"].mean[0] == pytest.approx(1.5) and curves["upper, p = 1"].mean[0] == pytest.approx(1.2)
-    assert curves["lower, p = 0"].mean[-1] == pytest.approx(0.7)
-    assert curves["lower, p = 1"].mean[-1] == pytest.approx(
+    assert bounds["upper, p = 0"].mean[0] == pytest.approx(1.5) and bounds["upper, p = 1"].mean[0] == pytest.approx(1.2)
+    assert bounds["lower, p = 0"].mean[-1] == pytest.approx(0.7)
+    assert bounds["lower, p = 1"].mean[-1] == pytest.approx(
         ClipThresholds(AffineThreshold(0.3, -0.13)).ratio_bounds(1)[0]
     )
 
 
-def test_phases_are_read_from_the_thresholds():
-    assert list(_phases(records())) == [(0, 5, "upper relaxed"), (6, 11, "lower relaxed")]
+def test_phases_follow_from_the_threshold_slopes():
+    assert list(phases(records())) == [(0, 5, "upper relaxed"), (6, 11, "lower relaxed")]
     static = [{"step": s, "clip/upper_slope": 0.0, "clip/lower_slope": 0.0} for s in range(4)]
-    assert list(_phases(static)) == [(0, 3, "static")]
+    assert list(phases(static)) == [(0, 3, "static")]
 
 
-def test_the_prediction_is_scaled_to_the_measured_change_and_keeps_its_sign():
+def test_predicted_entropy_change_is_scaled_and_keeps_its_sign():
     run = [
         {"step": s, "entropy_change/predicted": p, "entropy_change/measured": m}
         for s, (p, m) in enumerate([(-40.0, 0.03), (30.0, 0.04)])
     ]
     group = RunGroup("study", [run], [[]])
-    predicted, measured = _curves(group, panel([group], "entropy_change"))
+    predicted, measured = curves(group, panel([group], "entropy_change"))
     assert predicted.mean == pytest.approx([-0.04, 0.03]) and measured.mean == [0.03, 0.04]
     assert predicted.series.label == "predicted × 0.001"
 
 
-def test_a_group_is_its_mean_and_range_over_the_steps_that_all_its_runs_have():
+def test_group_has_mean_and_range_over_the_steps_of_all_its_runs():
     runs = [[{"step": s, "entropy": value + s} for s in range(n)] for value, n in ((1.0, 4), (2.0, 4), (6.0, 3))]
     group = RunGroup("three", runs, [[], [], []])
-    [curve] = _curves(group, panel([group], "entropy"))
+    [curve] = curves(group, panel([group], "entropy"))
     assert (curve.steps, curve.mean, curve.low, curve.high) == ([0, 1, 2], [3, 4, 5], [1, 2, 3], [6, 7, 8])
 
 
-def test_runs_are_grouped_over_seeds_and_labelled_by_what_differs(tmp_path):
+def test_runs_are_grouped_by_seed_and_labelled_by_different_settings(tmp_path):
     directories = [write_run(tmp_path / f"{k}{s}", s, k) for k in ("id", "constant") for s in range(3)]
     groups = group_runs(directories)
     assert [g.label for g in groups] == ["study: schedule.name=id", "study: schedule.name=constant"]
@@ -76,7 +78,7 @@ def test_runs_are_grouped_over_seeds_and_labelled_by_what_differs(tmp_path):
     assert [g.label for g in other] == ["study", "long"]
 
 
-def test_the_comparison_gives_the_mean_and_the_range(tmp_path):
+def test_comparison_table_has_mean_and_range(tmp_path):
     table = comparison_table(group_runs([write_run(tmp_path / str(s), s) for s in range(3)]))
     rows = {str(a): str(b) for a, b in zip(*(column.cells for column in table.columns), strict=True)}
     ends = [records(s)[-1]["entropy"] for s in range(3)]
@@ -94,7 +96,7 @@ def plot_run_tool(*arguments):
     )
 
 
-def test_the_tool_compares_runs(tmp_path):
+def test_tool_compares_runs(tmp_path):
     runs = [write_run(tmp_path / kind, 0, kind) for kind in ("id", "constant")]
     done = plot_run_tool(*runs, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -107,10 +109,10 @@ def test_the_tool_compares_runs(tmp_path):
         (lambda run: (run / "metrics.jsonl").unlink(), "no metrics at"),
         (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "line 1"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "no step is recorded yet"),
-        (lambda run: (run / "config.yaml").write_text("a: [1\n"), "is no configuration"),
+        (lambda run: (run / "config.yaml").write_text("a: [1\n"), "is not a configuration"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, break_run, message):
+def test_user_errors_are_one_line_and_exit_status_2(tmp_path, break_run, message):
     run = write_run(tmp_path / "run")
     break_run(run)
     done = plot_run_tool(run)

@@ -33,7 +33,7 @@ def test_sparkline(values, line):
 
 
 @pytest.mark.parametrize("count", [33, 64, 65, 1000])
-def test_a_long_sparkline_is_averaged_to_its_width(count):
+def test_long_sparkline_is_averaged_to_its_width(count):
     line = sparkline([float(i) for i in range(count)], width=32)
     assert len(line) == 32 and line == "".join(sorted(line)) and line[0] == "▁" and line[-1] == "█"
 
@@ -43,7 +43,7 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_pipe_gets_one_line_a_step_with_everything_in_it():
+def test_pipe_receives_one_line_per_step():
     out = console(terminal=False)
     with open_progress("study", 12, console=out) as progress:
         assert isinstance(progress, PlainProgress)
@@ -57,9 +57,9 @@ def test_a_pipe_gets_one_line_a_step_with_everything_in_it():
         assert part in lines[2]
 
 
-def test_the_time_left_follows_the_recent_steps(monkeypatch):
+def test_time_left_follows_the_recent_steps(monkeypatch):
     clock = iter([0.0, 100.0, *(100.0 + 2.0 * i for i in range(1, 11))])
-    monkeypatch.setattr("megatron_rlvr.telemetry.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("megatron_rlvr.telemetry.timer.time.monotonic", lambda: next(clock))
     out = console(terminal=False)
     progress = open_progress("study", 100, console=out)
     for step in range(11):
@@ -70,15 +70,15 @@ def test_the_time_left_follows_the_recent_steps(monkeypatch):
     assert "2.0 s  left 2:58" in lines[-1] and "reward -" in lines[-1]
 
 
-def test_a_terminal_gets_a_panel_that_a_resumed_run_fills_with_its_past():
+def test_panel_of_a_resumed_run_includes_earlier_steps():
     out = console(terminal=True)
-    past, coming = records()[:6], records()[6:]
-    with open_progress("study", 12, past, out) as progress:
+    earlier, later = records()[:6], records()[6:]
+    with open_progress("study", 12, earlier, out) as progress:
         assert isinstance(progress, LiveProgress)
         assert "step 6/12" in shown(out)
         progress.phase("verify")
         assert "verify" in shown(out)
-        for record in coming:
+        for record in later:
             progress.update(record)
     last = shown(out)[shown(out).rindex("step 12/12") :]
     assert "done" in last and "upper 0.200 → 0.200   lower 0.300 → 0.170" in last
@@ -87,7 +87,7 @@ def test_a_terminal_gets_a_panel_that_a_resumed_run_fills_with_its_past():
     assert f"{ratio:.2f} × start" in last
 
 
-def test_a_failed_run_is_not_shown_as_done():
+def test_failed_run_is_shown_as_stopped():
     out = console(terminal=True)
     with pytest.raises(RuntimeError), open_progress("study", 12, console=out):
         raise RuntimeError

@@ -1,4 +1,4 @@
-"""status.json, and the table of many runs that tools/status.py makes of it."""
+"""status.json, and the table of runs that tools/status.py prints."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from megatron_rlvr.telemetry.status import STATUS_FILE, StatusWriter, read_statu
 RECORD = {"step": 4, "reward": 0.5, "entropy": 0.25, "control/target": 0.3, "tokens": 1000}
 
 
-def test_a_step_is_told_whole(tmp_path: Path) -> None:
+def test_status_after_a_step(tmp_path: Path) -> None:
     writer = StatusWriter(tmp_path, "run", 10, first_step=4)
     assert read_status(tmp_path).checkpoint == 4
     writer.step(RECORD)
     writer.saved(5)
-    found = read_status(tmp_path)
-    assert (found.step, found.steps, found.reward, found.entropy, found.entropy_target) == (5, 10, 0.5, 0.25, 0.3)
-    assert found.checkpoint == 5 and found.state == "running"
-    assert found.tokens_per_second == pytest.approx(1000 / found.step_seconds)
-    assert found.seconds_left == pytest.approx(5 * found.step_seconds)
+    status = read_status(tmp_path)
+    assert (status.step, status.steps, status.reward, status.entropy, status.entropy_target) == (5, 10, 0.5, 0.25, 0.3)
+    assert status.checkpoint == 5 and status.state == "running"
+    assert status.tokens_per_second == pytest.approx(1000 / status.step_seconds)
+    assert status.seconds_left == pytest.approx(5 * status.step_seconds)
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_numbers_that_are_none_stay_json(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     StatusWriter(tmp_path, "run", 10, 0).step({"step": 0, "reward": float("nan"), "entropy": float("inf")})
     text = (tmp_path / STATUS_FILE).read_text()
-    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert read_status(tmp_path).reward is None
 
 
@@ -51,7 +51,7 @@ def test_table_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "waiting" in third and third.endswith("excluded n2")
 
 
-def test_a_run_that_says_nothing_is_silent(tmp_path: Path) -> None:
+def test_run_without_recent_status_is_silent(tmp_path: Path) -> None:
     status = StatusWriter(tmp_path, "run", 10, 0).status
     assert tool.state(status, 60.0) == "starting"
     assert tool.state(status, 600.0) == "silent"
@@ -59,22 +59,22 @@ def test_a_run_that_says_nothing_is_silent(tmp_path: Path) -> None:
     assert tool.state(status, 600.0) == "starting"
 
 
-def test_no_run_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directory_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no status"):
         read_status(tmp_path)
     assert tool.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: no status.json")
 
 
-def test_a_run_is_shown_beside_folders_of_something_else_and_waited_for(
+def test_waiting_runs_and_other_folders(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "queued" / "slurm").mkdir(parents=True)
     (tmp_path / "queued" / "slurm" / "history").write_text("job 7 attempt 0: try 1\n")
     assert tool.main([str(tmp_path / "data"), str(tmp_path / "queued")]) == 0
-    _, nothing, queued = capsys.readouterr().out.splitlines()
-    assert nothing.split()[1:3] == ["no", "run"] and "waiting" in queued
+    _, other_folder, queued = capsys.readouterr().out.splitlines()
+    assert other_folder.split()[1:3] == ["no", "run"] and "waiting" in queued
 
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt

@@ -12,12 +12,16 @@ def lines(table) -> dict[str, list[str]]:
     return {row[0]: list(row[1:]) for row in zip(*columns, strict=True)}
 
 
-def test_the_table_tells_gain_and_cost():
+def test_table_has_results_before_and_after():
     made = records()
     rows = lines(summary_table(made, evaluations()))
     assert rows["held-out pass@1"] == ["0.210", "0.430", "+0.220"]
     assert rows["held-out pass@16"] == ["0.860", "0.680", "-0.180"]
-    assert list(rows)[1:4] == ["held-out pass@1", "held-out pass@8", "held-out pass@16"]  # by k, not by letter
+    assert list(rows)[1:4] == [
+        "held-out pass@1",
+        "held-out pass@8",
+        "held-out pass@16",
+    ]  # sorted by k, not alphabetically
     first, last = made[0]["entropy"], made[-1]["entropy"]
     assert rows["entropy (nats per token)"] == [f"{first:.3f}", f"{last:.3f}", f"{last - first:+.3f}"]
     peak = max(made, key=lambda r: r["entropy"])
@@ -27,16 +31,16 @@ def test_the_table_tells_gain_and_cost():
     assert rows["tokens clipped at the lower bound"][:2] == ["mean 3.10%", "most 3.10%"]
 
 
-def test_one_evaluation_is_an_after_without_a_before():
+def test_single_evaluation_is_shown_as_after():
     rows = lines(summary_table(records(), evaluations()[1:]))
     assert rows["held-out pass@1"] == ["-", "0.430", "-"]
 
 
-def test_a_run_without_steps_or_evaluations_still_has_a_table():
+def test_run_without_records_has_an_empty_table():
     assert lines(summary_table([], [])) == {}
 
 
-def test_paths_are_printed_whole_under_the_table(tmp_path):
+def test_paths_are_printed_on_one_line(tmp_path):
     out = Console(file=io.StringIO(), width=60)
     command = "python tools/sample.py " + "long/" * 20
     print_summary(write_run(tmp_path / "run"), {"checkpoint": tmp_path, "sample from it": command}, out)

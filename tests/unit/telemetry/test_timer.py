@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""Where the time of a step goes."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ def test_step_timer_accounts_for_the_whole_step() -> None:
     first = timer.metrics()
     assert first["time/score"] >= 0.02
     assert sum(v for k, v in first.items() if k != "time/step") == pytest.approx(first["time/step"])
-    assert set(timer.metrics()) == {"time/other", "time/step"}  # a new step, nothing carried over
+    assert set(timer.metrics()) == {"time/other", "time/step"}  # nothing is carried over to the next step
