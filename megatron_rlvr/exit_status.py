@@ -5,13 +5,19 @@ This module imports little: the launcher prints its commands on login nodes, whe
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ParamSpec
 
 from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr.errors import UserError
+
+P = ParamSpec("P")
 
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2
@@ -37,3 +43,17 @@ def failure_recorded() -> Iterator[None]:
             with suppress(OSError):
                 write_text(Path(path), f"{time.time()}\n", flush_to_disk=False)
         raise
+
+
+def user_errors_reported(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorate the `main` of a program: a UserError becomes one line on stderr and the exit status 2."""
+
+    @functools.wraps(main)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+
+    return wrapper

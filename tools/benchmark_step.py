@@ -1,14 +1,14 @@
-"""Seconds a training step beside TRL's GRPOTrainer: python tools/benchmark_step.py --trl-python PYTHON.
+"""Compare seconds per training step with TRL's GRPOTrainer: python tools/benchmark_step.py --trl-python PYTHON.
 
-Both train the same small Qwen2 model (random weights, made on the fly) on the same prompts: the same number of samples,
-tokens and optimizer updates a step, in fp32 on the CPU, each in processes of its own that take turns, so that both meet
-the same state of the machine. TRL runs under PYTHON, an interpreter with the `bench` extra installed; without
+Both trainers train the same small Qwen2 model with random weights on the same prompts, with the same number of samples,
+tokens and optimizer updates per step, in fp32 on the CPU. They run in turns, each run in a process of its own, so that
+both see the same load of the machine. TRL runs under PYTHON, an interpreter with the `bench` extra installed. Without
 --trl-python only this project is measured.
 
-Our trainer bounds the time that OpenMP threads spin and keeps glibc from unmapping what tensors free; TRL runs as torch
-comes. On a machine that is busy with other work, set OMP_WAIT_POLICY=passive for both: threads that spin while they
-wait for a preempted one make a step many times slower there. Exit status 2, with one line on
-stderr, for user errors.
+This project limits how long OpenMP threads spin and keeps glibc from returning freed memory to the kernel; TRL runs
+with torch's defaults. On a machine that is busy with other work, set OMP_WAIT_POLICY=passive for both: threads that
+spin while they wait for a preempted one make a step many times slower. User errors are one line on stderr and exit
+status 2.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,16 +29,17 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
 from megatron_rlvr.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-CHARACTERS = "".join(map(chr, range(33, 127)))  # printable, without the blank
-UNUSED = tuple(f"00{i}" for i in range(13))  # never encoded, for a vocabulary of 108
+CHARACTERS = "".join(map(chr, range(33, 127)))  # printable ASCII without the space
+UNUSED = tuple(f"00{i}" for i in range(13))  # never encoded; they bring the vocabulary to 108
 PROMPT_TOKENS = 8
-WARM_UP_STEPS = 2  # the first steps of a process allocate and tune; both halves leave them out
+WARM_UP_STEPS = 2  # not measured: the first steps of a process allocate memory and tune kernels
 OPTIMIZER = "the optimizer"
 PARTS = {
-    # label: (parts of TRL's step, parts of ours)
+    # label: (parts of a TRL step, time metrics of this project)
     "generation": (("generation",), ("time/generate",)),
     "verification": (("verification",), ("time/verify",)),
     "scoring of the old policy": (("old_logprob",), ("time/score",)),
@@ -46,7 +47,7 @@ PARTS = {
     OPTIMIZER: (("optimizer",), ("time/optimizer",)),
 }
 
-REWARD = '''"""Verifies for both halves: cheap, and different from sample to sample."""
+REWARD = '''"""The reward of both trainers: cheap, and different between samples."""
 
 
 def reward(completion, answer):
@@ -56,7 +57,7 @@ def reward(completion, answer):
 
 @dataclass
 class Job:
-    """What both halves do; paths as text, for it travels as JSON."""
+    """What both trainers do. Paths are strings because the job is passed as JSON."""
 
     model: str
     data: str
@@ -72,13 +73,13 @@ class Job:
 
 
 def make_model(folder: Path, seed: int) -> int:
-    """Write a Qwen2 model with random weights and a tokenizer as a Hugging Face folder; its parameters."""
+    """Write a Hugging Face folder with a Qwen2 model of random weights; returns the number of parameters."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-    # Letters rather than words: transformers loads the tokenizer of any qwen2 model as Qwen2Tokenizer, whose byte-level
-    # pre-tokenizer would split words that its merges do not join. Without merges every character is a token.
-    vocabulary = {letter: i for i, letter in enumerate([*CHARACTERS, *UNUSED, "<eos>"])}
+    # transformers loads the tokenizer of any qwen2 model as Qwen2Tokenizer, whose byte-level pre-tokenizer splits words
+    # that its merges do not join. Without merges every character is one token.
+    vocabulary = {token: i for i, token in enumerate([*CHARACTERS, *UNUSED, "<eos>"])}
     Qwen2Tokenizer(
         vocab=vocabulary, merges=[], unk_token="<eos>", eos_token="<eos>", pad_token="<eos>"
     ).save_pretrained(folder)
@@ -103,17 +104,17 @@ def make_model(folder: Path, seed: int) -> int:
 
 
 def make_data(file: Path, count: int, seed: int) -> None:
-    """Write prompts of PROMPT_TOKENS tokens each, in the JSONL format of real data sets."""
-    chance = random.Random(seed)
+    """Write a JSONL data set of prompts with PROMPT_TOKENS tokens each."""
+    generator = random.Random(seed)
     with file.open("w") as lines:
         for _ in range(count):
-            prompt = "".join(chance.choices("0123456789", k=PROMPT_TOKENS - 1)) + "="
+            prompt = "".join(generator.choices("0123456789", k=PROMPT_TOKENS - 1)) + "="
             lines.write(json.dumps({"prompt": prompt, "answer": ""}) + "\n")
 
 
 @dataclass
 class Step:
-    """One measured step: its seconds, the tokens it generated, and the seconds of its parts by their label in PARTS."""
+    """One measured step: seconds, generated tokens, and the seconds of its parts by label of PARTS."""
 
     seconds: float
     tokens: int
@@ -121,12 +122,12 @@ class Step:
 
     @property
     def outside(self) -> float:
-        """The fraction of the step that is neither generation, verification nor a pass through the model."""
+        """The fraction of the step outside generation, verification and passes through the model."""
         return 1 - sum(seconds for label, seconds in self.parts.items() if label != OPTIMIZER) / self.seconds
 
 
 def run_trl(job: Job, python: str, folder: Path) -> list[Step]:
-    """Train with TRL in a process of its own; its steps."""
+    """Train with TRL in a new process; returns its steps."""
     job_file = folder / "job.json"
     job_file.write_text(json.dumps(asdict(job)))
     _run([python, str(ROOT / "tools" / "benchmark_step_trl.py"), str(job_file)], job, folder, "TRL")
@@ -139,15 +140,15 @@ def run_trl(job: Job, python: str, folder: Path) -> list[Step]:
     ]
 
 
-def run_ours(job: Job, folder: Path) -> list[Step]:
-    """Train with megatron_rlvr in a process of its own; its steps.
+def run_megatron_rlvr(job: Job, folder: Path) -> list[Step]:
+    """Train with megatron_rlvr in a new process; returns its steps.
 
-    Raises UserError when a step generated another number of tokens than the job asks for.
+    Raises UserError when the number of tokens that a step generated is not that of the job.
     """
     configuration = {
         "name": "benchmark",
         "seed": job.seed,
-        # The last step also saves; it is left out.
+        # One more than is measured, because the last step also writes a checkpoint.
         "steps": job.steps + 1,
         "threads": job.threads,
         "run_directory": str(folder / "run"),
@@ -161,7 +162,7 @@ def run_ours(job: Job, folder: Path) -> list[Step]:
             "ignore_eos": True,
             "local_batch": job.prompts * job.samples,
         },
-        # TRL updates on every sequence, so we do, too.
+        # TRL also updates on sequences without advantage.
         "algorithm": {"minibatches": job.updates, "drop_zero_advantage": False},
         "optimizer": {"learning_rate": job.learning_rate, "beta2": 0.999, "clip_grad": 1.0},
         "checkpoint": {"every": 0, "export_huggingface": False},
@@ -174,9 +175,9 @@ def run_ours(job: Job, folder: Path) -> list[Step]:
         Step(r["time/step"], int(r["tokens"]), {label: sum(r[n] for n in names) for label, (_, names) in PARTS.items()})
         for r in read_metrics(folder / "run")[: job.steps]
     ]
-    wanted = job.prompts * job.samples * job.response_tokens
-    if any(step.tokens != wanted for step in steps):
-        raise UserError(f"a step generated {[step.tokens for step in steps]} tokens instead of {wanted}")
+    expected = job.prompts * job.samples * job.response_tokens
+    if any(step.tokens != expected for step in steps):
+        raise UserError(f"the steps generated {[step.tokens for step in steps]} tokens instead of {expected} each")
     return steps
 
 
@@ -193,16 +194,16 @@ def _run(command: list[str], job: Job, folder: Path, name: str) -> None:
         try:
             done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=900)
         except FileNotFoundError:
-            raise UserError(f"no interpreter {command[0]}: give the path of a python") from None
+            raise UserError(f"no interpreter {command[0]}: give the path of a Python interpreter") from None
         except subprocess.TimeoutExpired:
-            raise UserError(f"{name} ran for more than 900 s: take fewer --steps; its output is in {log}") from None
+            raise UserError(f"{name} ran for more than 900 s: use fewer --steps; its output is in {log}") from None
     if done.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise UserError(f"{name} ended with status {done.returncode}: {' '.join(last)}")
 
 
 def report(measured: dict[str, list[Step]], console: Console) -> None:
-    """Print the medians over all measured steps, the fastest and slowest, and TRL's time over ours."""
+    """Print the median, fastest and slowest of all measured steps, and the ratio of TRL's median to this project's."""
     names = list(measured)
     table = Table(title="Median of the measured steps \\[fastest, slowest]", title_justify="left")
     table.add_column("")
@@ -220,66 +221,64 @@ def report(measured: dict[str, list[Step]], console: Console) -> None:
             cells.append(f"{first / second:.2f}" if second else "-")
         table.add_row(label, *cells)
 
-    row("seconds a step", lambda step: step.seconds, ".3f")
-    row("generated tokens a second", lambda step: step.tokens / step.parts["generation"], ",.0f")
+    row("seconds per step", lambda step: step.seconds, ".3f")
+    row("generated tokens per second", lambda step: step.tokens / step.parts["generation"], ",.0f")
     for label in PARTS:
         row(f"seconds of {label}", lambda step, label=label: step.parts[label], ".3f")  # type: ignore[misc]
     row("fraction outside generation, verification and passes", lambda step: step.outside, ".1%")
     console.print(table)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Seconds a training step beside TRL's GRPOTrainer.")
-    parser.add_argument("--trl-python", help="interpreter with the `bench` extra; without it only this project runs")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each half runs, taking turns")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps of each run")
+@user_errors_reported
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Compare seconds per training step with TRL's GRPOTrainer.")
+    parser.add_argument(
+        "--trl-python", help="interpreter with the `bench` extra; without it only this project is measured"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer, in turns")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps per run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=16, help="completions of a prompt")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens of a completion")
-    parser.add_argument("--updates", type=int, default=8, help="optimizer steps of a rollout")
+    parser.add_argument("--samples", type=int, default=16, help="completions per prompt")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens per completion")
+    parser.add_argument("--updates", type=int, default=8, help="optimizer steps per rollout")
     parser.add_argument("--json", type=Path, help="write every measured step to this file")
     options = parser.parse_args(arguments)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=132)  # a log keeps the table's lines whole
-    try:
-        if options.prompts % options.updates:
-            raise UserError(
-                f"--updates {options.updates} does not divide --prompts {options.prompts}: choose a divisor"
-            )
-        with tempfile.TemporaryDirectory(prefix="benchmark_step_") as name:
-            measured = measure(options, Path(name), console)
-    except UserError as error:
-        print(f"benchmark_step: {error}", file=sys.stderr)
-        return 2
+        console = Console(width=132)  # keeps the lines of the table on one line each in a log
+    if options.prompts % options.updates:
+        raise UserError(f"--updates {options.updates} does not divide --prompts {options.prompts}: choose a divisor")
+    with tempfile.TemporaryDirectory(prefix="benchmark_step_") as name:
+        measured = measure(options, Path(name), console)
     report(measured, console)
     if options.json:
         options.json.write_text(json.dumps({k: [asdict(step) for step in steps] for k, steps in measured.items()}))
-    return 0
+    return EXIT_DONE
 
 
 def measure(options: argparse.Namespace, folder: Path, console: Console) -> dict[str, list[Step]]:
-    """Run the halves in turns in folder; their measured steps."""
+    """Run both trainers in turns in `folder`; returns the measured steps by trainer."""
     model, data = folder / "model", folder / "train.jsonl"
     parameters = make_model(model, seed=0)
     make_data(data, count=16 * options.prompts, seed=0)
     (folder / "benchmark_reward.py").write_text(REWARD)
     console.print(
         f"{parameters / 1e6:.2f} M parameters, {options.prompts} prompts x {options.samples} samples x {options.tokens}"
-        f" tokens, {options.updates} updates a step, {options.threads} threads, {os.cpu_count()} cores, "
+        f" tokens, {options.updates} updates per step, {options.threads} threads, {os.cpu_count()} cores, "
         f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}",
         soft_wrap=True,
     )
     measured: dict[str, list[Step]] = {}
     for turn in range(options.rounds):
-        for half in ("TRL", "megatron_rlvr") if options.trl_python else ("megatron_rlvr",):
-            place = folder / f"{half}-{turn}"
-            place.mkdir()
+        for trainer in ("TRL", "megatron_rlvr") if options.trl_python else ("megatron_rlvr",):
+            folder_of_run = folder / f"{trainer}-{turn}"
+            folder_of_run.mkdir()
             job = Job(
                 model=str(model),
                 data=str(data),
-                result=str(place / "result.json"),
+                result=str(folder_of_run / "result.json"),
                 prompts=options.prompts,
                 samples=options.samples,
                 response_tokens=options.tokens,
@@ -288,13 +287,17 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> dict
                 steps=options.steps + WARM_UP_STEPS,
                 seed=turn,
             )
-            # What else ran while this half did would explain an odd figure.
+            # The load of other processes may explain an outlier.
             load = os.getloadavg()[0]
-            steps = run_trl(job, options.trl_python, place) if half == "TRL" else run_ours(job, place)
+            steps = (
+                run_trl(job, options.trl_python, folder_of_run)
+                if trainer == "TRL"
+                else run_megatron_rlvr(job, folder_of_run)
+            )
             steps = steps[WARM_UP_STEPS:]
-            measured.setdefault(half, []).extend(steps)
-            middle = statistics.median(step.seconds for step in steps)
-            console.print(f"round {turn + 1}: {half} {middle:.2f} s a step (load average before: {load:.1f})")
+            measured.setdefault(trainer, []).extend(steps)
+            median = statistics.median(step.seconds for step in steps)
+            console.print(f"round {turn + 1}: {trainer} {median:.2f} s per step (load average before: {load:.1f})")
     return measured
 
 

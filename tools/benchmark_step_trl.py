@@ -1,7 +1,7 @@
-"""The TRL half of benchmark_step.py, which runs it under an interpreter that has TRL, with a job file as argument.
+"""The TRL part of benchmark_step.py, which runs it under an interpreter that has TRL, with a job file as argument.
 
-It trains with TRL's GRPOTrainer as a user would set it up for this job, and writes the seconds of each step and of its
-parts to the file that the job names. It imports nothing of this project.
+It trains with TRL's GRPOTrainer as a user would configure it for this job, and writes the seconds of each step and of
+its parts to the result file of the job. It does not import this project.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_reward import reward  # written beside the job by benchmark_step.py: both halves verify with it
+from benchmark_reward import reward  # written by benchmark_step.py; both trainers use this reward
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -30,7 +30,7 @@ def main(job_file: str) -> None:
         output_dir=str(Path(job["result"]).parent / "trl"),
         use_cpu=True,
         bf16=False,
-        # On by default, to save memory; this model needs none saved, and recomputation would only slow it down.
+        # On by default, to save memory. For this small model recomputation would only cost time.
         gradient_checkpointing=False,
         per_device_train_batch_size=minibatch,
         steps_per_generation=job["updates"],
@@ -42,7 +42,7 @@ def main(job_file: str) -> None:
         learning_rate=job["learning_rate"],
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
-        # One step more than is measured: a step ends where the next begins.
+        # One more than is measured, because a step is timed until the next one begins.
         max_steps=job["updates"] * (job["steps"] + 1),
         logging_steps=job["updates"],
         save_strategy="no",
@@ -64,7 +64,7 @@ def main(job_file: str) -> None:
 
 
 def timed(trainer: Any, job: dict[str, Any]) -> list[dict[str, float]]:
-    """Wrap the parts of a step in clocks; the list gets one entry a step, seconds by part and tokens counted."""
+    """Time the parts of every step. The list gets one entry per step: seconds by part, and generated tokens."""
     steps: list[dict[str, float]] = []
     current: dict[str, float] = defaultdict(float)
     start = 0.0
@@ -84,10 +84,11 @@ def timed(trainer: Any, job: dict[str, Any]) -> list[dict[str, float]]:
         def outer(*arguments: Any, **options: Any) -> Any:
             completions, logprobs = inner(*arguments, **options)
             lengths = {len(ids) for ids in completions}
-            wanted = job["prompts"] * job["samples"]
-            if lengths != {job["response_tokens"]} or len(completions) != wanted:
+            expected = job["prompts"] * job["samples"]
+            if lengths != {job["response_tokens"]} or len(completions) != expected:
                 sys.exit(
-                    f"TRL generated {len(completions)} completions of lengths {sorted(lengths)}, not {wanted} alike"
+                    f"TRL generated {len(completions)} completions of lengths {sorted(lengths)}, "
+                    f"expected {expected} of length {job['response_tokens']}"
                 )
             current["tokens"] += sum(map(len, completions))
             return completions, logprobs
@@ -99,7 +100,7 @@ def timed(trainer: Any, job: dict[str, Any]) -> list[dict[str, float]]:
             nonlocal start
             now = time.perf_counter()
             if current:
-                # A scoring forward pass inside the update is the update's, and is counted there.
+                # Scoring forward passes inside the update are part of the update and counted there.
                 scoring = current.pop("scoring")
                 steps.append({"step": now - start, "old_logprob": scoring - current.pop("update_scoring"), **current})
                 current.clear()

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
@@ -32,8 +33,9 @@ from megatron_rlvr.weights import conversion
 warnings.simplefilter("ignore")
 
 
+@user_errors_reported
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; exit status 0, or 2 after one line that says what to correct."""
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("direction", choices=("to-megatron", "to-huggingface"))
     parser.add_argument("input", type=Path, help="Hugging Face folder, or checkpoint folder with run.json")
@@ -47,32 +49,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def report(text: str) -> None:
         print(f"[{time.perf_counter() - began:6.1f} s] {text}", flush=True)
 
-    try:
-        if options.shard_gib <= 0:
-            raise UserError(f"--shard-gib must be greater than 0, not {options.shard_gib}")
-        if options.direction == "to-huggingface" and options.model is None:
-            raise UserError("to-huggingface needs --model: the folder that config and tokenizer come from")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("the conversion runs in one process: start it without torchrun")
-        with parallel.parallel_groups(ParallelConfig(), seed=0):
-            before = _peak_gib()
-            if options.direction == "to-megatron":
-                bridge = _bridge(options.input, _dtype_of_folder(options.input))
-                compared = conversion.to_megatron(bridge, options.output, report, options.verify)
-            else:
-                bridge = _bridge(options.model, _dtype_of_checkpoint(options.input))
-                shard_bytes = int(options.shard_gib * 1024**3)
-                compared = conversion.to_huggingface(
-                    bridge, options.input, options.output, report, options.verify, shard_bytes
-                )
-            if options.verify:
-                report(f"all {compared} tensors are equal")
-            memory = f"peak memory {_peak_gib():.2f} GiB, of it {before:.2f} before the first weight"
-            report(f"{options.output} is complete; {memory}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if options.shard_gib <= 0:
+        raise UserError(f"--shard-gib must be greater than 0, not {options.shard_gib}")
+    if options.direction == "to-huggingface" and options.model is None:
+        raise UserError("to-huggingface needs --model: the folder that config and tokenizer come from")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("the conversion runs in one process: start it without torchrun")
+    with parallel.parallel_groups(ParallelConfig(), seed=0):
+        before = _peak_gib()
+        if options.direction == "to-megatron":
+            bridge = _bridge(options.input, _dtype_of_folder(options.input))
+            compared = conversion.to_megatron(bridge, options.output, report, options.verify)
+        else:
+            bridge = _bridge(options.model, _dtype_of_checkpoint(options.input))
+            shard_bytes = int(options.shard_gib * 1024**3)
+            compared = conversion.to_huggingface(
+                bridge, options.input, options.output, report, options.verify, shard_bytes
+            )
+        if options.verify:
+            report(f"all {compared} tensors are equal")
+        memory = f"peak memory {_peak_gib():.2f} GiB, of it {before:.2f} before the first weight"
+        report(f"{options.output} is complete; {memory}")
+    return EXIT_DONE
 
 
 def _peak_gib() -> float:

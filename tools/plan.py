@@ -22,12 +22,14 @@ from pathlib import Path
 
 from megatron_rlvr.config import load_config
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import user_errors_reported
 from megatron_rlvr.planning.memory import GIB
 from megatron_rlvr.planning.plan import make_plan, suggest
 from megatron_rlvr.planning.report import describe, layout_name
 from megatron_rlvr.planning.roofline import Hardware
 
 
+@user_errors_reported
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,29 +49,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     warnings.simplefilter("ignore")
     hardware = replace(Hardware(), memory_bytes=options.gpu_gb * 1e9)
-    try:
-        config = load_config(options.config, options.overrides)
-        if options.nodes < 1 or options.gpus_per_node < 1:
-            raise UserError("--nodes and --gpus-per-node must be at least 1")
-        with tempfile.TemporaryDirectory() as folder:
-            if options.architecture is not None:
-                if not options.architecture.is_file():
-                    raise UserError(f"--architecture {options.architecture} is not a file: give a model's config.json")
-                shutil.copyfile(options.architecture, Path(folder) / "config.json")
-                config.model.path = folder
-            plan = make_plan(config, options.nodes, options.gpus_per_node, hardware, options.response_share)
-            print(describe(plan))
-            if options.suggest:
-                print("\nlayouts that fit, the fastest first:")
-                others = suggest(config, options.nodes, options.gpus_per_node, hardware, options.response_share)
-                for other in others:
-                    needs = other.stage_bytes(other.worst) / GIB
-                    print(f"  {other.time.total:7.0f} s  {needs:6.1f} GiB  {layout_name(other)}, microbatches of 1")
-                if not others:
-                    print("  none: more nodes, shorter responses, or rollout.sglang.urls of servers elsewhere")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load_config(options.config, options.overrides)
+    if options.nodes < 1 or options.gpus_per_node < 1:
+        raise UserError("--nodes and --gpus-per-node must be at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.architecture is not None:
+            if not options.architecture.is_file():
+                raise UserError(f"--architecture {options.architecture} is not a file: give a model's config.json")
+            shutil.copyfile(options.architecture, Path(folder) / "config.json")
+            config.model.path = folder
+        plan = make_plan(config, options.nodes, options.gpus_per_node, hardware, options.response_share)
+        print(describe(plan))
+        if options.suggest:
+            print("\nlayouts that fit, the fastest first:")
+            others = suggest(config, options.nodes, options.gpus_per_node, hardware, options.response_share)
+            for other in others:
+                needs = other.stage_bytes(other.worst) / GIB
+                print(f"  {other.time.total:7.0f} s  {needs:6.1f} GiB  {layout_name(other)}, microbatches of 1")
+            if not others:
+                print("  none: more nodes, shorter responses, or rollout.sglang.urls of servers elsewhere")
     return 0 if plan.fits else 1
 
 

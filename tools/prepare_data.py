@@ -1,19 +1,19 @@
-"""Turn a public data set into the plain JSONL that training reads, without duplicates and with a held-out split.
+"""Convert a public data set to JSONL for training: reword prompts, remove duplicates, hold out a part.
 
     python tools/prepare_data.py dapo-math-17k.parquet --output data/dapo
     python tools/prepare_data.py gsm8k.jsonl --output data/gsm8k --prompt-key question --answer-after "####" \
         --chat --template "{prompt} Put the final answer within \\boxed{{}}."
 
-writes train.jsonl and heldout.jsonl with lines {"prompt": ..., "answer": ..., "data_source": ...}. Reads what
-megatron_rlvr.data.load_examples reads: JSONL and parquet, in the plain, slime and verl (DAPO) formats. The prompts of
-DAPO-Math-17k, for one, are chat messages that already ask for "Answer:", and stand in its file a hundred times each.
-Training reads those files directly, too; this is for the duplicates, the split and the wording.
+The tool writes train.jsonl and heldout.jsonl with lines {"prompt": ..., "answer": ..., "data_source": ...}. It reads
+JSONL and parquet files in the plain, slime and verl (DAPO) formats. Training can read these files directly, but the
+file of DAPO-Math-17k, for example, contains each prompt a hundred times.
 """
 
 import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from typing import Any
 from megatron_rlvr.atomic_write import atomic_file
 from megatron_rlvr.data import Example, load_examples
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
 
 
 @dataclass
 class Prepared:
-    """The two splits as lines to write, and what was left out."""
+    """The lines of both splits, and how many rows and prompts were dropped."""
 
     train: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
@@ -43,11 +44,19 @@ def prepare(
 ) -> Prepared:
     """Reword, deduplicate and split examples.
 
-    template: what a text prompt becomes, "{prompt}" standing for it. chat: make it a user message. answer_after: keep
-    of a text answer only what follows the last occurrence of this. A prompt that occurs with different answers is
-    dropped altogether, for one of them is wrong. A prompt is held out by its own hash, so the split survives added,
-    removed and reordered lines. Raises UserError for a template without {prompt}, wording asked for chat prompts
-    and an answer without ``answer_after``.
+    A prompt that occurs with different answers is dropped, because at least one of them is wrong. Whether a prompt is
+    held out depends only on its hash, so that added, removed or reordered lines do not change the split.
+
+    Args:
+        examples: the rows of the data set.
+        held_out_share: expected fraction of the prompts to hold out.
+        template: the new text of a text prompt, with "{prompt}" where the old one goes.
+        chat: convert text prompts to user messages.
+        answer_after: keep only what follows the last occurrence of this in a text answer.
+
+    Raises:
+        UserError: for a template without "{prompt}", `template` or `chat` with prompts that are chat messages already,
+            or an answer without `answer_after`.
     """
     answers: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -74,7 +83,7 @@ def prepare(
 def _reworded(example: Example, template: str, chat: bool) -> str | list[dict[str, str]]:
     if isinstance(example.prompt, list):
         if chat or template != "{prompt}":
-            raise UserError("the prompts of this file are chat messages already: leave out --chat and --template")
+            raise UserError("the prompts of this file are chat messages already: omit --chat and --template")
         return example.prompt
     if "{prompt}" not in template:
         raise UserError(f"--template {template!r} does not contain {{prompt}}")
@@ -94,19 +103,19 @@ def _final_part(example: Example, marker: str) -> Any:
 
 
 def _unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """A number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) / (1 << 56)
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Write JSONL; a half-written file never has the final name."""
+    """Write a JSONL file, which gets its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read, prepare and write, and say what was done."""
+    """Read, prepare and write a data set, and print what was done."""
     if not 0 <= arguments.held_out_share < 1:
         raise UserError(f"--held-out-share must be at least 0 and below 1, found {arguments.held_out_share}")
     examples = load_examples(
@@ -131,23 +140,21 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{arguments.output / f'{name}.jsonl'}: {len(lines)} examples")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make training JSONL from a public data set.")
+@user_errors_reported
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Convert a public data set to JSONL for training.")
     parser.add_argument("input", type=Path, help="a .jsonl or .parquet file")
     parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and heldout.jsonl")
-    parser.add_argument("--prompt-key", default="prompt", help="where the prompt stands; dots go into objects")
-    parser.add_argument("--answer-key", help="where the answer stands; found by itself for the known formats")
-    parser.add_argument("--answer-after", default="", help='keep what follows the last of these, such as "####"')
-    parser.add_argument("--template", default="{prompt}", help="the wording of a text prompt")
-    parser.add_argument("--chat", action="store_true", help="make text prompts user messages for the chat template")
+    parser.add_argument("--prompt-key", default="prompt", help="key of the prompt; a.b is key b of the object at key a")
+    parser.add_argument("--answer-key", help="key of the answer; not needed for the known formats")
+    parser.add_argument("--answer-after", default="", help='keep only what follows the last of these, e.g. "####"')
+    parser.add_argument("--template", default="{prompt}", help="new text of a text prompt")
+    parser.add_argument("--chat", action="store_true", help="convert text prompts to user messages")
     parser.add_argument("--held-out-share", type=float, default=0.02, help="share of the prompts to hold out")
-    parser.add_argument("--limit", type=int, help="read only so many rows")
-    try:
-        run(parser.parse_args(argv))
-    except UserError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--limit", type=int, help="read only this many rows")
+    run(parser.parse_args(arguments))
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How runs are doing: python tools/status.py RUN_DIR... [--watch SECONDS].
+"""Show the status of runs: python tools/status.py RUN_DIR... [--watch SECONDS].
 
-One line a run: finished steps, reward, entropy against its target, tokens a second, time to the end, the newest
-checkpoint, how long ago the run said so, and what became of its Slurm job. Exit status 2 when no directory holds a run;
-`--watch` waits for one.
+Prints one line per run: finished steps, reward, entropy and its target, tokens per second, remaining time, the newest
+checkpoint, the age of this information, and the last event of the Slurm job. Exit status 2 when no directory holds a
+run; with `--watch` the tool waits for one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
 from megatron_rlvr.telemetry.progress import DASH, duration
 from megatron_rlvr.telemetry.status import STATUS_FILE, Status, read_status
 
-# A run that says nothing for this many of its steps, and so many seconds, has probably died.
-SILENT_STEPS, SILENT_SECONDS = 5, 120
+# A run whose status is older than this many seconds plus this many of its steps has probably died.
+SILENT_SECONDS, SILENT_STEPS = 120, 5
 HEADINGS = ("run", "state", "step", "reward", "entropy", "target", "tokens/s", "left", "checkpoint", "updated", "")
 
 
@@ -26,7 +27,7 @@ def row(directory: Path, now: float) -> list[str]:
     """The cells of one run.
 
     Raises:
-        UserError: when the directory holds neither a status nor the record of a Slurm job.
+        UserError: when the directory holds neither a status nor the history of a Slurm job.
     """
     history = directory / "slurm" / "history"
     lines = history.read_text().splitlines() if history.is_file() else []
@@ -54,7 +55,7 @@ def row(directory: Path, now: float) -> list[str]:
 
 
 def state(status: Status, age: float) -> str:
-    """``running`` with its phase, or how the run ended; ``silent`` when it should have spoken."""
+    """The phase of a running run, or how it ended; ``silent`` when its status is older than it should be."""
     if status.state != "running":
         return status.state
     if age > SILENT_SECONDS + SILENT_STEPS * (status.step_seconds or 0.0):
@@ -67,10 +68,10 @@ def number(value: float | None, form: str = ".3f") -> str:
 
 
 def table(directories: Sequence[Path], waiting: bool = False) -> str:
-    """All runs, in columns.
+    """All runs as a table, one line per run. Unless `waiting`, at least one directory must hold a run.
 
     Raises:
-        UserError: when there is none in any of the directories, and it is not waited for.
+        UserError: when none does.
     """
     rows, errors = [list(HEADINGS)], []
     for directory in directories:
@@ -86,23 +87,21 @@ def table(directories: Sequence[Path], waiting: bool = False) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in rows)
 
 
+@user_errors_reported
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns its exit status."""
-    parser = argparse.ArgumentParser(description="How runs are doing.")
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Show the status of runs.")
     parser.add_argument("run_directory", nargs="+", type=Path)
-    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show again so often, until interrupted")
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="show again after this time, until interrupted")
     options = parser.parse_args(arguments)
     try:
         print(table(options.run_directory, bool(options.watch)), flush=True)
         while options.watch:
             time.sleep(options.watch)
             print("\033[H\033[2J" + table(options.run_directory, waiting=True), flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        return 0
-    return 0
+        pass
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

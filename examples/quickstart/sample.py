@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
 from megatron_rlvr.verifiers import build_verifier
 
 _COUNTDOWN = re.compile(r"\s*(\d+(?:\s+\d+)+)\s*:\s*(\d+)\s*>\s*")
@@ -69,17 +71,19 @@ def run(arguments: argparse.Namespace) -> None:
     )
     answer = countdown_answer(arguments.prompt)
     verify = build_verifier("countdown")
-    right = 0.0
+    correct = 0.0
     for text, times in Counter(texts).most_common():
         reward = verify(text, answer) if answer is not None else 0.0
-        right += times * reward
+        correct += times * reward
         mark = "" if answer is None else "right  " if reward else "wrong  "
         print(f"{times:4d}x  {mark}{text}")
     if answer is not None:
-        print(f"{right:.0f} of {len(texts)} samples are right")
+        print(f"{correct:.0f} of {len(texts)} samples are right")
 
 
-def main(argv: list[str] | None = None) -> int:
+@user_errors_reported
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Sample completions of a prompt from a Hugging Face folder.")
     parser.add_argument("model", type=Path, help="folder with config.json, weights and tokenizer")
     parser.add_argument("prompt", nargs="?", default="3 5 7 : 22 >")
@@ -88,12 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=18)
     parser.add_argument("--seed", type=int, default=0)
     transformers_logging.disable_progress_bar()
-    try:
-        run(parser.parse_args(argv))
-    except UserError as error:
-        print(f"sample: {error}", file=sys.stderr)
-        return 2
-    return 0
+    run(parser.parse_args(arguments))
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

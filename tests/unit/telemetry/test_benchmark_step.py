@@ -9,7 +9,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_both_halves_get_prompts_of_the_same_number_of_tokens(tmp_path):
+def test_prompts_have_the_same_number_of_tokens_in_both_trainers(tmp_path):
     from transformers import AutoTokenizer
 
     parameters = benchmark_step.make_model(tmp_path / "model", seed=0)
@@ -22,7 +22,7 @@ def test_both_halves_get_prompts_of_the_same_number_of_tokens(tmp_path):
     assert len(set(prompts)) == 50
 
 
-def test_the_report_gives_medians_and_what_lies_outside_the_parts():
+def test_report_has_medians_and_ranges():
     def step(seconds: float, generation: float) -> benchmark_step.Step:
         parts = dict.fromkeys(benchmark_step.PARTS, 0.1) | {"generation": generation}
         return benchmark_step.Step(seconds, 1000, parts)
@@ -37,8 +37,12 @@ def test_the_report_gives_medians_and_what_lies_outside_the_parts():
     rows = {
         line.split("│")[1].strip(): line.split("│")[2:5] for line in out.file.getvalue().splitlines() if "│" in line
     }
-    assert [cell.strip() for cell in rows["seconds a step"]] == ["3.000 [2.000, 9.000]", "1.500 [1.000, 5.000]", "2.00"]
-    assert [c.strip() for c in rows["generated tokens a second"]] == [
+    assert [cell.strip() for cell in rows["seconds per step"]] == [
+        "3.000 [2.000, 9.000]",
+        "1.500 [1.000, 5.000]",
+        "2.00",
+    ]
+    assert [c.strip() for c in rows["generated tokens per second"]] == [
         "1,000 [1,000, 1,000]",
         "2,000 [2,000, 2,000]",
         "0.50",
@@ -48,7 +52,7 @@ def test_the_report_gives_medians_and_what_lies_outside_the_parts():
 @pytest.mark.parametrize(
     "arguments, message", [(["--updates", "7"], "does not divide"), (["--trl-python", "/no/python"], "no interpreter")]
 )
-def test_what_the_user_can_mend_is_one_line_and_status_2(arguments, message, capsys):
+def test_user_errors_are_one_line_and_exit_status_2(arguments, message, capsys):
     assert benchmark_step.main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("benchmark_step: ") and message in error
+    assert error.startswith("error: ") and message in error
