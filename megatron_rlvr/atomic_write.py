@@ -19,15 +19,15 @@ from typing import BinaryIO
 def atomic_file(path: Path, *, flush_to_disk: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file for writing; rename it to `path` at the end of the block.
 
-    If the block raises, the temporary file is removed and `path` stays as it was.
+    If the block raises, the temporary file is removed and `path` does not change.
 
     Args:
-        path: replaced if it exists.
+        path: file to write; replaced if it exists.
         flush_to_disk: call fsync before the rename. Without it, a crash of the machine can leave an empty file under
-            the final name; a killed process cannot. Leave it out only for files that are rewritten all the time.
+            the final name; a killed process cannot. Pass False only for files that are rewritten all the time.
 
     Raises:
-        OSError: if the disk refuses (full, read-only).
+        OSError: if the file cannot be written, for example to a full or read-only disk.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -43,24 +43,24 @@ def atomic_file(path: Path, *, flush_to_disk: bool = True) -> Iterator[BinaryIO]
 
 
 def write_bytes(path: Path, data: bytes, *, flush_to_disk: bool = True) -> None:
-    """Write a whole file; see `atomic_file`."""
+    """Write `data` to the file `path`; see `atomic_file`."""
     with atomic_file(path, flush_to_disk=flush_to_disk) as file:
         file.write(data)
 
 
 def write_text(path: Path, text: str, *, flush_to_disk: bool = True) -> None:
-    """Write a whole UTF-8 file; see `atomic_file`."""
+    """Write `text` to the file `path` as UTF-8; see `atomic_file`."""
     write_bytes(path, text.encode(), flush_to_disk=flush_to_disk)
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
     """Rename the complete folder `partial` to `folder`, which is replaced if it exists.
 
-    A rename cannot replace a folder that has files in it. The old one is moved aside first and removed last, so a
+    A rename cannot replace a folder that has files in it. The old folder is moved aside first and deleted last, so a
     process that is killed in between loses neither.
 
     Raises:
-        OSError: if the disk refuses.
+        OSError: if a folder cannot be renamed.
     """
     previous = folder.with_name(folder.name + ".replaced")
     shutil.rmtree(previous, ignore_errors=True)

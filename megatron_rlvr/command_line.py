@@ -28,7 +28,7 @@ Train a policy as CONFIG.yaml describes. Each key=value replaces one value of th
 
 The same command resumes a run that was stopped. Exit status: 0 done, 2 user error, 75 stopped and resumable.
 
-Outside sections the configuration has the keys {keys}. Its sections are
+The configuration has the top-level keys {keys} and these sections:
 
 {sections}
 
@@ -36,20 +36,20 @@ docs/configuration.md describes every key: type, default, bounds and meaning."""
 
 
 def usage() -> str:
-    """The text of ``--help``."""
-    keys = [name for name, wanted in key_types(Config).items() if not wanted.is_section]
+    """Return the text of ``--help``."""
+    keys = [name for name, key_type in key_types(Config).items() if not key_type.is_section]
     return USAGE.format(keys=", ".join(keys), sections=describe_sections(Config))
 
 
 def run_command(train: Callable[[Config, Layout, ExitStack], int], arguments: Sequence[str] | None) -> int:
-    """Run ``CONFIG [key=value ...]``.
+    """Run the command line ``CONFIG [key=value ...]``.
 
     Args:
-        train: runs a configuration, and returns the exit status.
-        arguments: None takes those of the process.
+        train: runs a configuration and returns the exit status.
+        arguments: the command line without the program; None means ``sys.argv[1:]``.
 
     Returns:
-        the exit status: 0 done, 2 after a user error, 75 stopped and resumable.
+        the exit status: 0 done, 2 user error, 75 stopped and resumable.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     warnings.simplefilter("ignore", FutureWarning)

@@ -1,4 +1,4 @@
-"""The parts that every program running the policy is built from: training, evaluation and measurements."""
+"""The components that training, evaluation and measurement programs are built from."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from megatron_rlvr.verifiers import VerifierPool, build_pool
 
 @dataclass(frozen=True)
 class Components:
-    """A policy, the engine that generates with it, and what reads and judges its completions.
+    """A policy with its rollout engine, tokenizer, verifiers and checkpoints.
 
     Attributes:
-        config: of the run, with every ``auto`` resolved.
-        layout: where this process stands.
-        policy: with the weights of ``model.path`` until a checkpoint is loaded.
-        engine: generates with the weights of the policy, once `RolloutEngine.update_weights` has announced them.
-        tokenization, verifiers: of the run.
-        checkpoints: of the run directory.
+        config: configuration of the run, with every ``auto`` resolved.
+        layout: position of this process in the process groups.
+        policy: the trained model; it has the weights of ``model.path`` until a checkpoint is loaded.
+        engine: generates completions. After a change of the policy's weights it needs `RolloutEngine.update_weights`.
+        tokenization: tokenizer of the model.
+        verifiers: computes rewards.
+        checkpoints: reads and writes the checkpoints of the run directory.
     """
 
     config: Config
@@ -40,26 +41,26 @@ class Components:
     checkpoints: Checkpoints
 
     def collector(self) -> RolloutCollector:
-        """Rollouts of the training data, which is read and checked here."""
+        """Build the collector of training rollouts; this reads and checks the training data."""
         return RolloutCollector(self.config, self.layout, self.engine, self.tokenization, self.verifiers)
 
     def evaluator(self) -> Evaluator | None:
-        """Evaluation on the held-out data, which is read and checked here; None without ``data.heldout``."""
+        """Build the evaluator; this reads and checks the held-out data. None without ``data.heldout``."""
         if self.config.data.heldout is None:
             return None
         return Evaluator(self.config, self.layout, self.engine, self.tokenization, self.verifiers)
 
 
 def build_components(config: Config, layout: Layout, resources: ExitStack) -> Components:
-    """Build the parts of a run; `resources` stops the processes that they start. Collective over the job.
+    """Build the components of a run. Collective over the job.
 
     Args:
-        config: with every ``auto`` resolved.
-        layout: of the job.
-        resources: closed by the caller.
+        config: configuration with every ``auto`` resolved.
+        layout: position of this process in the process groups.
+        resources: stops the processes that the components start, when the caller closes it.
 
     Raises:
-        UserError: for a model, verifier, tokenizer or engine that cannot be used.
+        UserError: if the model, verifier, tokenizer or engine cannot be used.
     """
     verifiers = resources.enter_context(build_pool(config.verifier, layout.is_leader))
     policy = Policy(config, layout)

@@ -51,7 +51,7 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply ``key=value`` overrides and check every value; ``auto`` stays, see `resolve`.
+    """Read a YAML file, apply ``key=value`` overrides and check every value. `resolve` replaces ``auto`` later.
 
     Raises:
         UserError: one line that names the file or override, what was found, and what to write instead.
@@ -101,13 +101,13 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def resolve(config: Config, on_gpu: bool) -> Config:
-    """The configuration with every ``auto`` (of `verifier.workers`: null) replaced by what it stands for.
+    """Replace every ``auto``, and the null of `verifier.workers`, by its value; returns the new configuration.
 
-    A program calls this once, before it builds anything; a run's config.yaml keeps ``auto``, so that a run on GPUs can
+    A program calls this once, before it builds anything. A run's config.yaml keeps ``auto``, so that a run on GPUs can
     be evaluated on a CPU.
 
     Args:
-        on_gpu: whether the processes that train compute on GPUs.
+        on_gpu: whether the training processes compute on GPUs.
     """
     model, verifier, rollout = config.model, config.verifier, config.rollout
     if model.dtype == "auto":
@@ -127,7 +127,7 @@ def check(config: Config) -> None:
     """Refuse values and combinations that cannot work.
 
     Raises:
-        UserError: for the first that is wrong.
+        UserError: for the first of them.
     """
     check_values(config)
     algorithm, data, rollout, parallel = config.algorithm, config.data, config.rollout, config.parallel
@@ -137,7 +137,9 @@ def check(config: Config) -> None:
             f"{rollout.prompts_per_step}: choose a divisor"
         )
     if rollout.dynamic_sampling and data.stratify_key is not None:
-        raise UserError("rollout.dynamic_sampling replaces prompts that data.stratify_key has spread: set only one")
+        raise UserError(
+            "rollout.dynamic_sampling would replace prompts that data.stratify_key chose: set only one of them"
+        )
     if (config.checkpoint.keep_best or "").startswith("evaluation/") and not data.heldout:
         raise UserError(f"checkpoint.keep_best={config.checkpoint.keep_best} needs data.heldout: set it")
     if config.optimizer.cpu_offload and not parallel.distributed_optimizer:
@@ -148,12 +150,12 @@ def check(config: Config) -> None:
     if parallel.microbatch_tokens and parallel.microbatch_tokens < longest:
         raise UserError(
             f"parallel.microbatch_tokens={parallel.microbatch_tokens} is less than data.max_prompt_tokens + "
-            f"rollout.max_tokens = {longest}: a sequence of that length must fit into a microbatch"
+            f"rollout.max_tokens = {longest}: set it to at least {longest}, so that every sequence fits, or to 0"
         )
 
 
 def warnings_of(config: Config) -> list[str]:
-    """Settings that are allowed but probably not meant, one line each."""
+    """Return one line for each setting that is allowed but probably not intended."""
     warnings = []
     if config.algorithm.minibatches * config.algorithm.epochs == 1:
         warnings.append(

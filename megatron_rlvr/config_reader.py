@@ -1,4 +1,4 @@
-"""From plain values, as YAML gives them, to the dataclasses of a configuration; refusals say what to write instead."""
+"""Convert plain values, as read from YAML, to configuration dataclasses; errors say what to write instead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 
 
 def read(section: type[T], values: Mapping[str, Any]) -> T:
-    """The configuration ``section`` with ``values``; keys that are not there keep their defaults.
+    """Build the dataclass ``section`` from ``values``; absent keys keep their defaults.
 
     Raises:
         UserError: for the first unknown key or value of the wrong type.
@@ -26,7 +26,7 @@ def read(section: type[T], values: Mapping[str, Any]) -> T:
 
 
 def merge(values: Any, changes: Any) -> Any:
-    """``values`` with ``changes``: mappings are merged key by key, anything else is replaced."""
+    """Return ``values`` with ``changes`` applied: mappings are merged key by key, anything else is replaced."""
     if not (isinstance(values, Mapping) and isinstance(changes, Mapping)):
         return changes
     return {**values, **{name: merge(values.get(name), change) for name, change in changes.items()}}
@@ -37,7 +37,7 @@ class _Reader:
         self.root = root
 
     def section(self, section: type[T], values: Mapping[str, Any], prefix: str, chosen: str = "") -> T:
-        """The section with the dotted ``prefix``; ``chosen`` is its name where it is one of several."""
+        """Build the section at the dotted ``prefix``; ``chosen`` is its key ``name`` if that selects the dataclass."""
         known = key_types(section)
         for name in values:
             if name not in known:
@@ -69,7 +69,7 @@ class _Reader:
         return self.section(wanted.by_name[chosen], value, f"{key}.", chosen)
 
     def _hint(self, name: str, known: list[str], prefix: str, chosen: str) -> str:
-        """What an unknown key should have been."""
+        """Return what to write instead of an unknown key."""
         close = difflib.get_close_matches(name, known, n=1)
         suggestion = f"did you mean {prefix}{close[0]}?" if close else ""
         if chosen:
@@ -81,7 +81,7 @@ class _Reader:
 
 
 def convert(wanted: KeyType, value: Any) -> Any:
-    """A plain ``value`` as the type of a key that is no section. Raises ValueError when it is another type's."""
+    """Convert a plain ``value`` to the type of a key that is not a section; raises ValueError if it does not fit."""
     if wanted.type is Any:
         return value
     if wanted.type is list and wanted.element is not None:
@@ -104,14 +104,14 @@ def convert(wanted: KeyType, value: Any) -> Any:
 
 
 def _words(wanted: KeyType, key: str, value: Any) -> str:
-    """What a key takes, as the end of "KEY must be ...", and how it is written."""
-    given = value if isinstance(value, str) else "..."
+    """Complete "KEY must be ..." with the type of a key and an example of how to write it."""
+    example = value if isinstance(value, str) else "..."
     if wanted.by_name is not None:
-        return f"a section: write {key}.name={given} and the like"
+        return f"a section: write {key}.name={example} and the like"
     if wanted.is_section:
         return f"a section: write {key}.{next(iter(key_types(wanted.type)))}=... and the like"
     if wanted.type is dict:
-        return f"a section: write {key}.NAME={given} for each of its names"
+        return f"a section: write {key}.NAME={example} for each of its names"
     if wanted.type is list:
-        return f"a list: write {key}=[{given}]"
+        return f"a list: write {key}=[{example}]"
     return _WORDS[wanted.type]

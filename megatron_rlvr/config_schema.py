@@ -1,12 +1,13 @@
-"""What a configuration key takes: types, bounds and choices of dataclass fields, read from their annotations.
+"""Types, bounds and choices of configuration keys, read from the annotations of dataclass fields.
 
-A section of the configuration is a plain dataclass. Its annotations say what a key takes (``PositiveInt``,
-``Literal["a", "b"]``, ``list[str]``, another section); this module checks values against them and converts what YAML
-gave, and `tools/document_configuration.py` writes the reference page from the same annotations. A section may have a
-method ``check()`` that refuses combinations of its own keys.
+A section of the configuration is a plain dataclass. Its annotations describe the allowed values (``PositiveInt``,
+``Literal["a", "b"]``, ``list[str]``, another section). `config_reader` converts values to these types, this module
+checks them, and `tools/document_configuration.py` writes the reference page. A section may have a method ``check()``
+that refuses combinations of its keys.
 
-Plain dataclasses rather than pydantic models: the suggestions of `config_reader` would have to be built on top of
-pydantic's errors all the same, and `megatron_rlvr.control`, whose schedules are sections, must need torch alone.
+The sections are plain dataclasses rather than pydantic models: the suggestions of `config_reader` would have to be
+built on top of pydantic's errors anyway, and `megatron_rlvr.control`, whose schedules are sections, must depend on
+torch alone.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origi
 from megatron_rlvr.errors import UserError
 
 REQUIRED = "???"
-"""The default of a key that has none: the configuration must give its value."""
+"""Marks a key without a default: the configuration must set it."""
 
 
 class Limits(Protocol):
-    """Numbers that a field takes, as an annotation: ``Annotated[float, limits]``. Its text completes "must be ...".
+    """The allowed range of a number, in ``Annotated[float, limits]``; ``str(limits)`` completes "must be ...".
 
-    `Bounds` here, and ``Within`` in `megatron_rlvr.control`, which imports no other module of this project.
+    There are two implementations: `Bounds` below, and ``Within`` in `megatron_rlvr.control`, which imports no other
+    package of this project.
     """
 
     def allow(self, value: float) -> bool: ...
@@ -35,7 +37,7 @@ class Limits(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Numbers from ``at_least`` or ``above`` to ``at_most`` or ``below``; infinity only if ``infinite``."""
+    """A range from ``at_least`` or ``above`` to ``at_most`` or ``below``; infinity is allowed only if ``infinite``."""
 
     at_least: float | None = None
     above: float | None = None
@@ -77,21 +79,22 @@ Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
 
 @dataclasses.dataclass(frozen=True)
 class ByName:
-    """Marks a section whose key ``name`` says which of several dataclasses describes its other keys."""
+    """Marks a section whose key ``name`` selects the dataclass of its other keys."""
 
     sections: Mapping[str, type]
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyType:
-    """What a key takes.
+    """Type and constraints of a key.
 
     Attributes:
         type: bool, int, float, str, list, dict, or the dataclass of a section.
-        optional: whether null is a value.
-        choices: the only texts that are allowed; empty where any is.
-        element: of a list, or of the values of a dict.
-        by_name: the dataclasses of a section chosen by its key ``name``.
+        optional: whether null is allowed.
+        limits: the allowed range of a number; None if any number is allowed.
+        choices: the allowed texts; empty if any text is allowed.
+        element: type of the elements of a list, or of the values of a dict.
+        by_name: the dataclasses of a section that its key ``name`` selects from.
     """
 
     type: Any
@@ -106,7 +109,7 @@ class KeyType:
         return dataclasses.is_dataclass(self.type)
 
     def problem(self, value: Any) -> str | None:
-        """Why ``value``, of the right type, is not allowed, as the end of "KEY must ..."; None when it is."""
+        """Complete "KEY must ..." for a ``value`` of the right type that is not allowed; None if it is allowed."""
         if value is None:
             return None
         if self.choices and value not in self.choices:
@@ -122,7 +125,7 @@ class KeyType:
 
 
 def key_type(annotation: Any) -> KeyType:
-    """What a field with this (evaluated) annotation takes."""
+    """Return the `KeyType` of a field with this (evaluated) annotation."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = key_type(arguments[0])
@@ -145,7 +148,7 @@ def key_type(annotation: Any) -> KeyType:
 
 
 def key_types(section: type) -> dict[str, KeyType]:
-    """What every field of the dataclass ``section`` takes, by name."""
+    """Return the `KeyType` of every field of the dataclass ``section``, by name."""
     return _key_types(section)
 
 
@@ -156,7 +159,7 @@ def _key_types(section: Any) -> dict[str, KeyType]:
 
 
 def keys(section: type, prefix: str = "") -> Iterator[str]:
-    """Every key of a section and of the sections in it, dotted."""
+    """Yield the dotted keys of a section and of its subsections."""
     for name, wanted in key_types(section).items():
         yield f"{prefix}{name}"
         if wanted.is_section and wanted.by_name is None:
@@ -164,17 +167,17 @@ def keys(section: type, prefix: str = "") -> Iterator[str]:
 
 
 def check_values(section: Any, prefix: str = "") -> None:
-    """Refuse values outside their bounds or choices in a section and those inside it, and what their ``check`` refuses.
+    """Check the values of a section and its subsections against bounds and choices, and call their ``check`` methods.
 
     Raises:
-        UserError: for the first that is wrong, naming its dotted key.
+        UserError: for the first value that is not allowed; names its dotted key.
     """
     required = {field.name for field in dataclasses.fields(section) if field.default == REQUIRED}
     for name, wanted in key_types(type(section)).items():
         key, value = f"{prefix}{name}", getattr(section, name)
         if name in required and value in (None, "", REQUIRED):
             raise UserError(
-                f"{key} is not set: write it in the configuration file or give {key}=... on the command line"
+                f"{key} is not set: set it in the configuration file, or write {key}=... on the command line"
             )
         if wanted.is_section:
             check_values(value, f"{key}.")
@@ -185,7 +188,10 @@ def check_values(section: Any, prefix: str = "") -> None:
 
 
 def to_dict(section: Any) -> dict[str, Any]:
-    """A section as plain values, for YAML; of one chosen by name, the parameters that are not the name's defaults."""
+    """Convert a section to plain values for YAML.
+
+    For a section that its key ``name`` selects, only the parameters that differ from their defaults are included.
+    """
     values: dict[str, Any] = {}
     for name, wanted in key_types(type(section)).items():
         value = getattr(section, name)
@@ -199,7 +205,7 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 
 def describe_sections(section: type) -> str:
-    """One line per section of a configuration, from the first sentence of each dataclass's docstring."""
+    """Return one line per section of a configuration: its key and the first line of its dataclass's docstring."""
     sections = {name: wanted.type for name, wanted in key_types(section).items() if wanted.is_section}
     width = max(map(len, sections))
     first_lines = {name: (kind.__doc__ or "").splitlines()[0] for name, kind in sections.items()}

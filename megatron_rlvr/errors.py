@@ -14,7 +14,7 @@ class UserError(Exception):
 
 @contextmanager
 def as_user_error() -> Iterator[None]:
-    """Raise a ValueError of the block as a UserError.
+    """Convert a ValueError that the block raises to a UserError.
 
     `control`, `ops` and `objectives` raise ValueError, because other trainers use them without this package's errors.
     """

@@ -22,19 +22,19 @@ P = ParamSpec("P")
 EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
-"""Stopped by a signal, or for lack of an engine, with a checkpoint written: the same command resumes the run."""
+"""Stopped by a signal or because the rollout engine was lost, with a checkpoint: the same command resumes the run."""
 
 FAILURE_FILE_VARIABLE = "RLVR_FAILURE_FILE"
-"""Environment variable: the file in which a rank records when it failed."""
+"""Environment variable that names the file in which a rank records the time of its failure."""
 
 
 @contextmanager
 def failure_recorded() -> Iterator[None]:
     """Record the time of an exception in the file that the launcher names in `FAILURE_FILE_VARIABLE`.
 
-    The launcher reports the rank that failed first. The order in which ranks exit does not show it: one that raises may
-    take seconds to stop its servers, while the ranks that lose their connection to it exit at once. Use it around the
-    innermost block, so that the record is made before anything is closed.
+    The launcher reports the rank that failed first. The order in which ranks exit does not show which one that was: the
+    rank that raised may take seconds to stop its servers, while ranks that lose their connection to it exit at once.
+    Wrap the innermost block, so that the time is recorded before anything is closed.
     """
     try:
         yield
@@ -46,7 +46,7 @@ def failure_recorded() -> Iterator[None]:
 
 
 def user_errors_reported(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate the `main` of a program: a UserError becomes one line on stderr and the exit status 2."""
+    """Decorate the `main` of a program, so that a UserError becomes one line on stderr and exit status 2."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> int:

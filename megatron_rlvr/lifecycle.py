@@ -1,4 +1,4 @@
-"""How a run begins and ends: its directory and lock, the signals that stop it."""
+"""The run directory and its lock, and the signals that stop a run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megatron_rlvr.resume import check_same_run
 
 @contextmanager
 def open_run_directory(config: Config) -> Iterator[None]:
-    """Hold the run directory while the block runs; rank 0 locks it and writes ``config.yaml``.
+    """Lock the run directory while the block runs, and write its ``config.yaml``; rank 0 does both.
 
     Raises:
-        UserError: when another process uses the directory, it holds a different run, or it cannot be written.
+        UserError: if another process uses the directory, it holds a different run, or it cannot be written.
     """
     directory = Path(config.run_directory)
     with user_error_on_full_disk(directory):
@@ -40,15 +40,15 @@ def open_run_directory(config: Config) -> Iterator[None]:
 
 @contextmanager
 def locked_run_directory(directory: Path) -> Iterator[Path]:
-    """Hold the lock of a run directory, which is created if it does not exist.
+    """Create a run directory if needed, and hold its lock while the block runs.
 
-    The kernel releases the lock when the process ends, however it ends. This is flock(2) itself rather than the package
-    filelock, for two reasons that were tried with filelock 4.3.1: filelock cannot name the process that holds the lock,
-    and on a file system without flock (Lustre without its mount option) it falls back to the existence of the file, so
-    that the file of a killed run blocks its own resume.
+    The kernel releases the lock when the process ends, however it ends. This calls flock(2) directly instead of using
+    the package filelock, for two reasons (tested with filelock 4.3.1): filelock cannot name the process that holds the
+    lock, and on a file system without flock (Lustre without its mount option) it falls back to the existence of the
+    file, so the lock file of a killed run would block its resume.
 
     Raises:
-        UserError: when another process holds the lock, or the directory cannot be written.
+        UserError: if another process holds the lock, or the directory cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -78,9 +78,9 @@ def locked_run_directory(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def user_error_on_full_disk(directory: Path) -> Iterator[None]:
-    """Raise the OSError of a full disk or an exhausted quota as a UserError, so that the run ends with one line.
+    """Convert the OSError of a full disk or an exhausted quota to a UserError, so that the run ends with one line.
 
-    A checkpoint that is written in the background can fill the disk while something else is written.
+    It wraps the whole run, because a checkpoint in the background can fill the disk during any other write.
     """
     try:
         yield
@@ -88,18 +88,18 @@ def user_error_on_full_disk(directory: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{directory} cannot be written ({error.strerror}): its complete checkpoints are untouched; free some "
+            f"{directory} cannot be written ({error.strerror}): its complete checkpoints are intact; free some "
             "space and start again"
         ) from error
 
 
 class StopSignal:
-    """Remembers that SIGTERM, SIGINT or SIGUSR1 asked the run to stop, so that the current step can finish.
+    """Records SIGTERM, SIGINT or SIGUSR1, so that the current step can finish before the run stops.
 
     A second SIGINT interrupts at once.
 
     Attributes:
-        received: name of the signal, None so far.
+        received: name of the first signal; None until one arrives.
     """
 
     def __init__(self) -> None:
@@ -114,11 +114,11 @@ class StopSignal:
 
 
 def print_error(error: Exception) -> None:
-    """Print an error as one line on stderr; ranks other than 0 name themselves."""
+    """Print an error as one line on stderr, with the rank unless it is 0."""
     rank = _rank()
     print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
 
 
 def _rank() -> int:
-    """The rank that torchrun gave this process; 0 without torchrun."""
+    """Return the rank that torchrun assigned to this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))

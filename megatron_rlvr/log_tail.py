@@ -11,9 +11,9 @@ _ERROR = re.compile(r"^(\[rank\d+\]: ?)?(error( \(rank \d+\))?: |[\w.]*(Error|Ex
 
 
 def last_error(log: Path) -> str:
-    """Return the last line of a log that names an error, or its last line where none does.
+    """Return the last line of a log that names an error, or its last line if none does.
 
-    Only the last 128 KiB are read. A log that is missing or empty yields a line that says so.
+    Only the last 128 KiB are read. For a missing or empty log, the returned line says so.
     """
     try:
         with log.open("rb") as file:

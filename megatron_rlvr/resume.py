@@ -1,4 +1,4 @@
-"""What a resumed run may change: every setting but those that make it the run it is."""
+"""Which settings a resumed run may change."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.config_reader import read
 from megatron_rlvr.errors import UserError
 
-# The rest (more steps, another parallel layout, other telemetry) may change when a run is resumed.
+# Sections that must stay the same. The others, such as steps, parallel and telemetry, may change.
 IDENTITY = ("seed", "data", "verifier", "rollout", "algorithm", "optimizer")
+# Keys of these sections that may change: how completions are generated and stored, but not how they are sampled.
 MAY_CHANGE = ("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang")
 
 
 def check_same_run(config: Config, path: Path) -> None:
-    """Refuse to resume a run under settings that would make it another run.
+    """Refuse to resume a run with settings that would make it a different run.
 
     Args:
-        config: the present one.
-        path: the config.yaml that the run began with.
+        config: configuration of the resuming process.
+        path: the run's config.yaml; nothing is checked if it does not exist.
 
     Raises:
-        UserError: naming the first setting that differs.
+        UserError: for the first setting that differs; names its key and both values.
     """
     if not path.is_file():
         return
-    begun: Any = OmegaConf.to_container(OmegaConf.load(path))
-    for key, old, new in _differences(asdict(read(Config, begun)), asdict(config)):
+    saved: Any = OmegaConf.to_container(OmegaConf.load(path))
+    for key, old, new in _differences(asdict(read(Config, saved)), asdict(config)):
         if key.split(".")[0] in IDENTITY and not key.startswith(MAY_CHANGE):
             raise UserError(
                 f"{path.parent} holds a run with {key}={old}, this one has {new}: "
-                "choose another run_directory, or set it back"
+                f"choose another run_directory, or set {key} back"
             )
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every (dotted key, old value, new value) that differs."""
+    """Yield (dotted key, old value, new value) for every value that differs."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in {**old, **new}:
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)

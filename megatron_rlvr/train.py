@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-# OpenMP reads this when torch is imported. Idle threads that never spin cost a wake-up per operation; threads that spin
-# for long take the cores of other processes.
+# OpenMP reads this variable when torch is imported. Idle threads that never spin cost a wake-up per operation; threads
+# that spin for long occupy cores that other processes need.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -39,7 +39,7 @@ from megatron_rlvr.weights.export import export_folder
 
 
 def train(config: Config, layout: Layout, resources: ExitStack) -> int:
-    """Run the steps of `config` from its newest checkpoint on; returns the exit status. Collective over the job."""
+    """Run the remaining steps of `config` after its newest checkpoint; returns the exit status. Collective."""
     algorithm = config.algorithm
     components = build_components(config, layout, resources)
     policy, engine, checkpoints = components.policy, components.engine, components.checkpoints
@@ -111,7 +111,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
         stopping, finished = collectives.any_rank(stop.received is not None), step + 1 == config.steps
         if finished:
             evaluate(config.steps)
-        # The metrics come first: a resume removes a line too many, but cannot restore one that is missing.
+        # Metrics are written before the checkpoint: a resume can remove an extra line, but not restore a missing one.
         report.step(metrics)
         checkpoints.poll()
         if stopping or finished or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
@@ -130,7 +130,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; returns the exit status."""
     return run_command(train, arguments)
 
 
