@@ -16,19 +16,19 @@ from megatron_rlvr.data.completion import Completion
 class RolloutBatch:
     """The rollouts of one data-parallel rank in one step: N sequences with T response tokens in total.
 
-    Groups are consecutive: sequences ``g * G .. g * G + G - 1`` answer the rank's prompt g. Flat arrays hold
-    response tokens in the order of the sequences; those of sequence i begin at ``offsets[i]``.
+    Groups of G sequences are consecutive: sequences ``g * G .. g * G + G - 1`` answer the rank's prompt g. Flat arrays
+    hold response tokens in the order of the sequences; the tokens of sequence i begin at ``offsets[i]``.
 
     Attributes:
         tokens: int64 [N, S], prompt and response, padded on the right.
-        prompt_lengths, response_lengths: int64 [N].
-        rollout_logprob: float32 [T], as the engine sampled the tokens.
+        prompt_lengths, response_lengths: int64 [N], in tokens.
+        rollout_logprob: float32 [T], log-prob of each response token when the engine sampled it.
         rewards: float32 [N].
         truncated: bool [N], whether the sequence ended at the maximum length.
-        group_size: G.
+        group_size: G, sequences per prompt.
         penalty: float32 [N], added to the rewards before advantages are computed (overlong shaping).
         slots: int64 [N / G], the places of the rank's prompts in the step; None unless prompts are stratified.
-        strata: float64 [N / G], the number by which each of these prompts is stratified; None likewise.
+        strata: float64 [N / G], the number by which each prompt is stratified; None unless prompts are stratified.
     """
 
     tokens: Tensor
@@ -53,10 +53,10 @@ class RolloutBatch:
         """Build a batch from G completions per prompt.
 
         Args:
-            prompts: token ids.
-            completions: prompt by prompt, the same number for each.
+            prompts: token ids of each prompt.
+            completions: prompt by prompt, with the same number for each prompt.
             rewards: one per completion.
-            padding: token id that fills `tokens`.
+            padding: token id that pads `tokens` on the right.
         """
         group_size = len(completions) // len(prompts)
         response_lengths = np.array([len(c.token_ids) for c in completions])
@@ -101,14 +101,14 @@ class RolloutBatch:
 
         Args:
             count: number of minibatches.
-            only: bool [N], leave out the other sequences. Each minibatch keeps at least one sequence, because every
-                rank must take part in every forward pass.
+            only: bool [N], which sequences to keep; None keeps all. Each minibatch keeps at least one sequence, because
+                every rank must take part in every forward pass.
 
         Returns:
-            int64 indices of each minibatch, N / count without `only`.
+            the sequences of each minibatch, as int64 indices; N / count of them without `only`.
         """
         minibatches = torch.arange(len(self.tokens)).chunk(count)
         if only is None:
             return list(minibatches)
-        selected = [sequences[only[sequences]] for sequences in minibatches]
-        return [kept if len(kept) else whole[:1] for kept, whole in zip(selected, minibatches, strict=True)]
+        kept = [sequences[only[sequences]] for sequences in minibatches]
+        return [some if len(some) else sequences[:1] for some, sequences in zip(kept, minibatches, strict=True)]

@@ -11,11 +11,11 @@ class Completion:
     """One sampled response.
 
     Attributes:
-        token_ids: of the response, stop token included.
-        logprobs: natural logarithms of their probabilities under the sampling temperature.
+        token_ids: token ids of the response, including the stop token.
+        logprobs: log-prob (natural logarithm) of each token at the sampling temperature.
         finish_reason: ``stop`` after a stop token, ``length`` at the maximum length.
         weight_version: version of the weights that generated the last token: the number of training steps before them.
-        version_spans: (version, tokens) from the first token to the last, if the weights changed during generation;
+        version_spans: (version, number of tokens) in the order of the tokens if the weights changed during generation;
             otherwise empty.
     """
 

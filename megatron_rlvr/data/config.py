@@ -16,7 +16,7 @@ class DataConfig:
     heldout: str | None = None
     """File of held-out problems for evaluation; null disables evaluation."""
     prompt_key: str | None = None
-    """Field that holds the prompt, dotted for a nested field; null is ``prompt``."""
+    """Field that holds the prompt, dotted for a nested field; null means ``prompt``."""
     answer_key: str | None = None
     """Field that holds the reference answer, dotted for a nested field; null takes the first of ``answer``, ``label``
     and ``reward_model.ground_truth`` that the first row has."""

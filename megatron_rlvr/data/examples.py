@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_rlvr.errors import UserError
 
-# Keys of the reference answer, tried in this order if the configuration names none: those of the plain format, of
-# slime's JSONL and of verl's parquet. A dot reaches into a nested object.
+# Keys of the reference answer, tried in this order if the configuration names none: the plain format, slime's JSONL and
+# verl's parquet. A dot reaches into a nested object.
 ANSWER_KEYS = ("answer", "label", "reward_model.ground_truth")
 SOURCE_KEY = "data_source"
 
@@ -19,14 +19,14 @@ _EXPECTED_LINE = 'expected one JSON object per line, such as {"prompt": "3 5 7 :
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt, and what is needed to verify a completion of it.
+    """One prompt with its reference answer.
 
     Attributes:
         index: position in the data set, counted from 0.
         prompt: plain text, or chat messages [{"role": ..., "content": ...}] for the tokenizer's chat template.
-        answer: whatever the verifier reads, as it stands in the file.
+        answer: reference answer for the verifier, unchanged from the file.
         source: the row's "data_source", or the name of the file without its suffix.
-        stratum: number by which prompts are stratified; None if no key was given.
+        stratum: number by which prompts are stratified; None without a `stratify_key`.
     """
 
     index: int
@@ -48,15 +48,15 @@ def load_examples(
     """Read the examples of a ``.jsonl`` or ``.parquet`` file, in file order.
 
     Args:
-        path: of the file. Blank lines of a JSONL file are skipped.
+        path: the file. Blank lines of a JSONL file are skipped.
         prompt_key, answer_key, source_key, stratify_key: names of fields; dots reach into objects
             ("reward_model.ground_truth"). Without `answer_key`, the first row decides which of `ANSWER_KEYS` the file
             uses.
         limit: stop after this many examples.
 
     Raises:
-        UserError: naming the file and the line or row, for a missing file, an unknown suffix, a line that is not a JSON
-            object, a missing key, a prompt that is neither text nor messages, and a file without examples.
+        UserError: for a missing file, an unknown suffix, a line that is not a JSON object, a missing key, a prompt that
+            is neither text nor messages, or a file without examples; names the file and the line or row.
     """
     path = Path(path)
     if limit is not None and limit < 1:
@@ -89,7 +89,11 @@ def load_examples(
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row) of a JSONL or parquet file; ``where`` names file and line or row for error messages."""
+    """Yield (where, row) for every row of a JSONL or parquet file; ``where`` names file and line for error messages.
+
+    Raises:
+        UserError: if the file does not exist, has another suffix, or cannot be parsed.
+    """
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path}: the file type {path.suffix!r} is not supported; write a .jsonl or .parquet file")
     if not path.is_file():
@@ -130,7 +134,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path} row {number}", row
                     number += 1
     except arrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); write it again, or write JSONL"
+        ) from error
 
 
 def _find_answer_key(row: dict[str, Any], where: str) -> str:
@@ -141,7 +147,7 @@ def _find_answer_key(row: dict[str, Any], where: str) -> str:
 
 
 def _lookup(row: dict[str, Any], key: str) -> Any:
-    """The value at a dotted key, or None. A key of the row that contains the dots itself takes precedence."""
+    """Return the value at a dotted key, or None. A key of the row that itself contains the dots takes precedence."""
     if key in row:
         return row[key]
     value: Any = row

@@ -20,8 +20,8 @@ class MicrobatchConfig:
     Attributes:
         sequences: maximum number of sequences per microbatch, padded on the right to one width; 0 takes all of them.
         tokens: maximum number of tokens per microbatch, whose sequences are packed into one row; 0 pads instead.
-        width_multiple: the width is a multiple of this. Sequence parallelism, for example, splits it over ranks.
-        context_size, context_rank: of the context-parallel group, which splits every sequence.
+        width_multiple: pad the width to a multiple of this, so that sequence parallelism, for example, can split it.
+        context_size, context_rank: size of the context-parallel group, which splits every sequence, and rank in it.
         mark_padding: also return which tokens are padding, for a router that balances its experts.
     """
 
@@ -45,16 +45,16 @@ class Microbatch:
     A *predictor* is a position whose output predicts a response token. Only predictors reach the vocabulary projection.
 
     Attributes:
-        tokens: int64 [b, s], of this context-parallel rank; without context parallelism, s is the whole width.
+        tokens: int64 [b, s], of this context-parallel rank; without context parallelism, s is the full width.
         rows: int64 [R], the predictors of this rank, as ``position * b + sequence`` in `tokens`.
         targets: int64 [T], the response tokens of all context-parallel ranks, sequence by sequence.
         token_index: int64 [T], the index of each target in the rank's flat token arrays, such as
             `RolloutBatch.rollout_logprob`.
         sequence_index: int64 [T], the index in `sequences` of the sequence of each target.
         sequences: int64 [n], indices of the sequences in the rank's batch.
-        own_targets: int64 [R], which of the targets this context-parallel rank predicts; None means all.
+        local_targets: int64 [R], indices of the targets that this context-parallel rank predicts; None means all.
         positions: int64 [s], the positions of the tokens in their sequences; None means 0 .. s-1.
-        boundaries: int32 [n + 1], where the packed sequences begin and end in the whole width; None if padded.
+        boundaries: int32 [n + 1], where the packed sequences begin and end in the full width; None if padded.
         padding: bool [b, s], which tokens are padding; None unless `MicrobatchConfig.mark_padding` is set.
     """
 
@@ -64,17 +64,21 @@ class Microbatch:
     token_index: Tensor
     sequence_index: Tensor
     sequences: Tensor
-    own_targets: Tensor | None = None
+    local_targets: Tensor | None = None
     positions: Tensor | None = None
     boundaries: Tensor | None = None
     padding: Tensor | None = None
 
 
 def zigzag(boundaries: Sequence[int], size: int, rank: int) -> Tensor:
-    """The positions that a context-parallel rank holds, in its order: int64 [boundaries[-1] / size].
+    """Return the positions that a context-parallel rank holds, in its order: int64 [boundaries[-1] / size].
 
     Every segment between two boundaries is split into 2 x size chunks. Rank r holds chunks r and 2 x size - 1 - r, so
-    all ranks have the same share of the causal triangle. This is the order of megatron-core and Transformer Engine.
+    that all ranks have the same share of the causal triangle. megatron-core and Transformer Engine use this order.
+
+    Args:
+        boundaries: where the sequences begin and end; every length is a multiple of 2 x size.
+        size, rank: of the context-parallel group.
     """
     positions = []
     for start, end in pairwise(boundaries):
@@ -87,18 +91,18 @@ def zigzag(boundaries: Sequence[int], size: int, rank: int) -> Tensor:
 def partition(batch: RolloutBatch, sequences: Tensor, config: MicrobatchConfig, at_least: int = 1) -> list[Tensor]:
     """Assign sequences to microbatches.
 
-    Padded microbatches hold sequences of similar length, so that little of them is padding. Packed microbatches are
-    balanced: the longest remaining sequence goes to the emptiest microbatch, with as many microbatches as the limit on
-    tokens requires.
+    Padded microbatches hold sequences of similar length, so that they contain little padding. Packed microbatches are
+    balanced: the longest remaining sequence goes to the emptiest microbatch, and there are as many microbatches as the
+    limit on tokens requires.
 
     Args:
         batch: this rank's rollouts.
         sequences: int64 [n], indices in the batch.
         config: limits of a microbatch.
-        at_least: return at least this many; the surplus is empty.
+        at_least: return at least this many microbatches; some may be empty.
 
     Returns:
-        int64 [m] for each microbatch.
+        the sequences of each microbatch, int64 [m] each.
     """
     exact_lengths = (batch.prompt_lengths + batch.response_lengths)[sequences]
     if not config.tokens:
@@ -122,7 +126,10 @@ def partition(batch: RolloutBatch, sequences: Tensor, config: MicrobatchConfig, 
 
 
 def build_microbatch(batch: RolloutBatch, sequences: Tensor, config: MicrobatchConfig) -> Microbatch:
-    """The microbatch of `sequences`, int64 [n]. Without sequences it consists of padding and predicts nothing."""
+    """Build the microbatch of `sequences`, int64 [n].
+
+    A microbatch without sequences consists of padding and predicts nothing.
+    """
     prompt, response = batch.prompt_lengths[sequences], batch.response_lengths[sequences]
     lengths = prompt + response
     width = int(lengths.max()) if len(sequences) else 1
@@ -144,16 +151,16 @@ def build_microbatch(batch: RolloutBatch, sequences: Tensor, config: MicrobatchC
     else:
         _pad(microbatch, is_token, config)
     if config.context_size > 1:
-        _keep_own_positions(microbatch, config)
+        _keep_local_positions(microbatch, config)
     return microbatch
 
 
 def _pad(microbatch: Microbatch, is_token: Tensor, config: MicrobatchConfig) -> None:
-    """Pad the rows on the right; `is_token`, bool [n, width], marks what is not padding before."""
+    """Pad the rows on the right; `is_token`, bool [n, width], marks the tokens that are not padding already."""
     rows, width = is_token.shape
-    missing = -microbatch.tokens.size(1) % (config.length_multiple * config.width_multiple)
-    if missing:
-        microbatch.tokens = torch.nn.functional.pad(microbatch.tokens, (0, missing))
+    extra_columns = -microbatch.tokens.size(1) % (config.length_multiple * config.width_multiple)
+    if extra_columns:
+        microbatch.tokens = torch.nn.functional.pad(microbatch.tokens, (0, extra_columns))
     if config.mark_padding:
         microbatch.padding = torch.ones_like(microbatch.tokens, dtype=torch.bool)
         microbatch.padding[:rows, :width] = ~is_token
@@ -162,13 +169,13 @@ def _pad(microbatch: Microbatch, is_token: Tensor, config: MicrobatchConfig) -> 
 def _pack(
     microbatch: Microbatch, lengths: Tensor, position: Tensor, is_token: Tensor, config: MicrobatchConfig
 ) -> None:
-    """Put the sequences into one row, one after the other; the last one takes the padding to the width's multiple.
+    """Put the sequences into one row, one after the other; the last one is padded to the multiple of the width.
 
     Args:
         microbatch: changed in place.
-        lengths: int64 [n], of the sequences.
-        position: int64 [T], of each target's predictor in its sequence.
-        is_token: bool [n, width].
+        lengths: int64 [n], lengths of the sequences.
+        position: int64 [T], position of each target's predictor in its sequence.
+        is_token: bool [n, width], which tokens are not padding.
         config: multiples of lengths and width.
     """
     padded = _round_up(lengths, config.length_multiple) if len(lengths) else torch.ones(1, dtype=torch.int64)
@@ -186,20 +193,20 @@ def _pack(
         microbatch.padding[0, starts[sequence] + column] = False
 
 
-def _keep_own_positions(microbatch: Microbatch, config: MicrobatchConfig) -> None:
+def _keep_local_positions(microbatch: Microbatch, config: MicrobatchConfig) -> None:
     """Remove the tokens and predictors of other context-parallel ranks."""
     b, width = microbatch.tokens.shape
     boundaries = [0, width] if microbatch.boundaries is None else microbatch.boundaries.tolist()
-    own = zigzag(boundaries, config.context_size, config.context_rank)
-    own_column = torch.full((width,), -1)
-    own_column[own] = torch.arange(len(own))
+    local_positions = zigzag(boundaries, config.context_size, config.context_rank)
+    local_column = torch.full((width,), -1)  # the column of each position on this rank; -1 on another rank
+    local_column[local_positions] = torch.arange(len(local_positions))
     position, sequence = microbatch.rows // b, microbatch.rows % b
-    microbatch.own_targets = (own_column[position] >= 0).nonzero()[:, 0]
-    microbatch.rows = (own_column[position] * b + sequence)[microbatch.own_targets]
-    microbatch.tokens = microbatch.tokens[:, own]
+    microbatch.local_targets = (local_column[position] >= 0).nonzero()[:, 0]
+    microbatch.rows = (local_column[position] * b + sequence)[microbatch.local_targets]
+    microbatch.tokens = microbatch.tokens[:, local_positions]
     if microbatch.padding is not None:
-        microbatch.padding = microbatch.padding[:, own]
-    microbatch.positions = own if microbatch.boundaries is None else None
+        microbatch.padding = microbatch.padding[:, local_positions]
+    microbatch.positions = local_positions if microbatch.boundaries is None else None
 
 
 def _round_up(lengths: Tensor, multiple: int) -> Tensor:

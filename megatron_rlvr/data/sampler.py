@@ -1,4 +1,4 @@
-"""Which prompts a step draws."""
+"""The prompts that a step draws."""
 
 from collections.abc import Sequence
 
@@ -14,21 +14,21 @@ class PromptSampler:
     prompts_per_step). Every prompt is drawn once per epoch, no remainder is dropped, and a resumed run needs no saved
     position. A step that crosses the end of an epoch may draw a prompt twice.
 
-    With ``strata``, one number per example, the prompts of a step are stratified. The examples, sorted by their number,
-    are divided into prompts_per_step strata of equal size, and a step draws one example of each. All steps then have
-    nearly the same mix of prompts, so differences between strata do not add noise to the means of a step.
+    With ``strata``, the prompts of a step are stratified. The examples are sorted by their number and divided into
+    prompts_per_step strata of equal size, and a step draws one example from each. All steps then have nearly the same
+    mix of prompts, so differences between strata do not add noise to the means of a step.
     """
 
     def __init__(self, count: int, prompts_per_step: int, seed: int, strata: Sequence[float] | None = None) -> None:
         """
         Args:
-            count: number of examples, and of ``strata``.
+            count: number of examples.
             prompts_per_step: prompts that a step draws, over all data-parallel ranks.
-            seed: of the run.
-            strata: numbers by which the examples are stratified.
+            seed: seed of the run, at least 0.
+            strata: one number per example, by which the examples are stratified; None draws uniformly.
 
         Raises:
-            UserError: when a step needs more prompts than there are, or a number is out of range.
+            UserError: if a step needs more prompts than there are, or an argument is out of range.
         """
         if count < 1:
             raise UserError(f"the data set has {count} examples; at least 1 is needed")
@@ -46,7 +46,7 @@ class PromptSampler:
         self._sorted = None if strata is None else np.argsort(np.asarray(strata, dtype=np.float64), kind="stable")
 
     def indices(self, step: int) -> list[int]:
-        """The example indices that a step draws, ``prompts_per_step`` of them; steps count from 0."""
+        """Return the indices of the ``prompts_per_step`` examples that a step draws; steps count from 0."""
         if step < 0:
             raise ValueError(f"step must not be negative, found {step}")
         drawn: list[int] = []
@@ -62,10 +62,11 @@ class PromptSampler:
 
     @property
     def stratified(self) -> bool:
+        """Whether the prompts of a step are stratified."""
         return self._sorted is not None
 
     def _permutation(self, epoch: int) -> list[int]:
-        """The order of an epoch. Only the latest one is cached, which saves time and changes nothing else."""
+        """Return the order of an epoch. The latest one is cached."""
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
             if self._sorted is None:
@@ -76,9 +77,9 @@ class PromptSampler:
         return self._order
 
     def _places(self, rng: np.random.Generator) -> np.ndarray:
-        """The place in the epoch, in [0, 1), of each example in sorted order.
+        """Return the place in the epoch, in [0, 1), of each example in sorted order: float64 [count].
 
-        The n examples of a stratum are spread evenly: one in every n-th of the epoch.
+        The n examples of a stratum are spread evenly over the epoch, one in each n-th of it.
         """
         places = np.empty(self.count)
         for stratum in np.array_split(np.arange(self.count), self.prompts_per_step):

@@ -57,16 +57,16 @@ class Head:
 
         Collective over the context-parallel group, whose ranks each hold the output of some of the tokens.
         """
-        if microbatch.own_targets is None:
-            return self._own_statistics(output, microbatch.targets.to(output.device), second_moments)
-        own_targets = microbatch.targets[microbatch.own_targets].to(output.device)
-        own = self._own_statistics(output, own_targets, second_moments)
-        values = [value for field in fields(own) if (value := getattr(own, field.name)) is not None]
-        index = microbatch.own_targets.to(output.device)
+        if microbatch.local_targets is None:
+            return self._local_statistics(output, microbatch.targets.to(output.device), second_moments)
+        local_targets = microbatch.targets[microbatch.local_targets].to(output.device)
+        statistics = self._local_statistics(output, local_targets, second_moments)
+        values = [value for field in fields(statistics) if (value := getattr(statistics, field.name)) is not None]
+        index = microbatch.local_targets.to(output.device)
         shared = collectives.all_gather_tokens(torch.stack(values), index, len(microbatch.targets))
         return ops.TokenStatistics(*shared)
 
-    def _own_statistics(self, output: Tensor, targets: Tensor, second_moments: bool) -> ops.TokenStatistics:
+    def _local_statistics(self, output: Tensor, targets: Tensor, second_moments: bool) -> ops.TokenStatistics:
         settings: dict[str, Any] = {
             "temperature": self.temperature,
             "group": self.group,

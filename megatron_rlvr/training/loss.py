@@ -73,7 +73,7 @@ class MinibatchLoss:
             change = self.scores.entropy_change.to(where)[flat]
             steering = steering_weights(change, self.thresholds.steering, self.response)
         # Context-parallel ranks share token statistics before the loss, so there it cannot be part of the operator.
-        if self.head.fused and self.objective.is_plain_clip and microbatch.own_targets is None:
+        if self.head.fused and self.objective.is_plain_clip and microbatch.local_targets is None:
             token_weight = weight if steering is None else weight * steering
             targets = microbatch.targets.to(where)
             loss, logprob, entropy, outputs = self._fused(output, targets, old_logprob, advantage, token_weight)

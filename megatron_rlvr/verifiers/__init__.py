@@ -1,7 +1,7 @@
 """Verifiable rewards: verifiers, and the pool of worker processes that runs them.
 
-A verifier is a callable ``verifier(completion_text: str, answer) -> float``. This package does not import torch, so a
-worker process starts in a fraction of a second.
+A verifier is a callable ``verifier(completion_text: str, answer) -> float``. This package does not import torch, so
+worker processes start in a fraction of a second.
 """
 
 from megatron_rlvr.verifiers.build import Verifier, build_pool, build_verifier, check_answers

@@ -20,9 +20,16 @@ VERIFIERS: dict[str, Callable[..., Verifier]] = {"countdown": Countdown, "exact"
 def check_answers(verifier: Verifier, answers: Iterable[Any], source: str = "the data set") -> None:
     """Check that a verifier can read every answer of a data set.
 
-    Called at the start of a run, which the same answer would otherwise end hours later. Verifiers without a
-    ``check_answer(answer)`` method, such as user functions, are not checked. Raises UserError with the position of the
-    first unreadable answer in ``source``.
+    A run does this at its start, because an unreadable answer would otherwise end it hours later. Verifiers without a
+    ``check_answer(answer)`` method, such as user functions, are not checked.
+
+    Args:
+        verifier: that will read the answers.
+        answers: one per example, in the order of the data set.
+        source: name of the data set for the error.
+
+    Raises:
+        UserError: for the first unreadable answer; names its position.
     """
     check = getattr(verifier, "check_answer", None)
     if check is None:
@@ -35,10 +42,15 @@ def check_answers(verifier: Verifier, answers: Iterable[Any], source: str = "the
 
 
 def build_verifier(name: str, **options: Any) -> Verifier:
-    """Build the verifier ``name``: one of ``VERIFIERS``, or "module:function" for a user's function.
+    """Build a verifier.
 
-    Options are the verifier's parameters, or keyword arguments of the user's function. Raises UserError for an unknown
-    name, an option that the verifier does not have, and a user function that cannot be imported.
+    Args:
+        name: one of ``VERIFIERS``, or "module:function" for a user's function.
+        options: parameters of the verifier, or keyword arguments of the user's function.
+
+    Raises:
+        UserError: for an unknown name, an option that the verifier does not have, or a user function that cannot be
+            imported.
     """
     if ":" in name:
         return load_user_verifier(name, options)
@@ -53,9 +65,14 @@ def build_verifier(name: str, **options: Any) -> Verifier:
 
 
 def build_pool(config: VerifierConfig, start_workers: bool = True) -> VerifierPool:
-    """Build the pool of a run's verifier; ``start_workers=False`` is for ranks that verify nothing.
+    """Build the verifier of a run and its pool.
 
-    Raises UserError for configurations that `build_verifier` or `VerifierPool` refuses.
+    Args:
+        config: section ``verifier``, with ``workers`` resolved.
+        start_workers: False for ranks that verify nothing.
+
+    Raises:
+        UserError: if `build_verifier` or `VerifierPool` refuses the configuration.
     """
     verifier = build_verifier(config.name, **config.options)
     assert config.workers is not None  # `megatron_rlvr.config.resolve` replaces it

@@ -1,7 +1,7 @@
 """Length-prefixed frames over a socket, between the verifier pool and its workers.
 
-A plain socket, not a ``multiprocessing.connection.Connection``: a socket has a timeout for sending, and one system call
-reads all the replies that have arrived.
+This uses a plain socket, not a ``multiprocessing.connection.Connection``, because a socket has a timeout for sending,
+and one system call reads all replies that have arrived.
 """
 
 import socket
@@ -16,7 +16,11 @@ def send_frame(connection: socket.socket, payload: bytes) -> None:
 
 
 class FrameReader:
-    """Splits the bytes that arrive on a socket into frames."""
+    """Splits the bytes that arrive on a socket into frames.
+
+    Attributes:
+        ended: whether the other side has closed the connection.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -24,9 +28,9 @@ class FrameReader:
         self._buffer = bytearray()
 
     def read_available(self) -> list[bytes]:
-        """Read once, blocking if no data is available, and return the frames that are now complete (possibly none).
+        """Read once and return the frames that are now complete, possibly none. Blocks if no data is available.
 
-        Sets ``ended`` when the other side has closed the connection. Frames completed before that are still returned.
+        If the other side has closed the connection, frames that were complete before that are still returned.
         """
         try:
             received = self.connection.recv(1 << 20)

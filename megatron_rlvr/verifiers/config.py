@@ -9,7 +9,7 @@ from megatron_rlvr.config_schema import Bounds, NonNegativeInt, PositiveFloat
 
 DEFAULT_WORKERS = 4
 NEED_NO_WORKERS = ("countdown", "exact")
-"""Verifiers that are exact and fast for every completion: a worker process would cost more than it protects from."""
+"""Verifiers that take microseconds for every completion, so that they need no worker process to enforce limits."""
 
 
 @dataclass
@@ -20,7 +20,7 @@ class VerifierConfig:
     """``math``, ``exact``, ``countdown``, or ``module:function`` for a Python function."""
     workers: NonNegativeInt | None = None
     """Worker processes per data-parallel rank; 0 verifies in the training process, for verifiers that cannot hang.
-    null is 0 for ``countdown`` and ``exact``, and 4 for the others."""
+    null means 0 for ``countdown`` and ``exact``, and 4 for the others."""
     timeout_seconds: PositiveFloat = 10.0
     """Longest time for one completion in a worker; a completion that takes longer has reward 0 and is counted."""
     memory_mb: Annotated[int, Bounds(at_least=64)] = 2048

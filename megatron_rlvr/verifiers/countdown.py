@@ -24,13 +24,18 @@ class Countdown:
 
     Two forms are accepted, with any white space between tokens, inside the last <answer>...</answer> if there is one:
 
-    - steps, "3*5=15;15+7=22": each step combines two values that are still available and is correct, and the last one
+    - steps, "3*5=15;15+7=22": each step is correct and combines two values that are still available, and the last step
       gives the target. Divisions must have integer results.
     - one expression, "3*5+7", with parentheses, optionally followed by "=22". Intermediate results may be fractions.
 
     The answer is {"numbers": [3, 5, 7], "target": 22}, optionally with "use": "all" (each number exactly once) or "any"
-    (each number at most once). ``use`` is the default for answers without it. Raises UserError if the answer has
-    another form.
+    (each number at most once).
+
+    Attributes:
+        use: the value of "use" for answers without it.
+
+    Raises:
+        UserError: on call, if the answer has another form.
     """
 
     use: str = "all"
@@ -82,7 +87,10 @@ class Countdown:
 
 
 def _answer_text(completion: str) -> str:
-    """The text in the last <answer>...</answer>, or all of it. A stop string may have removed the closing tag."""
+    """Return the text in the last <answer>...</answer>, or the whole text without one.
+
+    The closing tag may be missing, because a stop string may have removed it.
+    """
     start = completion.rfind("<answer>")
     if start < 0:
         return completion
@@ -90,7 +98,7 @@ def _answer_text(completion: str) -> str:
 
 
 def _reached_by_steps(text: str, numbers: list[int], use_all: bool) -> int | None:
-    """The result of the last step, or None if a step is wrong or uses a value that is not available."""
+    """Return the result of the last step, or None if a step is wrong or uses a value that is not available."""
     available = list(numbers)
     steps = text.removesuffix(";").split(";")
     # Each step replaces two values by one.
@@ -123,7 +131,7 @@ def _reached_by_steps(text: str, numbers: list[int], use_all: bool) -> int | Non
 
 
 def _reached_by_expression(text: str, numbers: list[int], use_all: bool) -> Fraction | None:
-    """The value of an expression, or None if it is malformed, divides by zero, or uses other numbers."""
+    """Return the value of an expression, or None if it is malformed, divides by zero, or uses other numbers."""
     text, equals, claimed = text.partition("=")
     if not _EXPRESSION_CHARACTERS.issuperset(text):
         return None
@@ -186,7 +194,7 @@ def _evaluate(tokens: list[str]) -> Fraction | None:
 
 
 def _apply(operator: str, values: list[Fraction]) -> bool:
-    """Apply an operator to the values on top of the stack. Returns False for a division by zero."""
+    """Apply an operator to the values on top of the stack; returns False for a division by zero."""
     right = values.pop()
     if operator == "negate":
         values.append(-right)

@@ -10,9 +10,12 @@ from megatron_rlvr.errors import UserError
 class ExactMatch:
     """1.0 if the completion equals the answer, with runs of white space collapsed to one space; else 0.0.
 
-    after: compare only the text after the last occurrence of this marker; 0.0 if it does not occur.
-    ignore_case: ignore case.
-    The answer is a string or a number. Raises UserError for any other.
+    Attributes:
+        after: compare only the text after the last occurrence of this marker; the reward is 0.0 if there is none.
+        ignore_case: ignore case.
+
+    Raises:
+        UserError: on call, if the answer is neither a string nor a number.
     """
 
     after: str = ""

@@ -15,13 +15,16 @@ _BOXED = "\\boxed{"
 class MathAnswer:
     r"""1.0 if the completion's final answer is mathematically equal to the reference, else 0.0.
 
-    The final answer is the last \boxed{...} or the last line "Answer: ..." (DAPO's form), whichever comes later.
-    anywhere: if there is neither, let math-verify search the text for its last expression. Off by default, because
-    rewarding unmarked answers teaches the model to guess.
+    The final answer is the last \boxed{...} or the last line "Answer: ..." (DAPO's form), whichever comes later. The
+    reference is a string (LaTeX or plain text) or a number. A reference that math-verify cannot parse matches only
+    literally. Time and memory of math-verify are unbounded: run it in a VerifierPool with workers.
 
-    The reference is a string (LaTeX or plain text) or a number. One that math-verify cannot parse matches only
-    literally. Raises UserError for any other type. Time and memory of math-verify are unbounded: run it in a
-    VerifierPool with workers.
+    Attributes:
+        anywhere: if the completion has neither form, let math-verify search it for its last expression. Off by
+            default, because rewarding unmarked answers teaches the model to guess.
+
+    Raises:
+        UserError: on call, if the reference is neither a string nor a number.
     """
 
     anywhere: bool = False
@@ -41,7 +44,7 @@ class MathAnswer:
         return float(_equal(reference, final, boxed=True))
 
     def warm_up(self) -> None:
-        """Import math-verify and sympy, which takes seconds on a busy machine."""
+        """Import math-verify and sympy, which can take seconds."""
         _equal("1", "2", boxed=True)
 
     def check_answer(self, answer: Any) -> None:
@@ -54,7 +57,7 @@ def final_answer(completion: str) -> str | None:
     r"""Return the text of the last \boxed{...} or "Answer: ..." line, or None if there is neither."""
     boxed_at = completion.rfind(_BOXED)
     line = None
-    for line in _ANSWER_LINE.finditer(completion):  # noqa: B007 : the last match is wanted
+    for line in _ANSWER_LINE.finditer(completion):  # noqa: B007 : only the last match is used
         pass
     if boxed_at >= 0 and (line is None or boxed_at >= line.start()):
         return _last_boxed(completion)
@@ -84,11 +87,11 @@ def _plain(text: str) -> str:
 
 
 def _equal(reference: str, candidate: str, *, boxed: bool) -> bool:
-    # Imported on first use: it imports sympy, which only the workers of this verifier should pay for.
+    # Imported on first use, because it imports sympy, which other verifiers do not need.
     from math_verify import parse, verify
 
-    # In every process it would warn that its time limit is off. The pool enforces the limit instead, because
-    # math-verify's own is a signal handler, which never runs while a worker is stuck in C code.
+    # math-verify would warn in every process that its time limit is off. The pool enforces the limit instead, because
+    # math-verify uses a signal handler, which never runs while a worker is stuck in C code.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
     gold = parse(f"\\boxed{{{reference.strip('$')}}}", parsing_timeout=None)

@@ -15,8 +15,8 @@ four workers on two cores:
     a hung worker when the trainer is killed       ended by its timer    survives
     =============================================  ====================  ================
 
-A worker that pebble spawns imports the main module of the trainer. One that it forks starts as fast as here, but copies
-the locks that other threads of the trainer hold at that moment.
+A worker that pebble spawns imports the main module of the trainer. A worker that pebble forks starts as fast as in this
+pool, but inherits locks that other threads of the trainer hold at that moment.
 """
 
 import collections
@@ -44,7 +44,7 @@ _LONGEST_WAIT_S = 3600.0
 
 @dataclass
 class _Request:
-    """One call of `VerifierPool.verify`: its items, and their verdicts or the error that it ends with."""
+    """One call of `VerifierPool.verify`: its items, and their verdicts or the error that the call raises."""
 
     items: list[tuple[str, Any]]
     verdicts: list[Verdict] = field(default_factory=list)
@@ -55,21 +55,24 @@ class _Request:
 class VerifierPool:
     """Runs a verifier over batches of completions.
 
-    With ``workers=0`` the verifier runs in this process. That suits verifiers that are exact and bounded (countdown,
-    exact) and take microseconds; no limit is enforced there. Otherwise ``workers`` Python processes share the work. A
-    verifier's ``warm_up()``, if it has one, is called once in each worker before the first item.
+    With ``workers=0`` the verifier runs in this process without limits. This suits verifiers that are bounded and take
+    microseconds (countdown, exact). Otherwise ``workers`` Python processes share the work. A verifier's ``warm_up()``,
+    if it has one, is called once in each worker before the first item.
 
-    An item that exceeds a limit, raises, or kills its worker gets reward 0.0 and its status. The worker is replaced and
-    the rest of the batch continues. ``counts`` holds the number of items by status.
+    An item that exceeds a limit, raises, or kills its worker gets reward 0.0 and a status that says so. The worker is
+    replaced and the rest of the batch continues.
 
     Args:
-        verifier: called as ``verifier(completion, answer)``.
-        workers: number of worker processes, 0 for none.
+        verifier: called as ``verifier(completion, answer)``; returns the reward.
+        workers: number of worker processes; 0 for none.
         timeout_s: time limit of one item, in seconds.
-        memory_mb: limit of a worker's data memory in MiB, including the interpreter.
+        memory_mb: limit of a worker's data memory, including the interpreter, in MiB.
+
+    Attributes:
+        counts: number of items so far, by status.
 
     Raises:
-        UserError: for impossible limits, or a verifier that cannot be sent to another process.
+        UserError: if a limit is out of range, or the verifier cannot be sent to another process.
     """
 
     def __init__(
@@ -95,11 +98,12 @@ class VerifierPool:
     def verify(self, completions: list[str], answers: list[Any]) -> list[Verdict]:
         """Return one verdict per completion, in order.
 
-        Several threads may call it. Calls that arrive while a batch is being verified form the next batch together, so
-        that items that hang in several calls cost one timeout, not one per call.
+        Several threads may call this. Calls that arrive while a batch is being verified form the next batch together,
+        so that items that hang in several calls cost one timeout, not one per call.
 
-        Raises UserError if the verifier does (for an answer of the wrong form: every run would fail on it), and
-        RuntimeError if workers cannot be started.
+        Raises:
+            UserError: if the verifier raises it, which means that an answer of the data set has the wrong form.
+            RuntimeError: if workers cannot be started, or the pool is closed.
         """
         if len(completions) != len(answers):
             raise ValueError(f"{len(completions)} completions but {len(answers)} answers")
@@ -148,7 +152,7 @@ class VerifierPool:
             try:
                 verdicts = self._verify_in_workers(items)
             except BaseException:
-                # Replies to this batch are still on their way: the next batch would take them for its own.
+                # Replies to this batch may still arrive, and the next batch would mistake them for its replies.
                 self.close()
                 raise
         else:
@@ -191,8 +195,8 @@ class VerifierPool:
                 if worker.pending:
                     verdicts[worker.pending.popleft()] = failure
                     unfinished -= 1
-                # The items behind it are often samples of the same prompt and may fail in the same way. They return one
-                # by one, so that the workers share their timeouts.
+                # The items after it are often samples of the same prompt and may fail in the same way. They go back to
+                # the queue one by one, so that the workers share their timeouts.
                 chunks.extendleft([index] for index in reversed(worker.pending))
                 worker.kill()
                 self._workers[slot] = WorkerProcess(self._setup, self._timeout_s)
@@ -200,9 +204,10 @@ class VerifierPool:
 
 
 def _pickled_setup(verifier: Callable[[str, Any], float], timeout_s: float, memory_mb: int) -> bytes:
-    """The first message to a worker: its limits and its verifier.
+    """Return the first message to a worker: its limits and the verifier.
 
-    Raises UserError for a verifier that cannot be unpickled in another process.
+    Raises:
+        UserError: if the verifier cannot be unpickled in another process.
     """
     function = getattr(verifier, "func", verifier)
     if getattr(function, "__module__", None) == "__main__":

@@ -12,9 +12,11 @@ from megatron_rlvr.errors import UserError
 def load_user_verifier(name: str, options: dict[str, Any]) -> Callable[[str, Any], float]:
     """Import "module:function" and bind ``options`` as keyword arguments.
 
-    The function is called as ``function(completion_text, answer, **options)`` and returns a number. Raises UserError if
-    the module cannot be imported by name (worker processes import it too), or if the function does not accept these
-    arguments.
+    The function is called as ``function(completion_text, answer, **options)`` and returns a number.
+
+    Raises:
+        UserError: if the module cannot be imported by name (worker processes import it too), or the function does not
+            accept these arguments.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name.isidentifier():
@@ -37,6 +39,6 @@ def load_user_verifier(name: str, options: dict[str, Any]) -> Callable[[str, Any
     except TypeError as error:
         raise UserError(
             f"verifier {name}: cannot be called as {function_name}(completion, answer"
-            f"{''.join(f', {key}=...' for key in options)}): {error}"
+            f"{''.join(f', {key}=...' for key in options)}): {error}; change the function or verifier.options"
         ) from error
     return functools.partial(function, **options) if options else function

@@ -12,7 +12,7 @@ STATUSES = ("ok", "error", "timeout", "memory", "crash")
 
 
 class Verdict(NamedTuple):
-    """The reward of one completion, its status (one of STATUSES), and a description of the failure, if any."""
+    """The reward of one completion, its status (one of `STATUSES`), and a description of the failure, if any."""
 
     reward: float
     status: str
@@ -27,7 +27,7 @@ def judge(verifier: Callable[[str, Any], float], completion: str, answer: Any) -
         raise
     except MemoryError:
         return Verdict(0.0, "memory", "the verifier asked for more memory than its limit")
-    except Exception as error:  # a user's function may raise anything; one completion must not end the run
+    except Exception as error:  # a user's function may raise anything, and one completion must not end the run
         return Verdict(0.0, "error", f"{type(error).__name__}: {error}")
     if not math.isfinite(reward):
         return Verdict(0.0, "error", f"the verifier returned {reward}")

@@ -1,6 +1,6 @@
 """The verifier worker process: ``python -m megatron_rlvr.verifiers.worker FD``, started by WorkerProcess.
 
-It imports only what the verifier needs, and never torch, so that it starts quickly and stays small.
+It imports only what the verifier needs, and never torch, so that it starts quickly and needs little memory.
 """
 
 import pickle
@@ -15,7 +15,11 @@ from megatron_rlvr.verifiers.verdict import judge
 
 
 def main(descriptor: int) -> None:
-    """Read the setup, reply None once ready, then verify lists of (completion, answer) with one reply per item."""
+    """Read the setup, reply None when ready, then verify lists of (completion, answer) with one reply per item.
+
+    Args:
+        descriptor: file descriptor of the socket to the pool.
+    """
     with socket.socket(fileno=descriptor) as connection:
         reader = FrameReader(connection)
         frames: list[bytes] = []
@@ -36,8 +40,8 @@ def main(descriptor: int) -> None:
         while True:
             for frame in frames:
                 for completion, answer in pickle.loads(frame):
-                    # The pool enforces the time limit. The timer is for a pool that was itself killed while this item
-                    # hangs: the signal's default action ends the process, even inside C code.
+                    # The pool enforces the time limit. The timer covers the case that the pool was killed while this
+                    # item hangs: the signal's default action ends the process, even inside C code.
                     signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 5)
                     try:
                         reply: tuple | UserError = tuple(judge(verifier, completion, answer))

@@ -17,15 +17,17 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers.channel import FrameReader, send_frame
 from megatron_rlvr.verifiers.verdict import Verdict
 
-# A worker imports its verifier in a second or two on an idle machine; a node that starts 64 at once takes longer.
+# A worker imports its verifier in a second or two on an idle machine, but takes longer if a node starts 64 at once.
 _START_TIMEOUT_S = 120.0
 
 
 class WorkerProcess:
     """One worker process: a fresh Python interpreter that runs ``megatron_rlvr.verifiers.worker``.
 
-    ``ready`` is set once the worker has loaded the verifier. ``pending`` holds the indices of the items sent to it and
-    not answered yet; the worker is busy with the first.
+    Attributes:
+        ready: whether the worker has loaded the verifier.
+        pending: indices of the items sent to the worker without a reply yet; it works on the first.
+        deadline: when the worker counts as hung, on the monotonic clock.
     """
 
     def __init__(self, setup: bytes, timeout_s: float) -> None:
@@ -43,7 +45,7 @@ class WorkerProcess:
                 # Output of verifiers goes to stderr: on stdout it would break the trainer's progress display.
                 stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
                 env=environment,
-                # A process group of its own: child processes of a verifier are killed with it, and Ctrl-C reaches only
+                # In its own process group, child processes of a verifier are killed with it, and Ctrl-C reaches only
                 # the trainer.
                 start_new_session=True,
             )
@@ -57,7 +59,7 @@ class WorkerProcess:
         send_frame(self.socket, setup)
 
     def send(self, indices: list[int], items: list[tuple[str, Any]]) -> None:
-        """Send items, of these indices in the batch, to a worker that is ready and has none."""
+        """Send items to a worker that is ready and idle; ``indices`` are their positions in the batch."""
         self.pending.extend(indices)
         self.deadline = time.monotonic() + self._timeout_s
         try:
@@ -68,7 +70,8 @@ class WorkerProcess:
     def receive(self) -> list[tuple[int, Verdict]]:
         """Read from the socket once and return the verdicts that have arrived, with their indices.
 
-        Raises UserError if the worker reports one.
+        Raises:
+            UserError: if the worker reports one.
         """
         frames = self._reader.read_available()
         self._gone = self._reader.ended
@@ -87,9 +90,10 @@ class WorkerProcess:
         return results
 
     def failure(self) -> Verdict | None:
-        """The verdict of the item in progress if the worker has died or exceeded its time limit, else None.
+        """Return the verdict of the item in progress if the worker has died or exceeded its time limit, else None.
 
-        Raises RuntimeError if the worker did not get as far as its first item.
+        Raises:
+            RuntimeError: if the worker died, or exceeded the time limit of its start, before it was ready.
         """
         expired = time.monotonic() >= self.deadline
         if not (self._gone or expired):
@@ -105,7 +109,7 @@ class WorkerProcess:
         return Verdict(0.0, "timeout", f"no verdict within {self._timeout_s:g} s")
 
     def kill(self) -> None:
-        """Kill the process and the child processes that its verifier started, and wait for it."""
+        """Kill the process and the child processes that its verifier started, and wait for the process to end."""
         self.socket.close()
         # The group no longer exists if the worker has died and left no children.
         with contextlib.suppress(ProcessLookupError):

@@ -62,8 +62,8 @@ def test_zigzag_shares_the_causal_triangle() -> None:
     boundaries = [0, 12, 18, 42]
     ranks = [zigzag(boundaries, 3, rank) for rank in range(3)]
     assert torch.cat(ranks).sort().values.tolist() == list(range(42))
-    seen = [sum(int(p) - max(b for b in boundaries if b <= p) for p in rank.tolist()) for rank in ranks]
-    assert len(set(seen)) == 1  # keys before each query, summed
+    earlier_keys = [sum(int(p) - max(b for b in boundaries if b <= p) for p in rank.tolist()) for rank in ranks]
+    assert len(set(earlier_keys)) == 1
 
 
 @pytest.mark.parametrize("tokens", [0, 24])
@@ -78,16 +78,16 @@ def test_context_parallel_ranks_and_packing(batch: RolloutBatch, tokens: int, co
             microbatch = build_microbatch(batch, members, config)
             count, width = microbatch.tokens.shape
             assert width % multiple_of == 0 and (count == 1 or not tokens)
-            whole = build_microbatch(
+            reference = build_microbatch(
                 batch, members, MicrobatchConfig(config.sequences, tokens, multiple_of * config.length_multiple)
             )
-            assert microbatch.targets.equal(whole.targets) and microbatch.token_index.equal(whole.token_index)
+            assert microbatch.targets.equal(reference.targets) and microbatch.token_index.equal(reference.token_index)
             boundaries = [0, width * context] if microbatch.boundaries is None else microbatch.boundaries.tolist()
-            own = zigzag(boundaries, context, rank) if context > 1 else torch.arange(width)
+            local_positions = zigzag(boundaries, context, rank) if context > 1 else torch.arange(width)
             if microbatch.positions is not None:
-                assert microbatch.positions.equal(own)
+                assert microbatch.positions.equal(local_positions)
             predicted = (
-                torch.arange(len(microbatch.targets)) if microbatch.own_targets is None else microbatch.own_targets
+                torch.arange(len(microbatch.targets)) if microbatch.local_targets is None else microbatch.local_targets
             )
             for row, target, index in zip(
                 microbatch.rows.tolist(), predicted.tolist(), microbatch.sequence_index[predicted].tolist(), strict=True
@@ -95,30 +95,30 @@ def test_context_parallel_ranks_and_packing(batch: RolloutBatch, tokens: int, co
                 position, column = divmod(row, count)
                 number = int(microbatch.sequences[index])
                 start = boundaries[index] if tokens else 0
-                at = int(own[position]) - start - len(PROMPTS[number // 2]) + 1
+                at = int(local_positions[position]) - start - len(PROMPTS[number // 2]) + 1
                 assert RESPONSES[number][at] == int(microbatch.targets[target])
                 assert tokens or column == index
                 text = PROMPTS[number // 2] + RESPONSES[number]
-                assert int(microbatch.tokens[column, position]) == text[int(own[position]) - start]
+                assert int(microbatch.tokens[column, position]) == text[int(local_positions[position]) - start]
                 seen.append(int(microbatch.token_index[target]))
     assert sorted(seen) == list(range(10))
 
 
-def test_packed_microbatches_keep_to_the_budget_and_balance(batch: RolloutBatch) -> None:
+def test_packed_microbatches_are_balanced_within_the_limit(batch: RolloutBatch) -> None:
     lengths = batch.prompt_lengths + batch.response_lengths  # 4, 6, 7, 9
     chosen = torch.arange(4)
-    for budget, loads in ((26, [26]), (14, [13, 13]), (9, [4, 6, 7, 9])):
-        parts = partition(batch, chosen, MicrobatchConfig(tokens=budget))
-        assert sorted(int(lengths[members].sum()) for members in parts) == loads
-        assert torch.cat(parts).sort().values.tolist() == [0, 1, 2, 3]
+    for limit, loads in ((26, [26]), (14, [13, 13]), (9, [4, 6, 7, 9])):
+        microbatches = partition(batch, chosen, MicrobatchConfig(tokens=limit))
+        assert sorted(int(lengths[members].sum()) for members in microbatches) == loads
+        assert torch.cat(microbatches).sort().values.tolist() == [0, 1, 2, 3]
 
 
-def test_padded_microbatches_hold_sequences_of_like_length(batch: RolloutBatch) -> None:
+def test_padded_microbatches_hold_sequences_of_similar_length(batch: RolloutBatch) -> None:
     lengths = batch.prompt_lengths + batch.response_lengths  # 4, 6, 7, 9
     chosen = torch.tensor([0, 3, 1, 2])
     for at_least, expected in ((1, [[9, 7], [6, 4]]), (3, [[9, 7], [6], [4]])):
-        parts = partition(batch, chosen, MicrobatchConfig(sequences=2), at_least)
-        assert [lengths[members].tolist() for members in parts] == expected
+        microbatches = partition(batch, chosen, MicrobatchConfig(sequences=2), at_least)
+        assert [lengths[members].tolist() for members in microbatches] == expected
     assert [members.tolist() for members in partition(batch, chosen, MicrobatchConfig(sequences=4))] == [
         chosen.tolist()
     ]
@@ -127,7 +127,7 @@ def test_padded_microbatches_hold_sequences_of_like_length(batch: RolloutBatch) 
 @pytest.mark.parametrize("tokens", [0, 40])
 def test_empty_microbatches_fill_up(batch: RolloutBatch, tokens: int) -> None:
     config = MicrobatchConfig(tokens=tokens, context_size=2, width_multiple=3)
-    parts = partition(batch, torch.tensor([2, 1]), config, at_least=3)
-    assert sorted(len(members) for members in parts) == [0, 1, 1]
-    empty = build_microbatch(batch, next(members for members in parts if not len(members)), config)
+    microbatches = partition(batch, torch.tensor([2, 1]), config, at_least=3)
+    assert sorted(len(members) for members in microbatches) == [0, 1, 1]
+    empty = build_microbatch(batch, next(members for members in microbatches if not len(members)), config)
     assert len(empty.rows) == len(empty.targets) == 0 and empty.tokens.shape == (1, 6)

@@ -20,7 +20,7 @@ def test_plain_jsonl(tmp_path):
     )
     assert load_examples(path) == [
         Example(0, "3 5 7 : 22 >", answer, "train"),
-        Example(1, "x", 0, "train"),  # a blank line is no example, and an answer of 0 is an answer
+        Example(1, "x", 0, "train"),  # blank lines are skipped, and 0 is an answer
     ]
     assert load_examples(str(path), limit=1) == [Example(0, "3 5 7 : 22 >", answer, "train")]
 
@@ -82,7 +82,7 @@ def test_bad_line_is_named(tmp_path, line, message):
     assert "\n" not in str(caught.value)
 
 
-def test_bytes_that_are_no_text(tmp_path):
+def test_bytes_that_are_not_utf8(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "p", "answer": 1}\n{"prompt": "\xff"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl line 2: not UTF-8 text \(byte 12\)"):
         load_examples(tmp_path / "a.jsonl")
@@ -116,7 +116,7 @@ def test_torn_parquet(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_file_and_unknown_ending(tmp_path):
+def test_missing_file_and_unknown_suffix(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.jsonl: no such file"):
         load_examples(tmp_path / "nowhere.jsonl")
     with pytest.raises(
@@ -130,7 +130,7 @@ def test_missing_file_and_unknown_ending(tmp_path):
         load_examples(tmp_path / "a.jsonl", limit=0)
 
 
-def test_the_stratum_is_a_number_of_the_row(tmp_path):
+def test_the_stratum_is_a_number_in_the_row(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text('{"prompt": "a", "answer": 1, "about": {"kind": 302}}\n{"prompt": "b", "answer": 2, "kind": 3.5}\n')
     assert [e.stratum for e in load_examples(path)] == [None, None]

@@ -39,7 +39,7 @@ def test_dapo_parquet(tmp_path, capsys):
     assert {example.source for example in train} == {"math_dapo"}
     assert not list((tmp_path / "out").glob("*.partial"))
 
-    # Fewer rows, in another order: what was held out stays held out.
+    # With fewer rows in another order, the same prompts are held out.
     parquet.write_table(arrow.Table.from_pylist(rows[150:20:-1]), tmp_path / "part.parquet")
     assert run(tmp_path / "part.parquet", "--output", tmp_path / "b", "--held-out-share", "0.1") == 0
     part = {example.prompt[0]["content"] for example in load_examples(tmp_path / "b" / "heldout.jsonl")}

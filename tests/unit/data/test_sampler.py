@@ -40,8 +40,8 @@ def test_impossible_samplers(arguments, message):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 17])
-def test_a_stratified_step_draws_one_prompt_of_every_stratum(seed):
-    strata = [float((7 * i) % 96) for i in range(96)]  # all different, in a wild order
+def test_a_stratified_step_draws_one_prompt_from_every_stratum(seed):
+    strata = [float((7 * i) % 96) for i in range(96)]  # all different, not sorted
     sampler = PromptSampler(96, 12, seed, strata)
     drawn = [sampler.indices(step) for step in range(24)]
     assert all(sorted(strata[i] // 8 for i in indices) == list(range(12)) for indices in drawn)
@@ -55,12 +55,12 @@ def test_a_stratified_step_draws_one_prompt_of_every_stratum(seed):
 
 @pytest.mark.parametrize("seed", [0, 1, 17])
 def test_strata_of_unequal_size_stay_balanced(seed):
-    """Where the steps do not divide an epoch, the mean of the strata still varies far less than without them."""
+    """If the steps do not divide an epoch, the mean stratum of a step still varies far less than without strata."""
     strata = [float(i) for i in range(1000)]
     for count, per_step in ((1000, 96), (1000, 64)):
         spread = []
-        for given in (strata, None):
-            sampler = PromptSampler(count, per_step, seed, given)
+        for stratify_by in (strata, None):
+            sampler = PromptSampler(count, per_step, seed, stratify_by)
             drawn = [sampler.indices(step) for step in range(60)]
             means = [sum(strata[i] for i in indices) / per_step for indices in drawn]
             spread.append(sum((m - 499.5) ** 2 for m in means) ** 0.5)

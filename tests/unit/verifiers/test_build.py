@@ -140,7 +140,7 @@ def test_answers_of_a_data_set_are_checked_before_the_run():
     good = {"numbers": [3, 5, 7], "target": 22}
     check_answers(build_verifier("countdown"), [good, good | {"use": "any"}])
     check_answers(build_verifier("math"), ["34", 34, r"\frac{1}{2}"])
-    check_answers(len, [object()])  # a user's function: nothing is known about its answers
+    check_answers(len, [object()])  # a user's function has no check
     for bad in ("22", good | {"numbers": []}, good | {"numbers": [3, "5"]}, good | {"target": 22.5}):
         with pytest.raises(UserError, match=r"example 1 \(counted from 0\) of the data set: verifier countdown: "):
             check_answers(build_verifier("countdown"), [good, bad])

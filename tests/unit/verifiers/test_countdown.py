@@ -19,14 +19,14 @@ THREE = {"numbers": [3, 5, 7], "target": 22}
         ("5*3=15;7+15=22", 1),
         ("<answer> 3*5+7 </answer>", 1),
         ("I try <answer>3+5</answer> no, <answer>(3*5)+7 = 22</answer> done", 1),
-        ("<answer>3*5=15;15+7=22", 1),  # the closing tag was the stop word
+        ("<answer>3*5=15;15+7=22", 1),  # the closing tag was a stop string
         ("7 + 5 × 3", 1),
         ("7-3*-5", 1),
         ("-(3*-5)+7", 1),
         ("3*5=15", 0),  # does not reach the target
         ("3*5=15;15+7=23", 0),  # wrong step, wrong target
         ("3*5=16;15+7=22", 0),  # wrong step
-        ("3*5=15;15+7=22;22*1=22", 0),  # a number that was not given
+        ("3*5=15;15+7=22;22*1=22", 0),  # a number that is not available
         ("5+7=12;3*5=15;15+7=22", 0),  # numbers used twice
         ("3*5=15;15+7=2 2", 0),  # two numbers, not twenty-two
         ("15+7=22", 0),

@@ -58,7 +58,7 @@ def test_warm_up_does_not_count_against_the_first_item():
 
 
 def test_calls_from_several_threads_share_the_timeouts(monkeypatch):
-    """Eight groups with one hanging item each. Those that arrive while the first is verified are verified together."""
+    """Eight calls with one hanging item each. Calls that arrive while the first is verified are verified together."""
     serve, served = VerifierPool._serve, []
 
     def serve_once_all_others_wait(self, requests):
@@ -78,8 +78,8 @@ def test_calls_from_several_threads_share_the_timeouts(monkeypatch):
         assert pool.counts["timeout"] == 8
 
 
-def test_items_behind_a_failed_one_are_shared_among_the_workers(tmp_path):
-    """Two items of the failed item's chunk that wait for each other finish only in two workers at once."""
+def test_items_after_a_failed_one_are_shared_among_the_workers(tmp_path):
+    """Two items of the failed item's chunk wait for each other, so they finish only if two workers run them."""
     items = ["leave", "meet", "meet", *["a"] * 61]
     with VerifierPool(misbehaving.score, workers=2, timeout_s=60) as pool:
         verdicts = pool.verify(items, [str(tmp_path) if item == "meet" else item for item in items])
@@ -103,7 +103,7 @@ def test_children_of_a_hung_worker_are_killed_with_it():
     nap = f"5900.{os.getpid()}"  # no other process sleeps exactly that long
     with VerifierPool(misbehaving.score, workers=1, timeout_s=2.0) as pool:
         assert pool.verify(["hang with a child"], [nap])[0].status == "timeout"
-    while ["sleep", nap] in _command_lines():  # for good, if it was not killed
+    while ["sleep", nap] in _command_lines():  # never ends if the child was not killed
         time.sleep(0.05)
 
 
@@ -142,7 +142,7 @@ def test_long_completions():
 
 
 def test_workers_do_not_have_torch(monkeypatch):
-    # The trainer has loaded it. A forked worker would have it too.
+    # The trainer has loaded torch. A forked worker would have it too.
     monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
     with VerifierPool(misbehaving.knows_torch, workers=1) as pool:
         assert pool.verify([""], [""])[0].reward == 0.0
@@ -157,7 +157,7 @@ def test_workers_do_not_have_torch(monkeypatch):
         ("return nan", "the verifier returned nan"),
     ],
 )
-def test_a_verifier_s_error_is_reported_once(workers, completion, detail, caplog):
+def test_an_error_of_the_verifier_is_reported_once(workers, completion, detail, caplog):
     with caplog.at_level(logging.WARNING), VerifierPool(misbehaving.score, workers=workers) as pool:
         assert pool.verify([completion] * 2, [1, 2]) == [Verdict(0.0, "error", detail)] * 2
         pool.verify([completion], [1])

@@ -45,10 +45,6 @@ def knows_torch(completion, answer):
     return "torch" in sys.modules
 
 
-def scaled(completion, answer, factor=1.0):
-    return factor * (completion == answer)
-
-
 class SlowToStart:
     """Takes three seconds to start, as a slow import does."""
 
