@@ -129,7 +129,7 @@ def markdown(docstring: str) -> str:
 
 def _section(match: re.Match[str]) -> str:
     body = re.sub(r"^ {4}", "", match[2], flags=re.MULTILINE)
-    items = re.sub(r"^(\*{0,2}[\w, ]+): ", r"- `\1`: ", body, flags=re.MULTILINE)
+    items = re.sub(r"^(\*{0,2}\w[\w, ]*): ", r"- `\1`: ", body, flags=re.MULTILINE)
     items = re.sub(r"^ +", "  ", items, flags=re.MULTILINE)
     return f"{match[1]}:\n\n{items}\n"
 
