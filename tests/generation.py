@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup, RolloutEngine
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 
 
 def group_requests(prompts: Sequence[Sequence[int]], samples: int, first_seed: int = 0) -> list[GroupRequest]:
@@ -18,7 +18,7 @@ def group_requests(prompts: Sequence[Sequence[int]], samples: int, first_seed: i
 def generate(
     engine: RolloutEngine,
     prompts: Sequence[Sequence[int]],
-    sampling: SamplingPolicy,
+    sampling: SamplingSettings,
     on_group: OnGroup | None = None,
     first_seed: int = 0,
 ) -> list[Completion]:

@@ -22,7 +22,7 @@ from megatron_rlvr.rollout.engines.base import GroupRequest
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 
 
 @cache
@@ -73,7 +73,7 @@ def canned_server(samples: int, tokens: int) -> Iterator[str]:
         process.join()
 
 
-def rollout(url: str, prompts: list[list[int]], sampling: SamplingPolicy, concurrency: int) -> list[Completion]:
+def rollout(url: str, prompts: list[list[int]], sampling: SamplingSettings, concurrency: int) -> list[Completion]:
     """Generate the samples of all prompts with the SGLang client."""
     requests = [GroupRequest(prompt, range(sampling.samples)) for prompt in prompts]
     state = ServerState(0, folder=None, max_staleness=10**9)
@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     rng = random.Random(0)
     prompts = [rng.choices(range(3, options.vocabulary), k=options.prompt_tokens) for _ in range(options.prompts)]
-    sampling = SamplingPolicy(samples=options.samples, max_tokens=options.tokens)
+    sampling = SamplingSettings(samples=options.samples, max_tokens=options.tokens)
 
     def measure(url: str, name: str) -> None:
         for _ in range(options.repeat):

@@ -1,1 +1,1 @@
-"""Prompts in, verified completions out: rollout engines, groups, collection for training, evaluation."""
+"""Rollouts: engines that generate completions, their verification in groups, collection for training, evaluation."""

@@ -1,8 +1,8 @@
-"""Groups move between data-parallel ranks before training, so that all ranks have about the same amount of work.
+"""Move groups between data-parallel ranks before training, so that all ranks have about the same amount of work.
 
-All ranks wait for the slowest one at every minibatch, so the rank with the longest responses sets the time. Groups stay
-whole and in their minibatch, and every rank keeps the same number of groups, so the loss is the same sum in another
-order. Leaders exchange only the groups that move: no process sees the whole batch.
+All ranks wait for the slowest one in every minibatch, so the rank with the longest responses determines the time.
+Groups are not split and stay in their minibatch, and every rank keeps the same number of groups, so the loss is the
+same sum in another order. Leaders exchange only the groups that move; no process sees the whole batch.
 """
 
 from __future__ import annotations
@@ -18,51 +18,55 @@ from megatron_rlvr.training.config import AlgorithmConfig
 def balanced_owners(costs: Sequence[Sequence[float]]) -> list[list[int]]:
     """Assign each group of one minibatch to the rank that trains on it.
 
-    The most expensive remaining group goes to the rank with the smallest load that still has room, and stays on its
-    own rank in a tie: longest processing time first (Graham, SIAM J. Appl. Math. 17, 1969), with the same number of
+    The most expensive remaining group goes to the rank with the smallest load that still has room; in a tie, it stays
+    on its rank. This is longest processing time first (Graham, SIAM J. Appl. Math. 17, 1969), with the same number of
     groups on every rank.
 
     Args:
-        costs: [D, k], of the k groups of each of D ranks.
+        costs: [D, k], costs of the k groups of each of D ranks.
 
     Returns:
-        ranks [D, k], each of which occurs k times. All groups stay where they are when that is as good.
+        [D, k], the rank that trains on each group; every rank occurs k times. No group moves if moving does not lower
+        the largest load.
     """
-    ranks, room = range(len(costs)), len(costs[0])
-    owners = [[rank] * room for rank in ranks]
+    ranks, groups_per_rank = range(len(costs)), len(costs[0])
+    owners = [[rank] * groups_per_rank for rank in ranks]
     loads, counts = [0.0] * len(costs), [0] * len(costs)
-    order = sorted(((rank, i) for rank in ranks for i in range(room)), key=lambda at: -costs[at[0]][at[1]])
+    order = sorted(((rank, i) for rank in ranks for i in range(groups_per_rank)), key=lambda at: -costs[at[0]][at[1]])
     for rank, i in order:
-        taker = min((r for r in ranks if counts[r] < room), key=lambda r: (loads[r], r != rank, r))
-        owners[rank][i] = taker
-        loads[taker] += costs[rank][i]
-        counts[taker] += 1
+        owner = min((r for r in ranks if counts[r] < groups_per_rank), key=lambda r: (loads[r], r != rank, r))
+        owners[rank][i] = owner
+        loads[owner] += costs[rank][i]
+        counts[owner] += 1
     if max(loads) < max(map(sum, costs)):
         return owners
-    return [[rank] * room for rank in ranks]
+    return [[rank] * groups_per_rank for rank in ranks]
 
 
 def group_cost(group: Group, prompt_tokens: int, epochs: int, drop: bool) -> float:
-    """Tokens that a group sends through the model; a backward pass counts as two forward passes.
+    """Return the number of tokens of a group times its forward passes; a backward pass counts as two forward passes.
 
     Args:
-        group: verified.
+        group: the verified group.
         prompt_tokens: length of its prompt.
         epochs: passes over the rollout, each a forward and a backward pass.
-        drop: whether groups without advantage are left out of the updates.
+        drop: whether updates skip groups whose advantages are all 0.
     """
     tokens = sum(prompt_tokens + len(completion.token_ids) for completion in group.completions)
     return tokens * (1 if drop and not group.informative else 1 + 3 * epochs)
 
 
 def balance(groups: Sequence[Group], prompts: PromptSet, algorithm: AlgorithmConfig, rank: int) -> list[Group]:
-    """Exchange groups between data-parallel ranks; returns those that this rank trains on. Collective over leaders.
+    """Exchange groups between data-parallel ranks. Collective over leaders.
 
     Args:
-        groups: of this rank, in the order of its minibatches.
+        groups: groups that this rank generated, in the order of its minibatches.
         prompts: training data.
-        algorithm: how often a group is trained on.
+        algorithm: number of epochs and minibatches, and whether groups without advantage are skipped.
         rank: data-parallel rank of this process.
+
+    Returns:
+        the groups that this rank trains on, in the order of its minibatches.
     """
     costs = collectives.all_gather_over_leaders(
         [
@@ -71,12 +75,12 @@ def balance(groups: Sequence[Group], prompts: PromptSet, algorithm: AlgorithmCon
         ]
     )
     per_minibatch = len(groups) // algorithm.minibatches
-    parcels: list[list[tuple[int, Group]]] = [[] for _ in range(len(costs))]
+    outgoing: list[list[tuple[int, Group]]] = [[] for _ in range(len(costs))]
     for minibatch in range(algorithm.minibatches):
         members = slice(minibatch * per_minibatch, (minibatch + 1) * per_minibatch)
         owners = balanced_owners([row[members] for row in costs])[rank]
         for group, owner in zip(groups[members], owners, strict=True):
-            parcels[owner].append((minibatch, group))
-    kept, parcels[rank] = parcels[rank], []
-    received = [entry for parcel in collectives.all_to_all_over_leaders(parcels) for entry in parcel]
+            outgoing[owner].append((minibatch, group))
+    kept, outgoing[rank] = outgoing[rank], []
+    received = [entry for entries in collectives.all_to_all_over_leaders(outgoing) for entry in entries]
     return [group for _, group in sorted([*kept, *received], key=lambda entry: (entry[0], entry[1].slot))]

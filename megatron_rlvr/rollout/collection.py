@@ -1,4 +1,4 @@
-"""A step's rollout: draw prompts, collect their groups, share them with the replica's processes, measure them."""
+"""The rollout of a step: draw prompts, collect their groups, send them to the replica's processes, compute metrics."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ from megatron_rlvr.rollout.leaders import run_on_leaders
 from megatron_rlvr.rollout.prefetch import RolloutPrefetcher
 from megatron_rlvr.rollout.prompts import load_prompts
 from megatron_rlvr.rollout.recording import record_group
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.verifiers import VerifierPool
 
 
 @dataclass(frozen=True)
 class RolloutReport:
-    """Seconds that a step waited for generation and for verification, and metrics of the whole job."""
+    """Measurements of a step's rollout.
+
+    Attributes:
+        generate_seconds, verify_seconds: how long the step waited for generation and for verification.
+        metrics: metrics by name, over all ranks.
+    """
 
     generate_seconds: float
     verify_seconds: float
@@ -41,11 +46,12 @@ class RolloutReport:
 class RolloutCollector:
     """Draws this data-parallel rank's prompts and turns them into verified rollouts.
 
-    Prompts, seeds and minibatches of a step do not depend on the data-parallel size: rank d of D completes the prompt
-    slots d, d + D, ... of each minibatch. Which groups a rank trains on is decided when their lengths are known.
+    Prompts, seeds and minibatches of a step do not depend on the data-parallel size D: rank d completes the prompt
+    slots d, d + D, ... of each minibatch. Groups then move between ranks to balance the load, once their lengths are
+    known.
 
     Raises:
-        UserError: for data that cannot be read, or sizes that do not divide.
+        UserError: if the data cannot be read, or the data-parallel size does not divide the prompts of a minibatch.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class RolloutCollector:
         self.rollout, self.algorithm, self.layout, self.engine = rollout, config.algorithm, layout, engine
         self.padding = tokenization.padding
         self.recording = Path(config.run_directory) / "rollouts" if rollout.record else None
-        sampling = SamplingPolicy.for_training(rollout, tokenization.stops(rollout.stop))
+        sampling = SamplingSettings.for_training(rollout, tokenization.stops(rollout.stop))
         self.prompts = load_prompts(
             data.train,
             data,
@@ -86,30 +92,30 @@ class RolloutCollector:
     def collect(
         self, step: int, report_progress: Callable[[str], None] = lambda _: None
     ) -> tuple[RolloutBatch, RolloutReport]:
-        """The rollouts of a step that this rank trains on. Collective over the job.
+        """Return the rollouts of a step that this rank trains on. Collective over the job.
 
         Args:
-            step: of training.
+            step: training step, from 0.
             report_progress: called with a line of text while a streaming engine generates.
 
         Raises:
-            EngineLostError: on every process, when one of them has no engine left to generate with.
-            RolloutError: on every process, when one of them met a user error.
+            EngineLostError: on every process, if the engine of one of them cannot generate any more.
+            RolloutError: on every process, if a user error occurred on one of them.
         """
         began = time.perf_counter()
         self.source.report_progress = report_progress
-        rolled = run_on_leaders(lambda: self.prefetcher.take(step), self.engine, self.layout)
-        if rolled is not None and self.layout.data_size > 1:
-            rolled.groups = balance(rolled.groups, self.prompts, self.algorithm, self.layout.data_rank)
-        rolled = collectives.broadcast_from_leader(rolled)
+        result = run_on_leaders(lambda: self.prefetcher.take(step), self.engine, self.layout)
+        if result is not None and self.layout.data_size > 1:
+            result.groups = balance(result.groups, self.prompts, self.algorithm, self.layout.data_rank)
+        result = collectives.broadcast_from_leader(result)
         self.engine.offload()
         seconds = time.perf_counter() - began
         if self.recording is not None and self.layout.is_leader:
-            for group in rolled.groups:
+            for group in result.groups:
                 record_group(self.recording, step, group, self.prompts.examples[group.example].prompt)
-        batch = self._batch(rolled.groups)
-        metrics = self._metrics(step, rolled, batch)
-        return batch, RolloutReport(seconds - rolled.verify_seconds, rolled.verify_seconds, metrics)
+        batch = self._batch(result.groups)
+        metrics = self._metrics(step, result, batch)
+        return batch, RolloutReport(seconds - result.verify_seconds, result.verify_seconds, metrics)
 
     def _batch(self, groups: Sequence[Group]) -> RolloutBatch:
         batch = RolloutBatch.from_completions(
@@ -128,14 +134,17 @@ class RolloutCollector:
             )
         return batch
 
-    def _metrics(self, step: int, rolled: RankRollout, batch: RolloutBatch) -> dict[str, float]:
-        """The share of completions that could not be verified, and metrics of optional features. One all-reduce."""
-        rollout, completions = self.rollout, [c for group in rolled.groups for c in group.completions]
-        failed = sum(verdict.status != "ok" for group in rolled.groups for verdict in group.verdicts)
+    def _metrics(self, step: int, result: RankRollout, batch: RolloutBatch) -> dict[str, float]:
+        """Compute the share of completions that could not be verified, and metrics of optional features.
+
+        Collective over the job: one all-reduce.
+        """
+        rollout, completions = self.rollout, [c for group in result.groups for c in group.completions]
+        failed = sum(verdict.status != "ok" for group in result.groups for verdict in group.verdicts)
         sums: dict[str, float] = {"failed": failed, "sequences": len(batch.rewards)}
         if rollout.dynamic_sampling:
-            sums |= {"generated": rolled.generated, "reward": rolled.reward, "groups": len(rolled.groups)}
-            sums["unfilled"] = sum(not group.informative for group in rolled.groups)
+            sums |= {"generated": result.generated, "reward": result.reward, "groups": len(result.groups)}
+            sums["unfilled"] = sum(not group.informative for group in result.groups)
         if rollout.overlong_buffer:
             sums["penalty"] = float(batch.penalty.sum())
         if rollout.max_staleness:
@@ -157,12 +166,12 @@ class RolloutCollector:
 
 
 def _rank_slots(prompts_per_step: int, minibatches: int, layout: Layout) -> list[int]:
-    """This data-parallel rank's places among the prompts of a step, minibatch by minibatch."""
+    """Return this data-parallel rank's places among the prompts of a step, minibatch by minibatch."""
     per_minibatch = prompts_per_step // minibatches
     if per_minibatch % layout.data_size:
         raise UserError(
-            f"a minibatch has {per_minibatch} prompts (rollout.prompts_per_step / algorithm.minibatches), which "
-            f"{layout.data_size} data-parallel ranks do not divide: change one of the two"
+            f"the {layout.data_size} data-parallel ranks do not divide the {per_minibatch} prompts of a minibatch: "
+            "change rollout.prompts_per_step or algorithm.minibatches"
         )
     return [
         slot

@@ -27,7 +27,7 @@ class RolloutConfig:
     max_tokens: PositiveInt = 1024
     """Longest response, in tokens, including the end-of-sequence token."""
     temperature: PositiveFloat = 1.0
-    """Divisor of the logits, in sampling and in training alike."""
+    """Divisor of the logits, both in sampling and in training."""
     top_p: TopP = 1.0
     """Sample from the most probable tokens whose probabilities sum to this; 1 keeps the whole vocabulary."""
     top_k: NonNegativeInt = 0
@@ -37,22 +37,22 @@ class RolloutConfig:
     dynamic_sampling: bool = False
     """Train only on groups whose rewards differ: drop the others and draw more prompts instead (DAPO)."""
     over_sampling: Annotated[float, Bounds(at_least=1)] = 1.0
-    """Prompts drawn per group that dynamic sampling still needs. SGLang cancels what is not needed any more, which
-    favours short responses."""
+    """Prompts drawn per group that dynamic sampling still needs. With SGLang, groups that are no longer needed are
+    cancelled, which favours short responses."""
     refill_rounds: NonNegativeInt = 3
     """How often dynamic sampling draws again; after that, groups whose rewards are equal fill the batch."""
     overlong_buffer: NonNegativeInt = 0
-    """Length penalty (DAPO): over this many tokens before `max_tokens`, a penalty on the reward grows from 0 to 1. It
-    enters the advantages only, not the reported reward. 0 disables it."""
+    """Length penalty (DAPO): over the last this many tokens before `max_tokens`, a penalty on the reward grows from 0
+    to 1. It affects only the advantages, not the reported reward. 0 disables it."""
     max_staleness: NonNegativeInt = 0
-    """How many versions old the weights of a rollout may be. 0 generates with the weights that are then trained; n
-    lets SGLang generate the rollouts of the next n steps during training."""
+    """How many versions old the weights of a rollout may be. 0 generates each rollout with the current weights; n lets
+    SGLang generate the rollouts of the next n steps during training."""
     mismatch_alarm: Annotated[float, Bounds(at_least=0, infinite=True)] = 0.1
     """KL(rollout || train), in nats per token, above which a step prints a warning; 0 disables the alarm."""
     mismatch_patience: PositiveInt = 3
     """Consecutive steps above `mismatch_alarm` after which the run writes a checkpoint and ends."""
     ignore_eos: bool = False
-    """Generate `max_tokens` tokens whatever they are; for benchmarks."""
+    """Always generate `max_tokens` tokens, past any end-of-sequence token; for benchmarks."""
     local_batch: PositiveInt = 1024
     """Sequences that the local engine decodes at once."""
     record: bool = False
@@ -72,17 +72,17 @@ class RolloutConfig:
             )
         if self.engine == "recorded" and self.dynamic_sampling:
             raise UserError(
-                "rollout.engine=recorded replays groups that were chosen before: set rollout.dynamic_sampling=false"
+                "rollout.engine=recorded replays groups and cannot replace any: set rollout.dynamic_sampling=false"
             )
         if self.engine != "sglang" and self.max_staleness:
             raise UserError(
-                f"rollout.max_staleness={self.max_staleness} needs rollout.engine=sglang: the {self.engine} engine "
-                "generates in the processes that train"
+                f"rollout.max_staleness={self.max_staleness} needs rollout.engine=sglang, because the {self.engine} "
+                "engine cannot generate during training: set rollout.max_staleness=0, or change the engine"
             )
         if self.max_staleness and self.sglang.release_memory:
             raise UserError(
-                "rollout.sglang.release_memory=true needs rollout.max_staleness=0: servers must not generate while "
-                "their memory is released"
+                "rollout.sglang.release_memory=true needs rollout.max_staleness=0, because servers cannot generate "
+                "while their memory is released: set only one of them"
             )
 
 
@@ -103,4 +103,4 @@ class EvaluationConfig:
     top_k: NonNegativeInt = 0
     """Sample from this many of the most probable tokens; 0 keeps the whole vocabulary."""
     max_tokens: PositiveInt | None = None
-    """Longest response, in tokens; null is `rollout.max_tokens`."""
+    """Longest response, in tokens; null means `rollout.max_tokens`."""

@@ -12,19 +12,21 @@ from megatron_rlvr.rollout.engines.base import EngineLostError, GroupRequest, Ro
 from megatron_rlvr.rollout.grading import Grader
 from megatron_rlvr.rollout.leaders import run_on_leaders
 from megatron_rlvr.rollout.prompts import load_prompts
-from megatron_rlvr.rollout.sampling import SamplingPolicy, sample_seed
+from megatron_rlvr.rollout.sampling import SamplingSettings, sample_seed
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.verifiers import VerifierPool
 
-# No training step reaches this number, so an evaluation never draws the random numbers of a training sample.
+# Takes the place of the step in seeds. No training step has this number, so no evaluation repeats a training sample.
 EVALUATION_SEED = 2**31
 
 
 class Evaluator:
-    """Completes held-out prompts with the same seeds at every evaluation. Data-parallel ranks share the prompts.
+    """Completes held-out prompts and scores the completions. Data-parallel ranks share the prompts.
+
+    Every evaluation uses the same prompts and seeds.
 
     Raises:
-        UserError: for held-out data that cannot be read or used.
+        UserError: if the held-out data cannot be read, or a prompt cannot be used.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Evaluator:
         rollout, evaluation = config.rollout, config.evaluation
         self.seed, self.layout, self.engine = config.seed, layout, engine
         self.grader = Grader(tokenization, verifiers)
-        self.sampling = SamplingPolicy.for_evaluation(evaluation, rollout, tokenization.stops(rollout.stop))
+        self.sampling = SamplingSettings.for_evaluation(evaluation, rollout, tokenization.stops(rollout.stop))
         section = "rollout" if evaluation.max_tokens is None else "evaluation"
         self.prompts = load_prompts(
             config.data.heldout,
@@ -51,13 +53,15 @@ class Evaluator:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """pass@k for k = 1, 2, 4, ..., mean reward and mean response length. Collective over the job.
+        """Evaluate the policy. Collective over the job.
 
-        Returns an empty dictionary, after a warning, when the engine cannot generate: the next rollout meets the same
-        failure, and ends the run with a checkpoint.
+        Returns:
+            pass@k for k = 1, 2, 4, ..., the mean reward, and the mean response length in tokens. Empty, after a
+            warning, if the engine cannot generate: the next rollout fails in the same way and ends the run with a
+            checkpoint.
 
         Raises:
-            RolloutError: on every process, when the verifier refuses the data.
+            RolloutError: on every process, if the verifier refuses the data.
         """
         examples, prompts = self.prompts.examples, self.prompts.token_ids
         samples = self.sampling.samples
@@ -76,8 +80,8 @@ class Evaluator:
         )
         verdicts = [group for _, group in graded or []]
         solved = [sum(verdict.reward > 0.5 for verdict in group) for group in verdicts]
-        powers = [2**e for e in range(samples.bit_length()) if 2**e <= samples]
-        sums = {f"pass@{k}": math.fsum(pass_at_k(samples, count, k) for count in solved) for k in powers}
+        ks = [2**exponent for exponent in range(samples.bit_length())]
+        sums = {f"pass@{k}": math.fsum(pass_at_k(samples, count, k) for count in solved) for k in ks}
         sums["reward"] = math.fsum(verdict.reward for group in verdicts for verdict in group) / samples
         sums["response_tokens"] = sum(len(c.token_ids) for group in groups or [] for c in group) / samples
         totals = collectives.sum_over_job(sums, contributes=self.layout.is_leader)
@@ -85,9 +89,9 @@ class Evaluator:
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:
-    """Unbiased estimate of the probability that one of k completions solves a prompt, from `solved` of `samples`.
+    """Return the unbiased estimate of the probability that at least one of k completions solves a prompt.
 
-    1 - C(n - c, k) / C(n, k); Chen et al., arXiv 2107.03374, equation 1.
+    It is 1 - C(n - c, k) / C(n, k) for c = `solved` of n = `samples` (Chen et al., arXiv 2107.03374, equation 1).
     """
     if samples - solved < k:
         return 1.0

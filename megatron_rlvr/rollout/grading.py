@@ -1,4 +1,4 @@
-"""From completions to texts and verdicts."""
+"""Decode completions to text and verify them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_rlvr.verifiers import Verdict, VerifierPool
 
 
 class Grader:
-    """Decodes completions and verifies them against the answers of their examples. Several threads may call it."""
+    """Decodes completions and verifies them against the reference answers. Several threads may call `grade`."""
 
     def __init__(self, tokenization: Tokenization, verifiers: VerifierPool):
         self.tokenization, self.verifiers = tokenization, verifiers
@@ -21,9 +21,12 @@ class Grader:
     def grade(
         self, examples: Sequence[Example], groups: Sequence[Sequence[Completion]]
     ) -> list[tuple[list[str], list[Verdict]]]:
-        """Texts and verdicts of each group; ``groups[i]`` completes the prompt of ``examples[i]``.
+        """Return the texts and verdicts of each group; ``groups[i]`` completes the prompt of ``examples[i]``.
 
-        All groups go to the verifiers together, so that no worker is idle while another has several items left.
+        All groups are verified in one call, so that no worker is idle while another has several items left.
+
+        Raises:
+            UserError: if an answer has a form that the verifier cannot read.
         """
         with self._decoding:
             texts = self.tokenization.decode([completion for group in groups for completion in group])

@@ -1,4 +1,4 @@
-"""The groups of a step: generated, verified, and replaced where their rewards leave nothing to learn from."""
+"""The groups of a step: generated, verified, and replaced if all their rewards are equal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import GroupRequest, RolloutEngine
 from megatron_rlvr.rollout.grading import Grader
 from megatron_rlvr.rollout.prompts import PromptSet
-from megatron_rlvr.rollout.sampling import SamplingPolicy, sample_seed
+from megatron_rlvr.rollout.sampling import SamplingSettings, sample_seed
 from megatron_rlvr.verifiers import Verdict
 
 _PROGRESS_PERIOD_S = 0.5
-# Stands in for a sample number in the seed that draws a replacement prompt; no completion has this number.
+# Takes the place of the sample in the seed that draws a replacement prompt. No completion has this number.
 _REPLACEMENT_DRAW = 2**31
 
 
@@ -27,8 +27,8 @@ class Group:
     """A prompt with its verified completions.
 
     Attributes:
-        slot: place among the prompts of the step. Seeds derive from it; replacements are drawn under slots beyond
-            those of the step, and get the slot that they fill when they are chosen for training.
+        slot: place among the prompts of the step, from which seeds are derived. A replacement is generated under a slot
+            beyond those of the step, and gets the slot that it fills when it is chosen for training.
         example: index in the training data.
         completions, verdicts, texts: one per sample.
     """
@@ -41,19 +41,19 @@ class Group:
 
     @property
     def informative(self) -> bool:
-        """Whether the rewards differ. Otherwise all advantages and the gradient are 0 (DAPO, arXiv 2503.14476)."""
+        """Whether the rewards differ. If not, all advantages and the gradient are 0 (DAPO, arXiv 2503.14476)."""
         return len({verdict.reward for verdict in self.verdicts}) > 1
 
 
 @dataclass
 class RankRollout:
-    """What one data-parallel rank generated for a step.
+    """The rollout of one data-parallel rank in a step.
 
     Attributes:
-        groups: to train on.
-        generated: number of groups that were completed, dropped ones included.
+        groups: groups to train on.
+        generated: number of groups that were completed, including dropped ones.
         reward: sum of the rewards of all their completions.
-        verify_seconds: time spent verifying while nothing was generated.
+        verify_seconds: seconds spent verifying while nothing was generated.
     """
 
     groups: list[Group]
@@ -66,14 +66,14 @@ class GroupSource:
     """Generates and verifies the groups of one data-parallel rank. Its methods run on the rank's leader.
 
     Args:
-        rollout: how many groups, and whether uninformative ones are replaced.
-        seed: of the run.
+        rollout: section ``rollout`` of the configuration.
+        seed: seed of the run.
         slots: this rank's places among the prompts of a step.
         prompts: training data.
         sampler: draws the prompts of a step.
-        engine: generates.
-        grader: verifies.
-        sampling: settings of the draw.
+        engine: generates completions.
+        grader: verifies completions.
+        sampling: how completions are sampled.
 
     Attributes:
         report_progress: called with a line of text while a step is generated.
@@ -88,7 +88,7 @@ class GroupSource:
         sampler: PromptSampler,
         engine: RolloutEngine,
         grader: Grader,
-        sampling: SamplingPolicy,
+        sampling: SamplingSettings,
     ):
         self.rollout, self.seed, self.slots = rollout, seed, slots
         self.prompts, self.sampler = prompts, sampler
@@ -97,7 +97,7 @@ class GroupSource:
         self._reported = 0.0
 
     def roll_out(self, step: int) -> RankRollout:
-        """Generate and verify groups until there are enough to train on."""
+        """Generate and verify groups until there are enough to train on, or `refill_rounds` is reached."""
         rollout, wanted = self.rollout, len(self.slots)
         indices = self.sampler.indices(step)
         kept: list[Group] = []
@@ -124,17 +124,18 @@ class GroupSource:
         return RankRollout(chosen, len(groups), reward, verify_seconds)
 
     def _replacement(self, step: int, number: int) -> tuple[int, int]:
-        """(slot, example) of the `number`-th replacement prompt of this rank in a step."""
+        """Return (slot, example) of the `number`-th replacement prompt of this rank in a step."""
         slot = self.rollout.prompts_per_step * (1 + number // len(self.slots))
         slot += self.slots[number % len(self.slots)]
         return slot, sample_seed(self.seed, step, slot, _REPLACEMENT_DRAW) % len(self.prompts)
 
     def _complete(self, step: int, candidates: Sequence[tuple[int, int]], enough: int) -> tuple[list[Group], float]:
-        """Generate and verify candidates, (slot, example) each.
+        """Generate and verify the groups of `candidates`, which are pairs of (slot, example).
+
+        With dynamic sampling, a streaming engine cancels the remaining groups once `enough` groups are informative.
 
         Returns:
-            the groups in order, and the seconds of verification during which nothing was generated. Under dynamic
-            sampling a streaming engine drops what is still being generated once `enough` groups are informative.
+            the groups in order, and the seconds of verification during which nothing was generated.
         """
         requests = [
             GroupRequest(
@@ -176,8 +177,8 @@ class GroupSource:
         return [group for _, group in sorted(done.items())]
 
     def _report(self, text: str) -> None:
-        # A run does not wait for prefetched rollouts, so their progress is not shown. Redrawing the display for every
-        # prompt would be slow.
+        # Progress of prefetched rollouts is not shown, because they run while other phases are displayed. Redrawing the
+        # display for every prompt would be slow.
         if not self.rollout.max_staleness and time.monotonic() - self._reported > _PROGRESS_PERIOD_S:
             self._reported = time.monotonic()
             self.report_progress(text)

@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 
 def run_on_leaders(work: Callable[[], T], engine: RolloutEngine, layout: Layout) -> T | None:
-    """Call `work` on every replica's leader, while the replica's other processes help `engine` to generate.
+    """Call `work` on the leader of every model replica, while its other processes take part in `engine.generate`.
 
-    Collective over the job: one all-reduce, and the texts of all failures if there are any.
+    Collective over the job: one all-reduce, and one all-gather of error texts if `work` failed anywhere.
 
     Returns:
-        the result on leaders, None on other processes.
+        the result of `work` on leaders, None on other processes.
 
     Raises:
-        EngineLostError: on every process, when `work` raised it on one of them.
-        RolloutError: on every process, when `work` raised a UserError on one of them.
+        EngineLostError: on every process, if `work` raised it on one of them.
+        RolloutError: on every process, if `work` raised a UserError on one of them.
     """
     result: T | None = None
     failure: EngineLostError | UserError | None = None
@@ -41,9 +41,10 @@ def run_on_leaders(work: Callable[[], T], engine: RolloutEngine, layout: Layout)
 
 
 def _common_failure(failure: EngineLostError | UserError | None) -> EngineLostError | RolloutError:
-    """The error that this process raises: its own, or the first one of another rank. User errors come first."""
-    own = None if failure is None else (isinstance(failure, UserError), str(failure))
-    failures = [(rank, *found) for rank, found in enumerate(collectives.all_gather_over_job(own)) if found is not None]
+    """Return the error that this process raises: its own, or the first of another rank. User errors take precedence."""
+    local_report = None if failure is None else (isinstance(failure, UserError), str(failure))
+    reports = enumerate(collectives.all_gather_over_job(local_report))
+    failures = [(rank, *report) for rank, report in reports if report is not None]
     is_user_error = any(by_user for _, by_user, _ in failures)
     rank, text = next((rank, text) for rank, by_user, text in failures if by_user == is_user_error)
     if failure is not None and isinstance(failure, UserError) == is_user_error:

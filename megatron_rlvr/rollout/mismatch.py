@@ -1,4 +1,4 @@
-"""The alarm for a mismatch between the policy that generated a rollout and the one that trains on it."""
+"""The alarm for a mismatch between the policy that generated a rollout and the policy that trains on it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megatron_rlvr.rollout.config import RolloutConfig
 
 @dataclass
 class MismatchAlarm:
-    """Warns when KL(rollout || train) of a step exceeds a threshold, and asks to stop after several steps in a row.
+    """Warns if KL(rollout || train) of a step exceeds a threshold, and stops the run after several such steps in a row.
 
     Attributes:
-        threshold: of the k3 estimate, nats per token; 0 disables the alarm.
-        patience: number of steps in a row above the threshold that end the run.
+        threshold: threshold of the k3 estimate, in nats per token; 0 disables the alarm.
+        patience: consecutive steps above the threshold after which the run stops.
         is_main: whether this process prints the warnings.
-        in_a_row: such steps so far.
+        in_a_row: consecutive steps above the threshold so far.
     """
 
     threshold: float
@@ -27,7 +27,7 @@ class MismatchAlarm:
 
     @classmethod
     def build(cls, config: RolloutConfig, draws_from_policy: bool, is_main: bool) -> MismatchAlarm:
-        """The alarm of a run, disabled for an engine whose completions are not drawn from the policy."""
+        """Build the alarm of a run; it is disabled if the engine does not sample from the current policy."""
         return cls(config.mismatch_alarm if draws_from_policy else 0.0, config.mismatch_patience, is_main)
 
     def observe(self, step: int, record: Mapping[str, float]) -> str | None:
@@ -44,7 +44,8 @@ class MismatchAlarm:
         if self.in_a_row >= self.patience:
             return (
                 f"{measured}; this is step {self.in_a_row} in a row: engine and trainer compute different policies; "
-                "check weight_sync and dtypes, set algorithm.objective.importance_cap, or raise mismatch_alarm"
+                "check rollout.sglang.weight_sync and dtypes, set algorithm.objective.importance_cap, or raise "
+                "rollout.mismatch_alarm"
             )
         if self.is_main:
             print(f"warning: {measured}", file=sys.stderr)

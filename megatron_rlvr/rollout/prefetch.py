@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 class RolloutPrefetcher(Generic[T]):
-    """Calls `roll_out` for up to `depth` steps beyond the one that is taken, each in its own thread.
+    """Calls `roll_out` for up to `depth` steps ahead of the current one, each in its own thread.
 
-    The rollout of step k + depth starts when that of step k is taken, with the weights that step k starts with. Its
-    tokens are therefore at most `depth` versions older than the weights that train on them.
+    The rollout of step k + depth starts when the rollout of step k is taken, with the weights at the start of step k.
+    Its tokens are therefore at most `depth` versions older than the weights that train on them.
 
     Args:
-        roll_out: generates a step; called from other threads unless `depth` is 0.
-        depth: number of steps ahead.
+        roll_out: generates the rollout of a step; called from other threads unless `depth` is 0.
+        depth: number of steps ahead; 0 generates each rollout when it is taken.
         end: the first step that is not rolled out.
     """
 
@@ -27,7 +27,7 @@ class RolloutPrefetcher(Generic[T]):
         self._pending: dict[int, Future[T]] = {}
 
     def take(self, step: int) -> T:
-        """Wait for the rollout of `step` and return it; raises what `roll_out` raised."""
+        """Wait for the rollout of `step` and return it; raises the exception that `roll_out` raised."""
         if self.depth == 0:
             return self.roll_out(step)
         self._launch(step)
@@ -48,5 +48,5 @@ class RolloutPrefetcher(Generic[T]):
             except BaseException as error:  # raised again by `take`
                 future.set_exception(error)
 
-        # A daemon thread, so that a run that ends early does not wait for rollouts that nobody will use.
+        # A daemon thread, so that a run that ends early does not wait for unused rollouts.
         threading.Thread(target=run, name=f"rollout-{step}", daemon=True).start()

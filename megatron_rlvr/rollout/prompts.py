@@ -12,7 +12,7 @@ from megatron_rlvr.verifiers import VerifierPool, check_answers
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Examples, and the token ids of their prompts."""
+    """The examples of a data set, and the token ids of their prompts in the same order."""
 
     examples: list[Example]
     token_ids: list[list[int]]
@@ -35,14 +35,15 @@ def load_prompts(
 
     Args:
         path: JSONL or parquet file.
-        config: names the fields of prompt and answer, and limits the length of prompts.
-        tokenization, verifiers: of the run.
-        max_response: the maximum length of a response in tokens, after the configuration key that sets it.
+        config: section ``data``, for the names of the fields and the maximum length of prompts.
+        tokenization: tokenizer of the model.
+        verifiers: pool whose verifier must be able to read the answers.
+        max_response: the configuration key that limits the length of responses, and its value in tokens.
         limit: read only this many examples.
         stratify_key: field with the number by which training prompts are stratified.
 
     Raises:
-        UserError: naming the file and the first example that fails.
+        UserError: for the first example that cannot be used; names the file and the example.
     """
     prompt_key = {} if config.prompt_key is None else {"prompt_key": config.prompt_key}
     examples = load_examples(path, answer_key=config.answer_key, stratify_key=stratify_key, limit=limit, **prompt_key)

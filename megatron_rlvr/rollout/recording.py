@@ -1,4 +1,4 @@
-"""Rollouts on disk: one JSON line per completion, for people to read and for the replay engine."""
+"""Rollouts on disk, one JSON line per completion, for users to read and for the replay engine."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_rlvr.rollout.groups import Group
 
 
 def recording_path(folder: Path, step: int, slot: int) -> Path:
-    """The file of one group; `slot` is its place among all groups of the step."""
+    """Return the path of a group's file; `slot` is the place of the group in the step."""
     return folder / f"step_{step:06d}" / f"prompt_{slot:05d}.jsonl"
 
 
 def record_group(folder: Path, step: int, group: Group, prompt: Any) -> None:
-    """Write a group: its prompt, and each completion's text, reward, tokens and log-probs."""
+    """Write the file of a group: the prompt, and the text, reward, tokens and log-probs of each completion."""
     path = recording_path(folder, step, group.slot)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -41,14 +41,17 @@ def read_recorded_group(folder: Path, step: int, slot: int, samples: int) -> lis
     """Read the completions of a group that `record_group` wrote.
 
     Raises:
-        UserError: when the file is missing or does not hold `samples` completions.
+        UserError: if the file is missing or does not hold `samples` completions.
     """
     path = recording_path(folder, step, slot)
     if not path.is_file():
         raise UserError(f"no recorded rollout {path}: record a run with rollout.record=true and the same settings")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     if len(rows) != samples:
-        raise UserError(f"{path} holds {len(rows)} completions, rollout.samples_per_prompt asks for {samples}")
+        raise UserError(
+            f"{path} holds {len(rows)} completions, rollout.samples_per_prompt asks for {samples}: set it to "
+            f"{len(rows)}"
+        )
     return [
         Completion(
             token_ids=row["token_ids"],

@@ -1,8 +1,8 @@
 """How completions are sampled: the settings, the seed of each completion, and the draw of a token.
 
-A random generator shared by a batch would make each sample depend on its neighbours. Here every uniform number is a
-hash of its completion's seed and the token's position, so a completion is the same in any batch, on any data-parallel
-layout and after a resume.
+A random generator shared by a batch would make each completion depend on the others in the batch. Here every uniform
+number is a hash of the completion's seed and the token's position, so a completion is the same in any batch, on any
+data-parallel layout and after a resume.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
-class SamplingPolicy:
-    """How completions are drawn.
+class SamplingSettings:
+    """How completions are sampled.
 
     Attributes:
         samples: completions per prompt.
-        max_tokens: maximum length of a completion, stop token included.
-        temperature: divides the logits; log-probs are those of the divided logits.
-        top_p, top_k: restrict the draw to the most likely tokens (1 and 0 do not); log-probs stay those of the whole
-            vocabulary.
+        max_tokens: maximum length of a completion, in tokens, including the stop token.
+        temperature: divisor of the logits. Log-probs are computed from the divided logits.
+        top_p, top_k: sample only from the most probable tokens; 1 and 0 disable them. Log-probs are still normalized
+            over the full vocabulary.
         stop_token_ids: a completion ends with the first of these; if empty, only `max_tokens` ends it.
     """
 
@@ -41,8 +41,8 @@ class SamplingPolicy:
     stop_token_ids: tuple[int, ...] = ()
 
     @classmethod
-    def for_training(cls, config: RolloutConfig, stop_token_ids: Sequence[int]) -> SamplingPolicy:
-        """The settings of training rollouts."""
+    def for_training(cls, config: RolloutConfig, stop_token_ids: Sequence[int]) -> SamplingSettings:
+        """Return the settings of training rollouts."""
         return cls(
             samples=config.samples_per_prompt,
             max_tokens=config.max_tokens,
@@ -55,8 +55,8 @@ class SamplingPolicy:
     @classmethod
     def for_evaluation(
         cls, config: EvaluationConfig, rollout: RolloutConfig, stop_token_ids: Sequence[int]
-    ) -> SamplingPolicy:
-        """The settings of evaluations. What they do not set is as in training."""
+    ) -> SamplingSettings:
+        """Return the settings of evaluations; what `config` does not set is taken from `rollout`."""
         return replace(
             cls.for_training(rollout, stop_token_ids),
             samples=config.samples,
@@ -68,20 +68,23 @@ class SamplingPolicy:
 
 
 def sample_seed(run_seed: int, step: int, prompt: int, sample: int) -> int:
-    """The 64-bit seed of completion `sample` of a prompt.
+    """Return the 64-bit seed of one completion.
 
     Args:
-        run_seed: of the configuration.
-        step: of training, or `EVALUATION_SEED`.
-        prompt: the prompt's slot in the step; in an evaluation, its index in the data set.
-        sample: counts the completions of the prompt.
+        run_seed: ``seed`` of the configuration.
+        step: training step, or `EVALUATION_SEED`.
+        prompt: slot of the prompt in the step; in an evaluation, its index in the data set.
+        sample: index of the completion among those of the prompt.
     """
     text = f"{run_seed}/{step}/{prompt}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def uniforms(seeds: np.ndarray, position: int) -> np.ndarray:
-    """float64 [n] in [0, 1) for uint64 seeds [n] at a token position: the finaliser of splitmix64 applied to both."""
+    """Hash seeds, uint64 [n], and a token position to uniform numbers in [0, 1), float64 [n].
+
+    The hash is the finalizer of splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
+    """
     with np.errstate(over="ignore"):
         z = seeds + _GOLDEN * np.uint64(position + 1)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -95,11 +98,11 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_
 
     Args:
         logits: [n, V], any float dtype.
-        uniform: float64 [n] in [0, 1).
-        temperature, top_p, top_k: see `SamplingPolicy`.
+        uniform: float64 [n] in [0, 1), one uniform number per row.
+        temperature, top_p, top_k: see `SamplingSettings`.
 
     Returns:
-        tokens int64 [n], and their log-probs float32 [n] over the whole vocabulary at this temperature.
+        the tokens, int64 [n], and their log-probs over the full vocabulary at this temperature, float32 [n].
     """
     logprob = torch.log_softmax(logits.float() / temperature, dim=-1)
     probability = logprob.exp().double()
@@ -109,8 +112,9 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_
     if top_p < 1.0:
         ordered, order = probability.sort(dim=-1, descending=True, stable=True)
         total = ordered.sum(-1, keepdim=True)
-        before = ordered.cumsum(-1) - ordered
-        probability = torch.zeros_like(probability).scatter(-1, order, ordered.where(before < top_p * total, 0.0))
+        mass_before = ordered.cumsum(-1) - ordered
+        kept = ordered.where(mass_before < top_p * total, 0.0)
+        probability = torch.zeros_like(probability).scatter(-1, order, kept)
     cumulative = probability.cumsum(-1)
     threshold = uniform.unsqueeze(-1) * cumulative[:, -1:]
     # right=True finds the first entry whose cumulative mass exceeds the threshold, so a token of probability 0 is never

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: prompts to token ids, completions to text. Between the two there are only token ids."""
+"""The tokenizer of a run: prompts to token ids, and completions to text."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from megatron_rlvr.errors import UserError
 
 
 class Tokenization:
-    """The tokenizer of a model's folder, checked against the model.
+    """The tokenizer of a Hugging Face folder, checked against the model.
 
     Args:
-        model_path: Hugging Face folder.
-        vocab_size: of the model.
-        context: the longest sequence that the model supports; None if unknown.
+        model_path: Hugging Face folder of the model.
+        vocab_size: vocabulary size of the model.
+        context: longest sequence that the model supports, in tokens; None if unknown.
 
     Attributes:
-        stop_token_ids: end a completion; from the tokenizer and the generation configuration.
-        padding: token id for padding, which the loss never sees.
+        stop_token_ids: tokens that end a completion, from the tokenizer and from ``generation_config.json``.
+        padding: token id for padding. The loss ignores padding.
 
     Raises:
-        UserError: when the folder has no tokenizer, or one with more tokens than the model has.
+        UserError: if the folder has no tokenizer, or the tokenizer has more tokens than the model.
     """
 
     def __init__(self, model_path: str | Path, vocab_size: int, context: int | None = None):
@@ -36,8 +36,11 @@ class Tokenization:
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} has no tokenizer that can be loaded ({str(error).splitlines()[0]})") from error
-        # transformers makes up an empty tokenizer where there are no files.
+            raise UserError(
+                f"{folder} has no tokenizer that can be loaded ({str(error).splitlines()[0]}): copy the files of the "
+                "model's tokenizer there"
+            ) from error
+        # Without tokenizer files, transformers returns an empty tokenizer.
         if not list(folder.glob("tokenizer*")) or len(self.tokenizer) < 2:
             raise UserError(f"{folder} has no tokenizer: save it there with tokenizer.save_pretrained({str(folder)!r})")
         largest = max(self.tokenizer.get_vocab().values(), default=-1)
@@ -51,7 +54,7 @@ class Tokenization:
         self.padding: int = self.stop_token_ids[0] if pad is None else pad
 
     def stops(self, texts: Sequence[str]) -> tuple[int, ...]:
-        """The end-of-sequence tokens and those of `texts`.
+        """Return the ids of the end-of-sequence tokens and of the stop texts `texts`, sorted.
 
         Raises:
             UserError: for a text that is not a single token.
@@ -68,7 +71,11 @@ class Tokenization:
         return tuple(sorted(stops))
 
     def encode(self, example: Example) -> list[int]:
-        """Token ids of a prompt; chat messages go through the tokenizer's chat template."""
+        """Return the token ids of a prompt; chat messages go through the tokenizer's chat template.
+
+        Raises:
+            UserError: if the prompt is a list of chat messages and the tokenizer has no chat template.
+        """
         if isinstance(example.prompt, str):
             return self.tokenizer(example.prompt)["input_ids"]
         if not self.tokenizer.chat_template:
@@ -80,10 +87,10 @@ class Tokenization:
         return encoded["input_ids"]
 
     def encode_all(self, examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
-        """Token ids of every prompt.
+        """Return the token ids of every prompt.
 
         Raises:
-            UserError: naming the first prompt that is empty, is longer than `max_tokens`, or loses text.
+            UserError: for the first prompt that is empty, longer than `max_tokens`, or not fully representable.
         """
         texts = [e.prompt for e in examples]
         all_plain = all(isinstance(t, str) for t in texts)
@@ -95,13 +102,13 @@ class Tokenization:
                     f"to data.max_prompt_tokens={max_tokens}: raise that, or remove the example"
                 )
         if all_plain:
-            self._check_that_no_text_is_lost(examples[:64], encoded[:64])
+            self._check_round_trip(examples[:64], encoded[:64])
         return encoded
 
-    def _check_that_no_text_is_lost(self, examples: Sequence[Example], encoded: Sequence[Sequence[int]]) -> None:
-        """Refuse a tokenizer that drops text, as that of another model may do: training would use what is left.
+    def _check_round_trip(self, examples: Sequence[Example], encoded: Sequence[Sequence[int]]) -> None:
+        """Refuse a tokenizer that drops parts of the prompts, because training would silently use the rest.
 
-        Tokenizers may normalize white space, case and the Unicode form.
+        Differences in white space, case and Unicode form are allowed, because tokenizers may normalize them.
         """
         for example, decoded in zip(examples, self.tokenizer.batch_decode(encoded), strict=True):
             if _normalized(str(example.prompt)) not in _normalized(decoded):
@@ -117,7 +124,7 @@ class Tokenization:
         """Refuse prompts that leave no room in the model's context for `response` tokens.
 
         Raises:
-            UserError: naming the first such prompt, and the `setting` that `response` comes from.
+            UserError: for the first such prompt; names the configuration key `setting` that `response` comes from.
         """
         for example, ids in zip(examples, encoded, strict=True):
             if self.context is not None and len(ids) + response > self.context:
@@ -128,12 +135,12 @@ class Tokenization:
                 )
 
     def decode(self, completions: Sequence[Completion]) -> list[str]:
-        """The text of completions, without special tokens."""
+        """Return the text of each completion, without special tokens."""
         return self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
 
 
 def _end_of_sequence_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that end a sequence according to the tokenizer or to ``generation_config.json``."""
+    """Return the ids of the tokens that end a sequence according to the tokenizer or ``generation_config.json``."""
     from transformers import GenerationConfig
 
     stops = {tokenizer.eos_token_id}

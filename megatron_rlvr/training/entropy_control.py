@@ -95,7 +95,7 @@ class EntropyControl:
         """Continue from `state_dict`.
 
         Raises:
-            UserError: when the state is of another schedule, or of an objective without an entropy bonus.
+            UserError: if the state is of another schedule, or of an objective without an entropy bonus.
         """
         self.tokens_seen = state["tokens_seen"]
         with as_user_error():

@@ -1,1 +1,1 @@
-"""Rollout engines: the local one, SGLang servers, and the replay of recorded rollouts."""
+"""Rollout engines: generation in the training processes, on SGLang servers, or replayed from a recording."""

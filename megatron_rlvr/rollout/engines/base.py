@@ -8,17 +8,17 @@ from typing import Protocol
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 
 
 @dataclass(frozen=True)
 class GroupRequest:
-    """One prompt, and the completions to draw for it.
+    """A request for the completions of one prompt.
 
     Attributes:
         prompt: token ids.
-        seeds: one per completion. Under the same weights, the same seed draws the same completion, whatever else is
-            generated with it.
+        seeds: one per completion. With the same weights, the same seed draws the same completion, whatever else is
+            generated at the same time.
         place: (step, slot) of a training prompt, where `slot` counts the prompts of the step; None in an evaluation.
     """
 
@@ -33,18 +33,18 @@ OnGroup = Callable[[int, list[Completion]], Awaitable[bool]]
 
 
 class EngineLostError(Exception):
-    """Nothing can generate any more, for reasons outside this run: save a checkpoint, stop, and let the run resume."""
+    """No server can generate any more, for reasons outside the run. The run saves a checkpoint and can be resumed."""
 
 
 class RolloutError(UserError):
-    """A user error that a rollout met. Every process of the job raises it, so that a checkpoint can be written first.
+    """A user error during a rollout. Every process of the job raises it, so that a checkpoint can be written first.
 
-    A UserError that one process raises alone would leave the others waiting in a collective.
+    If one process raised a UserError alone, the others would wait for it in a collective.
     """
 
 
 class RolloutEngine(Protocol):
-    """Generates completions under the weights that it was last given.
+    """Generates completions with the weights of the last `update_weights`.
 
     Only the leader of a model replica calls `generate`; meanwhile the replica's other processes are in `assist`.
     """
@@ -52,22 +52,25 @@ class RolloutEngine(Protocol):
     streaming: bool
     """Whether `generate` passes each group to `on_group` as soon as it is complete, and can cancel the others."""
     draws_from_policy: bool
-    """Whether completions are drawn under the weights that the engine was last given. Those of a replay are not, so a
-    mismatch between them and the trained policy is expected."""
+    """Whether completions are sampled from the current policy. Replayed completions are not, so a mismatch between
+    rollout and training policy is expected."""
 
     def generate(
-        self, requests: Sequence[GroupRequest], sampling: SamplingPolicy, on_group: OnGroup | None = None
+        self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
-        """Draw ``sampling.samples`` completions for each request; returns one list per request.
+        """Generate ``sampling.samples`` completions for each request.
 
         Args:
             requests: prompts and seeds.
-            sampling: how to draw.
-            on_group: for streaming engines. Lists of requests that it cancelled are empty.
+            sampling: how to sample.
+            on_group: receives each complete group from a streaming engine.
+
+        Returns:
+            the completions of each request; none for requests that `on_group` cancelled.
 
         Raises:
-            EngineLostError: when no server is left.
-            UserError: when the engine cannot serve these requests.
+            EngineLostError: if no server is left.
+            UserError: if the engine cannot serve these requests.
         """
         ...
 
@@ -80,15 +83,18 @@ class RolloutEngine(Protocol):
         ...
 
     def offload(self) -> None:
-        """Free what only generation needs, until the next `update_weights`. Collective over the job.
+        """Free memory that only generation needs, until the next `update_weights`. Collective over the job.
 
-        Called when a step has its rollout. Rollouts ahead of training (``max_staleness``) may still be generating.
+        Called once a step has its rollout. With ``max_staleness``, later rollouts may still be generating.
         """
         ...
 
     def update_weights(self, version: int) -> None:
-        """Serve the policy's present weights from now on, under this version. Collective over the job.
+        """Generate with the policy's current weights from now on. Collective over the job.
 
-        A failure is raised by the next `generate`, so that the step that made the weights is recorded first.
+        A failure is raised by the next `generate`, so that the metrics of the finished step are recorded first.
+
+        Args:
+            version: version of the weights: the number of training steps before them.
         """
         ...

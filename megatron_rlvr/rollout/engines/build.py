@@ -1,4 +1,4 @@
-"""The rollout engine that a configuration names."""
+"""Build the rollout engine of a configuration."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from megatron_rlvr.training.policy import Policy
 
 
 def build_engine(config: Config, policy: Policy, resources: ExitStack) -> RolloutEngine:
-    """The engine of ``rollout.engine``; `resources` stops what it starts. Collective over the job.
+    """Build the engine that ``rollout.engine`` names. Collective over the job.
+
+    Args:
+        config: configuration with every ``auto`` resolved.
+        policy: the model that generates completions, or whose weights servers receive.
+        resources: stops the servers that the engine starts, when the caller closes it.
 
     Raises:
-        UserError: when the engine cannot run with this model or layout.
+        UserError: if the engine cannot run with this model or layout.
     """
     rollout, expert = config.rollout, config.parallel.expert
     if rollout.engine == "sglang":
-        # Imported here because the other engines do not need httpx and the server processes.
+        # Imported here because the other engines do not need httpx.
         from megatron_rlvr.rollout.engines.sglang.engine import SGLangEngine
 
         return SGLangEngine(rollout, Path(config.run_directory) / "sglang", policy, resources)

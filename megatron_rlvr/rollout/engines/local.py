@@ -1,4 +1,4 @@
-"""The local engine: batched generation with the training weights themselves, through a key/value cache."""
+"""The local engine: batched generation in the training processes, with a key/value cache."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from megatron_rlvr.megatron.attention import KeyValueCache, SDPAttention
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.pipeline_forward import pipeline_forward
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
-from megatron_rlvr.rollout.sampling import SamplingPolicy, draw, uniforms
+from megatron_rlvr.rollout.sampling import SamplingSettings, draw, uniforms
 
-# Removing finished sequences copies the whole cache, which pays once fewer than this share are still running.
-WORTH_COMPACTING = 0.85
+# Finished sequences are removed from the batch when a smaller share than this is still running. Removing them copies
+# the whole cache, so removing a few would cost more than it saves.
+COMPACT_BELOW = 0.85
 
 
 class LocalEngine:
-    """Generates on the processes that train, so there are no weights to transfer.
+    """Generates in the training processes, so that no weights need to be transferred.
 
-    Each prompt is prefilled once, however many completions it gets; finished sequences leave the batch.
+    Each prompt is prefilled once for all its completions. Finished sequences leave the batch.
 
     Args:
-        model_chunks: of this process.
-        batch: sequences that are decoded together.
+        model_chunks: model chunks of this process.
+        batch: number of sequences that are decoded together.
 
     Raises:
-        UserError: under the Transformer Engine layer spec, whose attention cannot use this engine's cache.
+        UserError: if the model uses Transformer Engine layers, whose attention cannot use this engine's cache.
     """
 
     streaming = False
@@ -54,15 +55,15 @@ class LocalEngine:
         self.version = version
 
     def generate(
-        self, requests: Sequence[GroupRequest], sampling: SamplingPolicy, on_group: OnGroup | None = None
+        self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`. One broadcast of the requests to the replica's other processes."""
+        """See `RolloutEngine.generate`. Broadcasts the requests to the replica's other processes."""
         collectives.broadcast_from_leader((requests, sampling))
         return self._generate(requests, sampling)
 
     def assist(self) -> None:
-        """See `RolloutEngine.assist`: generates what the leader generates, with this process's share of the model."""
-        shared: tuple[Sequence[GroupRequest], SamplingPolicy] | None
+        """See `RolloutEngine.assist`. Computes this process's share of the model in the leader's calls."""
+        shared: tuple[Sequence[GroupRequest], SamplingSettings] | None
         while (shared := collectives.broadcast_from_leader(None)) is not None:
             self._generate(*shared)
 
@@ -70,10 +71,10 @@ class LocalEngine:
         collectives.broadcast_from_leader(None)
 
     @torch.no_grad()
-    def _generate(self, requests: Sequence[GroupRequest], sampling: SamplingPolicy) -> list[list[Completion]]:
+    def _generate(self, requests: Sequence[GroupRequest], sampling: SamplingSettings) -> list[list[Completion]]:
         """Generate batch by batch. Collective over the model replica's processes."""
         groups: list[list[Completion]] = [[] for _ in requests]
-        # Prompts of similar length share a batch, so that it has little padding.
+        # Prompts of similar length share a batch, so that there is little padding.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         prompts_per_batch = max(1, self.batch // sampling.samples)
         with self._inference_mode():
@@ -87,7 +88,7 @@ class LocalEngine:
 
     @contextmanager
     def _inference_mode(self) -> Iterator[None]:
-        """Put the model into evaluation mode, without sequence parallelism: ranks cannot share one new token."""
+        """Switch the model to evaluation mode, without sequence parallelism, which cannot split one new token."""
         was_training = self.model_chunks[0].training
         names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
         owners = [self.config, *(module for chunk in self.model_chunks for module in chunk.modules())]
@@ -104,7 +105,7 @@ class LocalEngine:
             for owner, name in switched_off:
                 setattr(owner, name, True)
 
-    def _generate_batch(self, requests: Sequence[GroupRequest], sampling: SamplingPolicy) -> list[Completion]:
+    def _generate_batch(self, requests: Sequence[GroupRequest], sampling: SamplingSettings) -> list[Completion]:
         seeds = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
         rows = torch.arange(len(requests)).repeat_interleave(sampling.samples)
         logits, padding, width = self._prefill([request.prompt for request in requests])
@@ -117,7 +118,7 @@ class LocalEngine:
         logprobs = torch.zeros(len(rows), sampling.max_tokens)
         lengths = torch.full((len(rows),), sampling.max_tokens)
         stopped = torch.zeros(len(rows), dtype=torch.bool)
-        # Sequences in the batch. Finished ones stay in it until there are enough of them to be worth removing.
+        # Indices of the sequences in the batch. Finished ones stay in it until enough of them can be removed at once.
         batch = torch.arange(len(rows))
         for t in range(sampling.max_tokens):
             token, logprob = self._draw(logits, uniforms(seeds[batch.numpy()], t), sampling)
@@ -129,7 +130,7 @@ class LocalEngine:
             running = ~stopped[batch]
             if t + 1 == sampling.max_tokens or not bool(running.any()):
                 break
-            if running.float().mean() < WORTH_COMPACTING:
+            if running.float().mean() < COMPACT_BELOW:
                 keep = running.nonzero()[:, 0]
                 batch, token, padding = batch[keep], token[keep], padding[keep]
                 for attention in self.attentions:
@@ -145,11 +146,11 @@ class LocalEngine:
         ]
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor | None, Tensor, int]:
-        """Run the prompts, padded on the left.
+        """Run the prompts, padded on the left, and fill the cache.
 
         Returns:
-            the logits of the last position [n, V] (None before the last stage), the padding of each prompt int64 [n],
-            and the padded width.
+            the logits of the last position [n, V], None before the last pipeline stage; the number of padding tokens of
+            each prompt, int64 [n]; and the padded width.
         """
         width = max(len(p) for p in prompts)
         padding = torch.tensor([width - len(p) for p in prompts])
@@ -163,20 +164,30 @@ class LocalEngine:
         position = torch.arange(width)
         hidden_key = position[None, None, :] > position[None, :, None]
         hidden_key = hidden_key | (position[None, None, :] < padding[:, None, None])
-        # A padding query must see itself: softmax over no key at all is 0 / 0.
+        # A padding query must see itself, because softmax without any key is 0 / 0.
         hidden_key = hidden_key & ~torch.eye(width, dtype=torch.bool)
         last = (width - 1) * len(prompts) + torch.arange(len(prompts))
         positions = (position - padding[:, None]).clamp(min=0)
         return pipeline_forward(self.model_chunks, tokens, positions, hidden_key[:, None], last), padding, width
 
     def _decode(self, token: Tensor, padding: Tensor, position: int) -> Tensor | None:
-        """Logits [n, V] after the tokens int64 [n] at `position` of the padded width; None before the last stage."""
+        """Return the logits [n, V] after one more token per sequence; None before the last pipeline stage.
+
+        Args:
+            token: int64 [n], the latest token of each sequence.
+            padding: int64 [n], padding tokens on the left of each sequence.
+            position: column of `token`, counted with the padding.
+        """
         keys = torch.arange(position + 1)
         mask = (keys < padding[:, None])[:, None, None] if bool(padding.any()) else None
         return pipeline_forward(self.model_chunks, token[:, None], (position - padding)[:, None], mask, None)
 
-    def _draw(self, logits: Tensor | None, uniform: np.ndarray, sampling: SamplingPolicy) -> tuple[Tensor, Tensor]:
-        """Draw on the last stage; every process of the replica gets the tokens [n] and log-probs [n], on the CPU."""
+    def _draw(self, logits: Tensor | None, uniform: np.ndarray, sampling: SamplingSettings) -> tuple[Tensor, Tensor]:
+        """Draw a token per sequence on the last pipeline stage and send them to every process of the replica.
+
+        Returns:
+            tokens int64 [n] and log-probs float32 [n], on the CPU.
+        """
         drawn = torch.empty(2, len(uniform), dtype=torch.float64, device=device.device())
         if logits is not None:
             threshold = torch.from_numpy(uniform).to(logits.device)

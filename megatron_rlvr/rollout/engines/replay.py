@@ -1,4 +1,4 @@
-"""The replay engine: completions of an earlier run, read from its ``rollouts/`` folder."""
+"""The replay engine, which reads completions of an earlier run from its ``rollouts/`` folder."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.local import LocalEngine
 from megatron_rlvr.rollout.recording import read_recorded_group
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 
 
 class ReplayEngine:
-    """Answers training requests with what ``rollout.record`` wrote for the same step and slot.
+    """Answers training requests with the completions that ``rollout.record`` stored for the same step and slot.
 
-    Evaluations are not recorded: the local engine generates them.
+    Evaluations are not recorded, so the local engine generates them.
 
     Args:
-        folder: the ``rollouts/`` folder of the recorded run.
-        evaluation: generates evaluations; None in a run without held-out data.
+        folder: ``rollouts/`` folder of the recorded run.
+        evaluation: engine that generates evaluations; None in a run without held-out data.
     """
 
     streaming = False
@@ -29,12 +29,12 @@ class ReplayEngine:
         self.folder, self.evaluation = folder, evaluation
 
     def generate(
-        self, requests: Sequence[GroupRequest], sampling: SamplingPolicy, on_group: OnGroup | None = None
+        self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.
 
         Raises:
-            UserError: when a recording is missing or has another number of completions.
+            UserError: if a recording is missing or has a different number of completions.
         """
         places = [request.place for request in requests if request.place is not None]
         if not places and self.evaluation is not None:

@@ -23,7 +23,7 @@ from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 from tests.generation import generate
 from tests.small_model import make_small_model
 
@@ -31,7 +31,7 @@ WAYS = ("disk", "tensor", "distributed")
 TEMPERATURE = 0.8
 STOPS = (*range(8), 108)  # 108 is the model's end of sequence, at which SGLang stops in any case
 PROMPTS = [[3, 4, 5, 105, 9, 106], [7, 8, 9, 10, 105, 50, 106]]
-SAMPLING = SamplingPolicy(samples=6, max_tokens=12, temperature=TEMPERATURE, stop_token_ids=STOPS)
+SAMPLING = SamplingSettings(samples=6, max_tokens=12, temperature=TEMPERATURE, stop_token_ids=STOPS)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
     _perturb(policy, seed=5)
     engine.update_weights(7)
     prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(48)]
-    sampling = SamplingPolicy(samples=8, max_tokens=40, temperature=TEMPERATURE)
+    sampling = SamplingSettings(samples=8, max_tokens=40, temperature=TEMPERATURE)
     server = servers.servers[0]
     starts, log_end = server.starts, len(server.log.read_bytes())
 
@@ -157,7 +157,7 @@ def test_weights_change_under_completions(interrupt: str, policy, engine, server
     """Each token has the version of the weights that drew it. After a retract, the new weights alone draw the rest."""
     engine.state.max_staleness, engine.config.interrupt = 1, interrupt
     prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(24)]
-    sampling = SamplingPolicy(samples=8, max_tokens=50, temperature=TEMPERATURE)
+    sampling = SamplingSettings(samples=8, max_tokens=50, temperature=TEMPERATURE)
     log, completions = servers.servers[0].log, []
     log_end = len(log.read_bytes())
     thread = threading.Thread(target=lambda: completions.extend(generate(engine, prompts, sampling)))
@@ -221,7 +221,7 @@ def test_surplus_is_aborted_at_the_server(engine, servers) -> None:
         done.append(index)
         return len(done) >= 10
 
-    sampling = SamplingPolicy(samples=4, max_tokens=50, temperature=TEMPERATURE)
+    sampling = SamplingSettings(samples=4, max_tokens=50, temperature=TEMPERATURE)
     engine.config.concurrency = 4 * 15
     completions = generate(engine, prompts, sampling, finished)
     assert 10 <= len(done) <= 15 and len(completions) == 4 * len(done)

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.rollout.engines.base import EngineLostError, GroupRequest, OnGroup
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 
 # Tokens of the small model that decode to their own numbers.
 WRONG, RIGHT = 10, 11
@@ -34,7 +34,7 @@ class ScriptedEngine:
         self.version = 0
 
     def generate(
-        self, requests: Sequence[GroupRequest], sampling: SamplingPolicy, on_group: OnGroup | None = None
+        self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
         if self.lost:
             raise EngineLostError("gone")

@@ -13,10 +13,10 @@ from megatron_rlvr.rollout.engines.base import GroupRequest
 from megatron_rlvr.rollout.engines.replay import ReplayEngine
 from megatron_rlvr.rollout.groups import Group
 from megatron_rlvr.rollout.recording import record_group
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.verifiers import Verdict
 
-SAMPLING = SamplingPolicy(samples=2, max_tokens=6)
+SAMPLING = SamplingSettings(samples=2, max_tokens=6)
 RECORDED = {
     (3, slot): [
         Completion([slot, 7], [-0.1, -0.2 / 3], "stop", 3),
@@ -57,4 +57,4 @@ def test_a_missing_group_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match=r"no recorded rollout .*step_000004/prompt_00005.jsonl: record a run with"):
         engine.generate([_request(5, step=4)], SAMPLING)
     with pytest.raises(UserError, match=r"holds 2 completions, rollout.samples_per_prompt asks for 3"):
-        engine.generate([_request(5)], SamplingPolicy(samples=3, max_tokens=6))
+        engine.generate([_request(5)], SamplingSettings(samples=3, max_tokens=6))

@@ -17,7 +17,7 @@ from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.objectives import build_objective
 from megatron_rlvr.rollout.config import RolloutConfig
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.training.config import AlgorithmConfig
 from tests.generation import generate
 
@@ -141,7 +141,7 @@ def test_local_engine_reports_the_policy_s_own_logprobs(policy, reference) -> No
     from megatron_rlvr.rollout.engines.local import LocalEngine
 
     engine = LocalEngine(policy.model_chunks, batch=5)  # too few for two prompts, so the engine makes two batches
-    sampling = SamplingPolicy(samples=4, max_tokens=9, temperature=TEMPERATURE, stop_token_ids=tuple(range(0, 30)))
+    sampling = SamplingSettings(samples=4, max_tokens=9, temperature=TEMPERATURE, stop_token_ids=tuple(range(0, 30)))
     completions = generate(engine, PROMPTS, sampling)
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     for number, completion in enumerate(completions):

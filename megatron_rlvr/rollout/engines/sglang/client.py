@@ -14,7 +14,7 @@ from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
 from megatron_rlvr.rollout.engines.sglang.protocol import generate_body, read_completions
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 
 _PROBE_PERIOD_S = 1.0
 
@@ -52,13 +52,13 @@ class Client:
             endpoint.connections.close()
 
     async def generate(
-        self, requests: Sequence[GroupRequest], sampling: SamplingPolicy, on_group: OnGroup | None = None
+        self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`.
 
         Raises:
-            UserError: when a server refuses a request or sends a malformed reply.
-            EngineLostError: when no server is left.
+            UserError: if a server refuses a request or sends a malformed reply.
+            EngineLostError: if no server is left.
         """
         limit = max(1, self.config.concurrency // sampling.samples)
         groups: list[asyncio.Task[list[Completion]]] = []
@@ -93,7 +93,7 @@ class Client:
         return completed + [[] for _ in requests[len(completed) :]]
 
     async def _generate_group(
-        self, request: GroupRequest, sampling: SamplingPolicy, endpoint: Endpoint, limit: int
+        self, request: GroupRequest, sampling: SamplingSettings, endpoint: Endpoint, limit: int
     ) -> list[Completion]:
         """All samples of a prompt in one request, so that the server computes the prompt once."""
         body = generate_body(request.prompt, sampling, request.seeds)
@@ -113,7 +113,7 @@ class Client:
                 )
             endpoint = await self._claim_endpoint(limit)
 
-    async def _request_group(self, endpoint: Endpoint, body: bytes, sampling: SamplingPolicy) -> list[Completion]:
+    async def _request_group(self, endpoint: Endpoint, body: bytes, sampling: SamplingSettings) -> list[Completion]:
         completions = read_completions(endpoint.url, await endpoint.generate(body), sampling)
         if completions is None:
             raise endpoint.mark_lost("it aborted a request")
@@ -132,7 +132,7 @@ class Client:
         Takes the server with the fewest prompts.
 
         Raises:
-            EngineLostError: when there is no living server and none will come back.
+            EngineLostError: if there is no living server and none will come back.
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.config.start_timeout_seconds
@@ -183,8 +183,8 @@ class Client:
         """Make sure that a server answers and holds the expected weights; has it load them where it does not.
 
         Raises:
-            ServerLostError: when it cannot be used yet.
-            UserError: when it refuses the weights.
+            ServerLostError: if it cannot be used yet.
+            UserError: if it refuses the weights.
         """
         if endpoint.was_lost:  # for a new server the watch finds out soon enough; a health check takes SGLang a second
             if self.state.max_staleness:  # it may have been lost while it was paused for an update

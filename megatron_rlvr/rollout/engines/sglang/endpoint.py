@@ -59,7 +59,7 @@ class Endpoint:
         """Send a request to ``/generate``.
 
         Raises:
-            ServerLostError: when there is no usable answer, or when the server is marked as lost in the meantime.
+            ServerLostError: if there is no usable answer, or when the server is marked as lost in the meantime.
         """
         timeout = self.config.request_timeout_seconds
         request = asyncio.create_task(self.connections.request("POST", "/generate", timeout, body))
@@ -86,7 +86,7 @@ class Endpoint:
         """Send any other request.
 
         Raises:
-            ServerLostError: when there is no answer within `timeout` seconds.
+            ServerLostError: if there is no answer within `timeout` seconds.
         """
         try:
             data = b"" if body is None else json.dumps(body).encode()
@@ -106,8 +106,8 @@ class Endpoint:
             action: what the server is asked to do, as the rest of a sentence "the server did not ...".
 
         Raises:
-            ServerLostError: when it does not answer.
-            UserError: when it refuses.
+            ServerLostError: if it does not answer.
+            UserError: if it refuses.
         """
         request = asyncio.create_task(self.request("POST", path, self.config.update_timeout_seconds, body))
         try:
@@ -174,8 +174,8 @@ class Endpoint:
         """Have the server load the expected weights from their folder, and read the version back.
 
         Raises:
-            ServerLostError: when it does not answer, or when there is no complete folder.
-            UserError: when it refuses the weights, or reports another version afterwards.
+            ServerLostError: if it does not answer, or when there is no complete folder.
+            UserError: if it refuses the weights, or reports another version afterwards.
         """
         version, folder = state.expected_version, state.folder
         if folder is None:

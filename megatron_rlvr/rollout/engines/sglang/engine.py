@@ -19,7 +19,7 @@ from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.engines.sglang.weight_sync.sync import UpdateOutcome, WeightSync
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.training.policy import Policy
 
 
@@ -35,7 +35,7 @@ class SGLangEngine:
         resources: stops the servers when it is closed.
 
     Raises:
-        UserError: when a server does not start, cannot be reached, or has another model.
+        UserError: if a server does not start, cannot be reached, or has another model.
     """
 
     streaming = True
@@ -69,7 +69,7 @@ class SGLangEngine:
             collectives.barrier()
 
     def generate(
-        self, requests: Sequence[GroupRequest], sampling: SamplingPolicy, on_group: OnGroup | None = None
+        self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`; the same seed draws the same completion only on a deterministic server."""
         if self._outcome.user_error:

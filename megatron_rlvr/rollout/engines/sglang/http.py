@@ -67,8 +67,8 @@ class Connections:
             body: JSON, encoded.
 
         Raises:
-            ConnectionLostError: when the server cannot be reached, closes the connection, or does not speak HTTP.
-            ReplyTimeoutError: when `timeout` passes.
+            ConnectionLostError: if the server cannot be reached, closes the connection, or does not speak HTTP.
+            ReplyTimeoutError: if `timeout` passes.
         """
         head = (
             f"{method} {self.prefix}{path} HTTP/1.1\r\nHost: {self.netloc}\r\n"

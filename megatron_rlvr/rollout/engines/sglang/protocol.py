@@ -10,13 +10,13 @@ from typing import Any
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.http import Reply
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 
 UNKNOWN_VERSION = -1
 """The weight version of a server that names none of the trainer's."""
 
 
-def sampling_parameters(sampling: SamplingPolicy, seed: int) -> dict[str, Any]:
+def sampling_parameters(sampling: SamplingSettings, seed: int) -> dict[str, Any]:
     """SGLang's sampling parameters. Servers use the seed only under ``enable_deterministic_inference``."""
     parameters: dict[str, Any] = {
         "temperature": sampling.temperature,
@@ -33,7 +33,7 @@ def sampling_parameters(sampling: SamplingPolicy, seed: int) -> dict[str, Any]:
     return parameters
 
 
-def generate_body(prompt: Sequence[int], sampling: SamplingPolicy, seeds: Sequence[int]) -> bytes:
+def generate_body(prompt: Sequence[int], sampling: SamplingSettings, seeds: Sequence[int]) -> bytes:
     """The JSON of a request for one completion of `prompt` per seed.
 
     One request carries all samples of a prompt, because a request costs the client more than the tokens in it.
@@ -43,11 +43,11 @@ def generate_body(prompt: Sequence[int], sampling: SamplingPolicy, seeds: Sequen
     return f'{{"input_ids":[{prompts}],"sampling_params":{parameters},"return_logprob":true}}'.encode()
 
 
-def read_completions(url: str, reply: Reply, sampling: SamplingPolicy) -> list[Completion] | None:
+def read_completions(url: str, reply: Reply, sampling: SamplingSettings) -> list[Completion] | None:
     """Read the completions in a reply of ``/generate``; returns None when the server aborted one of them.
 
     Raises:
-        UserError: when the server refused the request, or the reply is malformed.
+        UserError: if the server refused the request, or the reply is malformed.
     """
     if reply.status != 200:
         raise UserError(f"{url} refused a prompt with status {reply.status}: {reply.excerpt()}")
@@ -65,7 +65,7 @@ def read_completions(url: str, reply: Reply, sampling: SamplingPolicy) -> list[C
         ) from error
 
 
-def _read_completion(url: str, content: dict[str, Any], sampling: SamplingPolicy) -> Completion:
+def _read_completion(url: str, content: dict[str, Any], sampling: SamplingSettings) -> Completion:
     meta, tokens = content["meta_info"], content["output_ids"]
     reason = meta["finish_reason"]["type"]
     entries = meta["output_token_logprobs"]

@@ -99,7 +99,7 @@ class Server:
         """Start the process with the weights of a Hugging Face folder, without waiting until it is ready.
 
         Raises:
-            UserError: when ``rollout.sglang.python`` is not a program.
+            UserError: if ``rollout.sglang.python`` is not a program.
         """
         python = shutil.which(self.config.python or sys.executable)
         if python is None:

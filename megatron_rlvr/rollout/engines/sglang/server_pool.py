@@ -68,7 +68,7 @@ class ServerPool:
         """Start the servers and wait until all of them are ready.
 
         Raises:
-            UserError: when one does not become ready; names its log and the error in it.
+            UserError: if one does not become ready; names its log and the error in it.
         """
         try:
             for server in self.servers:

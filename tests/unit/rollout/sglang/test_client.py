@@ -22,7 +22,7 @@ from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint
 from megatron_rlvr.rollout.engines.sglang.protocol import sampling_parameters
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.engines.sglang.weight_sync.update import load_on_servers
-from megatron_rlvr.rollout.sampling import SamplingPolicy
+from megatron_rlvr.rollout.sampling import SamplingSettings
 from tests.generation import group_requests
 
 # No request to a server that works exceeds these timeouts, however busy the machine.
@@ -30,7 +30,7 @@ CONFIG = SGLangConfig(
     concurrency=10, start_timeout_seconds=200, request_timeout_seconds=200, health_timeout_seconds=200, attempts=3
 )
 FOLDER = Path(__file__).parent
-SAMPLING = SamplingPolicy(samples=4, max_tokens=1)
+SAMPLING = SamplingSettings(samples=4, max_tokens=1)
 PROMPTS = [[100 * p, p] for p in range(1, 21)]
 
 
@@ -221,9 +221,9 @@ def test_malformed_reply(fake: FakeServer, reply: tuple[int, Any], expected: str
 
 
 def test_sampling_parameters() -> None:
-    plain = sampling_parameters(SamplingPolicy(samples=2, max_tokens=9, temperature=0.7, top_p=0.9), seed=2**63 + 5)
+    plain = sampling_parameters(SamplingSettings(samples=2, max_tokens=9, temperature=0.7, top_p=0.9), seed=2**63 + 5)
     assert plain["ignore_eos"] is True and "stop_token_ids" not in plain
     assert (plain["temperature"], plain["top_p"], plain["top_k"], plain["max_new_tokens"]) == (0.7, 0.9, -1, 9)
     assert plain["sampling_seed"] == 5
-    stopping = sampling_parameters(SamplingPolicy(samples=2, max_tokens=9, top_k=3, stop_token_ids=(1, 2)), seed=0)
+    stopping = sampling_parameters(SamplingSettings(samples=2, max_tokens=9, top_k=3, stop_token_ids=(1, 2)), seed=0)
     assert stopping["stop_token_ids"] == [1, 2] and "ignore_eos" not in stopping and stopping["top_k"] == 3

@@ -57,7 +57,7 @@ class WeightFolders:
         Host memory holds what is not written yet.
 
         Raises:
-            UserError: when the previous copy could not be written.
+            UserError: if the previous copy could not be written.
         """
         self.wait()
         self.root.mkdir(parents=True, exist_ok=True)

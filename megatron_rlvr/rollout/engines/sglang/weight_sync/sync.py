@@ -85,7 +85,7 @@ class WeightSync:
         Called by the main process.
 
         Raises:
-            UserError: when none of the servers can be used, or one has another model.
+            UserError: if none of the servers can be used, or one has another model.
         """
         with asyncio.Runner() as runner:
             lost = self._load(runner, self.control.endpoints(), flush_cache=True)
@@ -183,7 +183,7 @@ class WeightSync:
         """The servers that answer.
 
         Raises:
-            UserError: when one of them has another model.
+            UserError: if one of them has another model.
         """
         starts = [server.starts for server in self.pool.servers] if self.pool else [0] * len(endpoints)
 

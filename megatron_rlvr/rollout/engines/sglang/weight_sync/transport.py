@@ -38,7 +38,7 @@ class Transport(Protocol):
         """Prepare to send to these servers.
 
         Raises:
-            ServerLostError: when one of them cannot be prepared.
+            ServerLostError: if one of them cannot be prepared.
         """
         ...
 
@@ -50,7 +50,7 @@ class Transport(Protocol):
             fields: added to the body of each request.
 
         Raises:
-            ServerLostError: when a server does not take the bucket. None of them can be relied on then.
+            ServerLostError: if a server does not take the bucket. None of them can be relied on then.
         """
         ...
 

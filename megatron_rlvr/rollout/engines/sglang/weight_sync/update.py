@@ -25,7 +25,7 @@ async def load_on_servers(
         one line for each server that did not answer.
 
     Raises:
-        UserError: when a server has another model, refuses the weights, or reports another version afterwards.
+        UserError: if a server has another model, refuses the weights, or reports another version afterwards.
     """
 
     async def load(endpoint: Endpoint) -> str | None:
@@ -67,7 +67,7 @@ def stream_to_servers(
         why the update failed, or None. After a failure no server can be relied on.
 
     Raises:
-        UserError: when a server reports another version afterwards, or another checksum.
+        UserError: if a server reports another version afterwards, or another checksum.
     """
     failure = None if receivers else "no server answers"
     checksums: dict[str, str] = {}
