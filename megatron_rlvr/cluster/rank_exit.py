@@ -77,18 +77,20 @@ def read_exit(logs: Path, rank: int, code: int, noticed: float) -> RankExit:
 
     Args:
         code: exit status that torchrun saw. It counts if the supervisor was killed before it could record one.
-        noticed: when torchrun saw it, in seconds since the epoch; likewise.
+        noticed: when torchrun saw it, in seconds since the epoch, rounded down as torchrun does; likewise.
     """
+    failed = noticed + 1.0  # the end of that second, so that no rank seems to have failed before the one that ended it
     try:
         record = json.loads(exit_path(logs, rank).read_text())
     except FileNotFoundError:
-        record = {"code": None, "exited": None, "terminated": None}
+        # A supervisor that SIGTERM ends before it blocks signals leaves no record. torchrun sent that signal.
+        record = {"code": None, "exited": None, "terminated": noticed if code == -signal.SIGTERM else None}
     if record["code"] is not None:
-        code, noticed = record["code"], record["exited"]
+        code, failed = record["code"], record["exited"]
     with suppress(FileNotFoundError):
-        noticed = float(failure_path(logs, rank).read_text())
+        failed = float(failure_path(logs, rank).read_text())
     terminated = record["terminated"]
-    return RankExit(rank, code, noticed, terminated is not None and terminated < noticed)
+    return RankExit(rank, code, failed, terminated is not None and terminated < failed)
 
 
 def first_failure(exits: Sequence[RankExit], asked: bool) -> RankExit:

@@ -166,9 +166,23 @@ def test_a_rank_that_torchrun_had_to_kill_is_not_the_cause(tmp_path: Path) -> No
     """torchrun kills a rank that hangs in a collective half a minute after its SIGTERM."""
     write_exit(tmp_path, 0, None, None, terminated=100.2)
     write_exit(tmp_path, 3, 1, 100.1, terminated=None)
-    exits = [read_exit(tmp_path, 0, -signal.SIGKILL, 130.0), read_exit(tmp_path, 3, 1, 130.0)]
-    assert exits == [RankExit(0, -signal.SIGKILL, 130.0, terminated=True), RankExit(3, 1, 100.1)]
+    exits = [read_exit(tmp_path, 0, -signal.SIGKILL, 130), read_exit(tmp_path, 3, 1, 130)]
+    assert exits == [RankExit(0, -signal.SIGKILL, 131.0, terminated=True), RankExit(3, 1, 100.1)]
     assert first_failure(exits, asked=False).rank == 3
+
+
+def test_a_rank_that_was_terminated_while_it_started_is_not_the_cause(tmp_path: Path) -> None:
+    """Its supervisor left no record, and torchrun gives the time in whole seconds, rounded down."""
+    write_exit(tmp_path, 2, -signal.SIGKILL, 100.6, terminated=None)
+    exits = [read_exit(tmp_path, 0, -signal.SIGTERM, 100), read_exit(tmp_path, 2, 128 + signal.SIGKILL, 100)]
+    assert exits == [RankExit(0, -signal.SIGTERM, 101.0, terminated=True), RankExit(2, -signal.SIGKILL, 100.6)]
+    assert first_failure(exits, asked=False).rank == 2
+
+
+def test_a_rank_whose_supervisor_was_killed_in_the_second_of_the_cause_is_not_the_cause(tmp_path: Path) -> None:
+    write_exit(tmp_path, 1, -signal.SIGSEGV, 100.6, terminated=None)
+    exits = [read_exit(tmp_path, 0, -signal.SIGKILL, 100), read_exit(tmp_path, 1, 128 + signal.SIGSEGV, 100)]
+    assert first_failure(exits, asked=False).rank == 1
 
 
 def test_a_rank_that_reports_lost_servers_comes_before_those_that_wait_for_it() -> None:
