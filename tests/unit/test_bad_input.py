@@ -46,7 +46,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("rollout.samples_per_prompt=1", "must be at least 2"),
         ("rollout.engine=vllm", "rollout.engine must be one of local, sglang, recorded"),
         ("rollout.sglang.server.port=30000", "rollout.sglang.server.port is set by the trainer itself"),
-        ("rollout.sglang.urls=[localhost:30000]", "'localhost:30000' is no URL"),
+        ("rollout.sglang.urls=[localhost:30000]", "'localhost:30000' is not a URL"),
         ("rollout.sglang.concurrency=0", "rollout.sglang.concurrency must be greater than 0"),
         ("rollout.engine=recorded", "needs rollout.recording"),
         ("algorithm.minibatches=3", "algorithm.minibatches=3 does not divide rollout.prompts_per_step=8"),

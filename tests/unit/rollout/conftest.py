@@ -1,4 +1,4 @@
-"""One process's layout."""
+"""The layout of a single process."""
 
 from __future__ import annotations
 

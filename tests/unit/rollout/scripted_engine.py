@@ -1,4 +1,4 @@
-"""An engine whose completions are scripted, and the verifier that reads them."""
+"""An engine with scripted completions, and a verifier for them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ def repeats_the_right_token(completion: str, answer: Any) -> float:
 
 
 class ScriptedEngine:
-    """Completion s of a group is 1 + s times WRONG or RIGHT, in turns.
+    """Completion s of a group repeats one token 1 + s times: WRONG if s is even, RIGHT if s is odd.
 
-    Prompts whose first token is in `dull` get WRONG alone.
+    Prompts whose first token is in `dull` get only WRONG.
+
+    Attributes:
+        asked: number of requests of each call.
+        lost: whether calls raise EngineLostError.
     """
 
     draws_from_policy = True

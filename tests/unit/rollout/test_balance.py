@@ -1,4 +1,4 @@
-"""Groups change data-parallel ranks so that all have as much to compute."""
+"""Groups move between data-parallel ranks, so that all have the same amount of work."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_rlvr.verifiers import Verdict
 
 
 def loads(costs: list[list[float]], owners: list[list[int]]) -> list[float]:
-    found = [0.0] * len(costs)
+    sums = [0.0] * len(costs)
     for rank, i in product(range(len(costs)), range(len(costs[0]))):
-        found[owners[rank][i]] += costs[rank][i]
-    return found
+        sums[owners[rank][i]] += costs[rank][i]
+    return sums
 
 
 def lengths(rng: random.Random, ranks: int, groups: int) -> list[list[float]]:
-    """Tokens of groups of 8 whose mean lengths differ, as prompts do, by a factor of two either way."""
+    """Tokens of groups of 8 completions; the mean length of a group varies by a factor of two either way."""
     return [
         [sum(min(8192.0, rng.lognormvariate(mean, 0.5)) for _ in range(8)) for mean in means]
         for means in ([rng.gauss(8.0, 0.5) for _ in range(groups)] for _ in range(ranks))
@@ -31,7 +31,7 @@ def lengths(rng: random.Random, ranks: int, groups: int) -> list[list[float]]:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("ranks", "groups"), [(2, 1), (2, 4), (8, 8), (16, 4), (3, 5)])
-def test_every_rank_keeps_as_many_groups(ranks: int, groups: int, seed: int) -> None:
+def test_every_rank_keeps_the_same_number_of_groups(ranks: int, groups: int, seed: int) -> None:
     costs = lengths(random.Random(seed), ranks, groups)
     owners = balanced_owners(costs)
     assert Counter(owner for row in owners for owner in row) == dict.fromkeys(range(ranks), groups)
@@ -39,7 +39,7 @@ def test_every_rank_keeps_as_many_groups(ranks: int, groups: int, seed: int) -> 
 
 
 def test_the_slowest_rank_is_near_the_mean() -> None:
-    """8 ranks of 8 groups of 8, the update of 70B on 16 nodes: 22 % more than the mean becomes less than 1 %."""
+    """With 8 ranks of 8 groups of 8 (the update of 70B on 16 nodes), 22 % above the mean becomes less than 1 %."""
     before, after = [], []
     for seed in range(50):
         costs = lengths(random.Random(seed), 8, 8)
@@ -56,7 +56,7 @@ def test_equal_groups_stay() -> None:
     assert balanced_owners([[9.0, 8.0], [1.0, 2.0]]) == [[0, 1], [0, 1]]
 
 
-def test_what_a_group_costs() -> None:
+def test_cost_of_a_group() -> None:
     completions = [Completion([1] * n, [0.0] * n, "stop", 0) for n in (3, 5)]
     mixed, same = ([Verdict(0.0, "ok"), Verdict(reward, "ok")] for reward in (1.0, 0.0))
     assert group_cost(Group(0, 0, completions, mixed, ["", ""]), 10, epochs=2, drop=True) == 7 * 28

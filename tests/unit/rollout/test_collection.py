@@ -57,7 +57,7 @@ def test_completions_that_could_not_be_verified_are_counted(collector, streaming
 
 
 def _dull(collector: RolloutCollector, share: float) -> list[int]:
-    """First tokens such that about `share` of the data begins with them."""
+    """First tokens with which about `share` of the prompts begin."""
     first = [prompt[0] for prompt in collector.prompts.token_ids]
     return sorted(set(first))[: int(len(set(first)) * share)]
 
@@ -79,7 +79,7 @@ def test_dynamic_sampling_fills_the_batch_with_groups_that_differ(collector, str
     assert torch.equal(again.tokens, batch.tokens)  # a resumed run draws the same replacements
 
 
-def test_without_dynamic_sampling_the_step_s_own_prompts_are_kept(collector) -> None:
+def test_without_dynamic_sampling_no_prompt_is_replaced(collector) -> None:
     engine = ScriptedEngine(True, range(1000))
     batch, report = collector(engine).collect(0)
     assert engine.asked == [8] and report.metrics == {"verifier/failed_fraction": 0.0} and batch.tokens.shape[0] == 32
@@ -109,7 +109,7 @@ def test_overlong_responses_lose_advantage_but_not_reward(collector) -> None:
     assert set(batch.rewards.tolist()) == {0.0, 1.0}
 
 
-def test_a_user_error_becomes_a_rollout_error_of_every_process(collector) -> None:
+def test_a_user_error_becomes_a_rollout_error_on_every_process(collector) -> None:
     """The training loop writes a checkpoint when it catches this type."""
     one = collector(ScriptedEngine(True))
 
@@ -156,7 +156,7 @@ def test_a_lost_engine_is_reported_to_every_process(collector) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_a_prefetched_rollout_starts_when_the_step_before_is_taken(depth: int) -> None:
+def test_a_prefetched_rollout_starts_depth_steps_ahead(depth: int) -> None:
     version, began = [0], {}
 
     def roll_out(step: int) -> int:
@@ -217,7 +217,7 @@ def test_stop_texts_are_single_tokens(small_model: Path) -> None:
         tokenization.stops(["=1"])
 
 
-def test_replacements_have_seeds_of_their_own(collector) -> None:
+def test_replacements_have_different_seeds(collector) -> None:
     one = collector(ScriptedEngine(False))
     places = [one.source._replacement(2, number) for number in range(40)]
     assert len({slot for slot, _ in places}) == 40 and min(slot for slot, _ in places) == 8

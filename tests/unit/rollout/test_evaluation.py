@@ -35,7 +35,7 @@ def evaluator(layout, small_model: Path, problems: Path):
 def test_scores(evaluator, streaming: bool) -> None:
     engine = ScriptedEngine(streaming)
     one = evaluator(engine)
-    # Half of every group is right; where the first token is dull, nothing is.
+    # Half of every group is right, except that prompts with a dull first token are never solved.
     first_tokens = [prompt[0] for prompt in one.prompts.token_ids]
     engine.dull = first_tokens[:1]
     solvable = sum(token not in engine.dull for token in first_tokens) / 8
@@ -52,7 +52,7 @@ def test_scores(evaluator, streaming: bool) -> None:
     assert engine.asked == [8]
 
 
-def test_a_lost_engine_leaves_the_evaluation_out(evaluator, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_engine_skips_the_evaluation(evaluator, capsys: pytest.CaptureFixture[str]) -> None:
     engine = ScriptedEngine(True)
     engine.lost = True
     assert evaluator(engine).evaluate() == {}

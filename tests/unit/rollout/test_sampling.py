@@ -1,4 +1,4 @@
-"""The engine's random numbers and draws."""
+"""Random numbers, and the tokens drawn with them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_top_k_and_top_p_keep_whole_vocabulary_logprobs() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(1000, -1)
     uniform = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
     token, logprob = draw(logits, uniform, 1.0, 1.0, 2)
-    assert torch.bincount(token).tolist() == pytest.approx([625, 375], abs=1)  # the border itself may round
+    assert torch.bincount(token).tolist() == pytest.approx([625, 375], abs=1)  # the boundary may round either way
     assert logprob[0].exp().item() == pytest.approx(0.5)
     token, _ = draw(logits, uniform, 1.0, 0.8, 0)
     assert set(token.tolist()) == {0, 1}

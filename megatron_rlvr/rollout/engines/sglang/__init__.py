@@ -1,1 +1,1 @@
-"""Rollouts on SGLang servers."""
+"""The rollout engine on SGLang servers: server processes, a client, and weight updates."""

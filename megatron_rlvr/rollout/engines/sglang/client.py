@@ -1,4 +1,4 @@
-"""The asynchronous client of SGLang servers: every prompt is answered once, whichever server dies."""
+"""The asynchronous client of SGLang servers, which gets one answer for every prompt even if servers die."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _PROBE_PERIOD_S = 1.0
 
 
 class Client:
-    """Sends prompts to the servers behind `urls`, within one running event loop.
+    """Sends prompts to the servers at `urls`, within one running event loop.
 
-    A watch per server probes it all the time. A server that hangs without closing its connections is therefore found a
-    few seconds after ``health_timeout_seconds``. Its open requests are cancelled and sent to other servers, or sent
+    A task per server probes it continuously. A server that hangs without closing its connections is therefore detected
+    a few seconds after ``health_timeout_seconds``. Its open requests are cancelled and sent to other servers, or sent
     again when it is back.
 
     Args:
-        urls: of the servers.
+        urls: URLs of the servers.
         config: limits and timeouts.
-        state: what a server must hold before it is sent a prompt; may change while the client works.
+        state: weights that a server must hold before the client sends it a prompt; may change meanwhile.
         unavailable: returns the reason why no server will come back, or None while one may.
     """
 
@@ -71,14 +71,14 @@ class Client:
                 enough = True
                 for other in groups:
                     if other is not asyncio.current_task():
-                        other.cancel()  # closes its connection, at which the server stops working on it
+                        other.cancel()  # this closes its connection, and the server aborts the request
             return completions
 
         try:
             async with asyncio.TaskGroup() as tasks:
                 watches = [tasks.create_task(self._watch(endpoint)) for endpoint in self.endpoints]
                 for index in range(len(requests)):
-                    # Prompts are handed out one by one as servers have capacity, so a fast server gets more of them.
+                    # Prompts are assigned one by one when a server has capacity, so a fast server gets more of them.
                     endpoint = await self._claim_endpoint(limit)
                     if enough:
                         break
@@ -95,7 +95,7 @@ class Client:
     async def _generate_group(
         self, request: GroupRequest, sampling: SamplingSettings, endpoint: Endpoint, limit: int
     ) -> list[Completion]:
-        """All samples of a prompt in one request, so that the server computes the prompt once."""
+        """Request all samples of a prompt at once, so that the server computes the prompt once."""
         body = generate_body(request.prompt, sampling, request.seeds)
         losses: list[str] = []
         while True:
@@ -109,7 +109,7 @@ class Client:
             if len(losses) >= self.config.attempts:
                 raise UserError(
                     f"{len(losses)} SGLang servers were lost under one prompt (rollout.sglang.attempts); "
-                    f"the last: {losses[-1]}"
+                    f"the last error: {losses[-1]}"
                 )
             endpoint = await self._claim_endpoint(limit)
 
@@ -120,19 +120,17 @@ class Client:
         for completion in completions:
             if not self.state.accepts(completion):
                 spans = " then ".join(str(version) for version, _ in completion.version_spans)
-                found = spans or completion.weight_version
-                raise endpoint.mark_lost(f"it answered with weights {found} instead of {self.state.expected_version}")
+                used = spans or completion.weight_version
+                raise endpoint.mark_lost(f"it answered with weights {used} instead of {self.state.expected_version}")
         return completions
 
-    # Which servers can be used --------------------------------------------------------------------------------------
-
     async def _claim_endpoint(self, limit: int) -> Endpoint:
-        """Wait for a living server with fewer than `limit` prompts, and count one more there.
+        """Wait for a server that is up and has fewer than `limit` prompts in flight, and count one more there.
 
-        Takes the server with the fewest prompts.
+        Chooses the server with the fewest prompts in flight.
 
         Raises:
-            EngineLostError: if there is no living server and none will come back.
+            EngineLostError: if no server is up and none will come back.
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.config.start_timeout_seconds
@@ -163,7 +161,7 @@ class Client:
         while True:
             endpoint.probe_now.clear()
             try:
-                if self.state.updating:  # a server that loads weights, or is paused for them, need not answer
+                if self.state.updating:  # a server that loads weights, or is paused for an update, need not answer
                     pass
                 elif endpoint.up:
                     await endpoint.check_health()
@@ -180,13 +178,14 @@ class Client:
             await _wait_for_event(endpoint.probe_now)
 
     async def prepare(self, endpoint: Endpoint) -> None:
-        """Make sure that a server answers and holds the expected weights; has it load them where it does not.
+        """Check that a server answers, and load the expected weights on it if it holds others.
 
         Raises:
             ServerLostError: if it cannot be used yet.
             UserError: if it refuses the weights.
         """
-        if endpoint.was_lost:  # for a new server the watch finds out soon enough; a health check takes SGLang a second
+        # A new server is not checked, because a health check takes SGLang a second and `_watch` runs one soon anyway.
+        if endpoint.was_lost:
             if self.state.max_staleness:  # it may have been lost while it was paused for an update
                 await endpoint.command("/continue_generation", {}, "continue generation")
             await endpoint.check_health()
@@ -195,7 +194,7 @@ class Client:
 
 
 async def _wait_for_event(event: asyncio.Event) -> None:
-    """Wait for the event, at most one probe period."""
+    """Wait for the event, at most for one probe period."""
     # Not asyncio.wait_for: in Python 3.11 it swallows a cancellation that arrives together with the event.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_PROBE_PERIOD_S):

@@ -1,4 +1,4 @@
-"""One SGLang server as its clients see it: whether it can be used, and the requests that it is sent."""
+"""One SGLang server as a client sees it: whether it can be used, and the requests to it."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _PROBE_PERIOD_S = 1.0
 
 
 class ServerLostError(Exception):
-    """A server died, hung, or holds the wrong weights. What it was asked must be asked elsewhere."""
+    """A server died, hung, or holds the wrong weights. Its requests must be sent to another server, or again later."""
 
 
 @dataclass
 class Endpoint:
-    """A server and the requests that are open there. Belongs to one event loop.
+    """A server and the open requests of a client there. Belongs to one event loop.
 
     Attributes:
-        url: of the server, without a trailing slash.
+        url: URL of the server, without a trailing slash.
         config: timeouts.
-        up: whether it is sent prompts.
+        up: whether the client sends it prompts.
         why_down: the reason while it is not `up`.
         was_lost: whether it was ever lost.
-        prompts_in_flight: prompts that it works on for this client.
+        prompts_in_flight: number of prompts that it works on for this client.
         open_requests: the requests of these prompts.
-        probe_now: set to have it probed at once.
+        probe_now: set this event to have the server probed at once.
     """
 
     url: str
     config: SGLangConfig
     up: bool = False
-    why_down: str = "it was not asked yet"
+    why_down: str = "it was not probed yet"
     was_lost: bool = False
     prompts_in_flight: int = 0
     open_requests: set[asyncio.Task[Reply]] = field(default_factory=set)
@@ -74,7 +74,8 @@ class Endpoint:
             raise ServerLostError(f"{self.url}: {self.why_down}")
         try:
             reply = request.result()
-        except ReplyTimeoutError as error:  # perhaps it is slow with this prompt alone, so its other requests go on
+        except ReplyTimeoutError as error:
+            # The server may be slow only for this prompt, so its other requests continue.
             raise ServerLostError(f"{self.url}: {error} (rollout.sglang.request_timeout_seconds)") from error
         except ConnectionLostError as error:
             raise self.mark_lost(str(error)) from error
@@ -97,13 +98,13 @@ class Endpoint:
     async def command(self, path: str, body: Any, action: str) -> None:
         """Send a request that changes the server and wait until it reports success.
 
-        The request may take ``update_timeout_seconds``, but the server must not be silent meanwhile: one that is busy
-        with weights still answers ``/model_info``, so one that does not for ``health_timeout_seconds`` hangs.
+        The request may take ``update_timeout_seconds``. Meanwhile the server must answer ``/model_info`` within
+        ``health_timeout_seconds``, which it does even while it loads weights; otherwise it counts as hung.
 
         Args:
-            path: of the request.
-            body: as JSON.
-            action: what the server is asked to do, as the rest of a sentence "the server did not ...".
+            path: path of the request.
+            body: body of the request, to be encoded as JSON.
+            action: what the server is asked to do; completes "the server did not ...".
 
         Raises:
             ServerLostError: if it does not answer.
@@ -123,7 +124,7 @@ class Endpoint:
         if reply.status >= 500:
             raise ServerLostError(f"{path}: status {reply.status} ({reply.excerpt()})")
         try:
-            content = reply.json() if reply.body else None  # most commands are answered by a status alone
+            content = reply.json() if reply.body else None  # most commands are answered with a status only
             refused = isinstance(content, dict) and content.get("success", True) is not True
         except ValueError:
             refused = True
@@ -131,28 +132,36 @@ class Endpoint:
             raise UserError(f"{self.url} did not {action}: it answered {reply.excerpt()}")
 
     async def check_health(self) -> None:
-        """Have the server generate a token; raises ServerLostError when it does not."""
+        """Let the server generate a token; raises ServerLostError if it does not."""
         reply = await self.request("GET", "/health_generate", self.config.health_timeout_seconds)
         if reply.status != 200:
             raise ServerLostError(f"health check: status {reply.status}")
 
     async def model_info(self) -> dict[str, Any]:
-        """The answer of ``/model_info``; raises UserError when it is not that of an SGLang server."""
+        """Return the answer to ``/model_info``.
+
+        Raises:
+            ServerLostError: if the server does not answer.
+            UserError: if it is not an SGLang server.
+        """
         reply = await self.request("GET", "/model_info", self.config.health_timeout_seconds)
         try:
             info = reply.json()
         except ValueError:
             info = None
         if reply.status != 200 or not isinstance(info, dict) or "weight_version" not in info:
-            raise UserError(f"{self.url} is not an SGLang server: /model_info answered {reply.excerpt()}")
+            raise UserError(
+                f"{self.url} is not an SGLang server: /model_info answered {reply.excerpt()}; correct "
+                "rollout.sglang.urls"
+            )
         return info
 
     async def weight_version(self) -> str:
-        """The version that the server gives to its weights."""
+        """Return the version of the weights that the server reports."""
         return str((await self.model_info()).get("weight_version"))
 
     async def tensor_parallel_size(self) -> int:
-        """Number of tensor-parallel ranks of the server."""
+        """Return the number of tensor-parallel ranks of the server."""
         reply = await self.request("GET", "/server_info", self.config.health_timeout_seconds)
         try:
             return int(reply.json()["tp_size"])
@@ -162,20 +171,20 @@ class Endpoint:
             ) from None
 
     async def check_version(self, version: int) -> None:
-        """Read the version back; raises UserError when it is not `version`."""
-        found = await self.weight_version()
-        if found != str(version):
+        """Read the version back; raises UserError if it is not `version`."""
+        served_version = await self.weight_version()
+        if served_version != str(version):
             raise UserError(
-                f"{self.url} serves weights of version {found} after it was given {version}: "
-                "does another run use this server?"
+                f"{self.url} serves weights of version {served_version} after it was sent version {version}: check "
+                "that no other run uses this server"
             )
 
     async def load_folder(self, state: ServerState, flush_cache: bool = True) -> None:
-        """Have the server load the expected weights from their folder, and read the version back.
+        """Load the expected weights on the server from their folder, and read the version back.
 
         Raises:
-            ServerLostError: if it does not answer, or when there is no complete folder.
-            UserError: if it refuses the weights, or reports another version afterwards.
+            ServerLostError: if the server does not answer, or there is no complete folder.
+            UserError: if the server refuses the weights, or reports another version afterwards.
         """
         version, folder = state.expected_version, state.folder
         if folder is None:
@@ -183,11 +192,11 @@ class Endpoint:
         if not state.folder_is_complete():
             raise ServerLostError(f"the copy of the current weights, {folder}, is still being written")
         body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": flush_cache}
-        action = f"take the weights in {folder} (another model behind it, or a folder that it does not see)"
+        action = f"load the weights in {folder} (check that it serves the same model and sees this folder)"
         try:
             await self.command("/update_weights_from_disk", body, action)
             await self.check_version(version)
         except UserError as error:
-            if state.expected_version != version:  # the folder may be gone already, and the server needs newer weights
+            if state.expected_version != version:  # the folder may be deleted already, and newer weights are needed
                 raise ServerLostError(f"weights {version} were replaced while it loaded them") from error
             raise

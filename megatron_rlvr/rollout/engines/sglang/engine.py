@@ -1,4 +1,4 @@
-"""The rollout engine on SGLang servers: token ids go out over HTTP, token ids with log-probs come back."""
+"""The rollout engine on SGLang servers, which sends token ids over HTTP and receives token ids with log-probs."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from megatron_rlvr.training.policy import Policy
 
 
 class SGLangEngine:
-    """Generates on SGLang servers, which the main process starts, or which run elsewhere.
+    """Generates on SGLang servers that the main process starts, or that are already running.
 
     The leader of every data-parallel rank is a client of all servers. Construction is collective over the job.
 
     Args:
-        rollout: section of the configuration, with ``auto`` resolved.
-        directory: for the servers' logs and for weights that they load from disk.
-        policy: whose weights the servers get.
+        rollout: section ``rollout`` of the configuration, with ``auto`` resolved.
+        directory: folder for the servers' logs and for weights that they load from disk.
+        policy: the policy whose weights the servers receive.
         resources: stops the servers when it is closed.
 
     Raises:
-        UserError: if a server does not start, cannot be reached, or has another model.
+        UserError: if a server does not start, cannot be reached, or serves a different model.
     """
 
     streaming = True
@@ -71,15 +71,15 @@ class SGLangEngine:
     def generate(
         self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`; the same seed draws the same completion only on a deterministic server."""
+        """See `RolloutEngine.generate`. The same seed draws the same completion only on deterministic servers."""
         if self._outcome.user_error:
             raise UserError(self._outcome.user_error)
         context_length = self.policy.bridge.context_length
         longest = max(len(request.prompt) for request in requests)
         if longest + sampling.max_tokens > context_length:
             raise UserError(
-                f"a prompt of {longest} tokens and rollout.max_tokens={sampling.max_tokens} are more than the model's "
-                f"context of {context_length} tokens: lower rollout.max_tokens or data.max_prompt_tokens"
+                f"a prompt of {longest} tokens and rollout.max_tokens={sampling.max_tokens} exceed the model's context "
+                f"of {context_length} tokens: lower rollout.max_tokens or data.max_prompt_tokens"
             )
 
         async def ask() -> list[list[Completion]]:
@@ -96,13 +96,13 @@ class SGLangEngine:
                 self._generation_ended.notify_all()
 
     def assist(self) -> None:
-        """See `RolloutEngine.assist`: the leader talks to the servers alone."""
+        """See `RolloutEngine.assist`. Only the leader talks to the servers, so there is nothing to do."""
 
     def dismiss(self) -> None:
         pass
 
     def offload(self) -> None:
-        """See `RolloutEngine.offload`: servers release their memory under ``rollout.sglang.release_memory``."""
+        """See `RolloutEngine.offload`. Servers release their memory if ``rollout.sglang.release_memory`` is set."""
         if not self.config.release_memory:
             return
         collectives.barrier()  # every rank has its rollout
@@ -113,9 +113,10 @@ class SGLangEngine:
             asyncio.run(self.weight_sync.control.release_memory())
 
     def update_weights(self, version: int) -> None:
-        """See `RolloutEngine.update_weights`; the weights go the way of ``rollout.sglang.weight_sync``.
+        """See `RolloutEngine.update_weights`. ``rollout.sglang.weight_sync`` selects how the weights are sent.
 
-        Under ``rollout.max_staleness``, completions may be in flight: ``rollout.sglang.interrupt`` decides about them.
+        With ``rollout.max_staleness``, completions may be in flight; ``rollout.sglang.interrupt`` says what happens to
+        them.
         """
         if self.config.interrupt == "finish":
             with self._generation_ended:
@@ -130,10 +131,10 @@ class SGLangEngine:
 
 
 def _check_reachable(config: SGLangConfig) -> None:
-    """Refuse servers on the loopback in a job that spans several machines."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if "LOCAL_WORLD_SIZE" in os.environ and several and "host" not in config.server:
+    """Refuse servers on the loopback interface in a job that spans several machines."""
+    several_machines = int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "LOCAL_WORLD_SIZE" in os.environ and several_machines and "host" not in config.server:
         raise UserError(
             "the job spans several machines, whose processes cannot reach a server at 127.0.0.1: set "
-            "rollout.sglang.server.host to 0.0.0.0, or give rollout.sglang.urls"
+            "rollout.sglang.server.host to 0.0.0.0, or set rollout.sglang.urls"
         )

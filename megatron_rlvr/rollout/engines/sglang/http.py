@@ -1,7 +1,7 @@
-"""The part of HTTP/1.1 that SGLang servers need, in a tenth of the CPU time of a general client.
+"""The subset of HTTP/1.1 that SGLang servers need, in a tenth of the CPU time of a general client.
 
-A rollout keeps hundreds of requests open in the process that trains. General clients search all of their connections
-for every request and parse replies in Python. Here each server has a stack of idle connections, and a reply is a header
+A rollout keeps hundreds of requests open in the training process. General clients search all of their connections for
+every request and parse replies in Python. Here each server has a stack of idle connections, and a reply is a header
 followed by a known number of bytes.
 """
 
@@ -28,23 +28,33 @@ class ReplyTimeoutError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """A complete reply of a server."""
+    """A complete reply of a server.
+
+    Attributes:
+        status: HTTP status.
+        body: body without transfer encoding.
+    """
 
     status: int
     body: bytes
 
     def json(self) -> Any:
-        """The parsed body; raises ValueError when it is not JSON."""
+        """Return the parsed body; raises ValueError if it is not JSON."""
         return json.loads(self.body)
 
     def excerpt(self) -> str:
-        """The beginning of the body, on one line, for an error message."""
+        """Return the beginning of the body on one line, for an error message."""
         return " ".join(self.body[:300].decode(errors="replace").split()) or f"nothing (status {self.status})"
 
 
 @dataclass
 class Connections:
-    """Keep-alive connections to one server within one event loop: one for each request in flight, and idle ones."""
+    """Keep-alive connections to one server within one event loop.
+
+    Attributes:
+        url: URL of the server.
+        idle: connections without a request; a request takes one of them or opens a new one.
+    """
 
     url: str
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list)
@@ -56,15 +66,15 @@ class Connections:
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
 
     async def request(self, method: str, path: str, timeout: float, body: bytes = b"") -> Reply:
-        """Send a request and read its whole reply.
+        """Send a request and read the complete reply.
 
-        Cancelling the request closes its connection, at which the server stops working on it.
+        Cancelling the request closes its connection, and the server then aborts the request.
 
         Args:
             method: ``GET`` or ``POST``.
-            path: from the server's URL on.
-            timeout: seconds until the reply must be complete.
-            body: JSON, encoded.
+            path: path relative to the server's URL.
+            timeout: seconds within which the reply must be complete.
+            body: encoded JSON.
 
         Raises:
             ConnectionLostError: if the server cannot be reached, closes the connection, or does not speak HTTP.
@@ -86,7 +96,7 @@ class Connections:
                     except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
                         writer.close()
                         if reused and isinstance(error, OSError | EOFError) and not getattr(error, "partial", b""):
-                            continue  # the server has just closed an idle connection: take another
+                            continue  # the server has just closed this idle connection, so use another
                         raise ConnectionLostError(f"{type(error).__name__} {error}".strip()) from error
                     except BaseException:
                         writer.close()
@@ -100,20 +110,22 @@ class Connections:
             raise ReplyTimeoutError(f"no answer within {timeout:g} s") from error
 
     def close(self) -> None:
+        """Close the idle connections."""
         while self.idle:
             self.idle.pop()[1].close()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-                # The limit is also the size of the read-ahead: large, so that a reply of megabytes takes few reads.
+                # The limit is also the size of the read-ahead buffer. A large one reads a reply of megabytes in few
+                # reads.
                 return await asyncio.open_connection(self.host, self.port, ssl=self.tls, limit=2**20)
         except (OSError, TimeoutError) as error:
             raise ConnectionLostError(f"cannot connect ({error or type(error).__name__})") from error
 
 
 async def _read_reply(reader: asyncio.StreamReader) -> tuple[Reply, bool]:
-    """Read a reply; returns it and whether the connection may be used again."""
+    """Read a reply; returns the reply and whether the connection may be used again."""
     header = await reader.readuntil(b"\r\n\r\n")
     if len(header) > _LARGEST_HEADER or not header.startswith(b"HTTP/1."):
         raise ValueError(f"not an HTTP reply: {header[:40]!r}")

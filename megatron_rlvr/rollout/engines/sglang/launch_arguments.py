@@ -9,12 +9,12 @@ from typing import Any
 
 
 def normalized(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with underscores in their names, so that ``tp-size`` and ``tp_size`` are the same argument."""
+    """Return the arguments with underscores in their names, so that ``tp-size`` and ``tp_size`` are the same."""
     return {name.replace("-", "_"): value for name, value in arguments.items()}
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:
-    """The arguments as words of a command line: true is a bare flag; false and None leave the argument out."""
+    """Return the arguments as words of a command line: True is a bare flag; False and None omit the argument."""
     words = []
     for name, value in arguments.items():
         if value is None or value is False:
@@ -31,7 +31,7 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class ServerLayout:
-    """How a server spreads its model over GPUs.
+    """How a server distributes its model over GPUs.
 
     Attributes:
         tensor: tensor-parallel size of one replica of the model.
@@ -47,24 +47,24 @@ class ServerLayout:
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> ServerLayout:
         """Read the layout from server arguments, under any of SGLang's names for each size."""
-        given = normalized(arguments)
+        values = normalized(arguments)
 
         def size(*names: str) -> int:
-            return next((int(given[name]) for name in names if given.get(name)), 1)
+            return next((int(values[name]) for name in names if values.get(name)), 1)
 
         data = size("data_parallel_size", "dp_size", "dp")
         return cls(
             tensor=size("tensor_parallel_size", "tp_size", "tp"),
             pipeline=size("pipeline_parallel_size", "pp_size", "pp"),
-            replicas=1 if given.get("enable_dp_attention") else data,
+            replicas=1 if values.get("enable_dp_attention") else data,
         )
 
     @property
     def gpus_per_replica(self) -> int:
-        """GPUs that hold one copy of the model between them."""
+        """Number of GPUs that one copy of the model is distributed over."""
         return self.tensor * self.pipeline
 
     @property
     def gpus(self) -> int:
-        """GPUs of the whole server."""
+        """Number of GPUs of the server."""
         return self.gpus_per_replica * self.replicas

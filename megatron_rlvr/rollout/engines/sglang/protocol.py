@@ -1,4 +1,4 @@
-"""SGLang's ``/generate``: the request for all samples of a prompt, and the completions in its reply."""
+"""Requests to SGLang's ``/generate`` for all samples of a prompt, and the completions in its replies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_rlvr.rollout.engines.sglang.http import Reply
 from megatron_rlvr.rollout.sampling import SamplingSettings
 
 UNKNOWN_VERSION = -1
-"""The weight version of a server that names none of the trainer's."""
+"""The weight version of a server that reports a version that the trainer did not set."""
 
 
 def sampling_parameters(sampling: SamplingSettings, seed: int) -> dict[str, Any]:
-    """SGLang's sampling parameters. Servers use the seed only under ``enable_deterministic_inference``."""
+    """Return SGLang's sampling parameters. Servers use the seed only with ``enable_deterministic_inference``."""
     parameters: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -34,9 +34,9 @@ def sampling_parameters(sampling: SamplingSettings, seed: int) -> dict[str, Any]
 
 
 def generate_body(prompt: Sequence[int], sampling: SamplingSettings, seeds: Sequence[int]) -> bytes:
-    """The JSON of a request for one completion of `prompt` per seed.
+    """Return the JSON of a request for one completion of `prompt` per seed.
 
-    One request carries all samples of a prompt, because a request costs the client more than the tokens in it.
+    One request carries all samples of a prompt, because each request costs the client more than its tokens do.
     """
     prompts = ",".join([json.dumps(list(prompt))] * len(seeds))
     parameters = json.dumps([sampling_parameters(sampling, seed) for seed in seeds])
@@ -44,7 +44,7 @@ def generate_body(prompt: Sequence[int], sampling: SamplingSettings, seeds: Sequ
 
 
 def read_completions(url: str, reply: Reply, sampling: SamplingSettings) -> list[Completion] | None:
-    """Read the completions in a reply of ``/generate``; returns None when the server aborted one of them.
+    """Read the completions in a reply of ``/generate``; returns None if the server aborted one of them.
 
     Raises:
         UserError: if the server refused the request, or the reply is malformed.
@@ -55,13 +55,13 @@ def read_completions(url: str, reply: Reply, sampling: SamplingSettings) -> list
         content = reply.json()
         if not isinstance(content, list) or len(content) != sampling.samples:
             raise ValueError(f"it should be a list of {sampling.samples} completions")
-        if any(one["meta_info"]["finish_reason"]["type"] == "abort" for one in content):
+        if any(entry["meta_info"]["finish_reason"]["type"] == "abort" for entry in content):
             return None
-        return [_read_completion(url, one, sampling) for one in content]
+        return [_read_completion(url, entry, sampling) for entry in content]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"{url} sent a malformed reply ({type(error).__name__}: {error}): {reply.excerpt()}; is it an SGLang "
-            "server, of the version that docs/sglang.md names?"
+            f"{url} sent a malformed reply ({type(error).__name__}: {error}): {reply.excerpt()}; use an SGLang server "
+            "of the version that docs/sglang.md names"
         ) from error
 
 
@@ -69,9 +69,9 @@ def _read_completion(url: str, content: dict[str, Any], sampling: SamplingSettin
     meta, tokens = content["meta_info"], content["output_ids"]
     reason = meta["finish_reason"]["type"]
     entries = meta["output_token_logprobs"]
-    logprobs, scored = [float(e[0]) for e in entries], [e[1] for e in entries]
-    if not 0 < len(tokens) <= sampling.max_tokens or scored != tokens or not set(map(type, tokens)) <= {int}:
-        raise UserError(f"{url} sent {len(tokens)} tokens with log-probs of {len(scored)} (or of other tokens)")
+    logprobs, scored_tokens = [float(entry[0]) for entry in entries], [entry[1] for entry in entries]
+    if not 0 < len(tokens) <= sampling.max_tokens or scored_tokens != tokens or not set(map(type, tokens)) <= {int}:
+        raise UserError(f"{url} sent {len(tokens)} tokens with log-probs of {len(scored_tokens)} (or of other tokens)")
     if reason not in ("stop", "length") or not all(map(math.isfinite, logprobs)):
         raise UserError(f"{url} sent a log-prob that is not a number, or the unknown finish reason {reason!r}")
     version = _version(meta["weight_version"])
@@ -82,5 +82,5 @@ def _read_completion(url: str, content: dict[str, Any], sampling: SamplingSettin
 
 
 def _version(name: object) -> int:
-    """The weight version as the number that the trainer gave; a server that was started by hand says "default"."""
+    """Return a weight version as the trainer's number; a server that the trainer did not update reports "default"."""
     return int(str(name)) if str(name).isdecimal() else UNKNOWN_VERSION

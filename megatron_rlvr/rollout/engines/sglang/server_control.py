@@ -1,4 +1,4 @@
-"""Commands to all servers at once: pause and continue generation, release and resume memory."""
+"""Commands to all servers: pause and continue generation, release and resume memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostEr
 
 
 class ServerControl:
-    """Sends a command to every server and waits until all have carried it out.
+    """Sends a command to every server and waits until all have executed it.
 
-    A server that does not answer is skipped: clients bring it up to date when it is back, before they send it prompts.
-    A server that refuses a command raises UserError.
+    A server that does not answer is skipped: when it is back, clients restore its state before they send it prompts.
+    All methods that send a command raise UserError if a server refuses it.
 
     Args:
-        urls: of the servers.
+        urls: URLs of the servers.
         config: timeouts.
     """
 
@@ -26,22 +26,23 @@ class ServerControl:
         self.urls, self.config = urls, config
 
     def endpoints(self) -> list[Endpoint]:
-        """New endpoints for the running event loop, because connections belong to one loop."""
+        """Return new endpoints for the running event loop, because connections belong to one loop."""
         return [Endpoint(url, self.config) for url in self.urls]
 
     async def pause_generation(self, mode: str) -> None:
-        """Pause generation; `mode` says what becomes of running requests, see ``rollout.sglang.interrupt``."""
+        """Pause generation; `mode` decides what happens to running requests, see ``rollout.sglang.interrupt``."""
         await self._command_all("/pause_generation", {"mode": mode}, "pause generation")
 
     async def continue_generation(self) -> None:
+        """Continue generation after `pause_generation`."""
         await self._command_all("/continue_generation", {}, "continue generation")
 
     async def release_memory(self) -> None:
-        """Have servers release the memory of weights, caches and CUDA graphs."""
+        """Release the servers' memory for weights, caches and CUDA graphs."""
         await self._command_all("/release_memory_occupation", {}, "release its memory")
 
     async def resume_memory(self, *tags: str) -> None:
-        """Have servers allocate memory again: ``weights``, ``kv_cache``, ``cuda_graph``."""
+        """Allocate memory again; `tags` are ``weights``, ``kv_cache`` and ``cuda_graph``."""
         await self._command_all("/resume_memory_occupation", {"tags": list(tags)}, "resume its memory")
 
     async def _command_all(self, path: str, body: dict[str, Any], action: str) -> None:

@@ -19,23 +19,23 @@ _MAX_FAILED_STARTS = 3
 
 
 class ServerPool:
-    """Starts servers, and restarts those that die or hang, with the current weights.
+    """Starts servers, and restarts servers that die or hang with the current weights.
 
     A thread watches the processes, so a server that dies is restarted even while its clients wait for it.
 
     Args:
-        config: of the engine.
+        config: section ``rollout.sglang`` of the configuration.
         folder: Hugging Face folder of the first weights, which have version 0.
-        dtype: of the model, as SGLang calls it.
+        dtype: dtype of the model, in SGLang's spelling.
         logs: folder of the log files, one per server.
         host_name, hide_other_gpus: see `Server`.
 
     Attributes:
-        servers: in the order of their GPUs.
+        servers: the servers, in the order of their GPUs.
         failure: the reason why a server will not come back; None while all of them may.
 
     Raises:
-        UserError: on a GPU machine, when the servers need more GPUs than it has.
+        UserError: on a GPU machine, if the servers need more GPUs than it has.
     """
 
     def __init__(
@@ -62,13 +62,14 @@ class ServerPool:
 
     @property
     def urls(self) -> list[str]:
+        """URLs of the servers."""
         return [server.url for server in self.servers]
 
     def __enter__(self) -> ServerPool:
         """Start the servers and wait until all of them are ready.
 
         Raises:
-            UserError: if one does not become ready; names its log and the error in it.
+            UserError: if a server does not become ready; names its log and the error in it.
         """
         try:
             for server in self.servers:
@@ -90,18 +91,22 @@ class ServerPool:
             server.kill()
 
     def without_health_checks(self) -> AbstractContextManager[object]:
-        """A context in which no server is checked or restarted.
+        """Return a context in which no server is checked or restarted.
 
-        Enter it while servers load weights or have released their memory: they may not answer then. Reentrant within a
-        thread.
+        Enter it while servers load weights or have released their memory, because they may not answer then. A thread
+        may enter it more than once.
         """
         return self._health_checks
 
     def start_with(self, folder: Path, version: int) -> set[Path]:
-        """Start servers with these weights from now on.
+        """Set the weights that servers start with from now on.
+
+        Args:
+            folder: Hugging Face folder of the weights.
+            version: version of the weights.
 
         Returns:
-            the folders that starting servers still read their weights from.
+            the folders from which starting servers still load their weights.
         """
         self._start_weights = (folder, version)
         return {server.folder for server in self.servers if server.folder is not None and not server.ready}
@@ -134,14 +139,14 @@ class ServerPool:
                     for server in self.servers:
                         if not self._stopping.is_set():
                             self._supervise(server, check_health)
-            except Exception as error:  # nobody looks at a thread that ended, but whoever waits for a server reads this
+            except Exception as error:  # nobody joins this thread, but whoever waits for a server reads `failure`
                 self.failure = f"watching the SGLang servers failed: {error}"
                 raise
             if check_health:
                 checked_at = time.monotonic()
 
     def _supervise(self, server: Server, check_health: bool) -> None:
-        """Look at a server once, and restart it where it died or hangs."""
+        """Check a server once, and restart it if it died or hangs."""
         if server.process is None:
             return
         dead = server.process.poll() is not None
@@ -150,8 +155,8 @@ class ServerPool:
             if dead or (check_health and not server.passes_health_check(timeout)):
                 self._restart(server)
         elif dead or time.monotonic() - server.started_at > self.config.start_timeout_seconds:
-            # A server that was killed by a signal says nothing about the next start, so it does not count as a failed
-            # one. Whoever waits for a server has a deadline of its own.
+            # If a signal killed the server, the next start may well succeed, so this does not count as a failed start.
+            # Clients that wait for a server have a deadline of their own.
             killed = (server.process.returncode or 0) < 0
             server.failed_starts += 0 if killed else 1
             if server.failed_starts < _MAX_FAILED_STARTS:
@@ -170,11 +175,11 @@ class ServerPool:
 def _check_gpus(config: SGLangConfig) -> None:
     if not device.on_gpu():
         return
-    each = ServerLayout.from_arguments(config.server).gpus
-    first = int(normalized(config.server).get("base_gpu_id") or 0)
-    if (visible := len(visible_gpus(config))) < first + each * config.servers:
-        after = f" after base_gpu_id={first}" if first else ""
+    gpus_per_server = ServerLayout.from_arguments(config.server).gpus
+    first_gpu = int(normalized(config.server).get("base_gpu_id") or 0)
+    if (visible := len(visible_gpus(config))) < first_gpu + gpus_per_server * config.servers:
+        after = f" after base_gpu_id={first_gpu}" if first_gpu else ""
         raise UserError(
-            f"{config.servers} servers (rollout.sglang.servers) of {each} GPUs each{after} need more than the "
-            f"{visible} GPUs of this machine: start fewer, or spread each over fewer"
+            f"{config.servers} servers (rollout.sglang.servers) of {gpus_per_server} GPUs each{after} need more than "
+            f"the {visible} GPUs of this machine: start fewer servers, or use fewer GPUs per server"
         )

@@ -1,4 +1,4 @@
-"""A server on the loopback that speaks the part of SGLang's HTTP that the client needs, and fails on request."""
+"""A local server that implements the part of SGLang's HTTP interface that the client needs, and fails on request."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class FakeServer:
     A reply therefore shows which prompt it belongs to.
 
     Attributes:
-        version: of the weights, as SGLang reports it.
-        delay: seconds before an answer to ``/generate``; for tests that pass whatever it is.
+        version: version of the weights, as SGLang reports it.
+        delay: seconds before an answer to ``/generate``; only for tests whose outcome does not depend on it.
         wait_before_answer: called before an answer to ``/generate``, while its prompts count as in flight.
         healthy: False makes health checks hang.
         dead: closes the connection of every request.
         silent: keeps every connection and never answers.
         answer: computes the answer to ``/generate``.
         control: computes the answer to commands other than loading weights.
-        prompts: of ``/generate``, so far.
+        prompts: prompts of all requests to ``/generate``.
         loads: bodies of the requests to load weights.
-        running, most_running: prompts in flight, now and at most.
-        answered: prompts that are not in flight any more.
+        running, most_running: number of prompts in flight, and its maximum so far.
+        answered: number of prompts that are no longer in flight.
     """
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from megatron_rlvr.rollout.engines.sglang.weight_sync.update import load_on_serv
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from tests.generation import group_requests
 
-# No request to a server that works exceeds these timeouts, however busy the machine.
+# No request to a working server exceeds these timeouts, however busy the machine is.
 CONFIG = SGLangConfig(
     concurrency=10, start_timeout_seconds=200, request_timeout_seconds=200, health_timeout_seconds=200, attempts=3
 )
@@ -77,15 +77,15 @@ def test_concurrency_is_bounded_and_used(fake: FakeServer) -> None:
 
 def test_samples_of_a_prompt_go_to_one_server(fake: FakeServer, other: FakeServer) -> None:
     def keep_pace(server: FakeServer, faster: FakeServer) -> None:
-        """Equally fast servers: neither answers a prompt more than the other before all are sent."""
+        """Make the servers equally fast: until all prompts are sent, none answers more prompts than the other."""
         _wait_until(lambda: server.answered <= faster.answered or len(server.prompts + faster.prompts) == 80)
 
     fake.wait_before_answer = lambda: keep_pace(fake, other)
     other.wait_before_answer = lambda: keep_pace(other, fake)
     _check(_generate([fake.url, other.url]))
-    ours, theirs = ({tuple(p) for p in server.prompts} for server in (fake, other))
-    assert not ours & theirs and len(ours | theirs) == 20
-    assert min(len(ours), len(theirs)) >= 6
+    first, second = ({tuple(p) for p in server.prompts} for server in (fake, other))
+    assert not first & second and len(first | second) == 20
+    assert min(len(first), len(second)) >= 6
 
 
 def test_prompts_of_a_server_that_closes_connections_go_to_another(fake: FakeServer, other: FakeServer) -> None:
@@ -103,7 +103,7 @@ def test_prompts_of_a_server_that_closes_connections_go_to_another(fake: FakeSer
 
 
 def test_hung_server_is_found_by_a_health_check(fake: FakeServer, other: FakeServer) -> None:
-    """Nothing else would find it: the timeout of a request is longer than that of this test."""
+    """Only a health check can find it, because the timeout of a request is longer than the timeout of this test."""
     done = threading.Event()
 
     def hang(_: dict[str, Any]) -> tuple[int, Any]:
@@ -122,7 +122,7 @@ def test_hung_server_is_found_by_a_health_check(fake: FakeServer, other: FakeSer
 
 
 def test_prompt_that_takes_too_long_is_sent_again(fake: FakeServer) -> None:
-    """Its first request is answered only after its second one has arrived."""
+    """Its first request is answered only after its second request has arrived."""
     requests: list[int] = []
 
     def first_request_slow(body: dict[str, Any]) -> tuple[int, Any]:
@@ -132,7 +132,7 @@ def test_prompt_that_takes_too_long_is_sent_again(fake: FakeServer) -> None:
         return fake.completion(body)
 
     fake.answer = first_request_slow
-    # On a busy machine, others may take longer, too.
+    # On a busy machine, other prompts may take too long as well.
     _check(_generate([fake.url], dataclasses.replace(CONFIG, request_timeout_seconds=1.0, attempts=1000)))
     assert fake.prompts.count(PROMPTS[0]) == 4 * len(requests) >= 8
 
@@ -166,13 +166,13 @@ def test_server_that_someone_restarted_gets_the_weights_again(fake: FakeServer) 
 
 def test_server_that_keeps_its_old_version(fake: FakeServer) -> None:
     fake.load = lambda body: (200, {"success": True})  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="serves weights of version 0 after it was given 4"):
+    with pytest.raises(UserError, match="serves weights of version 0 after it was sent version 4"):
         _generate([fake.url], version=4)
 
 
 def test_refused_weights(fake: FakeServer) -> None:
     fake.load = lambda body: (400, {"success": False, "message": "no such folder"})  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"did not take the weights in /.* .*no such folder"):
+    with pytest.raises(UserError, match=r"did not load the weights in /.* .*no such folder"):
         _generate([fake.url], version=4)
 
 

@@ -1,4 +1,4 @@
-"""Which SGLang settings may change when a run resumes."""
+"""SGLang settings that may change when a run resumes."""
 
 from __future__ import annotations
 

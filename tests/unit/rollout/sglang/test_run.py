@@ -42,7 +42,7 @@ def _random_answers(fake: FakeServer) -> Callable[[dict[str, Any]], tuple[int, A
 
 @pytest.fixture
 def command(fake: FakeServer, run_yaml: Path) -> list[str]:
-    """A run of four steps on a server that always draws one of two tokens."""
+    """The command of a run of four steps on a server that always draws one of two tokens."""
     fake.answer = _random_answers(fake)
     settings = ["steps=4", "data.heldout=null", "checkpoint.export_huggingface=false", "checkpoint.every=0"]
     engine = ["engine=sglang", f"sglang.urls=[{fake.url}]", "sglang.start_timeout_seconds=200", "mismatch_alarm=0"]
@@ -65,7 +65,7 @@ def test_losing_all_servers_writes_a_checkpoint_from_which_the_run_resumes(
         return answer(body)
 
     fake.answer = die
-    short = "rollout.sglang.start_timeout_seconds=5"  # after this many seconds without a server, it gives up
+    short = "rollout.sglang.start_timeout_seconds=5"  # the run gives up after this many seconds without a server
     assert main([*command, short]) == 75
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if line.startswith("error: no SGLang server is left: http")] == lines[-1:]
@@ -82,7 +82,7 @@ def test_no_prompt_is_lost_when_servers_die_twenty_times(
 ) -> None:
     """Two servers die at random moments, in rollouts and in updates, and come back with their first weights.
 
-    tests/integration/sglang/kill_at_random.py does the same to real ones, in minutes.
+    tests/integration/sglang/kill_at_random.py does the same with real servers, which takes minutes.
     """
     monkeypatch.setattr("megatron_rlvr.rollout.engines.sglang.client._PROBE_PERIOD_S", 0.05)
     draw, deaths = random.Random(0), dict.fromkeys(("/generate", "/update_weights_from_disk"), 0)
@@ -142,8 +142,8 @@ def _keep_old_version(fake: FakeServer) -> None:
     ("misbehave", "expected"),
     [
         (_answer_malformed, "sent a malformed reply"),
-        (_refuse_weights, "did not take the weights in"),
-        (_keep_old_version, "serves weights of version 1 after it was given 2"),
+        (_refuse_weights, "did not load the weights in"),
+        (_keep_old_version, "serves weights of version 1 after it was sent version 2"),
     ],
 )
 def test_server_error_ends_the_run_with_a_checkpoint_of_every_step(

@@ -1,4 +1,4 @@
-"""Server processes, with shell scripts in SGLang's place: error messages, restarts, and who stops them."""
+"""Server processes, with shell scripts instead of SGLang: error messages, restarts, and how they are stopped."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_server_that_is_never_ready_is_stopped(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(("body", "given_up"), [("kill -9 $$", False), ("exit 1", True)], ids=["killed", "ends"])
 def test_server_that_dies_while_it_starts_is_restarted(body: str, given_up: bool, tmp_path: Path) -> None:
-    """Three times when it ends by itself, without limit when something else kills it."""
+    """A server that ends by itself is started three times; a server that something kills, without limit."""
     config = SGLangConfig(python=_program(tmp_path, body), start_timeout_seconds=1e6)
     pool = ServerPool(config, tmp_path, "float32", tmp_path)
     pool.servers[0].start(tmp_path, 0)

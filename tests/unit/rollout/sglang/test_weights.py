@@ -63,7 +63,7 @@ def test_buckets_hold_every_tensor_once(size: int) -> None:
 
 
 def test_one_bucket_is_in_memory_at_a_time(fake: FakeServer) -> None:
-    """Also while it is sent to a server."""
+    """This holds also while a bucket is sent to a server."""
 
     class Counting(SharedMemoryTransport):
         buffers: ClassVar[list[weakref.ref]] = []
@@ -83,14 +83,14 @@ def test_one_bucket_is_in_memory_at_a_time(fake: FakeServer) -> None:
     assert len(Counting.buffers) == 5
 
 
-def test_checksum_is_that_of_the_bytes() -> None:
+def test_checksum_depends_only_on_the_bytes() -> None:
     tensor = torch.arange(6, dtype=torch.int32)
     assert checksum(tensor) == checksum(tensor.clone().view(2, 3)) == "cd9a54ed1f18bf97"
     assert checksum(tensor) != checksum(tensor + 1)
 
 
-def test_shared_memory_does_not_keep_the_trainer_s_output_open() -> None:
-    """torch's shared-memory manager outlives the trainer while a server uses the memory. It must not hold its pipes."""
+def test_shared_memory_does_not_keep_the_output_of_the_trainer_open() -> None:
+    """torch's shared-memory manager outlives the trainer while a server uses the memory. It must not inherit stderr."""
     program = """
 import os, psutil
 from megatron_rlvr.rollout.engines.sglang.weight_sync.shared_memory import SharedMemoryTransport
@@ -152,7 +152,7 @@ def test_update_has_a_begin_and_an_end_and_the_version_in_the_last_bucket(fake: 
     assert [body["flush_cache"] for _, body in asked[1:-1]] == [False] * 4 + [True]
 
 
-def test_update_that_failed_half_way_is_ended_first(fake: FakeServer) -> None:
+def test_an_open_update_is_ended_first(fake: FakeServer) -> None:
     asked: list[str] = []
 
     def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -168,7 +168,7 @@ def test_update_that_failed_half_way_is_ended_first(fake: FakeServer) -> None:
 def test_server_that_hangs_during_an_update_is_found_before_the_timeout(
     fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is found long before ``update_timeout_seconds``. One that is only slow is waited for."""
+    """It is found long before ``update_timeout_seconds``, but a server that is only slow is not given up."""
     monkeypatch.setattr("megatron_rlvr.rollout.engines.sglang.endpoint._PROBE_PERIOD_S", 0.1)
     reply, probes = fake.reply, []
 
@@ -217,5 +217,5 @@ def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transpor
 
 def test_server_that_keeps_its_old_version(fake: FakeServer) -> None:
     fake.control = lambda path, body: (200, {"success": True})
-    with pytest.raises(UserError, match="serves weights of version 0 after it was given 3"):
+    with pytest.raises(UserError, match="serves weights of version 0 after it was sent version 3"):
         _stream(fake, SharedMemoryTransport())

@@ -1,1 +1,1 @@
-"""Giving the policy's weights to running SGLang servers."""
+"""Updates of the weights of running SGLang servers."""

@@ -1,4 +1,4 @@
-"""Weights by broadcast in a process group with the servers: for servers on any machine."""
+"""Send weights by broadcast in a process group with the servers, which may run on any machine."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from megatron_rlvr.rollout.engines.sglang.weight_sync.transport import Receiver
 from megatron_rlvr.weights.buckets import Bucket
 
 T = TypeVar("T")
-_GLOO_TIMEOUT_S = 60.0  # per bucket; a bucket that a server refused blocks its thread and the other servers this long
+# Per bucket. If a server refuses a bucket, the thread of the broadcast and the other servers wait this long.
+_GLOO_TIMEOUT_S = 60.0
 
-# Numbers of the groups of this process: torch keeps the name of a group that was left to its timeout.
+# Every group of this process needs a new name, because torch keeps the name of a group that was not destroyed.
 _group_numbers = itertools.count(1)
 
 
 class BroadcastTransport:
-    """See `Transport`. The group holds this process, as rank 0, and every rank of every server.
+    """See `Transport`. The process group consists of this process, as rank 0, and every rank of every server.
 
-    The backend is NCCL, or gloo on the CPU. The group is kept for later updates as long as its members are the same
-    servers, started the same number of times.
+    The backend is NCCL, or gloo on the CPU. Later updates reuse the group as long as the servers are the same and none
+    was restarted.
 
     Args:
-        timeout_seconds: limit of one collective; gloo has a limit of 60 s of its own.
+        timeout_seconds: time limit of one collective; with gloo at most 60 s.
     """
 
     def __init__(self, timeout_seconds: float):
@@ -68,20 +69,20 @@ class BroadcastTransport:
         for receiver in receivers:
             body = {"master_address": host, "master_port": port, "rank_offset": rank_offset, "world_size": size}
             body |= {"group_name": self.group_name, "backend": self.backend}
-            action = "join the group for weights"
+            action = "join the process group for weights"
             commands.append(receiver.endpoint.command("/init_weights_update_group", body, action))
             rank_offset += receiver.ranks
         self.group = await self._run_with_servers(commands, lambda: self._join(host, port, size))
         self._members = members
 
     def _join(self, host: str, port: int, size: int) -> dist.ProcessGroup:
-        """Join the group as rank 0, in the way in which SGLang's ranks join it: the same store and the same names."""
+        """Join the group as rank 0, with the same store and names with which SGLang's ranks join it."""
         seconds = self.timeout if self.backend == "nccl" else min(self.timeout, _GLOO_TIMEOUT_S)
         timeout = datetime.timedelta(seconds=seconds)
-        # Not dist.rendezvous: under torchrun it takes every store for torchrun's own, and starts none.
+        # Not dist.rendezvous: under torchrun it would connect to torchrun's store instead of starting one.
         store = dist.TCPStore(host, port, size, is_master=True, timeout=timeout)
         store.set_timeout(timeout)
-        # torch has no public function that forms a group with processes outside of the default group.
+        # torch has no public function that forms a group with processes outside the default group.
         group, _ = distributed_c10d._new_process_group_helper(
             size,
             0,
@@ -99,16 +100,19 @@ class BroadcastTransport:
         body = {"names": bucket.names, "shapes": [list(shape) for shape in bucket.shapes]}
         body |= {"dtypes": [dtype] * len(bucket.names), "group_name": self.group_name, **fields}
         body["load_format"] = "flattened_bucket"
-        path, action = "/update_weights_from_distributed", "take weights from the broadcast"
+        path, action = "/update_weights_from_distributed", "receive weights from the broadcast"
         group = self.group
         commands = [receiver.endpoint.command(path, body, action) for receiver in self.receivers]
         await self._run_with_servers(commands, lambda: dist.broadcast(bucket.flat, group_src=0, group=group))
 
     async def _run_with_servers(self, commands: Sequence[Coroutine[Any, Any, None]], collective: Callable[[], T]) -> T:
-        """Run a collective in a thread while the servers are commanded to take part in it; returns its result.
+        """Run a collective in a thread while `commands` make the servers take part in it; returns its result.
 
-        A server that refuses leaves the collective hanging. Its thread is then left behind at once, and `abandon` ends
-        the collective.
+        If a server refuses, the collective hangs. This method then returns at once without waiting for the thread, and
+        `abandon` ends the collective.
+
+        Raises:
+            ServerLostError: if a command or the collective fails, or the time limit passes.
         """
         local_future, thread = _run_in_thread(collective)
         self._threads = [earlier for earlier in self._threads if earlier.is_alive()] + [thread]
@@ -131,22 +135,25 @@ class BroadcastTransport:
         if group is not None and self.backend == "nccl":
             group.abort()
             dist.destroy_process_group(group)
-        # Gloo has no abort, and its destructor waits for running collectives. The group is therefore left to its
-        # timeout, which closes its connections and so ends the waiting of the servers in it.
+        # Gloo has no abort, and its destructor waits for running collectives. The group is therefore left until its
+        # timeout closes its connections, which also releases the servers in it.
 
     def close(self) -> None:
-        """Wait for threads that were left behind: one that ends during interpreter shutdown may abort the process."""
+        """Wait for threads of abandoned collectives, because a thread that ends at interpreter exit may abort it."""
         for thread in self._threads:
             thread.join(_GLOO_TIMEOUT_S)
 
 
 def _run_in_thread(work: Callable[[], T]) -> tuple[asyncio.Future[T], threading.Thread]:
-    """Run `work` in a daemon thread, which nothing has to wait for; the threads of an executor are joined at exit."""
+    """Run `work` in a daemon thread; returns its future and the thread.
+
+    This is not an executor, because Python waits at exit for the threads of executors.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
     def finish(set_outcome: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the caller has given up
+        with contextlib.suppress(RuntimeError):  # the loop is closed, because the caller no longer waits
             loop.call_soon_threadsafe(lambda: None if future.done() else set_outcome())
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face folders of the policy's weights, which servers load, and which restarted servers begin with."""
+"""Hugging Face folders of the policy's weights, for servers to load and for restarted servers to start from."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from megatron_rlvr.weights.huggingface_folder import write_folder
 
 
 class WeightFolders:
-    """One Hugging Face folder of the policy's weights per version. Each appears complete, by a rename.
+    """Writes one Hugging Face folder per version of the policy's weights. A folder gets its name when it is complete.
 
-    The newest stays on disk while its version is served, because a restarted server begins with it.
+    The newest folder stays on disk while its version is served, because a restarted server loads it.
 
     Args:
-        root: folder that the folders are written to.
-        bridge: of the policy.
-        on_complete: called with each complete folder and its version; from a background thread for a folder that was
-            written in the background. Returns older folders that are still needed; the others are deleted.
+        root: parent of the folders.
+        bridge: bridge of the policy, whose model folder provides the configuration and tokenizer files.
+        on_complete: called with each complete folder and its version, for background copies from their thread. Returns
+            older folders that are still needed; the others are deleted.
     """
 
     def __init__(self, root: Path, bridge: PolicyBridge, on_complete: Callable[[Path, int], set[Path]]):
@@ -35,16 +35,16 @@ class WeightFolders:
         self._failure: Exception | None = None
 
     def folder(self, version: int) -> Path:
-        """The path of a version's folder, whether it exists or not."""
+        """Return the path of a version's folder, which need not exist."""
         return self.root / f"step_{version:06d}"
 
     def discard(self, version: int) -> None:
-        """Delete a folder of that version, which an earlier run left and which holds other weights."""
+        """Delete a folder of this version that an earlier start of the run left; it may hold other weights."""
         self.wait()
         shutil.rmtree(self.folder(version), ignore_errors=True)
 
     def write(self, policy: Policy, version: int) -> None:
-        """Write the policy's present weights. Collective over the job; the main process writes."""
+        """Write the policy's current weights from the main process. Collective over the job."""
         if policy.layout.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
         export_folder(self.bridge, policy.model_chunks, self.folder(version), write=policy.layout.is_main)
@@ -52,12 +52,12 @@ class WeightFolders:
             self._publish(version)
 
     def copying(self, stream: Iterable[Bucket], version: int) -> Iterator[Bucket]:
-        """Pass buckets on and write their tensors to the version's folder in the background.
+        """Yield the buckets of `stream` and write their tensors to the version's folder in the background.
 
-        Host memory holds what is not written yet.
+        Tensors that are not written yet are kept in host memory.
 
         Raises:
-            UserError: if the previous copy could not be written.
+            Exception: the error of the previous copy, if it could not be written.
         """
         self.wait()
         self.root.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class WeightFolders:
             try:
                 write_folder(self.folder(version), tensors(), companions=self.bridge.path)
                 self._publish(version)
-            except Exception as error:  # raised by the next `wait`
+            except Exception as error:  # `wait` raises it
                 self._failure = error
 
         self._writer = threading.Thread(target=write, name="weights-copy", daemon=True)
@@ -80,12 +80,12 @@ class WeightFolders:
             for bucket in stream:
                 unwritten.put(Bucket(bucket.flat.cpu(), bucket.dtype, bucket.names, bucket.shapes))
                 yield bucket
-                del bucket  # before the next one is allocated
+                del bucket  # so that its memory is free before the next one is allocated
         finally:
             unwritten.put(None)
 
     def wait(self) -> None:
-        """Wait until the background copy is complete; raises the error that it failed with."""
+        """Wait until the background copy is complete; raises its error if it failed."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None

@@ -1,4 +1,4 @@
-"""Weights through shared memory: for servers on the main process's machine."""
+"""Send weights through shared memory to servers on the main process's machine."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _SHARED_MEMORY = "/dev/shm"
 
 
 class SharedMemoryTransport:
-    """See `Transport`. The bucket lies in shared memory (CUDA IPC on a GPU); only its address goes over HTTP."""
+    """See `Transport`. Buckets are in shared memory (CUDA IPC on a GPU), and only their addresses go over HTTP."""
 
     receivers: Sequence[Receiver] = ()
     _manager_started: ClassVar[bool] = False
 
     def allocate(self, size: int) -> Tensor:
-        """See `Transport.allocate`; raises UserError when the shared memory of the machine is too small."""
+        """See `Transport.allocate`; raises UserError if the shared memory of the machine is too small."""
         if device.on_gpu():
             return torch.empty(size, dtype=torch.uint8, device=device.device())
         filesystem = os.statvfs(_SHARED_MEMORY)
         free = filesystem.f_bavail * filesystem.f_frsize
         if size > free:  # otherwise the kernel would kill the process that writes there
             raise UserError(
-                f"{_SHARED_MEMORY} has {free >> 20} MiB left, a bucket of weights needs {size >> 20}: lower "
+                f"{_SHARED_MEMORY} has {free >> 20} MiB left, a bucket of weights needs {size >> 20} MiB: lower "
                 "rollout.sglang.bucket_mb, or set rollout.sglang.weight_sync=disk"
             )
         with _sharing_by_name(), nullcontext() if self._manager_started else _children_without_stderr():
@@ -52,10 +52,10 @@ class SharedMemoryTransport:
     async def send(self, bucket: Bucket, fields: dict[str, Any]) -> None:
         commands = []
         for receiver in self.receivers:
-            # Serialized once for each reader, because each reader gives back one reference to the memory.
+            # Serialized once per reader, because each reader releases one reference to the memory.
             handles = [_serialize(bucket) for _ in range(receiver.ranks)]
             body = {"serialized_named_tensors": handles, "load_format": "flattened_bucket", **fields}
-            action = "take weights from shared memory"
+            action = "load weights from shared memory"
             commands.append(receiver.endpoint.command("/update_weights_from_tensor", body, action))
         try:
             await asyncio.gather(*commands)
@@ -71,21 +71,21 @@ class SharedMemoryTransport:
 
 @contextlib.contextmanager
 def _sharing_by_name() -> Iterator[None]:
-    """Share CPU memory by name: a server that is not a child of this process dies of a shared file descriptor."""
-    before = torch.multiprocessing.get_sharing_strategy()
+    """Share CPU memory by name, because a server that is not a child of this process crashes on file descriptors."""
+    previous_strategy = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
         yield
     finally:
-        torch.multiprocessing.set_sharing_strategy(before)
+        torch.multiprocessing.set_sharing_strategy(previous_strategy)
 
 
 @contextlib.contextmanager
 def _children_without_stderr() -> Iterator[None]:
-    """Give children that are started meanwhile no access to this process's stderr.
+    """Keep this process's stderr from child processes that are started meanwhile.
 
     The first memory that is shared by name starts torch's torch_shm_manager, which lives as long as any server that
-    the memory is shared with. Whoever reads this process's output through a pipe would wait until both have ended.
+    uses the memory. If it inherited stderr, a reader of this process's output would wait until it has ended, too.
     """
     stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -98,12 +98,12 @@ def _children_without_stderr() -> Iterator[None]:
 
 
 def _serialize(bucket: Bucket) -> str:
-    """SGLang's flattened bucket, pickled. SGLang reads its metadata attribute by attribute."""
+    """Return SGLang's flattened bucket, pickled, in base64. SGLang reads the metadata by attribute."""
     metadata, start = [], 0
     for name, shape in zip(bucket.names, bucket.shapes, strict=True):
         size = shape.numel() * bucket.dtype.itemsize
-        place = {"start_idx": start, "end_idx": start + size, "numel": size}
-        metadata.append(SimpleNamespace(name=name, shape=shape, dtype=bucket.dtype, **place))
+        extent = {"start_idx": start, "end_idx": start + size, "numel": size}
+        metadata.append(SimpleNamespace(name=name, shape=shape, dtype=bucket.dtype, **extent))
         start += size
     buffer = io.BytesIO()
     with _sharing_by_name():

@@ -1,4 +1,4 @@
-"""The policy's weights on all servers: which way they go, and what happens when a server does not take them."""
+"""Keep the policy's weights on all servers: choose the transport, and handle servers that fail during an update."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from megatron_rlvr.weights.buckets import buckets
 
 @dataclass(frozen=True)
 class UpdateOutcome:
-    """What an update of the servers' weights leaves for the next rollout.
+    """Whether the next rollout can generate after an update of the servers' weights.
 
     Attributes:
-        unavailable: why no server can generate until the next update; None when some can.
-        user_error: what the user must correct before any server can generate; None when nothing.
+        unavailable: why no server can generate until the next update; None if a server can.
+        user_error: error that the user must correct before any server can generate; None if there is none.
     """
 
     unavailable: str | None = None
@@ -42,18 +42,18 @@ class UpdateOutcome:
 
 
 class WeightSync:
-    """Gives the policy's weights to all servers, after every step.
+    """Sends the policy's weights to all servers after every step.
 
     Args:
-        config: of the engine.
-        policy: whose weights the servers get.
-        urls: of the servers.
-        state: what servers are expected to hold; updated here.
-        root: folder for the folders of weights.
-        pool: the servers that the main process started, if it did; restarted servers get the newest folder.
+        config: section ``rollout.sglang``, with ``auto`` resolved.
+        policy: the policy whose weights the servers receive.
+        urls: URLs of the servers.
+        state: the weights that servers should hold; updated by `publish`.
+        root: folder in which the weights of each version get a folder.
+        pool: the servers that the main process started, None for others. Restarted servers load the newest folder.
 
     Attributes:
-        transport: how buckets reach running servers; None when servers load a folder (``disk``).
+        transport: sends buckets to running servers; None if servers load a folder (``disk``).
     """
 
     def __init__(
@@ -80,12 +80,10 @@ class WeightSync:
             self.transport.close()
 
     def load_first_weights(self) -> None:
-        """Have servers that others started load the folder of the expected weights, whatever they hold now.
-
-        Called by the main process.
+        """Load the expected weights on servers that the trainer did not start. Called by the main process.
 
         Raises:
-            UserError: if none of the servers can be used, or one has another model.
+            UserError: if none of the servers can be used, or one serves a different model.
         """
         with asyncio.Runner() as runner:
             lost = self._load(runner, self.control.endpoints(), flush_cache=True)
@@ -93,11 +91,11 @@ class WeightSync:
             raise UserError(f"no server of rollout.sglang.urls can be used: {'; '.join(lost)}")
 
     def publish(self, version: int, offloaded: bool = False) -> UpdateOutcome:
-        """Give the policy's present weights to all servers under this version. Collective over the job.
+        """Send the policy's current weights to all servers. Collective over the job.
 
         Args:
-            version: of the weights.
-            offloaded: whether servers have released their memory; they resume it then.
+            version: version of the weights.
+            offloaded: whether servers have released their memory, and must resume it.
 
         Returns:
             the outcome, the same on every process.
@@ -112,7 +110,7 @@ class WeightSync:
         has_folder = self.transport is None or self.config.recovery_copy
         self.state.folder = self.folders.folder(version) if has_folder else None
         if self.state.max_staleness:
-            # From here on every rank knows of the update, so none takes a server that is silent for one that hangs.
+            # After this, every rank knows of the update, so none mistakes a server that loads weights for a hung one.
             collectives.barrier()
         tensors = iter(()) if self.transport is None else self.policy.bridge.export(self.policy.model_chunks)
         outcome = UpdateOutcome()
@@ -122,7 +120,7 @@ class WeightSync:
                     outcome = self._update_servers(runner, version, tensors, offloaded)
             except UserError as error:
                 outcome = UpdateOutcome(user_error=str(error))
-        for _ in tensors:  # the export is collective, so it runs to its end whatever the servers answer
+        for _ in tensors:  # the export is collective, so every rank must finish it even if the servers failed
             pass
         outcome = collectives.broadcast_from_main(outcome if is_main else None)
         self.state.updating = False
@@ -133,7 +131,7 @@ class WeightSync:
     ) -> UpdateOutcome:
         """Update all servers from the main process, with generation paused and memory resumed as needed."""
         pausing = self.state.max_staleness > 0 and self.config.interrupt != "finish"
-        flush_cache = not pausing or self.config.interrupt == "retract"  # a cache in use cannot be dropped
+        flush_cache = not pausing or self.config.interrupt == "retract"  # a cache in use cannot be flushed
         if offloaded:
             runner.run(self.control.resume_memory("weights"))
         if pausing:
@@ -159,7 +157,7 @@ class WeightSync:
         flush_cache: bool,
         tensors: Iterator[tuple[str, Tensor]],
     ) -> UpdateOutcome:
-        """Send the weights from memory. Servers that do not take them that way load the copy on disk."""
+        """Send the weights from memory. Servers for which this fails load the copy on disk."""
         endpoints = self.control.endpoints()
         receivers = runner.run(self._find_receivers(endpoints))
         stream = buckets(tensors, self.config.bucket_mb * 2**20, transport.allocate)
@@ -173,17 +171,17 @@ class WeightSync:
         updated = [receiver.endpoint for receiver in receivers] if failure is None else []
         reason = failure or "a server does not answer"
         if not self.config.recovery_copy:
-            return UpdateOutcome(None if updated else f"none took the weights of step {version} ({reason})")
+            return UpdateOutcome(None if updated else f"none received the weights of step {version} ({reason})")
         print(f"warning: weights of step {version} go through the disk this time: {reason}", file=sys.stderr)
         self.folders.wait()
         self._load(runner, [endpoint for endpoint in endpoints if endpoint not in updated], flush_cache)
         return UpdateOutcome()
 
     async def _find_receivers(self, endpoints: list[Endpoint]) -> list[Receiver]:
-        """The servers that answer.
+        """Return the servers that answer.
 
         Raises:
-            UserError: if one of them has another model.
+            UserError: if one of them serves a different model.
         """
         starts = [server.starts for server in self.pool.servers] if self.pool else [0] * len(endpoints)
 
@@ -202,5 +200,5 @@ class WeightSync:
         return runner.run(load_on_servers(endpoints, self.state, self.policy.bridge.hf_config, flush_cache))
 
     def _folder_complete(self, folder: Path, version: int) -> set[Path]:
-        """Start servers from a new folder; returns the older folders that some of them are still loading."""
+        """Let servers start from a new folder; returns the older folders that servers are still loading."""
         return self.pool.start_with(folder, version) if self.pool else set()

@@ -17,9 +17,9 @@ class Receiver:
     """A server that receives weights.
 
     Attributes:
-        endpoint: of the server.
-        ranks: tensor-parallel ranks that its model is spread over.
-        starts: how many times the trainer has started it; a restarted server has forgotten its process groups.
+        endpoint: the server.
+        ranks: number of its tensor-parallel ranks.
+        starts: how many times the trainer has started it. A restarted server has lost its process groups.
     """
 
     endpoint: Endpoint
@@ -31,7 +31,7 @@ class Transport(Protocol):
     """Sends buckets to servers that have begun a weight update."""
 
     def allocate(self, size: int) -> Tensor:
-        """Allocate the buffer of a bucket: uint8, [size]."""
+        """Allocate the buffer of a bucket: uint8 [size]."""
         ...
 
     async def connect(self, receivers: Sequence[Receiver]) -> None:
@@ -43,21 +43,21 @@ class Transport(Protocol):
         ...
 
     async def send(self, bucket: Bucket, fields: dict[str, Any]) -> None:
-        """Send a bucket to all servers.
+        """Send a bucket to all servers. Its memory may be reused afterwards.
 
         Args:
-            bucket: whose memory may be reused afterwards.
-            fields: added to the body of each request.
+            bucket: tensors to send.
+            fields: extra fields of the body of each request.
 
         Raises:
-            ServerLostError: if a server does not take the bucket. None of them can be relied on then.
+            ServerLostError: if a server does not load the bucket. The weights of all servers are undefined then.
         """
         ...
 
     def abandon(self) -> None:
-        """Release the servers that may wait for more, after a failure."""
+        """After a failure, release servers that may wait for more buckets."""
         ...
 
     def close(self) -> None:
-        """Clean up at the end of the run."""
+        """Release resources at the end of the run."""
         ...

@@ -1,4 +1,4 @@
-"""One weight update: all servers load a folder, or receive all buckets through a transport."""
+"""A single weight update: all servers load a folder, or receive all buckets through a transport."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megatron_rlvr.weights.buckets import Bucket
 async def load_on_servers(
     endpoints: Sequence[Endpoint], state: ServerState, hf_config: Any, flush_cache: bool
 ) -> list[str]:
-    """Have all servers load the folder of the expected weights at once.
+    """Load the expected weights from their folder on all servers at once.
 
-    A server that is lost here gets the weights when it is back, before it is sent a prompt.
+    A client loads them on a server that is lost meanwhile when it is back, before it sends a prompt.
 
     Returns:
         one line for each server that did not answer.
 
     Raises:
-        UserError: if a server has another model, refuses the weights, or reports another version afterwards.
+        UserError: if a server serves a different model, refuses the weights, or reports another version afterwards.
     """
 
     async def load(endpoint: Endpoint) -> str | None:
@@ -55,19 +55,19 @@ def stream_to_servers(
     version.
 
     Args:
-        runner: of the event loop that the receivers' connections belong to.
-        receivers: the servers; empty counts as a failure.
-        transport: that the buckets were allocated by.
-        stream: exhausted in any case, because it is collective.
-        version: of the weights.
-        flush_cache: whether servers drop their prefix cache.
+        runner: runs the event loop that the receivers' connections belong to.
+        receivers: the servers; an empty sequence counts as a failure.
+        transport: the transport that allocated the buckets.
+        stream: the buckets. It is consumed to the end even after a failure, because it is collective.
+        version: version of the weights.
+        flush_cache: whether servers flush their prefix cache.
         compare_checksums: whether to compare the checksums of all norms afterwards.
 
     Returns:
-        why the update failed, or None. After a failure no server can be relied on.
+        why the update failed, or None. After a failure, the weights of all servers are undefined.
 
     Raises:
-        UserError: if a server reports another version afterwards, or another checksum.
+        UserError: if a server reports another version or another checksum afterwards.
     """
     failure = None if receivers else "no server answers"
     checksums: dict[str, str] = {}
@@ -85,7 +85,7 @@ def stream_to_servers(
                 runner.run(transport.send(bucket, last_fields if bucket.last else {"flush_cache": False}))
             except ServerLostError as error:
                 failure = str(error)
-        del bucket  # before the next one is allocated
+        del bucket  # so that its memory is free before the next one is allocated
     if failure is None:
         try:
             runner.run(_end(receivers, version, checksums))
@@ -102,7 +102,7 @@ async def _begin(receivers: Sequence[Receiver], transport: Transport) -> None:
         for receiver in receivers:
             try:
                 await receiver.endpoint.command("/begin_weight_update", {}, "begin a weight update")
-            except UserError:  # an update that failed half-way is still open
+            except UserError:  # an earlier update failed and is still open
                 await receiver.endpoint.command("/end_weight_update", {}, "end a weight update")
                 await receiver.endpoint.command("/begin_weight_update", {}, "begin a weight update")
     except UserError as error:
