@@ -13,6 +13,7 @@ from megatron_rlvr.errors import UserError
 T = TypeVar("T")
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -52,17 +53,14 @@ class _Reader:
                 return None
             raise UserError(f"{key} has no value: it must be {_words(wanted, key, value)}")
         if not wanted.is_section:
-            try:
-                return convert(wanted, value)
-            except ValueError:
-                raise UserError(f"{key}={value!r}: {key} must be {_words(wanted, key, value)}") from None
+            return _plain(wanted, key, value)
         if not isinstance(value, Mapping):
             raise UserError(f"{key}={value!r}: {key} must be {_words(wanted, key, value)}")
         if wanted.by_name is None:
             return self.section(wanted.type, value, f"{key}.")
         (default,) = (field.default_factory for field in fields(section) if field.name == name)
         chosen = value.get("name", default().name)  # type: ignore[operator]
-        if chosen not in wanted.by_name:
+        if not isinstance(chosen, str) or chosen not in wanted.by_name:
             close = difflib.get_close_matches(str(chosen), wanted.by_name, n=1)
             hint = f": did you mean {close[0]}?" if close else ""
             raise UserError(f"{key}.name must be one of {', '.join(wanted.by_name)}, not {chosen!r}{hint}")
@@ -80,18 +78,32 @@ class _Reader:
         return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known keys: {', '.join(known)}"
 
 
+def _plain(wanted: KeyType, key: str, value: Any) -> Any:
+    """Convert the value of a key that is not a section.
+
+    Raises:
+        UserError: if the value does not fit; for an entry of a mapping it names that entry.
+    """
+    if wanted.type is dict and isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        element = wanted.element or KeyType(Any)  # "dict" alone does not say what its values are
+        return {name: _plain(element, f"{key}.{name}", item) for name, item in value.items()}
+    try:
+        return convert(wanted, value)
+    except (ValueError, OverflowError):
+        raise UserError(f"{key}={value!r}: {key} must be {_words(wanted, key, value)}") from None
+
+
 def convert(wanted: KeyType, value: Any) -> Any:
-    """Convert a plain ``value`` to the type of a key that is not a section; raises ValueError if it does not fit."""
+    """Convert a plain ``value`` to the type of a key that is neither a section nor a mapping.
+
+    Raises ValueError or OverflowError if it does not fit.
+    """
     if wanted.type is Any:
         return value
     if wanted.type is list and wanted.element is not None:
         if not isinstance(value, list | tuple):
             raise ValueError
         return [convert(wanted.element, item) for item in value]
-    if wanted.type is dict and wanted.element is not None:
-        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-            raise ValueError
-        return {name: convert(wanted.element, item) for name, item in value.items()}
     if wanted.type is bool and str(value).lower() in _BOOLEANS:
         return _BOOLEANS[str(value).lower()]
     if wanted.type is str and isinstance(value, str | int | float):
@@ -112,6 +124,10 @@ def _words(wanted: KeyType, key: str, value: Any) -> str:
         return f"a section: write {key}.{next(iter(key_types(wanted.type)))}=... and the like"
     if wanted.type is dict:
         return f"a section: write {key}.NAME={example} for each of its names"
-    if wanted.type is list:
+    if wanted.type is list and wanted.element is not None:
+        if wanted.element.type is list:
+            return f"a list of lists: write {key}=[[..., ...], [..., ...]]"
+        if isinstance(value, list):  # then one of its elements does not fit
+            return f"a list of {_PLURALS[wanted.element.type]}"
         return f"a list: write {key}=[{example}]"
     return _WORDS[wanted.type]

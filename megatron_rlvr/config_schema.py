@@ -37,13 +37,17 @@ class Limits(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """A range from ``at_least`` or ``above`` to ``at_most`` or ``below``; infinity is allowed only if ``infinite``."""
+    """A range from ``at_least`` or ``above`` to ``at_most`` or ``below``; infinity is allowed only if ``infinite``.
+
+    ``reason`` ends the error for a value outside the range.
+    """
 
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
     infinite: bool = False
+    reason: str = ""
 
     def allow(self, value: float) -> bool:
         """Whether ``value`` is within the bounds; NaN is not."""
@@ -116,7 +120,8 @@ class KeyType:
             return f"be one of {', '.join(self.choices)}, not {value!r}"
         if self.limits is not None:
             if not self.limits.allow(value):
-                return f"be {self.limits}, not {value}"
+                reason = getattr(self.limits, "reason", "")
+                return f"be {self.limits}, not {value}" + (f": {reason}" if reason else "")
             if math.isinf(value) and not getattr(self.limits, "infinite", False):
                 return f"be a finite number, not {value}"
         if self.type is list and self.element is not None:

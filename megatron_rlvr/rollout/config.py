@@ -22,7 +22,7 @@ class RolloutConfig:
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
     prompts_per_step: PositiveInt = 64
     """Prompts per step, over all data-parallel ranks; divisible by `algorithm.minibatches`."""
-    samples_per_prompt: Annotated[int, Bounds(at_least=2)] = 16
+    samples_per_prompt: Annotated[int, Bounds(at_least=2, reason="advantages compare the samples of a prompt")] = 16
     """Completions per prompt: the group within which advantages are computed, so at least 2."""
     max_tokens: PositiveInt = 1024
     """Longest response, in tokens, including the end-of-sequence token."""
