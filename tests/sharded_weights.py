@@ -22,7 +22,7 @@ from tests.rendezvous import renew
 
 
 def reshard(folder: Path, target: Path, here: parallel.Layout, layout: ParallelConfig) -> None:
-    bridge = PolicyBridge(folder, ModelConfig(dtype="float32", layer_spec="local"), layout)
+    bridge = PolicyBridge(ModelConfig(path=str(folder), dtype="float32", layer_spec="local"), layout)
     [model] = bridge.build()
     with torch.no_grad():
         for parameter in model.parameters():  # a weight that the checkpoint lacks must not pass

@@ -85,7 +85,7 @@ def _peak_gib() -> float:
 
 def _bridge(folder: Path, dtype: str) -> PolicyBridge:
     # Local layers also on a GPU: both kinds of layers have the same names in a checkpoint.
-    return PolicyBridge(folder, ModelConfig(dtype=dtype, layer_spec="local"), ParallelConfig())
+    return PolicyBridge(ModelConfig(path=str(folder), dtype=dtype, layer_spec="local"), ParallelConfig())
 
 
 def _dtype_of_folder(folder: Path) -> str:

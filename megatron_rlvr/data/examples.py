@@ -12,6 +12,7 @@ from megatron_rlvr.errors import UserError
 # Keys of the reference answer, tried in this order if the configuration names none: the plain format, slime's JSONL and
 # verl's parquet. A dot reaches into a nested object.
 ANSWER_KEYS = ("answer", "label", "reward_model.ground_truth")
+PROMPT_KEY = "prompt"
 SOURCE_KEY = "data_source"
 
 _EXPECTED_LINE = 'expected one JSON object per line, such as {"prompt": "3 5 7 : 22 >", "answer": 22}'
@@ -39,7 +40,7 @@ class Example:
 def load_examples(
     path: str | Path,
     *,
-    prompt_key: str = "prompt",
+    prompt_key: str | None = None,
     answer_key: str | None = None,
     source_key: str = SOURCE_KEY,
     stratify_key: str | None = None,
@@ -50,8 +51,8 @@ def load_examples(
     Args:
         path: the file. Blank lines of a JSONL file are skipped.
         prompt_key, answer_key, source_key, stratify_key: names of fields; dots reach into objects
-            ("reward_model.ground_truth"). Without `answer_key`, the first row decides which of `ANSWER_KEYS` the file
-            uses.
+            ("reward_model.ground_truth"). Without `prompt_key` the prompt is under "prompt"; without `answer_key`, the
+            first row decides which of `ANSWER_KEYS` the file uses.
         limit: stop after this many examples.
 
     Raises:
@@ -59,6 +60,7 @@ def load_examples(
             is neither text nor messages, or a file without examples; names the file and the line or row.
     """
     path = Path(path)
+    prompt_key = PROMPT_KEY if prompt_key is None else prompt_key
     if limit is not None and limit < 1:
         raise UserError(f"limit of examples must be at least 1, found {limit}")
     examples: list[Example] = []

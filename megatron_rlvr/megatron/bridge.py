@@ -47,15 +47,14 @@ class PolicyBridge:
     """Builds megatron-core models of one Hugging Face folder in the current parallel layout, and maps their weights.
 
     Args:
-        path: folder with config.json and safetensors.
-        model, parallel: sections of a resolved configuration.
+        model, parallel: sections of a resolved configuration; ``model.path`` is the folder.
 
     Raises:
         UserError: if the folder is missing, the family is not supported, or the layout does not divide the model.
     """
 
-    def __init__(self, path: str | Path, model: ModelConfig, parallel: ParallelConfig):
-        self.path = Path(path)
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig):
+        self.path = Path(model.path)
         self.hf_config = read_config(self.path)
         check_layout(self.hf_config, parallel)
         self.dtype = getattr(torch, model.dtype)

@@ -103,7 +103,7 @@ def model_stages(
     stages = []
     for index in range(parallel.pipeline):
         with _fake_rank(parallel, index * (world_size // parallel.pipeline), world_size):
-            bridge = PolicyBridge(model.path, model, parallel)
+            bridge = PolicyBridge(model, parallel)
             stages.append(_count(index, bridge.build(shapes_only=True), parallel, totals))
     if parallel.pipeline > 1:
         totals.all -= stages[-1].shared_embedding * parallel.tensor  # counted on the first stage, too

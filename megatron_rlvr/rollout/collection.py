@@ -62,21 +62,13 @@ class RolloutCollector:
         tokenization: Tokenization,
         verifiers: VerifierPool,
     ):
-        rollout, data = config.rollout, config.data
+        rollout = config.rollout
         self.rollout, self.algorithm, self.layout, self.engine = rollout, config.algorithm, layout, engine
         self.padding = tokenization.padding
         self.recording = Path(config.run_directory) / "rollouts" if rollout.record else None
         sampling = SamplingSettings.for_training(rollout, tokenization.stops(rollout.stop))
-        self.prompts = load_prompts(
-            data.train,
-            data,
-            tokenization,
-            verifiers,
-            max_response=("rollout.max_tokens", rollout.max_tokens),
-            stratify_key=data.stratify_key,
-        )
-        strata = None if data.stratify_key is None else [e.stratum or 0.0 for e in self.prompts.examples]
-        self.sampler = PromptSampler(len(self.prompts), rollout.prompts_per_step, config.seed, strata)
+        self.prompts = load_prompts(config.data, rollout, tokenization, verifiers)
+        self.sampler = PromptSampler(len(self.prompts), rollout.prompts_per_step, config.seed, self.prompts.strata)
         self.source = GroupSource(
             rollout=rollout,
             seed=config.seed,

@@ -37,20 +37,11 @@ class Evaluator:
         tokenization: Tokenization,
         verifiers: VerifierPool,
     ):
-        assert config.data.heldout is not None
         rollout, evaluation = config.rollout, config.evaluation
         self.seed, self.layout, self.engine = config.seed, layout, engine
         self.grader = Grader(tokenization, verifiers)
         self.sampling = SamplingSettings.for_evaluation(evaluation, rollout, tokenization.stops(rollout.stop))
-        section = "rollout" if evaluation.max_tokens is None else "evaluation"
-        self.prompts = load_prompts(
-            config.data.heldout,
-            config.data,
-            tokenization,
-            verifiers,
-            max_response=(f"{section}.max_tokens", self.sampling.max_tokens),
-            limit=evaluation.prompts,
-        )
+        self.prompts = load_prompts(config.data, rollout, tokenization, verifiers, evaluation=evaluation)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the policy. Collective over the job.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_rlvr.data import Example, load_examples
 from megatron_rlvr.data.config import DataConfig
+from megatron_rlvr.rollout.config import EvaluationConfig, RolloutConfig
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.verifiers import VerifierPool, check_answers
 
@@ -20,35 +21,44 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def strata(self) -> list[float] | None:
+        """The number of each example by which prompts are stratified; None for data that is not."""
+        strata = [example.stratum for example in self.examples if example.stratum is not None]
+        return strata if len(strata) == len(self.examples) else None
+
 
 def load_prompts(
-    path: str,
-    config: DataConfig,
+    data: DataConfig,
+    rollout: RolloutConfig,
     tokenization: Tokenization,
     verifiers: VerifierPool,
-    max_response: tuple[str, int],
     *,
-    limit: int | None = None,
-    stratify_key: str | None = None,
+    evaluation: EvaluationConfig | None = None,
 ) -> PromptSet:
-    """Read a data set and check that every prompt can be tokenized, answered within the context, and verified.
+    """Read the training data and check that every prompt can be tokenized, answered within the context, and verified.
 
     Args:
-        path: JSONL or parquet file.
-        config: section ``data``, for the names of the fields and the maximum length of prompts.
+        data, rollout: sections of the configuration.
         tokenization: tokenizer of the model.
         verifiers: pool whose verifier must be able to read the answers.
-        max_response: the configuration key that limits the length of responses, and its value in tokens.
-        limit: read only this many examples.
-        stratify_key: field with the number by which training prompts are stratified.
+        evaluation: section ``evaluation``. With it, the held-out prompts of an evaluation are read instead.
 
     Raises:
         UserError: for the first example that cannot be used; names the file and the example.
     """
-    prompt_key = {} if config.prompt_key is None else {"prompt_key": config.prompt_key}
-    examples = load_examples(path, answer_key=config.answer_key, stratify_key=stratify_key, limit=limit, **prompt_key)
+    if evaluation is None:
+        path, stratify_key, limit = data.train, data.stratify_key, None
+    else:
+        assert data.heldout is not None
+        path, stratify_key, limit = data.heldout, None, evaluation.prompts
+    examples = load_examples(
+        path, prompt_key=data.prompt_key, answer_key=data.answer_key, stratify_key=stratify_key, limit=limit
+    )
     check_answers(verifiers.verifier, [example.answer for example in examples], path)
-    token_ids = tokenization.encode_all(examples, config.max_prompt_tokens)
-    key, tokens = max_response
-    tokenization.check_context(examples, token_ids, tokens, key)
+    token_ids = tokenization.encode_all(examples, data.max_prompt_tokens)
+    if evaluation is None or evaluation.max_tokens is None:
+        tokenization.check_context(examples, token_ids, rollout.max_tokens, "rollout.max_tokens")
+    else:
+        tokenization.check_context(examples, token_ids, evaluation.max_tokens, "evaluation.max_tokens")
     return PromptSet(examples, token_ids)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.telemetry.sinks import Sink, TensorBoard, WeightsAndBiases
+from megatron_rlvr.telemetry.sinks import Sink, TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -51,7 +51,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Record]:
 
 
 class MetricsWriter:
-    """Writes the records of a run to the JSON files, TensorBoard and W&B. One process of a run owns one writer.
+    """Writes the records of a run to the JSON files and to its sinks. One process of a run owns one writer.
 
     On resume, records of `resume_step` and later steps are removed; create the writer only after the checkpoint to
     resume from has been chosen. The evaluation of step s is of the policy after s steps, which is the policy in the
@@ -63,10 +63,12 @@ class MetricsWriter:
         run_directory: created if it does not exist.
         resume_step: first step of this process, None for a new run.
         tensorboard: also write TensorBoard event files.
-        wandb: keyword arguments of ``wandb.init`` (project, entity, name, mode), None without W&B.
+
+    Attributes:
+        sinks: what else receives every record.
 
     Raises:
-        UserError: when a new run finds the metrics of another, or W&B is asked for and not installed.
+        UserError: when a new run finds the metrics of another.
     """
 
     def __init__(
@@ -75,7 +77,6 @@ class MetricsWriter:
         resume_step: int | None = None,
         *,
         tensorboard: bool = True,
-        wandb: Mapping[str, Any] | None = None,
     ) -> None:
         directory = Path(run_directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -92,11 +93,7 @@ class MetricsWriter:
             if resume_step > 0 and self._last_step != resume_step - 1:
                 extent = "is empty" if self._last_step is None else f"ends at step {self._last_step}"
                 warnings.warn(f"{self.metrics_path} {extent}, the run resumes at step {resume_step}", stacklevel=2)
-        self._sinks: list[Sink] = []
-        if tensorboard:
-            self._sinks.append(TensorBoard(directory / "tensorboard", resume_step))
-        if wandb is not None:
-            self._sinks.append(WeightsAndBiases(directory, wandb))
+        self.sinks: list[Sink] = [TensorBoard(directory / "tensorboard", resume_step)] if tensorboard else []
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append the record of a step, on disk when this returns. Tensors and NumPy scalars become plain numbers.
@@ -109,7 +106,7 @@ class MetricsWriter:
             raise ValueError(f"metrics of step {plain['step']} written after those of step {self._last_step}")
         _append(self.metrics_path, plain)
         self._last_step = plain["step"]
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write(plain)
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
@@ -117,13 +114,13 @@ class MetricsWriter:
         plain = _plain(record)
         _truncate(self.evaluations_path, plain["step"])
         _append(self.evaluations_path, plain)
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write({name if name == "step" else f"evaluation/{name}": value for name, value in plain.items()})
 
     def close(self) -> None:
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.close()
-        self._sinks.clear()
+        self.sinks.clear()
 
     def __enter__(self) -> MetricsWriter:
         return self

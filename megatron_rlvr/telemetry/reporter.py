@@ -14,6 +14,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_rlvr.telemetry.plots import plot_run
 from megatron_rlvr.telemetry.progress import Progress, open_progress
+from megatron_rlvr.telemetry.sinks import WeightsAndBiases
 from megatron_rlvr.telemetry.status import StatusWriter
 from megatron_rlvr.telemetry.summary import print_summary
 from megatron_rlvr.telemetry.timer import StepTimer
@@ -43,9 +44,11 @@ class Reporter:
         if not active:
             return
         settings = config.telemetry
-        wandb = {"project": settings.wandb_project, "name": config.name} if settings.wandb_project else None
         # A run that was killed before its first checkpoint starts again at step 0 in its own directory.
-        self._writer = MetricsWriter(self.directory, first_step, tensorboard=settings.tensorboard, wandb=wandb)
+        self._writer = MetricsWriter(self.directory, first_step, tensorboard=settings.tensorboard)
+        if settings.wandb_project:
+            wandb = WeightsAndBiases(self.directory, {"project": settings.wandb_project, "name": config.name})
+            self._writer.sinks.append(wandb)
         history = read_metrics(self.directory) if first_step else []
         self._progress = open_progress(config.name, config.steps, history)
         self._status = StatusWriter(self.directory, config.name, config.steps, first_step)

@@ -53,7 +53,7 @@ class Policy:
         distributed = config.parallel.distributed_optimizer
         self.layout = layout
         self.microbatching = _microbatching(config, layout)
-        self.bridge = PolicyBridge(config.model.path, config.model, config.parallel)
+        self.bridge = PolicyBridge(config.model, config.parallel)
         self.model_chunks = self.bridge.build()
         load_folder(self.bridge, self.model_chunks)
         self._wrapped = optimizer.wrap_data_parallel(

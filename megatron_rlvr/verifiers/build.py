@@ -1,15 +1,13 @@
-"""Build verifiers and their pool from names and options."""
+"""Build verifiers from names and options."""
 
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.verifiers.config import VerifierConfig
 from megatron_rlvr.verifiers.countdown import Countdown
 from megatron_rlvr.verifiers.exact import ExactMatch
 from megatron_rlvr.verifiers.math import MathAnswer
-from megatron_rlvr.verifiers.pool import VerifierPool
 from megatron_rlvr.verifiers.user import load_user_verifier
 
 Verifier = Callable[[str, Any], float]
@@ -62,18 +60,3 @@ def build_verifier(name: str, **options: Any) -> Verifier:
         if option not in known:
             raise UserError(f"verifier {name} has no option {option!r}; it has {', '.join(known) or 'none'}")
     return factory(**options)
-
-
-def build_pool(config: VerifierConfig, start_workers: bool = True) -> VerifierPool:
-    """Build the verifier of a run and its pool.
-
-    Args:
-        config: section ``verifier``, with ``workers`` resolved.
-        start_workers: False for ranks that verify nothing.
-
-    Raises:
-        UserError: if `build_verifier` or `VerifierPool` refuses the configuration.
-    """
-    verifier = build_verifier(config.name, **config.options)
-    assert config.workers is not None  # `megatron_rlvr.config.resolve` replaces it
-    return VerifierPool(verifier, config.workers if start_workers else 0, config.timeout_seconds, config.memory_mb)

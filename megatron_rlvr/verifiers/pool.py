@@ -31,6 +31,8 @@ from multiprocessing import connection
 from typing import Any
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.verifiers.build import build_verifier
+from megatron_rlvr.verifiers.config import VerifierConfig
 from megatron_rlvr.verifiers.verdict import STATUSES, Verdict, judge
 from megatron_rlvr.verifiers.worker_process import WorkerProcess
 
@@ -201,6 +203,21 @@ class VerifierPool:
                 worker.kill()
                 self._workers[slot] = WorkerProcess(self._setup, self._timeout_s)
         return [verdict for verdict in verdicts if verdict is not None]
+
+
+def build_pool(config: VerifierConfig, start_workers: bool = True) -> VerifierPool:
+    """Build the verifier of a run and its pool.
+
+    Args:
+        config: section ``verifier``, with ``workers`` resolved.
+        start_workers: False for ranks that verify nothing.
+
+    Raises:
+        UserError: if `build_verifier` or `VerifierPool` refuses the configuration.
+    """
+    verifier = build_verifier(config.name, **config.options)
+    assert config.workers is not None  # `megatron_rlvr.config.resolve` replaces it
+    return VerifierPool(verifier, config.workers if start_workers else 0, config.timeout_seconds, config.memory_mb)
 
 
 def _pickled_setup(verifier: Callable[[str, Any], float], timeout_s: float, memory_mb: int) -> bytes:

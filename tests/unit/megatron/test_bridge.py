@@ -38,7 +38,7 @@ def test_unsupported_models(changes: dict[str, Any], message: str, small_model: 
 def test_a_model_of_shapes_takes_no_memory_on_a_gpu(small_model: Path) -> None:
     """On a GPU, megatron-core names the device of every weight that it makes, which overrides the meta device."""
     with parallel.parallel_groups(ParallelConfig(), seed=0):
-        bridge = PolicyBridge(small_model, ModelConfig(dtype="float32", layer_spec="local"), ParallelConfig())
+        bridge = PolicyBridge(ModelConfig(str(small_model), "float32", "local"), ParallelConfig())
         bridge.config.use_cpu_initialization = False
         [model] = bridge.build(shapes_only=True)
         held = [name for name, p in model.named_parameters() if not p.is_meta and "norm" not in name]

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry import MetricsWriter, deterministic, read_metrics
+from megatron_rlvr.telemetry.sinks import WeightsAndBiases
 
 
 def record(step: int, attempt: int = 0) -> dict:
@@ -164,10 +165,11 @@ def test_wandb_receives_every_record_and_a_resumed_run_keeps_its_id(tmp_path, mo
         return types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    with MetricsWriter(tmp_path, tensorboard=False, wandb={"project": "study"}) as writer:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.sinks.append(WeightsAndBiases(tmp_path, {"project": "study"}))
         writer.write({"step": 0, "reward": 0.5})
         writer.write_evaluation({"step": 1, "pass@1": 0.25})
-    MetricsWriter(tmp_path, 1, tensorboard=False, wandb={"project": "study"}).close()
+    WeightsAndBiases(tmp_path, {"project": "study"}).close()
     assert logged == [(0, {"reward": 0.5}), (1, {"evaluation/pass@1": 0.25})]
     assert opened[0]["id"] == opened[1]["id"] and opened[0]["project"] == "study"
 
@@ -175,4 +177,4 @@ def test_wandb_receives_every_record_and_a_resumed_run_keeps_its_id(tmp_path, mo
 def test_missing_wandb_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        MetricsWriter(tmp_path, tensorboard=False, wandb={})
+        WeightsAndBiases(tmp_path, {})

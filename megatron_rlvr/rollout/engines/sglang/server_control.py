@@ -19,7 +19,7 @@ class ServerControl:
 
     Args:
         urls: URLs of the servers.
-        config: timeouts.
+        config: timeouts, and what a pause does to running requests.
     """
 
     def __init__(self, urls: Sequence[str], config: SGLangConfig):
@@ -29,9 +29,9 @@ class ServerControl:
         """Return new endpoints for the running event loop, because connections belong to one loop."""
         return [Endpoint(url, self.config) for url in self.urls]
 
-    async def pause_generation(self, mode: str) -> None:
-        """Pause generation; `mode` decides what happens to running requests, see ``rollout.sglang.interrupt``."""
-        await self._command_all("/pause_generation", {"mode": mode}, "pause generation")
+    async def pause_generation(self) -> None:
+        """Pause generation; ``rollout.sglang.interrupt`` decides what happens to running requests."""
+        await self._command_all("/pause_generation", {"mode": self.config.interrupt}, "pause generation")
 
     async def continue_generation(self) -> None:
         """Continue generation after `pause_generation`."""

@@ -135,7 +135,7 @@ class WeightSync:
         if offloaded:
             runner.run(self.control.resume_memory("weights"))
         if pausing:
-            runner.run(self.control.pause_generation(self.config.interrupt))
+            runner.run(self.control.pause_generation())
         try:
             if self.transport is None:
                 self._load(runner, self.control.endpoints(), flush_cache)
