@@ -16,11 +16,20 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import ExecError
 
 ROOT = Path(__file__).resolve().parent
+
+# An older setuptools rejects the license line of pyproject.toml with an error that does not name setuptools. A new venv
+# of Python 3.11 has setuptools 65.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise ExecError(
+        f"megatron-rlvr: found setuptools {setuptools.__version__}, which cannot read pyproject.toml; "
+        "`pip install 'setuptools>=77'`"
+    )
 
 
 def find_program(name: str) -> str | None:

@@ -94,8 +94,13 @@ def _prepare_process() -> None:
     if _installed is not None:
         return
     _keep_freed_memory()
-    # megatron-core warns in four places that GPU-only packages are missing, and about its own default settings.
-    for line in ("Transformer Engine and Apex are not installed", "full scope is deprecated"):
+    # megatron-core warns that GPU-only packages and variables are missing, and about its own default settings.
+    for line in (
+        "Apex is not installed",
+        "Transformer Engine and Apex are not installed",
+        "When using async grad allreduce",
+        "full scope is deprecated",
+    ):
         warnings.filterwarnings("ignore", message=line)
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import document_api
 import document_configuration
@@ -87,6 +88,14 @@ def test_the_figures_of_the_readme_are_those_of_the_study() -> None:
     quoted = re.findall(r"\d\.\d+ ± \d\.\d+", (ROOT / "README.md").read_text())
     assert quoted
     assert [figure for figure in quoted if figure not in study] == []
+
+
+def test_the_python_example_of_the_readme_runs() -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    leaf = names["logits"].grad_fn.next_functions[0][0].variable  # the example ends with a backward pass
+    assert leaf.grad.abs().sum(1).gt(0).all()
 
 
 @pytest.mark.parametrize("tool", [document_api, document_configuration], ids=lambda tool: tool.__name__)

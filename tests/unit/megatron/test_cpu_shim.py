@@ -43,3 +43,9 @@ def test_fusions_run_uncompiled_on_the_cpu() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no shim")
 def test_megatron_core_may_be_imported_first() -> None:
     launch(["-c", ANY_ORDER], processes=1, check=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the missing packages matter")
+def test_packages_that_only_a_gpu_uses_are_not_missed() -> None:
+    program = ["-W", "always::UserWarning", "-c", "import megatron_rlvr.megatron.bridge"]
+    assert "not installed" not in launch(program, processes=1, check=True).stderr
