@@ -18,7 +18,7 @@ _ROUNDS = 5
 def bus_bandwidth(size: int, processes: int, seconds: float) -> float:
     """Return bytes per second over the slowest link of a ring all-reduce.
 
-    Of `size` bytes, 2 (n - 1) / n pass every link of a ring of n processes.
+    An all-reduce sends 2 (n - 1) / n times `size` bytes over every link of a ring of n processes.
     """
     return 2 * (processes - 1) / processes * size / seconds if processes > 1 else 0.0
 
@@ -30,7 +30,7 @@ def timed_all_reduce(
 
     Args:
         endpoint: host and port of the job's TCPStore.
-        name: of this all-reduce, unique within the store.
+        name: key of this all-reduce, unique within the store.
         nodes: numbers of the nodes that take part.
         node: number of this node, one of `nodes`.
         processes: processes per node, one per GPU.
@@ -38,7 +38,7 @@ def timed_all_reduce(
         seconds: deadline, after which the all-reduce counts as hung.
 
     Returns:
-        seconds and bytes of one round, or the reason of a failure.
+        ``seconds`` and ``bytes`` of one round, or the reason of a failure as text.
     """
     deadline = time.monotonic() + seconds
     ranks = []
@@ -58,7 +58,7 @@ def timed_all_reduce(
 def _rank_all_reduce(
     endpoint: tuple[str, int], name: str, rank: int, size: int, gpu: int | None, seconds: float
 ) -> dict[str, float]:
-    """Run one rank of the all-reduce. Raises RuntimeError if the sum is wrong, and what torch.distributed raises."""
+    """Run one rank of the all-reduce. Raises RuntimeError if the sum is wrong or the collective fails."""
     timeout = datetime.timedelta(seconds=seconds)
     store = dist.TCPStore(*endpoint, is_master=False, wait_for_workers=False, timeout=timeout)
     if gpu is not None:

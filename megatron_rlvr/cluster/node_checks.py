@@ -23,7 +23,7 @@ class BadNodesError(Exception):
     """Some nodes must not train; the message is the reason.
 
     Attributes:
-        nodes: their names.
+        nodes: names of the nodes.
     """
 
     def __init__(self, nodes: Sequence[str], reason: str):
@@ -33,11 +33,11 @@ class BadNodesError(Exception):
 
 @dataclass
 class NodeReport:
-    """What a node found out about itself.
+    """What a node reports about itself.
 
     Attributes:
-        node: its name.
-        versions: of packages, driver and sources, which must be the same on all nodes.
+        node: name of the node.
+        versions: versions of packages, driver and sources, which must be the same on all nodes.
         gpus: name and memory (MiB) of each GPU, as nvidia-smi lists them.
         problems: why the node cannot train, one line each.
     """
@@ -55,13 +55,13 @@ def check_node(node: str, config: Config, processes: int, trains: bool, folder: 
         node: name of this node.
         processes: number of training processes per node.
         trains: whether this node trains. A node of SGLang servers needs no data.
-        folder: of the reports, in the run directory.
+        folder: folder of the reports in the run directory.
     """
     report = NodeReport(node, installed_versions())
     report.gpus = visible_gpus(report)
     requested = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if trains and (requested or report.gpus) and len(report.gpus) < processes:
-        report.problems.append(f"{len(report.gpus)} GPUs are seen where {processes} processes are to train")
+        report.problems.append(f"the node has {len(report.gpus)} visible GPUs but needs {processes}")
     if report.gpus and "+cpu" in report.versions["torch"]:
         report.problems.append(f"torch {report.versions['torch']} cannot use the GPUs: install a CUDA build")
     data = [config.data.train, config.data.heldout] if trains else []

@@ -16,9 +16,9 @@ class NodeRendezvous:
 
     Args:
         nodes: names of all nodes, the head first.
-        index: of this node.
+        index: index of this node in `nodes`.
         endpoint: host and port of the store.
-        seconds: from now to the deadline of the whole exchange.
+        seconds: time from now to the deadline of the whole exchange.
     """
 
     def __init__(self, nodes: Sequence[str], index: int, endpoint: tuple[str, int], seconds: float):

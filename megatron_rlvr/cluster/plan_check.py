@@ -16,7 +16,7 @@ def check_plan(config: Config, reports: Sequence[NodeReport], nodes: int, proces
     """Return the plan of a configuration as text. It is computed, not measured.
 
     Args:
-        reports: of all nodes, those that train first.
+        reports: reports of all nodes, the training nodes first.
         nodes: number of training nodes.
         processes: training processes per node.
         servers: SGLang servers that the job will start: none, colocated or nodes:N.
@@ -33,30 +33,30 @@ def check_plan(config: Config, reports: Sequence[NodeReport], nodes: int, proces
     rollout = config.rollout
     memory = [mebibytes for report in reports[:nodes] for _, mebibytes in report.gpus]
     hardware = replace(Hardware(), memory_bytes=min(memory) * 2.0**20) if memory else Hardware()
-    beside_servers = ""
-    if servers != "none":  # with servers at these URLs, the plan counts none of their memory
+    with_servers = ""
+    if servers != "none":  # a plan with server URLs does not count the servers' memory
         sglang = replace(rollout.sglang, urls=["http://not.yet"])
         config = replace(config, rollout=replace(rollout, engine="sglang", sglang=sglang))
     elif memory and rollout.engine == "local" and config.model.layer_spec != "local":
         raise UserError(
-            "rollout.engine=local needs model.layer_spec=local: set RLVR_SERVERS=colocated or nodes:N, and the job "
-            "generates on SGLang servers"
+            "rollout.engine=local needs model.layer_spec=local: set RLVR_SERVERS=colocated or nodes:N to generate on "
+            "SGLang servers"
         )
     if memory and servers == "colocated":
         fraction = normalized(rollout.sglang.server).get("mem_fraction_static")
         if fraction is None:
             raise UserError(
-                "servers beside training (RLVR_SERVERS=colocated) need rollout.sglang.server.mem_fraction_static: the "
-                "share of each GPU that they keep"
+                "RLVR_SERVERS=colocated needs rollout.sglang.server.mem_fraction_static: set it to the share of each "
+                "GPU's memory that the servers keep"
             )
         hardware = replace(hardware, memory_bytes=hardware.memory_bytes * (1 - float(fraction)))
-        beside_servers = f" beside servers that keep {float(fraction):.0%} of each GPU"
+        with_servers = f" next to servers that keep {float(fraction):.0%} of each GPU"
     plan = make_plan(config, nodes, processes, hardware)
     if not memory:
         return f"layout: {plan.data_parallel} data-parallel ranks on {nodes} x {processes} processes, no GPUs"
     if not plan.fits and not os.environ.get("RLVR_IGNORE_PLAN"):
         raise UserError(
-            f"by the plan (computed) the configuration {verdict(plan)}{beside_servers}; RLVR_IGNORE_PLAN=1 trains "
-            "nevertheless"
+            f"by the plan (computed) the configuration {verdict(plan)}{with_servers}; set RLVR_IGNORE_PLAN=1 to train "
+            "anyway"
         )
     return describe(plan)

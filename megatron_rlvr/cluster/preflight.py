@@ -47,7 +47,8 @@ def lead(rendezvous: NodeRendezvous, config: Config, options: argparse.Namespace
         versions = ", ".join(f"{name} {version}" for name, version in reports[0].versions.items())
         print(f"preflight: {len(reports)} nodes agree on {versions}")
         print(
-            f"preflight: GPUs: {', '.join(sorted(gpus)) or 'none'}; model, data and run directory are there", flush=True
+            f"preflight: GPUs: {', '.join(sorted(gpus)) or 'none'}; model, data and run directory are readable",
+            flush=True,
         )
         wait_for_lock(Path(config.run_directory), min(_LOCK_TIMEOUT_S, rendezvous.seconds_left() / 2))
         # In a process of its own, because planning uses a GPU, after which no fork of this process could use NCCL.
@@ -65,7 +66,7 @@ def lead(rendezvous: NodeRendezvous, config: Config, options: argparse.Namespace
 
 
 def follow(rendezvous: NodeRendezvous, options: argparse.Namespace) -> None:
-    """Do the part of a node that is not the head."""
+    """Take part in the network check, on a node that is not the head."""
     network_check = rendezvous.read("network check", 0, rendezvous.seconds_left())
     if network_check in ("gpu", "cpu") and rendezvous.index < options.train_nodes:
         check_network(rendezvous, options.train_nodes, options.processes_per_node, network_check == "gpu")
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     index = nodes.index(node)
     host, port = options.endpoint.rsplit(":", 1)
     training = [word for word in options.training if word != "--"]
-    status, reason, bad_nodes = EXIT_DONE, "all nodes are fit", []
+    status, reason, bad_nodes = EXIT_DONE, "all nodes passed", []
     rendezvous = None
     try:
         config = load_config(training[0], training[1:])

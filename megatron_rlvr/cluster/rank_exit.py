@@ -55,8 +55,8 @@ class RankExit:
         """Return whether the rank stopped as it should.
 
         Args:
-            asked: whether the launcher was asked to stop. A rank that had not yet installed its signal handlers dies of
-                the signal itself, which then also counts as stopped.
+            asked: whether the launcher was asked to stop. A rank that had not yet installed its signal handlers is then
+                killed by the signal, which also counts as stopped.
         """
         return self.code == EXIT_STOPPED or (asked and -self.code in STOP_SIGNALS)
 
@@ -77,7 +77,8 @@ def read_exit(logs: Path, rank: int, code: int, noticed: float) -> RankExit:
 
     Args:
         code: exit status that torchrun saw. It counts if the supervisor was killed before it could record one.
-        noticed: when torchrun saw it, in seconds since the epoch, rounded down as torchrun does; likewise.
+        noticed: when torchrun saw it, in seconds since the epoch, rounded down as torchrun does. It counts in the same
+            case.
     """
     failed = noticed + 1.0  # the end of that second, so that no rank seems to have failed before the one that ended it
     try:
@@ -100,7 +101,7 @@ def first_failure(exits: Sequence[RankExit], asked: bool) -> RankExit:
     one that a signal killed (except SIGABRT, which can end a rank that lost another), then the one that failed first.
 
     Args:
-        exits: of all ranks that did not return 0.
+        exits: exits of all ranks that did not return 0.
         asked: whether the launcher was asked to stop. It then sent SIGTERM itself, which says nothing about a cause.
     """
 

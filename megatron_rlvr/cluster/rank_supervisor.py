@@ -20,7 +20,7 @@ from megatron_rlvr.bound_to_parent import bind_to_parent
 from megatron_rlvr.cluster.rank_exit import STOP_SIGNALS, failure_path, log_path, write_exit
 from megatron_rlvr.exit_status import FAILURE_FILE_VARIABLE
 
-# A process that the rank started can keep the rank's output open for longer. What it writes is not waited for.
+# A process that the rank started can keep the output open after the rank has ended. Its later output is not awaited.
 _LOG_TIMEOUT_S = 10
 
 
@@ -38,12 +38,12 @@ def run_rank(logs: Path, command: Sequence[str]) -> int:
     """Run the rank and return its exit status."""
     rank = int(os.environ["RANK"])
     # Signals are blocked before the child exists, so that none is lost. `sigwait` takes them from the queue.
-    awaited = {signal.SIGCHLD, *STOP_SIGNALS}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
-    this = os.getpid()
+    handled = {signal.SIGCHLD, *STOP_SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+    supervisor = os.getpid()
 
     def prepare_child() -> None:
-        bind_to_parent(this)
+        bind_to_parent(supervisor)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     log, copy = log_path(logs, rank), None
@@ -63,7 +63,7 @@ def run_rank(logs: Path, command: Sequence[str]) -> int:
         )
     terminated = None
     while child.poll() is None:
-        number = signal.sigwait(awaited)
+        number = signal.sigwait(handled)
         if number == signal.SIGCHLD or child.poll() is not None:
             continue
         if number == signal.SIGTERM and terminated is None:

@@ -28,7 +28,7 @@ def check_shared(nodes: Sequence[str], folder: Path, seconds: float) -> None:
         time.sleep(0.1)
     else:
         return
-    reason = f"what {', '.join(missing)} wrote into {folder} is not there on {nodes[0]}"
+    reason = f"{nodes[0]} does not see what {', '.join(missing)} wrote to {folder}"
     if missing == list(nodes[1:]):
         raise UserError(f"{reason}: choose a run_directory on a file system that the nodes share")
     raise BadNodesError(missing, reason)

@@ -43,7 +43,7 @@ def node_pool(config: Config, logs: Path) -> ServerPool:
         Path(config.model.path).resolve(),
         config.model.dtype,
         logs,
-        # What the nodes call each other need not be what a machine calls itself.
+        # A machine's host name can differ from the name by which other nodes reach it.
         host_name=node_name(),
         # These servers share no memory with a trainer.
         hide_other_gpus=True,

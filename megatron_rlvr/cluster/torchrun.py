@@ -67,7 +67,7 @@ def outcome_of(exits: Sequence[RankExit], logs: Path, asked: bool) -> Outcome:
     """Return the outcome of a node.
 
     Args:
-        exits: of the ranks that did not return 0.
+        exits: exits of the ranks that did not return 0.
         asked: whether the launcher received a stop signal.
     """
     first = first_failure(exits, asked)

@@ -33,7 +33,7 @@ CURVE_PARAMETERS = [f.name for f in fields(EntropyCurve)]
 
 @dataclass
 class ScheduleParameters:
-    """A schedule's ``name`` and parameters: all that it needs but the length of the run.
+    """A schedule's ``name`` and parameters: everything that it needs except the length of the run.
 
     Each name has a subclass in ``SCHEDULE_PARAMETERS``, whose fields are the schedule's own, with their types and
     defaults.
@@ -43,11 +43,14 @@ class ScheduleParameters:
 
 
 def _parameters(name: str, schedule_class: type, preset: Mapping[str, Any]) -> type[ScheduleParameters]:
-    """The subclass of ScheduleParameters for ``name``; a field's metadata has the class and name that document it."""
+    """The subclass of ScheduleParameters for ``name``; a field's metadata names the class and field that document it.
+
+    The curve's parameters are on the same level as the schedule's, because a configuration lists both together.
+    """
     sources = [(schedule_class, f) for f in fields(schedule_class) if f.init and f.name not in ("total_steps", "curve")]
-    if schedule_class is TargetEntropy:  # the curve's parameters stand beside the schedule's, so that both are flat
+    if schedule_class is TargetEntropy:
         sources = [(EntropyCurve, f) for f in fields(EntropyCurve)] + sources
-    described = [
+    parameters = [
         (
             f.name,
             get_type_hints(source, include_extras=True)[f.name],
@@ -55,13 +58,13 @@ def _parameters(name: str, schedule_class: type, preset: Mapping[str, Any]) -> t
         )
         for source, f in sources
     ]
-    made = dataclasses.make_dataclass(
+    parameters_class = dataclasses.make_dataclass(
         f"{schedule_class.__name__}Parameters",
-        [("name", str, dataclasses.field(default=name)), *described],
+        [("name", str, dataclasses.field(default=name)), *parameters],
         bases=(ScheduleParameters,),
     )
-    made.__doc__ = schedule_class.__doc__
-    return made
+    parameters_class.__doc__ = schedule_class.__doc__
+    return parameters_class
 
 
 SCHEDULE_PARAMETERS: dict[str, type[ScheduleParameters]] = {

@@ -46,8 +46,11 @@ class EntropyCurve:
         for parameter, curves in (("end", ("linear", "cosine")), ("points", ("piecewise",)), ("file", ("file",))):
             is_set = getattr(self, parameter) is not None
             if is_set != (self.curve in curves):
-                verb = "takes no" if is_set else "needs"
-                raise ValueError(f"target curve: {self.curve} {verb} {parameter}")
+                if is_set:
+                    raise ValueError(
+                        f"target curve: {self.curve} takes no {parameter}; remove it or choose {' or '.join(curves)}"
+                    )
+                raise ValueError(f"target curve: {self.curve} needs {parameter}")
         points = read_points(self.file) if self.file is not None else self.points
         if points is not None:
             object.__setattr__(self, "points", _checked(points))
@@ -69,7 +72,10 @@ class EntropyCurve:
 
 
 def read_points(file: str) -> list[tuple[float, float]]:
-    """Read the points (progress, entropy) from a CSV file with the header ``progress,entropy``."""
+    """Read the points (progress, entropy) from a CSV file with the header ``progress,entropy``.
+
+    Raises ValueError for a missing file, another header or a line that is not two numbers.
+    """
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"target curve: no such file: {file}")

@@ -25,9 +25,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-SIZE = 4  # of the state: h, drift, clip gain, steering gain
+SIZE = 4  # components of the state: h, drift, clip gain, steering gain
 PROCESS_NOISES = (0.016, 0.008, 0.004, 0.03)  # the first is used until there are measurements
-FORGETTING = 0.97  # per step, of the log-likelihoods: about the last 30 steps count
+FORGETTING = 0.97  # decay of the summed log-likelihoods per step, so that about the last 30 steps count
 
 
 @dataclass
@@ -125,7 +125,7 @@ class PlantBank:
 
     @property
     def started(self) -> bool:
-        """Whether the first measurement was taken."""
+        """Whether there was a first measurement."""
         return self._started
 
     @property

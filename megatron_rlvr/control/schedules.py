@@ -103,7 +103,7 @@ class DynamicSchedule(ClipSchedule):
         if self.total_tokens is None:
             return min(step / self.total_steps, 1.0)
         if self._tokens is None:
-            raise ValueError(f"{self.name}: progress is counted in tokens; call observe() before asking for it")
+            raise ValueError(f"{self.name}: progress is counted in tokens, so call observe() first")
         return min(self._tokens / self.total_tokens, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class RelativeSchedule(DynamicSchedule):
         if observation.step != 0:
             raise ValueError(
                 f"{self.name}: the initial entropy is measured at step 0, but the first observation is of step "
-                f"{observation.step}; load the schedule's state from the checkpoint, or give initial_entropy"
+                f"{observation.step}; load the schedule's state from the checkpoint, or set initial_entropy"
             )
         if not observation.entropy > 0.0:
             raise ValueError(f"{self.name}: the initial entropy must be above 0, measured {observation.entropy!r}")

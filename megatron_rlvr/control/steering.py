@@ -31,7 +31,7 @@ class SteeringResponse:
 
     @classmethod
     def from_sums(cls, sums: Sequence[float]) -> SteeringResponse:
-        """From the four sums of :func:`~megatron_rlvr.control.regions.steering_sums`, added over all ranks."""
+        """Build it from the four sums of :func:`~megatron_rlvr.control.regions.steering_sums`, added over all ranks."""
         change, slope, ascent, ascent_slope = (float(x) for x in sums)
         return cls(change, slope, ascent, ascent_slope)
 

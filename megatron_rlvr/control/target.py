@@ -17,7 +17,7 @@ from megatron_rlvr.control.thresholds import ClipThresholds
 SHIFT_NOISE = 0.02
 """Standard deviation of an update's measured shift: its prompts are only part of the step's."""
 SHORTEST_AIM = 0.25
-"""Fraction of a step over which an error is corrected at least, so that the last updates need not correct all of it."""
+"""Smallest fraction of a step over which an error is corrected, so that the last updates need not correct all of it."""
 STEERING_PACE = 4.0
 """Within a step, u moves by at most this many times ``steering_rate``."""
 
@@ -34,8 +34,8 @@ class TargetEntropy(RelativeSchedule):
     intervention (:class:`~megatron_rlvr.control.plant.PlantBank`; the predicted first-order change enters as
     feed-forward if ``response`` is observed). It then requests the difference to the next step's target and corrects
     the current error over ``horizon`` steps. If the trainer reports its updates (:meth:`observe_update`), steering is
-    recomputed after each of them, so that the step reaches its aim although the gains are poorly known and updates
-    erratic.
+    recomputed after each of them, so that the step reaches its target although the gains are poorly known and the
+    updates are noisy.
     """
 
     name: ClassVar[str] = "target-entropy"
@@ -132,9 +132,9 @@ class TargetEntropy(RelativeSchedule):
             missing = 0.0
         reach = rate * clip_gain
         self._position = min(max(missing / reach, -1.0), 1.0) if reach else 0.0
-        begin, self._steering = self._steering, 0.0
+        previous_steering, self._steering = self._steering, 0.0
         if not self._idle and abs(self._position) in (0.0, 1.0):
-            self._steer(begin, self.steering_rate, 1.0)
+            self._steer(previous_steering, self.steering_rate, 1.0)
         self._steering_sum = 0.0
         drive = self._response.drive(self._steering)
         self._applied = (rate, rate * self._position, rate * drive)
@@ -157,11 +157,11 @@ class TargetEntropy(RelativeSchedule):
             + float(abs(self._steering) >= self.steering_limit and abs(self._position) in (0.0, 1.0) and bool(missing)),
         }
 
-    def _steer(self, begin: float, move: float, remaining: float) -> None:
-        """Choose u so that the ``remaining`` fraction of the step takes the shift to the wanted one.
+    def _steer(self, previous: float, move: float, remaining: float) -> None:
+        """Choose u so that the shift reaches the wanted one in the ``remaining`` fraction of the step.
 
-        u may move away from 0 by at most ``move`` beyond ``begin``: one extreme step can ruin a policy, and the gain is
-        known least at the start.
+        u may move away from 0 by at most ``move`` beyond its ``previous`` value: one extreme step can ruin a policy,
+        and the gain is known least at the start.
         """
         shift, drift, clip_gain, steering_gain = self._shift.mean
         steering = 0.0
@@ -171,16 +171,17 @@ class TargetEntropy(RelativeSchedule):
             steering = self._response.steering_for(drive, self.steering_limit)
         if self.floor_only:
             steering = max(steering, 0.0)
-        low, high = min(begin, 0.0) - move, max(begin, 0.0) + move
+        low, high = min(previous, 0.0) - move, max(previous, 0.0) + move
         self._steering = min(max(steering, low), high)
 
     def observe_update(self, step: int, index: int, count: int, shift: float | None) -> None:
-        if step != self._step:
-            raise ValueError(f"{self.name}: an update of step {step} reported, but the last observed is {self._step}")
+        self._check_observed(step)
         if not 0 <= index < count:
-            raise ValueError(f"{self.name}: update {index} of {count} reported; they count from 0")
+            raise ValueError(f"{self.name}: the update's index must be from 0 to {count - 1}, found {index}")
         if shift is not None and not math.isfinite(shift):
-            raise ValueError(f"{self.name}: the shift before update {index} of step {step} must be finite")
+            raise ValueError(
+                f"{self.name}: the shift before update {index} of step {step} must be finite, found {shift!r}"
+            )
         if index and shift is not None:  # before the first update the shift is exactly 0
             self._shift.correct(shift, SHIFT_NOISE)
         self._shift.advance(self._applied, 1.0 / count)
@@ -193,13 +194,17 @@ class TargetEntropy(RelativeSchedule):
             self._applied = (rate, clip, rate * self._response.drive(self._steering))
         self._metrics["control/shift"] = self._shift.mean[0]
 
+    def _check_observed(self, step: int) -> None:
+        if step != self._step:
+            last = "no step" if self._step < 0 else f"step {self._step}"
+            raise ValueError(f"{self.name}: call observe() for step {step} first; it was last called for {last}")
+
     @property
     def wants_updates(self) -> bool:
         return True
 
     def thresholds(self, step: int) -> ClipThresholds:
-        if step != self._step:
-            raise ValueError(f"{self.name}: thresholds of step {step} asked for, but the last observed is {self._step}")
+        self._check_observed(step)
         lower = upper = self.static
         if self._position > 0.0:
             upper = self.upper.combine(self._position, self.static, 1.0 - self._position)

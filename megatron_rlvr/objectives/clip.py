@@ -16,7 +16,7 @@ from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
 class Clip:
     """PPO and GRPO with the bounds of ``inputs.thresholds``: static, clip-higher or dynamic, depending on the schedule.
 
-    ``dual_clip``, where given, must exceed 1. Then, where A < 0, the objective is at least dual_clip * A, so that a
+    With ``dual_clip``, which must exceed 1, the objective of a token with A < 0 is at least dual_clip * A, so that a
     single huge ratio cannot dominate a step. Sources: PPO, arXiv 1707.06347, equation 7; dual clip, arXiv 1912.09729.
     """
 
@@ -39,9 +39,9 @@ class DynamicClip:
     """
 
     eps_low: Annotated[float, Within(0.0)] = 0.16
-    """Largest decrease of a token's probability, weighted by the ratio's distance from 1 as above."""
+    """Bound on |r - 1| p for ratios r below 1, where p is the token's probability."""
     eps_high: Annotated[float, Within(0.0)] = 0.2
-    """Largest increase of a token's probability, likewise."""
+    """Bound on |r - 1| p for ratios r above 1."""
     max_ratio: Annotated[float, Within(1.0)] = 10.0
     """Largest upper bound of the importance ratio."""
 

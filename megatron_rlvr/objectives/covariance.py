@@ -87,5 +87,5 @@ class CovarianceKL:
         highest[covariance.topk(_restrained_count(self.share, len(covariance))).indices] = True
         objective = log_ratio.exp() * inputs.advantage
         objective = torch.where(highest, objective - self.coefficient * log_ratio.abs(), objective)
-        never = torch.zeros_like(highest)
-        return TokenOutputs(inputs.weighted(objective), never, never)
+        none_clipped = torch.zeros_like(highest)
+        return TokenOutputs(inputs.weighted(objective), none_clipped, none_clipped)

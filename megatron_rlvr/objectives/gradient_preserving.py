@@ -31,7 +31,7 @@ class GradientPreservingClip:
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
         clipped = inputs.clipped_objective()
-        value = clipped.objective.detach()  # r A, or the bound times A: in all three cases the gradient wanted, too
+        value = clipped.objective.detach()  # r A, or the bound times A; beta times this is the gradient at ln pi
         scaled_high = torch.where(clipped.is_clipped_high, self.beta_high * value, value)
         scaled = torch.where(clipped.is_clipped_low, self.beta_low * value, scaled_high)
         unit = (inputs.logprob - inputs.logprob.detach()).exp()  # 1, with the gradient of ln pi

@@ -37,9 +37,7 @@ class TruncatedImportance:
 
     def __call__(self, inputs: TokenInputs) -> Tensor:
         if inputs.rollout_logprob is None:
-            raise ValueError(
-                "truncated importance weights need the rollout's log-probabilities: rollout_logprob is None"
-            )
+            raise ValueError("importance weights: rollout_logprob is None; pass the log-probs of the sampling engine")
         log_weight = (inputs.old_logprob - inputs.rollout_logprob).detach()
         if self.level == "sequence":
             log_weight = sequence_sum(log_weight, inputs.sequence_index, inputs.sequence_count)[inputs.sequence_index]

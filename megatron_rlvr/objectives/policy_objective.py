@@ -70,7 +70,7 @@ class PolicyObjective:
         return {} if self.entropy_bonus is None else {"entropy_bonus": self.entropy_bonus.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`. Raises ValueError when the checkpoint's run had no entropy bonus."""
+        """Restore the state from :meth:`state_dict`. Raises ValueError if its run had no entropy bonus but this has."""
         if self.entropy_bonus is None:
             return
         if "entropy_bonus" not in state:

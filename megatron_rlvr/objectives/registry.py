@@ -49,19 +49,20 @@ class ObjectiveParameters:
 def _parameters(name: str, objective_class: type, preset: Mapping[str, Any]) -> type[ObjectiveParameters]:
     """The subclass of ObjectiveParameters for ``name``: the objective's own fields and those of EntropyBonus.
 
-    Each field's metadata has the class and the name under which it is documented.
+    Each field's metadata names the class and the field that document it.
     """
-    described: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=name))]
+    parameters: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=name))]
     for source, prefix, defaults in ((objective_class, "", preset), (EntropyBonus, "entropy_", {})):
         types = get_type_hints(source, include_extras=True)
         for f in fields(source):
             if f.init:
                 default = defaults.get(f.name, f.default)
                 copy = dataclasses.field(default=default, metadata={"source": (source, f.name)})
-                described.append((prefix + f.name, types[f.name], copy))
-    made = dataclasses.make_dataclass(f"{objective_class.__name__}Parameters", described, bases=(ObjectiveParameters,))
-    made.__doc__ = objective_class.__doc__
-    return made
+                parameters.append((prefix + f.name, types[f.name], copy))
+    class_name = f"{objective_class.__name__}Parameters"
+    parameters_class = dataclasses.make_dataclass(class_name, parameters, bases=(ObjectiveParameters,))
+    parameters_class.__doc__ = objective_class.__doc__
+    return parameters_class
 
 
 OBJECTIVE_PARAMETERS: dict[str, type[ObjectiveParameters]] = {
@@ -81,9 +82,8 @@ def objective_parameters(name: str) -> list[str]:
 def build_objective(chosen: str | ObjectiveParameters = "clip", **parameters: Any) -> PolicyObjective:
     """Build an objective by name with its ``parameters``, or from an ObjectiveParameters.
 
-    A parameter that is None has the default of the name.
-    Raises ValueError, in one line that names the valid choices, for an unknown name, an unknown parameter or an
-    impossible value.
+    A parameter that is None takes its default. Raises ValueError, in one line that names the valid choices, for an
+    unknown name, an unknown parameter or an impossible value.
     """
     if isinstance(chosen, ObjectiveParameters):
         parameters = dataclasses.asdict(chosen) | parameters
@@ -96,14 +96,14 @@ def build_objective(chosen: str | ObjectiveParameters = "clip", **parameters: An
             raise ValueError(
                 f"objective {name}: unknown parameter {key!r}{did_you_mean(key, valid)}; valid: {', '.join(valid)}"
             )
-    given = {key: value for key, value in parameters.items() if value is not None}
-    bonus, importance = _take(given, "entropy_"), _take(given, "importance_")
+    overrides = {key: value for key, value in parameters.items() if value is not None}
+    bonus, importance = _take(overrides, "entropy_"), _take(overrides, "importance_")
     if importance and "cap" not in importance:
         raise ValueError(f"objective {name}: importance_level needs importance_cap, for example importance_cap=2.0")
     objective_class, preset = OBJECTIVES[name]
     try:
         return PolicyObjective(
-            objective_class(**{**preset, **given}),
+            objective_class(**{**preset, **overrides}),
             TruncatedImportance(**importance) if importance else None,
             EntropyBonus(**bonus) if bonus.get("coefficient") or bonus.get("target") is not None else None,
         )

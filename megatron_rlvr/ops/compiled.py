@@ -16,10 +16,10 @@ _announced: set[str] = set()
 
 
 def load_kernels() -> ctypes.CDLL | None:
-    """Load the compiled kernels into torch; None, with one warning, where they were not built.
+    """Load the compiled kernels into torch. Return None, with one warning, if they were not built.
 
-    ``MEGATRON_RLVR_OPS=reference`` in the environment leaves them out on purpose. Raises ImportError when the library
-    exists but does not load, and ValueError for any other value of the variable or of ``MEGATRON_RLVR_CPU``.
+    ``MEGATRON_RLVR_OPS=reference`` in the environment turns them off. Raises ImportError if the library exists but does
+    not load, and ValueError for an unknown value of this variable or of ``MEGATRON_RLVR_CPU``.
     """
     choice = os.environ.get("MEGATRON_RLVR_OPS", "")
     if choice == "reference":

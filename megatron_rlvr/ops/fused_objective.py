@@ -26,7 +26,7 @@ from .vocab_projection import (
 
 @dataclass(frozen=True)
 class FusedObjective(GateMasks):
-    """The loss of tokens and what was computed on the way. Only ``loss`` is differentiable.
+    """The loss of tokens and the values it was computed from. Only ``loss`` is differentiable.
 
     Attributes:
         loss: 0-d float32, differentiable in hidden states and weight.
@@ -126,7 +126,7 @@ class _Objective(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         old_logprob, advantage, mask, token_weight = tokens
         scalars, entropy_coefficient, loss_scale = settings
-        wanted = ctx.needs_input_grad[:2]
+        needs_gradient = ctx.needs_input_grad[:2]
         into_main_grad = loss_scale is not None and getattr(weight, "main_grad", None) is not None
         assumed_gradient = loss_scale if into_main_grad and loss_scale is not None else 1.0
         full = gather_hidden(hidden, vocabulary.shard, vocabulary.group, vocabulary.sequence_parallel)
@@ -136,7 +136,7 @@ class _Objective(torch.autograd.Function):
         per_token = torch.ones_like(old_logprob) if token_weight is None else token_weight
         per_token = torch.where(mask, per_token, torch.zeros_like(per_token))
         scaled = per_token * assumed_gradient
-        gradients = ProjectionGradients(full, weight, wanted, into_main_grad) if any(wanted) else None
+        gradients = ProjectionGradients(full, weight, needs_gradient, into_main_grad) if any(needs_gradient) else None
         for chunk, logits in TokenChunks(full, weight, vocabulary.chunk_bytes):
             logprob[chunk], entropy[chunk], state, _ = vocabulary.statistics(logits, targets[chunk])
             objective[chunk], derivative, counts_of_chunk, gate[chunk] = torch.ops.megatron_rlvr.clipped_objective(
@@ -170,7 +170,10 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple:
         refuse_second_derivative("fused_linear_objective")
         if ctx.held is None:
-            raise RuntimeError("fused_linear_objective: second backward pass: the first one has used up the gradients")
+            raise RuntimeError(
+                "fused_linear_objective: second backward pass: the first one has used up the gradients; repeat the "
+                "forward pass"
+            )
         (grad_hidden, of_weight), ctx.held = ctx.held, None
         grad_weight = None
         if ctx.into_main_grad:

@@ -27,9 +27,9 @@ def define(
 
     The compiled library holds kernels for CPU and CUDA tensors, which take precedence over ``eager``; where it has
     none, ``eager`` runs. ``fake`` gives shapes and types to FakeTensor and torch.compile. ``backward`` and
-    ``setup_context`` are the autograd formula, as for torch.library.register_autograd. ``has_kernel=False`` says that
-    the operator is composed of others. Raises ImportError when the compiled library should hold a kernel and does not:
-    it was built from older sources, and running the rest of it would mix two versions.
+    ``setup_context`` are the autograd formula, as for torch.library.register_autograd. ``has_kernel=False`` means that
+    the operator is composed of others. Raises ImportError if the compiled library lacks a kernel that it should have:
+    it was built from other sources, and running the rest of it would mix two versions.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

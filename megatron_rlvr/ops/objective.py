@@ -23,7 +23,7 @@ class Affine(Protocol):
 
 
 class Thresholds(Protocol):
-    """Lower and upper clip threshold, as in ``megatron_rlvr.control.ClipThresholds``; any object with both will do."""
+    """Any object with a lower and an upper clip threshold, such as ``megatron_rlvr.control.ClipThresholds``."""
 
     @property
     def upper(self) -> Affine: ...
@@ -32,7 +32,7 @@ class Thresholds(Protocol):
 
 
 class GateMasks:
-    """Which tokens a bound acts on, as masks; for a dataclass with a ``gate``."""
+    """Mixin for dataclasses with a ``gate``: masks of the tokens on which a bound acts."""
 
     gate: Tensor
 
@@ -49,7 +49,7 @@ class GateMasks:
 
 @dataclass(frozen=True)
 class ClippedObjective(GateMasks):
-    """The objective of tokens and what was counted on the way. Reading nothing from it, nothing waits for the device.
+    """The objective of tokens, with clip and region counts. Nothing waits for the device until a value is read.
 
     Attributes:
         objective: [T] in the log-prob's type, differentiable in the log-prob.
@@ -86,9 +86,9 @@ def clipped_objective(
 
     Args:
         logprob, old_logprob, advantage: float32 [T] on one device, log-probs in nats. All may be float64 instead, for
-            checks: the eager reference computes these, whatever is compiled.
+            verification, which the eager reference computes even if kernels are compiled.
         thresholds: an object with ``upper.slope``, ``upper.intercept``, ``lower.slope`` and ``lower.intercept``. An
-            infinite intercept is no clip on that side.
+            infinite intercept turns clipping off on that side.
         dual_clip: where A < 0, the objective is at least dual_clip * A (arXiv 1912.09729). Must exceed 1.
         mask: bool [T]. Tokens outside it give objective and gradient 0 and are not counted, whatever they hold.
         weight: [T] in the log-prob's type, multiplies objective and gradient.
@@ -120,8 +120,8 @@ def bounded_objective(
     """Token objective weight * min(r A, clip(r, low, high) A), to be maximised, under bounds given per token.
 
     :func:`clipped_objective` with ``low`` and ``high`` instead of thresholds: float32 [T], or one number for all
-    tokens. No gradient flows to them. Everything else, dual clip and errors among it, is as there. With
-    ``logprob`` a log-ratio of any kind and ``old_logprob`` 0, the ratio that is clipped may be a sequence's.
+    tokens. No gradient flows to them. Everything else, including the dual clip and the errors, is the same. To clip
+    another ratio, for example a sequence's, pass its logarithm as ``logprob`` and zeros as ``old_logprob``.
     """
     low, high = (b if isinstance(b, Tensor) else torch.full_like(logprob, b) for b in (low, high))
     tensors = {
@@ -155,8 +155,8 @@ def _with_counts(
 def four_scalars(thresholds: Thresholds) -> tuple[float, float, float, float]:
     """(upper slope, upper intercept, lower slope, lower intercept) as floats.
 
-    An infinite intercept is no clip on that side. Raises ValueError for NaN, and where the closed form of a bound has a
-    pole at some probability in [0, 1].
+    An infinite intercept turns clipping off on that side. Raises ValueError for NaN, and if the closed form of a bound
+    has a pole at some probability in [0, 1].
     """
     upper, lower = thresholds.upper, thresholds.lower
     scalars = float(upper.slope), float(upper.intercept), float(lower.slope), float(lower.intercept)
@@ -215,8 +215,8 @@ def _objective_backward(ctx: Any, grad_objective: Tensor | None, grad_derivative
     # The derivative is weight * r A inside the bounds and 0 outside: it is its own derivative, so that higher
     # derivatives are exact, too.
     (derivative,) = ctx.saved_tensors
-    known = [grad for grad in (grad_objective, grad_derivative) if grad is not None]
-    grad_logprob = sum(known[1:], known[0]) * derivative if known else None
+    incoming = [grad for grad in (grad_objective, grad_derivative) if grad is not None]
+    grad_logprob = sum(incoming[1:], incoming[0]) * derivative if incoming else None
     return (grad_logprob, *([None] * (ctx.argument_count - 1)))
 
 

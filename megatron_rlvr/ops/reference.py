@@ -18,7 +18,7 @@ from torch import Tensor
 MAXIMUM, EXCESS, SHIFTED, TARGET, SQUARED_EXCESS, SQUARED_SHIFTED = range(6)
 # Columns of the row state, all that is saved for the gradient.
 STATE_MAXIMUM, STATE_LOG_SUM, STATE_ENTROPY, STATE_LOGPROB = range(4)
-# What the gate of a token's objective says: the gradient flows, or which bound makes the objective flat.
+# Values of a token's gate: the gradient flows, or which bound makes the objective flat.
 OPEN, CLIPPED_HIGH, CLIPPED_LOW, DUAL_CLIPPED = range(4)
 NOT_A_TARGET = -100  # the target of a row that has none, as in torch.nn.functional.cross_entropy
 
@@ -79,9 +79,9 @@ def combine_statistics(
 
     def merge(excess_column: int, shifted_column: int, power: int) -> tuple[Tensor, Tensor]:
         shard_excess, weight = partials[..., excess_column], scale**power
-        # Every shard sums to 1 + excess. The leader's 1 is the maximum's own and stays out of the sum.
-        without_own = torch.ones_like(scale).scatter(0, leader, 0.0)
-        excess = ((without_own + shard_excess) * weight).sum(0)
+        # Every shard sums to 1 + excess. The leader's 1 is that of the maximum, which excess leaves out.
+        ones_except_leader = torch.ones_like(scale).scatter(0, leader, 0.0)
+        excess = ((ones_except_leader + shard_excess) * weight).sum(0)
         moved = torch.where(weight > 0, delta * (1 + shard_excess), torch.zeros_like(delta))
         return excess, ((partials[..., shifted_column] + moved) * weight).sum(0)
 

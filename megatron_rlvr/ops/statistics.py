@@ -63,8 +63,8 @@ def token_statistics(
             backward pass raises RuntimeError. A linear layer before this operator is safe, because it saves its input
             and weight and not its output. False allocates the gradient. Under torch.compile it is always allocated.
         second_moments: return sum p^2 and sum p^2 ln p, too.
-        vocabulary: size of the whole vocabulary where the ranks do not divide it; the last shard is then shorter than
-            ceil(V/tp).
+        vocabulary: size of the whole vocabulary, needed if the number of ranks does not divide it. The last shard is
+            then shorter than ceil(V/tp).
 
     Raises ValueError for a wrong type, shape or device, and for a parameter as logits with ``inplace``. On the CPU it
     raises ValueError for a target outside the vocabulary and RuntimeError for rows with NaN, with +inf or with nothing
@@ -116,7 +116,7 @@ def check_temperature(temperature: float) -> None:
     """Raise ValueError unless ``temperature`` is a positive finite number."""
     if not isinstance(temperature, int | float):
         raise ValueError(
-            f"temperature: must be a positive finite number, found {temperature!r}; one serves all rows: float(...)"
+            f"temperature: must be a positive finite number, found {temperature!r}; pass one float for all rows"
         )
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature: must be a positive finite number, found {temperature!r}")
@@ -125,13 +125,13 @@ def check_temperature(temperature: float) -> None:
 def refuse_second_derivative(operator: str) -> None:
     """Raise RuntimeError if the backward pass in progress will be differentiated (``create_graph=True``).
 
-    Its gradient is computed from detached numbers, so a second derivative would lack this operator's term without any
-    sign of it: torch's own ``once_differentiable`` stays silent where the incoming gradient is a constant.
+    The gradient is computed from detached numbers, so a second derivative would silently lack this operator's term.
+    torch's ``once_differentiable`` does not raise if the incoming gradient is a constant.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{operator}: create_graph=True asks for a second derivative, which this operator does not have; "
-            "leave create_graph out, or use torch.log_softmax for what is differentiated twice"
+            "leave create_graph out, or use torch.log_softmax where two derivatives are needed"
         )
 
 
@@ -186,7 +186,7 @@ class _TokenStatistics(torch.autograd.Function):
         if ctx.consumed:
             raise RuntimeError(
                 "token_statistics: second backward pass over consumed logits: the first one wrote the gradient over "
-                "them (inplace=True); pass inplace=False where the graph is kept"
+                "them (inplace=True); pass inplace=False to keep the graph"
             )
         try:
             logits, targets, state = ctx.saved_tensors
@@ -281,7 +281,7 @@ define(
     eager=reference.combine_statistics,
     fake=_fake_combine_statistics,
 )
-# combine_statistics with the logits as an argument, so that autograd has what to differentiate with respect to.
+# combine_statistics with the logits as an argument, so that autograd can differentiate with respect to them.
 define(
     "token_statistics(Tensor logits, Tensor targets, Tensor gathered, int vocab_start, int vocab_size,"
     f" float inverse_temperature) -> {_STATISTICS}",

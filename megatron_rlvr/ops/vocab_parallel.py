@@ -30,10 +30,11 @@ class VocabShard:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None, entries: int, vocabulary: int | None = None) -> VocabShard:
-        """This process's shard of ``entries`` in a tensor-parallel ``group``; None if the vocabulary is not sharded.
+        """The shard of this process, which has ``entries`` of the vocabulary.
 
-        Raises ValueError if this process is not a member of the group, or if its shard of the ``vocabulary`` must have
-        another number of entries.
+        ``group`` is the tensor-parallel group, None if the vocabulary is not sharded. ``vocabulary`` is the size of the
+        whole vocabulary; None means that all shards have equal length. Raises ValueError if this process is not a
+        member of the group, or if its shard of ``vocabulary`` must have another number of entries.
         """
         rank, count = 0, 1
         if group is not None:
@@ -71,15 +72,15 @@ def gather_partials(
     rows, columns = partials.shape
     traced = torch.compiler.is_compiling()
     checked = partials.device.type == "cpu" and not traced
-    holds = (rows, shard.width, inverse_temperature)
+    must_agree = (rows, shard.width, inverse_temperature)
     if not traced and os.environ.get("MEGATRON_RLVR_CHECK") == "1":
-        own = torch.tensor([holds], dtype=torch.float64, device=partials.device)
-        everyone = own.new_empty((shard.count, len(holds)))
-        dist.all_gather_into_tensor(everyone, own, group=group)
-        _refuse_unequal(everyone)
+        of_rank = torch.tensor([must_agree], dtype=torch.float64, device=partials.device)
+        of_all_ranks = of_rank.new_empty((shard.count, len(must_agree)))
+        dist.all_gather_into_tensor(of_all_ranks, of_rank, group=group)
+        _check_agreement(of_all_ranks)
     if checked:
         last = torch.zeros(1, columns)
-        last[0, : len(holds)] = torch.tensor(holds)
+        last[0, : len(must_agree)] = torch.tensor(must_agree)
         partials = torch.cat([partials, last])
     gathered = partials.new_empty((shard.count * partials.shape[0], columns))
     if checked:
@@ -87,18 +88,18 @@ def gather_partials(
     dist.all_gather_into_tensor(gathered, partials, group=group)
     gathered = gathered.view(shard.count, -1, columns)
     if checked:
-        _refuse_unequal(gathered[:, rows, : len(holds)])
+        _check_agreement(gathered[:, rows, : len(must_agree)])
         gathered = gathered[:, :rows].contiguous()
     return gathered
 
 
-def _refuse_unequal(everyone: Tensor) -> None:
-    """Raise ValueError unless all ranks agree; ``everyone`` [W, 3] is their T, V/tp and 1 / temperature."""
-    if not (everyone == everyone[0]).all():
-        tokens, widths = (["?" if math.isnan(x) else int(x) for x in column.tolist()] for column in everyone.T[:2])
+def _check_agreement(of_all_ranks: Tensor) -> None:
+    """Raise ValueError unless all ranks agree; ``of_all_ranks`` [W, 3] has their T, V/tp and 1 / temperature."""
+    if not (of_all_ranks == of_all_ranks[0]).all():
+        tokens, widths = (["?" if math.isnan(x) else int(x) for x in column.tolist()] for column in of_all_ranks.T[:2])
         raise ValueError(
             "group: its ranks must pass equal numbers of tokens, hold equal shards and pass one temperature; found T "
-            f"{tokens}, V/tp {widths} and 1 / temperature {everyone[:, 2].tolist()}"
+            f"{tokens}, V/tp {widths} and 1 / temperature {of_all_ranks[:, 2].tolist()}"
         )
 
 

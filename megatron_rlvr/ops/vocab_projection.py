@@ -110,7 +110,7 @@ class WeightGradient:
         if self.main_grad is None:
             return self.total.to(self.weight.dtype)
         if hasattr(self.weight, "grad_added_to_main_grad"):
-            # Megatron's data-parallel hook must see a gradient arrive, and does not read it if this is set.
+            # Megatron's data-parallel hook runs only if a gradient arrives, and ignores its value if this is set.
             self.weight.grad_added_to_main_grad = True
             # A weight that is also the embedding gets a second gradient, added to this one, and Megatron reads the sum.
             shared = getattr(self.weight, "zero_out_wgrad", False)
@@ -121,10 +121,10 @@ class WeightGradient:
 class ProjectionGradients:
     """Gradients of hidden states and weight, accumulated chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, wanted: tuple[bool, bool], into_main_grad: bool):
+    def __init__(self, hidden: Tensor, weight: Tensor, needs_gradient: tuple[bool, bool], into_main_grad: bool):
         self.weight = weight
-        self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.of_weight = WeightGradient(weight, into_main_grad) if wanted[1] else None
+        self.hidden = torch.empty_like(hidden) if needs_gradient[0] else None
+        self.of_weight = WeightGradient(weight, into_main_grad) if needs_gradient[1] else None
 
     def add(self, chunk: slice, grad_logits: Tensor, hidden: Tensor) -> None:
         if self.hidden is not None:
@@ -150,9 +150,9 @@ def reduce_hidden_gradient(
     """Sum the shards' gradients of the hidden states: one all-reduce, or one reduce-scatter along the tokens."""
     if not sequence_parallel or shard.count == 1:
         return all_reduce_sum(gradient, group)
-    own = gradient.new_empty((gradient.shape[0] // shard.count, gradient.shape[1]))
-    dist.reduce_scatter_tensor(own, gradient, op=dist.ReduceOp.SUM, group=group)
-    return own
+    scattered = gradient.new_empty((gradient.shape[0] // shard.count, gradient.shape[1]))
+    dist.reduce_scatter_tensor(scattered, gradient, op=dist.ReduceOp.SUM, group=group)
+    return scattered
 
 
 def check_projection(

@@ -18,13 +18,13 @@ def activation_bytes(
     """Bytes that a rank of a stage keeps for the backward passes of all microbatches in flight.
 
     Args:
-        shape: of the model.
-        stage: of the rank.
+        shape: the model's dimensions.
+        stage: pipeline stage of the rank.
         parallel: the layout.
-        tokens: of a microbatch on this rank, whole under sequence parallelism.
-        microbatches: of a minibatch.
-        itemsize: bytes of an activation.
-        local_layers: whether layers are megatron-core's local ones, not Transformer Engine's.
+        tokens: tokens of a microbatch on this rank, before sequence parallelism splits them.
+        microbatches: microbatches per minibatch.
+        itemsize: bytes per element of an activation.
+        local_layers: whether the layers are megatron-core's local ones, not Transformer Engine's.
     """
     of_layer = layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers)
     kept = of_layer

@@ -17,9 +17,9 @@ class Microbatches:
     """How one data-parallel rank splits a minibatch.
 
     Attributes:
-        sequences: of a microbatch, when all of them are as long as the configuration allows.
-        count: microbatches of a minibatch.
-        tokens: of a microbatch, padding included.
+        sequences: sequences per microbatch if all of them have the greatest length that the configuration allows.
+        count: microbatches per minibatch.
+        tokens: tokens per microbatch, including padding.
     """
 
     sequences: int

@@ -74,10 +74,10 @@ def static_memory(
     experts. It pads its buffers: every parameter to 64 elements, a bucket to lcm(ranks, 128).
 
     Args:
-        stage: of the rank.
+        stage: pipeline stage of the rank.
         parallel: the layout.
-        dtype: of the weights.
-        data_parallel: data-parallel ranks.
+        dtype: type of the weights.
+        data_parallel: number of data-parallel ranks.
         cpu_offload: share of Adam's state that is in host memory.
     """
     ranks = data_parallel * parallel.context
@@ -102,7 +102,7 @@ def _padded_buffer(parameters: Sequence[int], shared_embedding: int, ranks: int)
     end = 0
     for numel in parameters:
         end = _round_up(end, 64) + numel
-        if shared_embedding == numel:  # has a bucket of its own
+        if shared_embedding == numel:  # it gets a separate bucket
             end = _round_up(end, divisor)
     return _round_up(end, divisor)
 
@@ -112,14 +112,14 @@ def _round_up(number: int, divisor: int) -> int:
 
 
 def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int, data_parallel: int) -> PhaseMemory:
-    """What a step adds when every sequence is as long as the configuration allows.
+    """Bytes that a step adds if every sequence has the greatest length that the configuration allows.
 
     Args:
-        shape: of the model.
-        stage: of the rank.
-        config: of the run.
-        itemsize: bytes of a weight and of an activation.
-        data_parallel: data-parallel ranks.
+        shape: the model's dimensions.
+        stage: pipeline stage of the rank.
+        config: the resolved configuration.
+        itemsize: bytes per element of weights and activations.
+        data_parallel: number of data-parallel ranks.
     """
     parallel, rollout = config.parallel, config.rollout
     local_layers = config.model.layer_spec == "local"

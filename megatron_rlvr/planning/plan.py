@@ -26,10 +26,10 @@ class Plan:
     """What a configuration needs on a number of GPUs.
 
     Attributes:
-        config: that was planned, with every ``auto`` resolved for GPUs.
-        data_parallel: data-parallel ranks.
-        itemsize: bytes of a weight and of an activation.
-        memory: of every stage.
+        config: the planned configuration, with every ``auto`` resolved for GPUs.
+        data_parallel: number of data-parallel ranks.
+        itemsize: bytes per element of weights and activations.
+        memory: bytes of a rank of each pipeline stage.
     """
 
     config: Config
@@ -44,7 +44,7 @@ class Plan:
     hardware: Hardware
 
     def stage_bytes(self, index: int) -> int:
-        """The peak of a rank of this stage, the assumed context included."""
+        """Peak bytes of a rank of this stage, including the assumed CUDA context."""
         static, phases = self.memory[index]
         servers_stay = not self.config.rollout.sglang.release_memory
         update = phases.update + (phases.server_weights if servers_stay else 0)
@@ -52,12 +52,12 @@ class Plan:
 
     @property
     def worst(self) -> int:
-        """The index of the stage that needs most."""
+        """The index of the stage that needs the most memory."""
         return max(range(len(self.stages)), key=self.stage_bytes)
 
     @property
     def spare_bytes(self) -> float:
-        """What the fullest GPU has left; negative when the configuration does not fit."""
+        """Bytes that the fullest GPU has left; negative if the configuration does not fit."""
         return self.hardware.memory_bytes - self.stage_bytes(self.worst)
 
     @property
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def dominant(self) -> str:
-        """What takes most memory on the fullest rank."""
+        """What takes the most memory on the fullest rank."""
         static, phases = self.memory[self.worst]
         needs = {"weights": static.weights, "gradients": static.gradients, "optimizer": static.optimizer}
         update = {
@@ -88,14 +88,14 @@ def make_plan(
     """Plan `config` on ``nodes * gpus_per_node`` GPUs.
 
     Args:
-        config: of the run.
-        nodes: machines of the job.
-        gpus_per_node: GPUs of each.
-        hardware: of every GPU; an H100 by default.
-        response_share: mean length of prompts and responses, as a share of the longest.
+        config: the configuration to plan.
+        nodes: number of nodes.
+        gpus_per_node: number of GPUs per node.
+        hardware: rates and memory of a GPU; an H100 by default.
+        response_share: mean length of prompts and responses, as a share of the greatest.
 
     Raises:
-        UserError: when the layout does not divide the model, the job or the batch.
+        UserError: if the layout does not divide the model, the job or the batch.
     """
     config = resolve(config, on_gpu=True)
     hardware = hardware or Hardware()
@@ -106,8 +106,8 @@ def make_plan(
     if rollout.prompts_per_step % (data_parallel * config.algorithm.minibatches):
         raise UserError(
             f"rollout.prompts_per_step={rollout.prompts_per_step} is not a multiple of {data_parallel} data-parallel "
-            f"ranks x algorithm.minibatches={config.algorithm.minibatches}: every rank needs the same number of whole "
-            "groups in every minibatch"
+            f"ranks x algorithm.minibatches={config.algorithm.minibatches}: choose a multiple, so that every rank has "
+            "the same number of whole groups in every minibatch"
         )
     memory = [
         StageMemory(
@@ -132,9 +132,9 @@ def make_plan(
 
 
 def suggest(config: Config, nodes: int, gpus_per_node: int, hardware: Hardware, response_share: float) -> list[Plan]:
-    """Plan other layouts; returns those that fit, the fastest first.
+    """Plan other layouts and return those that fit, the fastest first.
 
-    A layout that does not fit is tried again with full recomputation. Arguments as in `make_plan`.
+    A layout that does not fit is tried again with full recomputation. The arguments are those of `make_plan`.
     """
     fitting = []
     for layout in _layouts(config.parallel, gpus_per_node):

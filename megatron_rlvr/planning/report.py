@@ -20,7 +20,7 @@ def verdict(plan: Plan) -> str:
     needed, available = plan.stage_bytes(plan.worst) / GIB, plan.hardware.memory_bytes / GIB
     return (
         f"{'fits' if plan.fits else 'does NOT fit'}: stage {plan.worst} needs {needed:.1f} of {available:.1f} GiB, "
-        f"{abs(plan.spare_bytes) / GIB:.1f} GiB {'spare' if plan.fits else 'too many'}; most of it {plan.dominant}"
+        f"{abs(plan.spare_bytes) / GIB:.1f} GiB {'spare' if plan.fits else 'too many'}; largest: {plan.dominant}"
     )
 
 
@@ -35,7 +35,7 @@ def layout_name(plan: Plan) -> str:
         words.append("sequence parallel")
     if parallel.recompute == "full":
         words.append("full recomputation")
-    words.append("distributed optimizer" if parallel.distributed_optimizer else "whole optimizer on every data rank")
+    words.append("distributed optimizer" if parallel.distributed_optimizer else "full optimizer on every data rank")
     return ", ".join(words)
 
 
@@ -75,12 +75,12 @@ def _memory_table(plan: Plan) -> list[str]:
         ]
         lines.append(" ".join(columns))
     if not served:
-        turns = "update (activations; head or working) and generation (cache, gathered tensor) take turns"
+        sharing = "update (activations; head or working) and generation (cache, gathered tensor) alternate"
     elif sglang.release_memory:
-        turns = "SGLang servers release their memory for the update and resume it for the gathered tensor"
+        sharing = "SGLang servers release their memory for the update and resume it for the gathered tensor"
     else:
-        turns = "SGLang servers keep their weights beside the policy; update and gathered tensor take turns"
-    return [*lines, f"{turns}; the context is assumed."]
+        sharing = "SGLang servers keep their weights during the update; update and gathered tensor alternate"
+    return [*lines, f"{sharing}; the context is assumed."]
 
 
 def _advice(plan: Plan) -> list[str]:
@@ -94,14 +94,14 @@ def _advice(plan: Plan) -> list[str]:
         bytes_per_token = shape.layers * 2 * shape.key_value * plan.itemsize // gpus
         tokens = plan.spare_bytes / bytes_per_token
         lines.append(
-            f"the spare memory of a server holds keys and values of {tokens:.0f} tokens: "
-            f"{tokens / longest:.1f} of the longest sequences"
+            f"the spare memory of a server holds keys and values of {tokens:.0f} tokens, "
+            f"{tokens / longest:.1f} sequences of the greatest length"
         )
     if config.parallel.distributed_optimizer:
         gathered = 12 * max(stage.count for stage in plan.stages) / GIB
         lines.append(
-            f"a checkpoint gathers {gathered:.1f} GiB of optimizer state in the host memory of every first "
-            "data-parallel rank, and as much on every rank when it is loaded"
+            f"saving a checkpoint gathers {gathered:.1f} GiB of optimizer state in the host memory of the first rank "
+            "of every data-parallel group; loading it needs as much on every rank"
         )
     if longest > shape.positions:
         lines.append(
@@ -113,7 +113,7 @@ def _advice(plan: Plan) -> list[str]:
 
 
 def _largest_local_batch(plan: Plan) -> int:
-    """The `rollout.local_batch` that would make a plan fit which the cache is too large for; 0 where none does."""
+    """The `rollout.local_batch` that would make the plan fit, if only the cache is too large; otherwise 0."""
     static, phases = plan.memory[plan.worst]
     if plan.fits or plan.config.rollout.engine == "sglang" or phases.generation <= phases.update:
         return 0
@@ -125,18 +125,18 @@ def _time(plan: Plan) -> list[str]:
     time, hardware = plan.time, plan.hardware
     phases = [f"{name.replace('_', '-')} {seconds:.1f}" for name, seconds in time.seconds_by_phase.items() if seconds]
     lines = [
-        f"seconds of a step at {time.response_tokens:.0f} response tokens: {time.total:.0f} = {', '.join(phases)}; "
-        f"most of it {time.dominant.replace('_', '-')}",
+        f"seconds per step at {time.response_tokens:.0f} response tokens: {time.total:.0f} = {', '.join(phases)}; "
+        f"longest: {time.dominant.replace('_', '-')}",
         f"from {hardware.flops / 1e12:.0f} TFLOP/s x {hardware.compute_share}, "
         f"{hardware.memory_rate / 1e12:.2f} TB/s x {hardware.memory_share}, links of "
         f"{hardware.nvlink_rate / 1e9:.0f} and {hardware.network_rate / 1e9:.0f} GB/s x {hardware.link_share}",
     ]
     if plan.config.rollout.engine == "sglang":
-        way = {
+        transport = {
             "tensor": "through shared memory, over NVLink",
             "distributed": "by a broadcast over the network",
             "disk": f"through a shared file system of {hardware.disk_rate / 1e9:.0f} GB/s, assumed",
         }[planned_weight_sync(plan.config.rollout.sglang.weight_sync, plan.nodes)]
         weights = plan.shape.parameters * plan.itemsize / 1e9
-        lines.append(f"weights to the servers: {weights:.1f} GB {way}; the overhead of requests is left out")
+        lines.append(f"weights to the servers: {weights:.1f} GB {transport}, without the overhead of requests")
     return lines

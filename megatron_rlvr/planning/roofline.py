@@ -24,11 +24,11 @@ class Hardware:
     flops: float = 989e12
     """Floating-point operations per second."""
     memory_rate: float = 3.35e12
-    """Bytes per second, as are the other rates."""
+    """Bytes per second, like the other rates."""
     nvlink_rate: float = 450e9
     network_rate: float = 50e9
     disk_rate: float = 2e9
-    """Of a shared file system, for one writer or one reader; assumed."""
+    """Rate of a shared file system, for one writer or one reader. Assumed."""
     compute_share: float = 0.40
     memory_share: float = 0.60
     link_share: float = 0.70
@@ -79,17 +79,17 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Job:
-    """What the time of a step depends on.
+    """Everything that the time of a step depends on.
 
     Attributes:
-        config: of the run, with every ``auto`` resolved.
-        shape: of the model.
-        stages: of the pipeline.
-        itemsize: bytes of a weight and of an activation.
-        data_parallel: data-parallel ranks.
-        gpus_per_node: GPUs that NVLink connects.
-        hardware: of every GPU.
-        response_share: mean length of prompts and responses, as a share of the longest.
+        config: the configuration, with every ``auto`` resolved.
+        shape: the model's dimensions.
+        stages: the pipeline stages.
+        itemsize: bytes per element of weights and activations.
+        data_parallel: number of data-parallel ranks.
+        gpus_per_node: number of GPUs that NVLink connects.
+        hardware: rates and memory of a GPU.
+        response_share: mean length of prompts and responses, as a share of the greatest.
     """
 
     config: Config
@@ -193,7 +193,7 @@ def step_time(job: Job) -> StepTime:
 def _local_generation_time(job: Job) -> float:
     """Generation by the training ranks: a batch ends with its longest response, and pipeline stages take turns.
 
-    Each decoding step reads the weights, and every token reads the cache before it.
+    Each decoding step reads the weights, and every token reads the cache of the tokens before it.
     """
     parallel, rollout = job.config.parallel, job.config.rollout
     weights = job.stage_parameters * job.itemsize
@@ -207,9 +207,9 @@ def _local_generation_time(job: Job) -> float:
 
 
 def _server_generation_time(job: Job) -> float:
-    """Generation on as many GPUs by SGLang servers, whose replicas each generate their share of the sequences.
+    """Generation by SGLang servers on the same number of GPUs. Each replica generates its share of the sequences.
 
-    Pipeline stages of a server take turns, so that a decoding step takes as long as reading the weights of one
+    The pipeline stages of a server take turns, so a decoding step takes as long as reading the weights of one
     tensor-parallel shard.
     """
     rollout = job.config.rollout
@@ -266,7 +266,7 @@ def _gradient_exchange_time(job: Job) -> float:
 
 
 def _optimizer_time(job: Job) -> float:
-    """Adam reads gradient, master weight and moments, and writes the last three and the weight: 30 bytes."""
+    """Adam reads gradient, master weight and moments, and writes the last three and the weight: 30 bytes in all."""
     parallel, algorithm = job.config.parallel, job.config.algorithm
     shards = job.data_parallel * parallel.context if parallel.distributed_optimizer else 1
     moved = 30 * job.stage_parameters / shards
@@ -298,11 +298,11 @@ def _weight_sync_time(job: Job) -> float:
 def _sending_time(job: Job, weights: int) -> float:
     """Seconds that `weights` bytes take from the main process to all servers."""
     sglang, hardware = job.config.rollout.sglang, job.hardware
-    way = planned_weight_sync(sglang.weight_sync, job.nodes)
-    if way == "tensor":  # every replica on the node reads the main process's GPU
+    transport = planned_weight_sync(sglang.weight_sync, job.nodes)
+    if transport == "tensor":  # every replica on the node reads the main process's GPU
         replicas = sglang.servers * ServerLayout.from_arguments(sglang.server).replicas
         return replicas * weights / hardware.reached_link_rate(within_node=True)
-    if way == "distributed":  # a broadcast crosses each link once
+    if transport == "distributed":  # a broadcast crosses each link once
         return weights / hardware.reached_link_rate(within_node=False)
     return 2 * weights / hardware.disk_rate  # written by one process, then read by all servers at once
 
@@ -310,6 +310,6 @@ def _sending_time(job: Job, weights: int) -> float:
 def planned_weight_sync(weight_sync: str, nodes: int) -> str:
     """How servers receive weights on `nodes` nodes: ``tensor``, ``distributed`` or ``disk``.
 
-    Shared memory ends at the main process's machine, so on several nodes a broadcast is planned in its place.
+    Only servers on the main process's machine can use shared memory, so on several nodes a broadcast replaces it.
     """
     return "distributed" if weight_sync == "tensor" and nodes > 1 else weight_sync

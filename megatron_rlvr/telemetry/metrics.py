@@ -68,7 +68,7 @@ class MetricsWriter:
         sinks: what else receives every record.
 
     Raises:
-        UserError: when a new run finds the metrics of another.
+        UserError: if a new run finds the metrics of another.
     """
 
     def __init__(
@@ -92,7 +92,11 @@ class MetricsWriter:
             _truncate(self.evaluations_path, resume_step + 1)
             if resume_step > 0 and self._last_step != resume_step - 1:
                 extent = "is empty" if self._last_step is None else f"ends at step {self._last_step}"
-                warnings.warn(f"{self.metrics_path} {extent}, the run resumes at step {resume_step}", stacklevel=2)
+                warnings.warn(
+                    f"{self.metrics_path} {extent}, but the run resumes at step {resume_step}; the records between are "
+                    "missing",
+                    stacklevel=2,
+                )
         self.sinks: list[Sink] = [TensorBoard(directory / "tensorboard", resume_step)] if tensorboard else []
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -103,7 +107,7 @@ class MetricsWriter:
         """
         plain = _plain(record)
         if self._last_step is not None and plain["step"] <= self._last_step:
-            raise ValueError(f"metrics of step {plain['step']} written after those of step {self._last_step}")
+            raise ValueError(f"metrics: step {plain['step']} must be greater than the last one, {self._last_step}")
         _append(self.metrics_path, plain)
         self._last_step = plain["step"]
         for sink in self.sinks:

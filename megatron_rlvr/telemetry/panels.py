@@ -29,7 +29,7 @@ class Panel:
     """One set of axes.
 
     Attributes:
-        name: of the PNG file.
+        name: stem of the PNG file.
         unit: label of the vertical axis.
         from_evaluations: whether the values come from evaluation records instead of metrics.
         percent: whether the axis is labelled in percent.
@@ -94,7 +94,7 @@ def panels(groups: Sequence[RunGroup]) -> list[Panel]:
             "heldout",
             "Held-out prompts",
             "fraction solved",
-            tuple(_metric(name, name, look) for look, name in enumerate(drawn)),
+            tuple(_metric(name, name, number) for number, name in enumerate(drawn)),
             from_evaluations=True,
         ),
         Panel(
@@ -179,8 +179,9 @@ def phases(records: Iterable[Record]) -> list[tuple[int, int, str]]:
     return spans
 
 
-def _metric(name: str, label: str = "", look: int = 0) -> Series:
-    return Series(label, lambda record: record.get(name), look, look)
+def _metric(name: str, label: str = "", number: int = 0) -> Series:
+    """A metric as a series, with the colour and line style of this number."""
+    return Series(label, lambda record: record.get(name), number, number)
 
 
 def _sum(names: Sequence[str]) -> Series:

@@ -25,9 +25,9 @@ def plot_run(run_directory: str | os.PathLike[str], title: str, output: Path | N
     """Plot a run: ``overview.png`` and one PNG per panel.
 
     Args:
-        run_directory: the run.
-        title: of the overview.
-        output: folder for the files, by default ``plots/`` of the run directory.
+        run_directory: directory of the run.
+        title: title of the overview.
+        output: folder for the files, by default ``plots/`` in the run directory.
 
     Returns:
         the files written.
@@ -46,7 +46,7 @@ def plot_groups(groups: Sequence[RunGroup], title: str, output: Path) -> list[Pa
     Panels for which no run has values are left out. A single group also shows the phases of its schedule as the
     background of the entropy. Several groups are distinguished by colour.
     """
-    from matplotlib.figure import Figure  # takes over a second to import: only paid when plots are drawn
+    from matplotlib.figure import Figure  # here, because the import takes over a second
 
     output.mkdir(parents=True, exist_ok=True)
     nonempty = [panel for panel in panels(groups) if any(curves(group, panel) for group in groups)]

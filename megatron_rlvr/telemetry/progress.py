@@ -42,8 +42,8 @@ def open_progress(
     """A live panel if the output is a terminal, plain lines otherwise (CI, Slurm logs, pipes).
 
     Args:
-        title: of the panel.
-        total_steps: of the whole run.
+        title: title of the panel.
+        total_steps: number of steps of the run.
         history: records of the steps before this process, so that a resumed run shows all its steps.
         console: standard output by default.
     """
@@ -128,7 +128,7 @@ class PlainProgress:
         self._console = console
 
     def phase(self, name: str) -> None:
-        """Prints nothing: a log has one line per step."""
+        """Print nothing: a log has one line per step."""
 
     def update(self, record: Record) -> None:
         history = self._history

@@ -24,7 +24,7 @@ class Reporter:
     """Reports a run. Every process times its steps and keeps the newest metrics; only the active process writes.
 
     Args:
-        config: of the run.
+        config: the configuration of the run.
         first_step: 0 for a new run, otherwise the step that a checkpoint resumes from. Metrics of this step and later
             ones, written before the run was interrupted, are removed.
         active: whether this process writes.

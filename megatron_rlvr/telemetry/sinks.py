@@ -79,7 +79,9 @@ class WeightsAndBiases:
         try:
             import wandb  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
-            raise UserError("W&B logging is on but wandb is missing: pip install wandb, or turn it off") from error
+            raise UserError(
+                "telemetry.wandb_project is set but wandb is not installed: pip install wandb, or set it to null"
+            ) from error
         id_file = run_directory / "wandb_run_id"
         if not id_file.is_file():
             id_file.write_text(uuid.uuid4().hex[:16])

@@ -24,14 +24,14 @@ class Status:
     """The content of ``status.json``. Values that are not known yet are None.
 
     Attributes:
-        steps: of the whole run.
+        steps: number of steps of the run.
         state: ``running``, ``done``, ``stopped`` (resumable), or ``failed``.
-        phase: of the step in progress.
+        phase: what the step in progress is doing.
         reason: why the run failed.
         step: number of finished steps.
-        reward, entropy, entropy_target: of the last finished step. Entropies are in nats per token; the target is None
-            unless the schedule has one.
-        tokens_per_second: response tokens of the last step by its duration, evaluation and checkpoint included.
+        reward, entropy, entropy_target: values of the last finished step. Entropies are in nats per token; the target
+            is None unless the schedule has one.
+        tokens_per_second: response tokens of the last step by its duration, including evaluation and checkpoint.
         step_seconds: mean duration of the last steps.
         seconds_left: expected duration of the remaining steps.
         checkpoint: number of steps in the newest complete checkpoint.
@@ -63,8 +63,8 @@ class StatusWriter:
 
     Args:
         run_directory: must exist.
-        name: of the run.
-        steps: of the whole run.
+        name: name of the run.
+        steps: number of steps of the run.
         first_step: the step that this process begins with. If it is not 0, a checkpoint of that step exists.
     """
 

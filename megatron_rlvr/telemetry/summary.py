@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megatron_rlvr.telemetry.metrics import EVALUATIONS_FILE, Record, read_metrics
 
-# The reward of a single step is noisy, since every step has other prompts: the first and last steps are averaged.
+# The reward of a single step is noisy, because every step has other prompts. The first and last steps are averaged.
 STEPS_AVERAGED = 5
 
 
@@ -45,8 +45,8 @@ def summary_table(records: Sequence[Record], evaluations: Sequence[Record]) -> T
     for side, label in (("high", "clipped at the upper bound"), ("low", "clipped at the lower bound")):
         fractions = _column(records, f"clip/fraction_{side}")
         if fractions:
-            mean, most = math.fsum(fractions) / len(fractions), max(fractions)
-            table.add_row(f"tokens {label}", f"mean {mean:.2%}", f"most {most:.2%}", "")
+            mean, highest = math.fsum(fractions) / len(fractions), max(fractions)
+            table.add_row(f"tokens {label}", f"mean {mean:.2%}", f"most {highest:.2%}", "")
     return table
 
 

@@ -53,7 +53,7 @@ class StepPace:
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def step_ended(self) -> float:
-        """Record the end of a step; returns its seconds. Evaluation and checkpoint count for the step they precede."""
+        """Record the end of a step and return its seconds. Evaluation and checkpoint count for the following step."""
         now = time.monotonic()
         seconds, self._last_end = now - self._last_end, now
         self._recent.append(seconds)

@@ -32,7 +32,7 @@ def uninterrupted(cluster: Cluster, settings, tmp_path_factory: pytest.TempPathF
         job.wait_for_steps(1)
         first = time.monotonic() - began
         assert job.finish() == "COMPLETED"
-    preflight = float(re.search(r"preflight: all nodes are fit \((.*) s\)", cluster.output(job.id))[1])  # type: ignore[index]
+    preflight = float(re.search(r"preflight: all nodes passed \((.*) s\)", cluster.output(job.id))[1])  # type: ignore[index]
     print(f"\nfrom sbatch to the first step {first:.1f} s, of which preflight {preflight:.1f} s")
     return job
 

@@ -53,5 +53,5 @@ def test_a_gpu_job_that_could_not_generate_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="set RLVR_SERVERS=colocated or nodes:N"):
         check_plan(config, reports, train, 8)
     config.rollout.sglang.server = {}
-    with pytest.raises(UserError, match=r"need rollout\.sglang\.server\.mem_fraction_static"):
+    with pytest.raises(UserError, match=r"needs rollout\.sglang\.server\.mem_fraction_static"):
         check_plan(config, reports, train, 8, "colocated")

@@ -50,7 +50,7 @@ def test_two_good_nodes(run_yaml: Path, port: int, tmp_path: Path) -> None:
     assert "preflight: 2 nodes agree on python 3." in output
     assert "preflight: layout: 2 data-parallel ranks on 2 x 1 processes, no GPUs" in output
     assert "preflight: all-reduce over 2 x 1 processes: 4 MiB in " in output
-    assert (report / "verdict").read_text() == "0 all nodes are fit\n"
+    assert (report / "verdict").read_text() == "0 all nodes passed\n"
     assert (report / "bad_nodes").read_text() == ""
     assert {file.name for file in report.glob("*.json")} == {"n1.json", "n2.json"}
 

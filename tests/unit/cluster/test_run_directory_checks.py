@@ -16,7 +16,7 @@ def test_a_run_directory_that_is_not_shared_is_refused(tmp_path: Path) -> None:
     for name in ("n1", "n3"):
         (tmp_path / f"{name}.json").write_text("{}")
     check_shared(["n1", "n3"], tmp_path, 0.3)
-    with pytest.raises(BadNodesError, match=r"what n2 wrote into .* is not there on n1") as caught:
+    with pytest.raises(BadNodesError, match=r"n1 does not see what n2 wrote to .*") as caught:
         check_shared(["n1", "n2", "n3"], tmp_path, 0.3)
     assert caught.value.nodes == ["n2"]
     with pytest.raises(UserError, match=r"what n2, n4 wrote .*: choose a run_directory on a file system"):

@@ -105,14 +105,14 @@ def test_new_run_refuses_the_metrics_of_another_run(tmp_path):
 
 def test_missing_steps_before_the_resume_step_are_reported(tmp_path):
     write(tmp_path, range(2))
-    with pytest.warns(UserWarning, match="ends at step 1, the run resumes at step 5"):
+    with pytest.warns(UserWarning, match="ends at step 1, but the run resumes at step 5"):
         MetricsWriter(tmp_path, 5, tensorboard=False)
 
 
 def test_steps_must_increase(tmp_path):
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
         writer.write(record(3))
-        with pytest.raises(ValueError, match="step 3 written after"):
+        with pytest.raises(ValueError, match="step 3 must be greater than the last one, 3"):
             writer.write(record(3))
         with pytest.raises(ValueError, match="integer 'step'"):
             writer.write({"reward": 1.0})
