@@ -88,6 +88,8 @@ class _QuickLoader(Loader):
 def _prepare_process() -> None:
     """Select the GPU of the local rank; without a GPU, install the shim."""
     global _installed
+    # Apex is optional, on a GPU too. These warnings would precede the error of a command that fails.
+    warnings.filterwarnings("ignore", message="Apex is not installed")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         return
@@ -96,7 +98,6 @@ def _prepare_process() -> None:
     _keep_freed_memory()
     # megatron-core warns that GPU-only packages and variables are missing, and about its own default settings.
     for line in (
-        "Apex is not installed",
         "Transformer Engine and Apex are not installed",
         "When using async grad allreduce",
         "full scope is deprecated",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_rlvr.train import main
+from tests.processes import ROOT
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -88,6 +91,14 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 )
 def test_override_is_refused(override: str, expected: str, run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in _refused(capsys, run_yaml, override)
+
+
+def test_a_new_process_prints_one_line_alone(run_yaml: Path) -> None:
+    """Imports print nothing: a warning of megatron-core while it loads would come before the error."""
+    command = [sys.executable, "-m", "megatron_rlvr.train", str(run_yaml), "sed=1"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: unknown configuration key sed: did you mean seed?\n"
 
 
 def test_nobody_at_the_url(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
