@@ -29,7 +29,14 @@ from megatron_rlvr.control import (
     SteeringResponse,
     TargetEntropy,
 )
-from megatron_rlvr.control.regions import classify, entropy_change, gradient_norm, steering_sums, steering_weights
+from megatron_rlvr.control.regions import (
+    REGIONS,
+    classify,
+    entropy_change,
+    gradient_norm,
+    steering_sums,
+    steering_weights,
+)
 from megatron_rlvr.objectives import TokenInputs, build_objective, group_advantages
 
 STATIC = AffineThreshold(0.2)
@@ -268,7 +275,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     seeds = parser.parse_args().seeds
     print(f"(a) entropy change of one update from tokens of one region, {seeds} seeds: mean (min .. max)")
-    for name, column in zip(("E1", "E2", "E3", "E4"), region_experiment(seeds).T, strict=True):
+    for name, column in zip(REGIONS, region_experiment(seeds).T, strict=True):
         print(f"    {name}  {column.mean():+.4f}  ({column.min():+.4f} .. {column.max():+.4f})")
     print("(b) final entropy under random rewards: mean (min .. max)")
     for name, column in random_reward_experiment(seeds).items():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any
 
+from megatron_rlvr.control.by_name import check_name, check_parameters, parameters_dataclass
 from megatron_rlvr.control.curves import EntropyCurve
 from megatron_rlvr.control.schedules import (
     ClipSchedule,
@@ -43,28 +43,15 @@ class ScheduleParameters:
 
 
 def _parameters(name: str, schedule_class: type, preset: Mapping[str, Any]) -> type[ScheduleParameters]:
-    """The subclass of ScheduleParameters for ``name``; a field's metadata names the class and field that document it.
+    """The subclass of ScheduleParameters for ``name``.
 
     The curve's parameters are on the same level as the schedule's, because a configuration lists both together.
     """
     sources = [(schedule_class, f) for f in fields(schedule_class) if f.init and f.name not in ("total_steps", "curve")]
     if schedule_class is TargetEntropy:
         sources = [(EntropyCurve, f) for f in fields(EntropyCurve)] + sources
-    parameters = [
-        (
-            f.name,
-            get_type_hints(source, include_extras=True)[f.name],
-            dataclasses.field(default=preset.get(f.name, f.default), metadata={"source": (source, f.name)}),
-        )
-        for source, f in sources
-    ]
-    parameters_class = dataclasses.make_dataclass(
-        f"{schedule_class.__name__}Parameters",
-        [("name", str, dataclasses.field(default=name)), *parameters],
-        bases=(ScheduleParameters,),
-    )
-    parameters_class.__doc__ = schedule_class.__doc__
-    return parameters_class
+    parameters = [(source, f, f.name) for source, f in sources]
+    return parameters_dataclass(ScheduleParameters, name, schedule_class, parameters, preset)
 
 
 SCHEDULE_PARAMETERS: dict[str, type[ScheduleParameters]] = {
@@ -74,10 +61,7 @@ SCHEDULE_PARAMETERS: dict[str, type[ScheduleParameters]] = {
 
 def schedule_parameters(name: str) -> list[str]:
     """The parameters that a configuration may give the schedule ``name``. Raises ValueError for an unknown name."""
-    if name not in SCHEDULES:
-        raise ValueError(
-            f"schedule: unknown name {name!r}{did_you_mean(name, SCHEDULES)}; valid: {', '.join(SCHEDULES)}"
-        )
+    check_name("schedule", name, SCHEDULES)
     return [f.name for f in fields(SCHEDULE_PARAMETERS[name]) if f.name != "name"]
 
 
@@ -94,12 +78,7 @@ def build_schedule(config: Mapping[str, Any] | ScheduleParameters, total_steps: 
         raise ValueError(f"schedule: no name given; valid: {', '.join(SCHEDULES)}")
     parameters = {str(key): value for key, value in config.items() if key != "name"}
     name = str(config["name"])
-    valid = schedule_parameters(name)
-    for key in parameters:
-        if key not in valid:
-            raise ValueError(
-                f"schedule {name}: unknown parameter {key!r}{did_you_mean(key, valid)}; valid: {', '.join(valid)}"
-            )
+    check_parameters(f"schedule {name}", parameters, schedule_parameters(name))
     schedule_class, preset = SCHEDULES[name]
     parameters = {**preset, **parameters}
     if any(f.name == "total_steps" for f in fields(schedule_class)):  # type: ignore[arg-type]
@@ -112,9 +91,3 @@ def build_schedule(config: Mapping[str, Any] | ScheduleParameters, total_steps: 
     except (TypeError, ValueError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(name) else f"schedule {name}: {text}") from error
-
-
-def did_you_mean(word: str, choices: Collection[str]) -> str:
-    """`` (did you mean 'choice'?)`` for the choice that is closest to ``word``; empty when none is close."""
-    near = difflib.get_close_matches(word, choices, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -42,7 +42,6 @@ def load_examples(
     *,
     prompt_key: str | None = None,
     answer_key: str | None = None,
-    source_key: str = SOURCE_KEY,
     stratify_key: str | None = None,
     limit: int | None = None,
 ) -> list[Example]:
@@ -50,7 +49,7 @@ def load_examples(
 
     Args:
         path: the file. Blank lines of a JSONL file are skipped.
-        prompt_key, answer_key, source_key, stratify_key: names of fields; dots reach into objects
+        prompt_key, answer_key, stratify_key: names of fields; dots reach into objects
             ("reward_model.ground_truth"). Without `prompt_key` the prompt is under "prompt"; without `answer_key`, the
             first row decides which of `ANSWER_KEYS` the file uses.
         limit: stop after this many examples.
@@ -73,7 +72,7 @@ def load_examples(
         prompt = _lookup(row, prompt_key)
         if prompt is None:
             raise UserError(_missing_key(where, "prompt", prompt_key, row))
-        source = _lookup(row, source_key)
+        source = _lookup(row, SOURCE_KEY)
         examples.append(
             Example(
                 index=len(examples),

@@ -5,13 +5,12 @@ An objective is a callable ``TokenInputs -> TokenOutputs`` over flat token tenso
 """
 
 from megatron_rlvr.objectives.advantages import (
-    ADVANTAGES,
     Advantage,
     group_advantages,
     informative_groups,
     overlong_penalty,
 )
-from megatron_rlvr.objectives.aggregation import AGGREGATIONS, Aggregation, aggregation_weights
+from megatron_rlvr.objectives.aggregation import Aggregation, aggregation_weights
 from megatron_rlvr.objectives.policy_objective import PolicyObjective
 from megatron_rlvr.objectives.registry import (
     OBJECTIVE_PARAMETERS,
@@ -23,8 +22,6 @@ from megatron_rlvr.objectives.registry import (
 from megatron_rlvr.objectives.tokens import TokenInputs, TokenObjective, TokenOutputs
 
 __all__ = [
-    "ADVANTAGES",
-    "AGGREGATIONS",
     "OBJECTIVES",
     "OBJECTIVE_PARAMETERS",
     "Advantage",

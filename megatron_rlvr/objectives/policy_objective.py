@@ -33,11 +33,6 @@ class PolicyObjective:
         return TokenOutputs(objective, outputs.clipped_high, outputs.clipped_low)
 
     @property
-    def needs_entropy_gradient(self) -> bool:
-        """Whether ``inputs.entropy`` must carry gradient."""
-        return self.entropy_bonus is not None
-
-    @property
     def is_plain_clip(self) -> bool:
         """Whether this is the clipped objective and nothing else, which ``ops.fused_linear_objective`` can compute."""
         plain = isinstance(self.token_objective, Clip) and self.token_objective.dual_clip is None
@@ -48,11 +43,6 @@ class PolicyObjective:
         """Whether tokens of advantage 0 change neither the loss nor its gradient, so that a trainer may skip them."""
         compares_tokens = isinstance(self.token_objective, CovarianceClip | CovarianceKL)  # each with all others
         return self.entropy_bonus is None and not compares_tokens
-
-    @property
-    def needs_rollout_logprob(self) -> bool:
-        """Whether ``inputs.rollout_logprob`` is used."""
-        return self.importance is not None
 
     def observe(self, step: int, entropy: float) -> None:
         """Begin ``step``. Call it once, before the step's updates, with the entropy before them in nats per token."""

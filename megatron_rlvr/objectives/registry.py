@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any
 
-from megatron_rlvr.control.build import did_you_mean
+from megatron_rlvr.control.by_name import check_name, check_parameters, parameters_dataclass
 from megatron_rlvr.objectives.clip import Clip, DynamicClip
 from megatron_rlvr.objectives.covariance import CovarianceClip, CovarianceKL
 from megatron_rlvr.objectives.entropy_bonus import EntropyBonus
@@ -47,22 +47,14 @@ class ObjectiveParameters:
 
 
 def _parameters(name: str, objective_class: type, preset: Mapping[str, Any]) -> type[ObjectiveParameters]:
-    """The subclass of ObjectiveParameters for ``name``: the objective's own fields and those of EntropyBonus.
-
-    Each field's metadata names the class and the field that document it.
-    """
-    parameters: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=name))]
-    for source, prefix, defaults in ((objective_class, "", preset), (EntropyBonus, "entropy_", {})):
-        types = get_type_hints(source, include_extras=True)
-        for f in fields(source):
-            if f.init:
-                default = defaults.get(f.name, f.default)
-                copy = dataclasses.field(default=default, metadata={"source": (source, f.name)})
-                parameters.append((prefix + f.name, types[f.name], copy))
-    class_name = f"{objective_class.__name__}Parameters"
-    parameters_class = dataclasses.make_dataclass(class_name, parameters, bases=(ObjectiveParameters,))
-    parameters_class.__doc__ = objective_class.__doc__
-    return parameters_class
+    """The subclass of ObjectiveParameters for ``name``: the objective's own fields and those of EntropyBonus."""
+    parameters = [
+        (source, f, prefix + f.name)
+        for source, prefix in ((objective_class, ""), (EntropyBonus, "entropy_"))
+        for f in fields(source)
+        if f.init
+    ]
+    return parameters_dataclass(ObjectiveParameters, name, objective_class, parameters, preset)
 
 
 OBJECTIVE_PARAMETERS: dict[str, type[ObjectiveParameters]] = {
@@ -72,10 +64,7 @@ OBJECTIVE_PARAMETERS: dict[str, type[ObjectiveParameters]] = {
 
 def objective_parameters(name: str) -> list[str]:
     """The parameters that the objective ``name`` takes. Raises ValueError for an unknown name."""
-    if name not in OBJECTIVES:
-        raise ValueError(
-            f"objective: unknown name {name!r}{did_you_mean(name, OBJECTIVES)}; valid: {', '.join(OBJECTIVES)}"
-        )
+    check_name("objective", name, OBJECTIVES)
     return [f.name for f in fields(OBJECTIVE_PARAMETERS[name]) if f.name != "name"]
 
 
@@ -90,12 +79,7 @@ def build_objective(chosen: str | ObjectiveParameters = "clip", **parameters: An
         name = str(parameters.pop("name"))
     else:
         name = chosen
-    valid = objective_parameters(name)
-    for key in parameters:
-        if key not in valid:
-            raise ValueError(
-                f"objective {name}: unknown parameter {key!r}{did_you_mean(key, valid)}; valid: {', '.join(valid)}"
-            )
+    check_parameters(f"objective {name}", parameters, objective_parameters(name))
     overrides = {key: value for key, value in parameters.items() if value is not None}
     bonus, importance = _take(overrides, "entropy_"), _take(overrides, "importance_")
     if importance and "cap" not in importance:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_rlvr import ops
 from megatron_rlvr.control import ClipThresholds, SteeringResponse
-from megatron_rlvr.control.regions import classify, steering_weights
+from megatron_rlvr.control.regions import REGIONS, classify, steering_weights
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch
 from megatron_rlvr.megatron import device
@@ -22,10 +22,7 @@ LOSS_SUMS = (
     "active_tokens",
     "clipped_high",
     "clipped_low",
-    "E1",
-    "E2",
-    "E3",
-    "E4",
+    *REGIONS,
     "entropy_drift",
     "old_entropy",
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_rlvr.control.regions import REGIONS
 from megatron_rlvr.megatron import collectives
 from megatron_rlvr.training.loss import LOSS_SUMS
 from megatron_rlvr.training.policy import UpdateReport
@@ -38,7 +39,7 @@ def update_metrics(updates: Sequence[UpdateReport], epochs: int, is_reporting_ra
         "ratio_max": collectives.max_over_job({"ratio": largest_ratio})["ratio"],
         "clip/fraction_high": total["clipped_high"] / active,
         "clip/fraction_low": total["clipped_low"] / active,
-        **{f"region/{name}": total[name] / active for name in ("E1", "E2", "E3", "E4")},
+        **{f"region/{name}": total[name] / active for name in REGIONS},
         "entropy_change/measured": total["drift"] / max(1.0, total["drift_tokens"]),
     }
 

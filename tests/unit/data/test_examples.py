@@ -38,10 +38,8 @@ def test_first_row_decides_the_answer_key(tmp_path):
 
 
 def test_named_keys_reach_into_objects(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"q": {"text": "p"}, "meta": {"truth": [1, 2]}, "from": "web", "answer": "no"})
-    assert load_examples(path, prompt_key="q.text", answer_key="meta.truth", source_key="from") == [
-        Example(0, "p", [1, 2], "web")
-    ]
+    path = write(tmp_path / "a.jsonl", {"q": {"text": "p"}, "meta": {"truth": [1, 2]}, "answer": "no"})
+    assert load_examples(path, prompt_key="q.text", answer_key="meta.truth") == [Example(0, "p", [1, 2], "a")]
 
 
 def test_verl_parquet(tmp_path):
