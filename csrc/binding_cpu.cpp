@@ -15,9 +15,9 @@
 namespace megatron_rlvr {
 namespace {
 
-// A thread is not worth waking for fewer logits than this.
+// For fewer logits than this, waking a thread costs more than it gains.
 constexpr int64_t kLogitsPerThread = 32768;
-// What a row of combine_statistics and a token of clipped_objective cost, in logits: a few logarithms or exponentials.
+// Cost of a row of combine_statistics and of a token of clipped_objective, in logits: a few logarithms or exponentials.
 constexpr int64_t kCombineCost = 64, kTokenCost = 16;
 
 // Runs `kernel` over all rows, in ranges on torch's threads.

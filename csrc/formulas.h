@@ -126,8 +126,7 @@ MEGATRON_RLVR_FORMULA Real sum_squared_probability_logprob(const RowSums<Real>& 
   return sums.squared_x / (exponential * exponential) - log_normaliser * sum_squared_probability(sums);
 }
 
-// What a row's sums are finished to, rounded to float32 once. All but the maximum are NaN where `is_normalisable` is
-// false.
+// The results of a row's sums, rounded to float32 once. All but the maximum are NaN if `is_normalisable` is false.
 struct FinishedRow {
   bool is_normalisable;
   float maximum;
@@ -156,7 +155,7 @@ MEGATRON_RLVR_FORMULA FinishedRow finished_row(const RowSums<double>& sums, floa
   return row;
 }
 
-// Whether a target may stand in a row: an id of the vocabulary, or none.
+// Whether a target is valid: an id of the vocabulary, or kIgnoredTarget.
 MEGATRON_RLVR_FORMULA bool is_valid_target(int64_t target, int64_t vocabulary) {
   return target == kIgnoredTarget || (target >= 0 && target < vocabulary);
 }

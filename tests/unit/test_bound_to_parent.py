@@ -12,7 +12,7 @@ import pytest
 from megatron_rlvr.bound_to_parent import bound_command
 from tests.processes import environment
 
-# The end of a pipe that only the child holds tells of the child's death, whoever its parent is by then.
+# Only the child holds the writing end of the pipe, so the pipe closes when the child ends, whatever its parent is then.
 PARENT = """
 import os, subprocess, sys, time
 {bind}
