@@ -50,8 +50,8 @@ struct Vector {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);  // the high bits of `rounded` fall off
     return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32((127 + offset) << 23)));
   }
-  // e^x = q 2^n with n an integer and `rounded` = n + 1.5 * 2^23, which is cheaper than to round and to convert:
-  // these take two instructions each on Intel
+  // e^x = q 2^n with n an integer and `rounded` = n + 1.5 * 2^23. Adding that number is cheaper than rounding and
+  // converting, which take two instructions each on Intel.
   static Floats split_exponential(Floats x, Floats& rounded) {
     const Floats rounder = set(12582912.0f);
     rounded = multiply_add(x, set(kLog2OfE), rounder);

@@ -50,8 +50,9 @@ __global__ void __launch_bounds__(kObjectiveThreads) clipped_objective_kernel(Cl
 
 inline void launch_clipped_objective(const ClippedObjectiveArguments& a, int multiprocessors) {
   const int64_t blocks = (a.tokens + kObjectiveThreads - 1) / kObjectiveThreads;
-  const int64_t most = 8 * int64_t(multiprocessors);  // as many as the device holds: each block adds its counts once
-  MEGATRON_RLVR_LAUNCH(clipped_objective_kernel, std::min(blocks, most), kObjectiveThreads, a.stream, a);
+  // No more blocks than the device holds at once, because each block adds its counts with atomic operations.
+  const int64_t max_blocks = 8 * int64_t(multiprocessors);
+  MEGATRON_RLVR_LAUNCH(clipped_objective_kernel, std::min(blocks, max_blocks), kObjectiveThreads, a.stream, a);
 }
 
 }  // namespace megatron_rlvr

@@ -1,4 +1,5 @@
-// Kernels 2: merge partial statistics, of the slices of a row on a device and of the vocabulary shards of all ranks.
+// Kernel 2, in two forms: merges the partial statistics of the slices of a row, and those of the vocabulary shards of
+// all ranks.
 #pragma once
 #include "launchers.h"
 #include "memory.cuh"
@@ -46,8 +47,8 @@ __device__ __forceinline__ RowSums<double> widened(const RowSums<float>& sums) {
   return out;
 }
 
-// One thread per row: [shards, rows, width] to log-prob, entropy, state and moments. It is a few numbers per row, so
-// they are computed in fp64 and rounded once, which leaves the whole error budget of log-probs (2e-6) to the sums
+// One thread per row: [shards, rows, width] to log-prob, entropy, state and moments. Computed in fp64, which is
+// cheap for a few numbers per row, and rounded once. That leaves the whole error budget of log-probs (2e-6) to the sums
 // over logits. Shards merge in rank order, so that every rank gets the same bits.
 template <bool kSecondMoments>
 __global__ void __launch_bounds__(kCombineThreads) combine_statistics_kernel(CombineStatisticsArguments a) {

@@ -7,8 +7,9 @@
 
 namespace megatron_rlvr {
 
-// What the threads of a row share. The gradient to a logit is p (constant + linear x). Here both coefficients contain
-// the 1/S of p = e^x / S, and x is replaced by y = x log2(e): one 2^y and six more instructions per logit.
+// What the threads of a row share. The gradient with respect to a logit is p (constant + linear x). Here both
+// coefficients contain the 1/S of p = e^x / S, and x is replaced by y = x log2(e). That takes one 2^y and six more
+// instructions per logit.
 struct RowGradient {
   float maximum;
   float scale;  // y = (z - maximum) scale
@@ -43,7 +44,8 @@ __device__ __forceinline__ void write_gradient(const Logit* logits, Logit* out, 
   const VectorSpan span = vector_span(logits, begin, end);
   const uint4* vectors = reinterpret_cast<const uint4*>(logits + span.vector_begin());
   uint4* out_vectors = reinterpret_cast<uint4*>(out + span.vector_begin());
-  const bool vector_stores = same_alignment(logits, out);  // otherwise a view of another alignment: element by element
+  // False if `out` is a view with another alignment, which is then written element by element.
+  const bool vector_stores = same_alignment(logits, out);
 
   for (int first = thread; first < span.vectors; first += threads * vectors_per_tile) {
     uint4 words[vectors_per_tile];
@@ -124,10 +126,10 @@ __global__ void __launch_bounds__(kMaximumThreads) logits_gradient_kernel(Logits
   const Logit* logits = static_cast<const Logit*>(a.logits) + row * a.row_stride;
   Logit* out = static_cast<Logit*>(a.gradient) + row * a.gradient_row_stride;
 
-  __shared__ RowGradient of_row;
-  if (threadIdx.x == 0) of_row = row_gradient(a, row);
+  __shared__ RowGradient shared_gradient;
+  if (threadIdx.x == 0) shared_gradient = row_gradient(a, row);
   __syncthreads();
-  const RowGradient gradient = of_row;
+  const RowGradient gradient = shared_gradient;
   if (gradient.is_zero) {
     write_zeros(out, begin, end);
   } else {

@@ -55,8 +55,8 @@ __device__ __forceinline__ LaneSums lane_sums(const Logit* row, int64_t begin, i
 #pragma unroll
     for (int i = 0; i < vectors_per_tile; ++i) {  // issue all loads before the first use
       const int index = first + i * threads;
-      constexpr unsigned none = Format::kMinusInfinity;
-      words[i] = index < span.vectors ? load_read_only(vectors + index) : make_uint4(none, none, none, none);
+      constexpr unsigned padding = Format::kMinusInfinity;
+      words[i] = index < span.vectors ? load_read_only(vectors + index) : make_uint4(padding, padding, padding, padding);
     }
     float logits[kLogitsPerTile];
 #pragma unroll
@@ -94,9 +94,9 @@ __global__ void __launch_bounds__(kMaximumThreads)
   if (threadIdx.x == 0) {
     const int64_t target = load_read_only(reinterpret_cast<const long long*>(targets) + row);
     const int64_t column = target - vocabulary_start;
-    const bool is_here = target >= 0 && column >= begin && column < end;
+    const bool is_in_slice = target >= 0 && column >= begin && column < end;
     const float target_logit =
-        is_here ? LogitFormat<Logit>::decode(load_read_only(element_address(row_logits, column))) : -INFINITY;
+        is_in_slice ? LogitFormat<Logit>::decode(load_read_only(element_address(row_logits, column))) : -INFINITY;
     store_partial<kSecondMoments>(partials + blockIdx.x * partial_width(kSecondMoments), sums, target_logit);
   }
 }

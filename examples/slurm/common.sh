@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Shared by the job scripts of this folder; docs/slurm.md explains them. A job script sets RUN_DIRECTORY, sources this file
-# and calls `train CONFIG key=value...` (or `run_tool`). This file is what a job does, attempts.sh is how it survives. Both
+# and calls `train CONFIG key=value...` (or `run_tool`). This file holds what a job does, attempts.sh how it survives. Both
 # are plain bash around srun, without Ray and without fixed sleeps: they poll for what they wait for, with a deadline. They
 # need Slurm 22.05 and bash 4.2, in which `set -u` forbids the expansion of an empty array.
 set -Eeuo pipefail
@@ -76,7 +76,7 @@ describe_job() {
     case $RLVR_SERVERS in
         none | colocated) ;;
         nodes:[1-9]*) server_nodes=$((${RLVR_SERVERS#nodes:})) ;;
-        *) echo "error: RLVR_SERVERS is none, colocated or nodes:N, not '$RLVR_SERVERS'" >&2; exit 2 ;;
+        *) echo "error: RLVR_SERVERS must be none, colocated or nodes:N, found '$RLVR_SERVERS'" >&2; exit 2 ;;
     esac
     train_nodes=$((${#nodes[@]} - server_nodes))
     if [ "$train_nodes" -lt 1 ]; then
@@ -138,10 +138,10 @@ describe_environment() {
             step_options+=(--container-image="$value" --container-workdir="$PWD" --container-mounts="$mounts")
             ;;
         apptainer) python=(apptainer exec --nv --pwd "$PWD" --bind "$mounts" "$value" python3) ;;
-        *) echo "error: RLVR_ENVIRONMENT begins with venv:, module:, pyxis: or apptainer:, not '$kind'" >&2; exit 2 ;;
+        *) echo "error: RLVR_ENVIRONMENT must begin with venv:, module:, pyxis: or apptainer:, found '$kind'" >&2; exit 2 ;;
     esac
     if [ "$kind" = venv ] && [ ! -x "${python[0]}" ]; then
-        echo "error: no ${python[0]}: \`make setup\` in $PWD makes it, RLVR_ENVIRONMENT names another" >&2
+        echo "error: no ${python[0]}: run \`make setup\` in $PWD, or set RLVR_ENVIRONMENT to another environment" >&2
         exit 2
     fi
 }
@@ -162,7 +162,7 @@ load_modules() {
     set -Eeu
     if [ "$status" != 0 ] || ! command -v "${python[0]}" > /dev/null; then
         echo "error: \`module load $*\` on $(uname -n) ended with status $status and gave no python3:" \
-            "RLVR_ENVIRONMENT=module:NAME,NAME... names modules that the nodes have" >&2
+            "set RLVR_ENVIRONMENT=module:NAME,NAME... to modules that the nodes have" >&2
         exit 2
     fi
 }
@@ -278,7 +278,8 @@ train() { # CONFIG key=value...
     finish
 }
 
-# Evaluate a run on the training nodes, with servers as the run had them. It survives like training, without a preflight.
+# Evaluate a run on the training nodes, with servers as the run had them. It is requeued and resumed like training, but has
+# no preflight.
 evaluate() { # RUN [--initial] key=value...
     local word settings=("${1:?the directory of a run}/config.yaml")
     begin_attempt

@@ -16,7 +16,7 @@ from megatron_rlvr.objectives.importance import ImportanceCap, ImportanceLevel, 
 from megatron_rlvr.objectives.policy_objective import PolicyObjective
 from megatron_rlvr.objectives.sequence_ratio import SequenceClip
 
-# name -> (class, values that the name stands for and a configuration may override)
+# name -> (class, default parameters of the name, which a configuration may override)
 OBJECTIVES: dict[str, tuple[type, dict[str, Any]]] = {
     "clip": (Clip, {}),
     "dual-clip": (Clip, {"dual_clip": 3.0}),

@@ -88,7 +88,7 @@ def fused_linear_token_statistics(
         targets: int64 [T], ids of the whole vocabulary, or -100 for a token without target.
         temperature, group, second_moments, vocabulary: as in :func:`token_statistics`.
         sequence_parallel: whether ranks of the group hold different tokens of ``hidden``.
-        chunk_bytes: bound on the logits held at one time; None for 64 MiB on the CPU and 512 MiB on a GPU.
+        chunk_bytes: most bytes of logits held at one time; None means 64 MiB on the CPU and 512 MiB on a GPU.
 
     Raises ValueError for a wrong type, shape or device, and RuntimeError for a second derivative. Bad targets and
     logits are treated as in :func:`token_statistics`.
@@ -105,20 +105,21 @@ def fused_linear_token_statistics(
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: VocabSoftmax, second_moments: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softmax: VocabSoftmax, second_moments: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        full = gather_hidden(hidden, vocabulary.shard, vocabulary.group, vocabulary.sequence_parallel)
+        full = gather_hidden(hidden, softmax.shard, softmax.group, softmax.sequence_parallel)
         tokens = full.shape[0]
         logprob, entropy = (full.new_empty(tokens, dtype=torch.float32) for _ in range(2))
         state = full.new_empty((tokens, 4), dtype=torch.float32)
         moments = full.new_empty((2 if second_moments else 0, tokens), dtype=torch.float32)
-        for chunk, logits in TokenChunks(full, weight, vocabulary.chunk_bytes):
-            of_chunk = vocabulary.statistics(logits, targets[chunk], second_moments)
-            logprob[chunk], entropy[chunk], state[chunk], moments[:, chunk] = of_chunk
+        for chunk, logits in TokenChunks(full, weight, softmax.chunk_bytes):
+            logprob[chunk], entropy[chunk], state[chunk], moments[:, chunk] = softmax.statistics(
+                logits, targets[chunk], second_moments
+            )
         if any(ctx.needs_input_grad[:2]):
             ctx.save_for_backward(hidden, weight, targets, state)
             # The parameter itself: a saved tensor comes back as another object, without its main_grad.
-            ctx.vocabulary, ctx.parameter = vocabulary, weight
+            ctx.softmax, ctx.parameter = softmax, weight
         ctx.mark_non_differentiable(moments)
         return logprob, entropy, moments
 
@@ -126,13 +127,13 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple:
         refuse_second_derivative("fused_linear_token_statistics")
         hidden, weight, targets, state = ctx.saved_tensors
-        vocabulary = ctx.vocabulary
-        shard, group, sequence_parallel = vocabulary.shard, vocabulary.group, vocabulary.sequence_parallel
+        softmax = ctx.softmax
+        shard, group, sequence_parallel = softmax.shard, softmax.group, softmax.sequence_parallel
         full = gather_hidden(hidden, shard, group, sequence_parallel)
         gradients = ProjectionGradients(full, ctx.parameter, ctx.needs_input_grad[:2], into_main_grad=True)
         g, h = grad_logprob.contiguous(), grad_entropy.contiguous()
-        for chunk, logits in TokenChunks(full, weight, vocabulary.chunk_bytes):
-            vocabulary.write_gradient(logits, targets[chunk], state[chunk], g[chunk], h[chunk])
+        for chunk, logits in TokenChunks(full, weight, softmax.chunk_bytes):
+            softmax.write_gradient(logits, targets[chunk], state[chunk], g[chunk], h[chunk])
             gradients.add(chunk, logits, full)
         grad_hidden, grad_weight = None, None
         if gradients.hidden is not None:

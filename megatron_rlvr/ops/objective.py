@@ -92,7 +92,7 @@ def clipped_objective(
         dual_clip: where A < 0, the objective is at least dual_clip * A (arXiv 1912.09729). Must exceed 1.
         mask: bool [T]. Tokens outside it give objective and gradient 0 and are not counted, whatever they hold.
         weight: [T] in the log-prob's type, multiplies objective and gradient.
-        entropy: H of each token's state in nats, [T] in the log-prob's type. With it, regions are counted: E1
+        entropy: H of each token's state in nats, [T] in the log-prob's type. If given, regions are counted: E1
             (-ln p < H, A > 0), E2 (-ln p >= H, A > 0), E3 (-ln p < H, A < 0), E4 (-ln p >= H, A < 0).
 
     Raises ValueError for a wrong type, shape or device, for thresholds whose bounds do not exist for some probability

@@ -26,14 +26,14 @@ def activation_bytes(
         itemsize: bytes per element of an activation.
         local_layers: whether the layers are megatron-core's local ones, not Transformer Engine's.
     """
-    of_layer = layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers)
-    kept = of_layer
-    if parallel.recompute == "full":  # only the layer's input
+    per_layer = layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers)
+    kept = per_layer
+    if parallel.recompute == "full":  # only the layer's input is kept
         kept = tokens * shape.hidden * itemsize // sequence_ranks(parallel)
     total = layers_in_flight(stage, parallel, microbatches) * kept
-    if kept < of_layer:  # one layer at a time is computed again
-        total += of_layer
-    if parallel.sequence:  # megatron-core's buffer that the split activations are gathered into
+    if kept < per_layer:  # the backward pass recomputes one layer at a time
+        total += per_layer
+    if parallel.sequence:  # megatron-core gathers the split activations into a buffer
         total += tokens * shape.hidden * itemsize
     return total
 

@@ -42,10 +42,10 @@ class Policy:
     Collective: every process of the job calls every method together.
 
     Attributes:
-        layout: where this process stands.
+        layout: this process's ranks in the parallel groups.
         bridge: maps the weights to and from Hugging Face tensors.
-        model_chunks: one, or one per virtual pipeline stage.
-        optimizer: megatron-core's.
+        model_chunks: one chunk, or one per virtual pipeline stage.
+        optimizer: megatron-core's optimizer of all chunks.
         microbatching: how a minibatch is split into microbatches.
     """
 
@@ -71,7 +71,7 @@ class Policy:
         optimizer.set_learning_rate(self.optimizer, value)
 
     def score(self, batch: RolloutBatch, advantage: Tensor) -> TokenScores:
-        """Log-probs, exact entropies and first-order entropy changes under the present weights.
+        """Log-probs, exact entropies and first-order entropy changes under the current weights.
 
         Args:
             batch: this rank's rollouts.
@@ -81,7 +81,7 @@ class Policy:
 
         def score_microbatch(output: Tensor, microbatch: Microbatch) -> Tensor:
             self._head.score(output, microbatch, advantage, scores)
-            return torch.zeros(1, device=output.device)  # the schedule wants a loss
+            return torch.zeros(1, device=output.device)  # megatron-core's pipeline schedule requires a loss
 
         with torch.no_grad():
             self._run(batch, torch.arange(len(batch.tokens)), score_microbatch, forward_only=True)
@@ -106,8 +106,8 @@ class Policy:
             advantage: float32 [N], per sequence of the batch.
             token_weight: float32 [N], the aggregation weight of every token of each sequence; the loss is
                 ``-sum(token_weight * objective)`` over the minibatch's tokens on all data-parallel ranks.
-            scores: of `score`, before the first update of the step.
-            thresholds: of this step.
+            scores: result of `score`, taken before the first update of the step.
+            thresholds: clip thresholds of this step.
             response: how this step's tokens respond to region steering.
             objective: the token objective.
         """

@@ -23,9 +23,9 @@ class RolloutMeasure:
 
     Attributes:
         entropy: exact mean over all response tokens of the job, nats per token.
-        standard_error: of `entropy`, nats per token.
+        standard_error: standard error of `entropy`, nats per token.
         response: how the step's tokens respond to region steering.
-        metrics: of this part of the step.
+        metrics: values by the names of docs/metrics.md.
     """
 
     entropy: float
@@ -40,8 +40,8 @@ def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScor
     Args:
         batch: this rank's rollouts.
         token_weight: float32 [N], aggregation weight of the tokens of each sequence.
-        scores: of the policy before the updates; only those of reporting ranks are read.
-        layout: of the job.
+        scores: scores under the policy before the updates; only those of reporting ranks are read.
+        layout: this process's place in the job.
     """
     difference = scores.logprob - batch.rollout_logprob
     sequence = batch.sequence_of_token()
@@ -106,8 +106,8 @@ def _standard_error(
         batch: this rank's rollouts.
         token_entropy: float32 [T].
         entropy: mean over all tokens of the job.
-        groups, tokens: their numbers in the whole job.
-        layout: of the job.
+        groups, tokens: how many the whole job has.
+        layout: this process's place in the job.
     """
     sequence = batch.sequence_of_token()
     group_tokens = batch.response_lengths.view(-1, batch.group_size).sum(1).double()
