@@ -114,7 +114,7 @@ def test_environments(environment: str, expected: str) -> None:
     ("variables", "message"),
     [
         ({"RLVR_ENVIRONMENT": "conda:x"}, "error: RLVR_ENVIRONMENT must begin with venv:"),
-        ({"RLVR_ENVIRONMENT": "venv:/nowhere"}, "error: no /nowhere/bin/python: `make setup`"),
+        ({"RLVR_ENVIRONMENT": "venv:/nowhere"}, "error: no /nowhere/bin/python: run `make setup`"),
         ({"RLVR_SERVERS": "some"}, "error: RLVR_SERVERS must be none, colocated or nodes:N"),
         ({"RLVR_SERVERS": "nodes:2"}, "leaves none of 2 nodes to train"),
         ({"RLVR_DRY_RUN": ""}, "error: this is a batch script: sbatch"),
