@@ -1,4 +1,4 @@
-"""Weights in transit: many tensors of one dtype end to end in one flat buffer, a bucket at a time."""
+"""Buckets of weights in transit: many tensors of one dtype, contiguous in one flat buffer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Bucket:
     """Whole Hugging Face tensors in one buffer.
 
     Attributes:
-        flat: uint8 [bytes].
-        dtype: of all tensors.
-        names, shapes: of each tensor; they follow each other in `flat` without gaps.
+        flat: uint8 [bytes], the tensors one after the other without gaps.
+        dtype: dtype of all tensors.
+        names, shapes: name and shape of each tensor, in the order of `flat`.
         last: whether this is the last bucket.
     """
 
@@ -27,7 +27,7 @@ class Bucket:
     last: bool = False
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by name, as a view of the buffer."""
+        """Yield every tensor by name, as a view of the buffer."""
         start = 0
         for name, shape in zip(self.names, self.shapes, strict=True):
             end = start + shape.numel() * self.dtype.itemsize
@@ -36,13 +36,14 @@ class Bucket:
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], size: int, allocate: Callable[[int], Tensor]) -> Iterator[Bucket]:
-    """Copy tensors into buckets of at most `size` bytes, in order; a larger tensor gets a bucket of its own.
+    """Copy tensors into buckets of at most `size` bytes, in order; a larger tensor gets its own bucket.
 
-    A bucket is released before the next one is allocated. If the caller releases it, too, one is in memory at a time.
+    A bucket is released before the next one is allocated. If the caller also releases it, only one is in memory at a
+    time.
 
     Args:
-        tensors: by name; a tensor may change once the next one is taken.
-        size: bytes of a bucket.
+        tensors: tensors by name. A tensor may be overwritten when the next one is requested.
+        size: maximum size of a bucket, in bytes.
         allocate: returns a uint8 buffer of the given number of bytes.
     """
     bucket: Bucket | None = None

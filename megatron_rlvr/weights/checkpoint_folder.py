@@ -1,7 +1,7 @@
-"""A checkpoint folder: files of megatron-core's torch_dist format, and ``run.json``, which describes them.
+"""A checkpoint folder: files in megatron-core's torch_dist format, and ``run.json``, which describes them.
 
-``run.json`` is written last. It holds the model that the checkpoint is of, the size of every file, and what the writer
-adds: a run its state, a conversion its source.
+``run.json`` is written last. It holds a fingerprint of the model, the size of every file, and entries of the writer:
+the state of a run, or the source of a conversion.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _RECORD = "run.json"
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write ``run.json`` with `record` and the size of every file; call it when all other files are complete."""
+    """Write ``run.json`` with `record` and the size of every file. Call this when all other files are complete."""
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     write_text(folder / _RECORD, json.dumps({**record, "files": sizes}, indent=1))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `write_record` wrote.
+    """Read ``run.json``: the record that `write_record` wrote, with the file sizes under ``files``.
 
     Raises:
         OSError, ValueError: if ``run.json`` is missing or damaged.
@@ -35,7 +35,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of a checkpoint is there with the size that was written."""
+    """Whether every file of a checkpoint exists and has the size that ``run.json`` records."""
     try:
         sizes = read_record(folder).get("files", {})
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -44,7 +44,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def fingerprint(hf_config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """What must agree for a checkpoint to be of a model: family, shape and dtype."""
+    """Return the family, sizes and dtype of a model, which must be equal for a checkpoint to belong to it."""
     names = (
         "model_type",
         "num_hidden_layers",
@@ -66,11 +66,11 @@ def check_same_model(stored: Mapping[str, Any], expected: Mapping[str, Any], fol
     Args:
         stored: fingerprint in the checkpoint.
         expected: fingerprint of the model in use.
-        folder: the checkpoint.
-        remedy: the end of the error, what to write instead.
+        folder: folder of the checkpoint, for the error.
+        remedy: the end of the error: what to write instead.
 
     Raises:
-        UserError: names every difference.
+        UserError: if they differ; names every difference.
     """
     different = [
         f"{key}={stored.get(key)} instead of {expected[key]}" for key in expected if stored.get(key) != expected[key]

@@ -1,8 +1,8 @@
 """Conversion of weights between Hugging Face folders and Megatron checkpoints, one weight at a time.
 
-A torch_dist checkpoint describes whole tensors, so any tensor and pipeline parallel layout can read it. Converting
-between layouts is reading. Output is written to ``NAME.partial``. If a conversion is killed, the next one with the same
-input continues after the files that are complete.
+A torch_dist checkpoint describes whole tensors, so any tensor and pipeline parallel layout can read it, and no
+conversion between layouts is needed. Output is written to ``NAME.partial``. If a conversion is killed, the next one
+with the same input continues after the files that are complete.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from megatron_rlvr.weights.safetensors_writer import nbytes, plan_shards, write_
 from megatron_rlvr.weights.whole_weights import WholeWeights
 
 Report = Callable[[str], None]
-"""Called with one line of progress at a time."""
+"""Called with a line of text for every step of progress."""
 _INPUT = "input.json"
 
 
 def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool) -> int:
-    """Write the weights of the bridge's folder as a Megatron checkpoint.
+    """Write the weights of the bridge's Hugging Face folder as a Megatron checkpoint.
 
     Args:
-        bridge: of a single process with the local layers.
-        target: the checkpoint's folder; must not exist.
-        report: hears of the progress.
+        bridge: a bridge with all parallel sizes 1 and the local layers.
+        target: folder of the checkpoint; must not exist.
+        report: called with lines of progress.
         verify: read the checkpoint back and compare every tensor.
 
     Returns:
-        the number of Hugging Face tensors compared, 0 without `verify`.
+        the number of Hugging Face tensors compared; 0 without `verify`.
 
     Raises:
         UserError: if the folder cannot be read, the target cannot be written, or a tensor differs.
@@ -79,7 +79,7 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
         model = fingerprint(bridge.hf_config, bridge.dtype)
         write_record(partial, {"step": 0, "model": model, "source": str(bridge.path)})
         partial.rename(target)
-    except UserError:  # the input is wrong, and so is what was made of it
+    except UserError:  # the input is wrong, so the output is of no use
         shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
@@ -98,18 +98,20 @@ def to_huggingface(
     """Write a Megatron checkpoint as a complete Hugging Face folder.
 
     Args:
-        bridge: of a single process with the local layers; config and tokenizer are copied from its folder.
-        checkpoint: of any layout, from a conversion or from training.
-        target: the folder to write; must not exist.
-        report: hears of the progress.
+        bridge: a bridge with all parallel sizes 1 and the local layers. Config and tokenizer are copied from its
+            folder.
+        checkpoint: folder of a checkpoint of any layout, from a conversion or from training.
+        target: folder to write; must not exist.
+        report: called with lines of progress.
         verify: read the folder back and compare every tensor.
-        shard_bytes: a safetensors file is closed before it would exceed this.
+        shard_bytes: largest size of a safetensors file, unless a single tensor is larger.
 
     Returns:
-        the number of tensors compared, 0 without `verify`.
+        the number of tensors compared; 0 without `verify`.
 
     Raises:
-        UserError: if the checkpoint is of another model or damaged, the target cannot be written, or a tensor differs.
+        UserError: if the checkpoint is damaged or belongs to another model, the target cannot be written, or a tensor
+            differs.
     """
     loaded = open_checkpoint(bridge, checkpoint)
     weights = WholeWeights(bridge)
@@ -143,10 +145,10 @@ def to_huggingface(
 
 
 def open_checkpoint(bridge: PolicyBridge, checkpoint: Path) -> StreamedLoad:
-    """Open a Megatron checkpoint of the bridge's model, of any layout, from a conversion or from training.
+    """Open a Megatron checkpoint of any layout, from a conversion or from training.
 
     Raises:
-        UserError: if the checkpoint is missing, damaged, or of another model.
+        UserError: if the checkpoint is missing or damaged, or does not belong to the bridge's model.
     """
     try:
         record = read_record(checkpoint)
@@ -158,42 +160,42 @@ def open_checkpoint(bridge: PolicyBridge, checkpoint: Path) -> StreamedLoad:
     model = fingerprint(bridge.hf_config, bridge.dtype)
     check_same_model(record["model"], model, checkpoint, remedy="name its model as the one to convert")
     if not is_complete(checkpoint):
-        raise UserError(f"{checkpoint} cannot be read: files are missing or cut short; take another checkpoint")
+        raise UserError(f"{checkpoint} cannot be read: files are missing or truncated; use another checkpoint")
     return StreamedLoad(checkpoint)
 
 
 def _tensors(weights: WholeWeights, loaded: StreamedLoad) -> Callable[[str], Tensor]:
-    """A function that returns the checkpoint's Hugging Face tensors by name.
+    """Return a function that returns the checkpoint's Hugging Face tensors by name.
 
-    It holds the tensors of one weight at a time, so it reads a weight once if it is asked in their order.
+    The function keeps the tensors of one weight, so each weight is read once if tensors are requested in order.
     """
     weight_of: dict[str, str] = {}
     for name in weights.names:
         for key in weights.formats[name].names:
             weight_of.setdefault(key, name)
-    held: dict[str, Tensor] = {}
+    current: dict[str, Tensor] = {}
 
     def tensor(key: str) -> Tensor:
-        if key not in held:
-            held.clear()
-            held.update(_load(weights, loaded, weight_of[key]))
-        return held[key]
+        if key not in current:
+            current.clear()
+            current.update(_load(weights, loaded, weight_of[key]))
+        return current[key]
 
     return tensor
 
 
 def _load(weights: WholeWeights, loaded: StreamedLoad, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors of one weight of a checkpoint."""
+    """Read one weight of a checkpoint and yield its Hugging Face tensors by name."""
     weight = weights.empty(name)
     loaded.fill(weights.pieces(name, weight))
     return weights.to_huggingface(name, weight)
 
 
 def _compare(weights: WholeWeights, loaded: StreamedLoad, folder: Path) -> int:
-    """Compare every tensor of a checkpoint with the folder's, bit for bit; return how many.
+    """Compare every tensor of a checkpoint with a Hugging Face folder, bit for bit; returns the number of tensors.
 
     Raises:
-        UserError: names the first tensor that differs, or one that only one side has.
+        UserError: for the first tensor that differs or that only one side has.
     """
     files = tensor_files(folder)
     seen: set[str] = set()
@@ -215,17 +217,17 @@ def _compare(weights: WholeWeights, loaded: StreamedLoad, folder: Path) -> int:
 
 
 def _bit_equal(expected: Tensor, actual: Tensor) -> bool:
-    """Whether two tensors have the same bits; unlike torch.equal, it holds for NaN, too."""
+    """Whether two tensors have the same bits. Unlike in torch.equal, NaN equals NaN."""
     if (expected.dtype, expected.shape) != (actual.dtype, actual.shape):
         return False
     return torch.equal(expected.contiguous().view(-1).view(torch.uint8), actual.contiguous().view(-1).view(torch.uint8))
 
 
 def _begin(target: Path, source: dict[str, Any], report: Report) -> Path:
-    """The folder that is written and renamed to `target`: new, or that of an earlier conversion of the same source.
+    """Return the folder to write, which is renamed to `target` later: a new one, or that of an interrupted conversion.
 
     Raises:
-        UserError: if the target exists or the disk refuses.
+        UserError: if the target exists or cannot be written.
     """
     if target.exists():
         raise UserError(f"{target} exists: remove it or name another output")
@@ -243,9 +245,9 @@ def _begin(target: Path, source: dict[str, Any], report: Report) -> Path:
 
 
 def _sizes(files: set[Path]) -> dict[str, list[int]]:
-    """Size and modification time of files, by which an input is recognised."""
+    """Return size and modification time of files, which identify an input."""
     return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
 
 
 def _cannot_write(target: Path, error: BaseException) -> UserError:
-    return UserError(f"{target} cannot be written: {root_cause(error)}; make room and start again to continue")
+    return UserError(f"{target} cannot be written: {root_cause(error)}; free some space and start again to continue")

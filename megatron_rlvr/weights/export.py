@@ -1,4 +1,4 @@
-"""From this rank's model chunks to a Hugging Face folder."""
+"""Export this rank's model chunks to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from megatron_rlvr.weights.huggingface_folder import write_folder
 
 
 def export_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folder: Path, *, write: bool) -> None:
-    """Write a complete Hugging Face folder. Collective over the job; only the process with `write` touches the disk.
+    """Write a complete Hugging Face folder. Collective over the job.
 
-    Config and tokenizer are copied from the bridge's folder.
+    Args:
+        bridge: bridge of the model. Config and tokenizer are copied from its folder.
+        model_chunks: this rank's model chunks.
+        folder: folder to write; replaced if it exists.
+        write: True on the one process that writes.
 
     Raises:
         UserError: if the folder cannot be written.
@@ -22,5 +26,5 @@ def export_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], fol
     if write:
         write_folder(folder, tensors, companions=bridge.path)
     else:
-        for _ in tensors:  # every process takes part in gathering every tensor
+        for _ in tensors:  # every process must take part in gathering every tensor
             pass

@@ -1,4 +1,4 @@
-"""Hugging Face model folders on disk: written shard by shard under a temporary name, read tensor by tensor."""
+"""Read and write Hugging Face model folders, shard by shard and tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_rlvr.atomic_write import replace_folder
 from megatron_rlvr.errors import UserError
 
 SHARD_BYTES = 4 * 1024**3
-"""Largest safetensors file by default."""
+"""Default maximum size of a safetensors file, in bytes."""
 INDEX = "model.safetensors.index.json"
 _COMPANIONS = (
     "config.json",
@@ -32,19 +32,19 @@ _COMPANIONS = (
 def write_folder(
     folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], companions: Path, shard_bytes: int = SHARD_BYTES
 ) -> int:
-    """Write a complete Hugging Face folder. It gets its name when every file is complete.
+    """Write a complete Hugging Face folder, which gets its name when every file is complete.
 
     Args:
-        folder: replaced if it exists.
-        tensors: consumed one at a time; one shard is held in memory.
+        folder: folder to write; replaced if it exists.
+        tensors: tensors by name, consumed one at a time; one shard is kept in memory.
         companions: folder from which config, generation config and tokenizer are copied.
-        shard_bytes: a shard is closed before it would exceed this. A model of one shard has no index.
+        shard_bytes: maximum size of a shard, unless a tensor is larger. A model of one shard has no index.
 
     Returns:
         the number of tensors written.
 
     Raises:
-        UserError: if the disk refuses (full, read-only). A folder of that name is then untouched.
+        UserError: if the folder cannot be written, for example to a full disk. An existing folder is then unchanged.
     """
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -55,12 +55,12 @@ def write_folder(
         replace_folder(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder} cannot be written: {error}") from error
+        raise UserError(f"{folder} cannot be written: {error}; free some space or choose another folder") from error
     return count
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy config, generation config and tokenizer, which make a folder of weights a complete model."""
+    """Copy config, generation config and tokenizer, which a folder of weights needs to be a complete model."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             shutil.copy2(file, folder)
@@ -79,7 +79,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], sha
         size = 0
 
     for name, tensor in tensors:
-        copy = tensor.detach().to("cpu", copy=True).contiguous()  # it may be a view of a buffer that is reused
+        copy = tensor.detach().to("cpu", copy=True).contiguous()  # `tensor` may be a view of a buffer that is reused
         if shard and size + copy.nbytes > shard_bytes:
             close_shard()
         shard[name] = copy
@@ -94,14 +94,20 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], sha
 
 
 def shard_names(count: int) -> list[str]:
-    """The names of a model's safetensors files by Hugging Face's convention."""
+    """Return the names of a model's `count` safetensors files by Hugging Face's convention."""
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def write_index(folder: Path, shards: Sequence[Iterable[str]], total: int) -> None:
-    """Write the index of a folder: which file holds which tensor; `total` is the bytes of all tensors."""
+    """Write the index of a folder, which names the file of every tensor.
+
+    Args:
+        folder: the folder.
+        shards: tensor names of each file.
+        total: size of all tensors, in bytes.
+    """
     files = shard_names(len(shards))
     weight_map = {name: file for names, file in zip(shards, files, strict=True) for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -109,10 +115,10 @@ def write_index(folder: Path, shards: Sequence[Iterable[str]], total: int) -> No
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor of a folder, from its index or from the headers of its files.
+    """Return the file of every tensor of a folder, from its index or from the headers of its files.
 
     Raises:
-        UserError: if there are no safetensors, an indexed shard is missing, or a file is damaged.
+        UserError: if there are no safetensors files, a file of the index is missing, or a file is damaged.
     """
     if (folder / INDEX).is_file():
         try:
@@ -127,7 +133,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         names = {file: _names(folder / file) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in names[file]:
-                raise UserError(f"{folder / file} lacks {name}, which the index says it holds: download it again")
+                raise UserError(f"{folder / file} lacks {name}, which the index expects there: download it again")
         return {name: folder / file for name, file in weight_map.items()}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -138,13 +144,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
-    """One tensor of a safetensors file, on the CPU."""
+    """Read one tensor of a safetensors file to the CPU."""
     with safe_open(file, framework="pt", device="cpu") as opened:
         return opened.get_tensor(name)
 
 
 def _names(file: Path) -> set[str]:
-    """The names of the tensors in a safetensors file. Opening it checks its length against the header."""
+    """Return the names of the tensors in a safetensors file. Opening it checks its length against the header."""
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             return set(opened.keys())

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder into this rank's model chunks."""
+"""Load a Hugging Face folder into this rank's model chunks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from megatron_rlvr.weights.shape_checks import check_shapes
 
 
 def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folder: Path | None = None) -> None:
-    """Fill the chunks of `PolicyBridge.build` with the weights of `folder`. Collective over the job.
+    """Load the weights of `folder` into model chunks. Collective over the job.
 
     Args:
-        bridge, model_chunks: of one model.
-        folder: with safetensors; None is the bridge's own.
+        bridge: the bridge that built the chunks.
+        model_chunks: this rank's model chunks.
+        folder: folder with safetensors files; None means the bridge's folder.
 
     Raises:
-        UserError: if a tensor is missing or has another shape than config.json says, or a file cannot be read.
+        UserError: if a tensor is missing or its shape differs from config.json, or a file cannot be read.
     """
     folder = folder or bridge.path
     check_shapes(tensor_files(folder), bridge.hf_config)

@@ -1,6 +1,6 @@
-"""Safetensors files written one tensor at a time, for tensors whose dtypes and shapes are known beforehand.
+"""Write safetensors files one tensor at a time, for tensors whose dtypes and shapes are known beforehand.
 
-The safetensors format: eight bytes with the length of the header, a JSON header, then the tensors end to end.
+A safetensors file consists of eight bytes with the length of the header, a JSON header, and the tensors without gaps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def plan_shards(tensors: Described, shard_bytes: int) -> list[list[str]]:
-    """Names per file, in order. A file is closed before it would exceed `shard_bytes`."""
+    """Return the tensor names of each file, in order. A file has at most `shard_bytes`, unless a tensor is larger."""
     shards: list[list[str]] = []
     size = 0
     for name in tensors:
@@ -34,22 +34,22 @@ def plan_shards(tensors: Described, shard_bytes: int) -> list[list[str]]:
 
 
 def nbytes(described: tuple[torch.dtype, torch.Size]) -> int:
-    """Bytes of a tensor of a dtype and shape."""
+    """Return the size in bytes of a tensor with this dtype and shape."""
     dtype, shape = described
     return math.prod(shape) * dtype.itemsize
 
 
 def write_shard(path: Path, described: Described, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write one file; it gets its name when it is complete.
+    """Write one file, which gets its name when it is complete.
 
     Args:
-        path: of the file.
-        described: what `tensors` gives.
-        tensors: consumed one at a time.
+        path: the file.
+        described: dtypes and shapes of `tensors`.
+        tensors: the tensors by name, in the order of `described`; consumed one at a time.
 
     Raises:
-        OSError: if the disk refuses.
-        ValueError: if the tensors are not those described.
+        OSError: if the file cannot be written.
+        ValueError: if the tensors differ from `described`.
     """
     expected = iter(described.items())
     with atomic_file(path) as file:
@@ -62,11 +62,11 @@ def write_shard(path: Path, described: Described, tensors: Iterable[tuple[str, T
                 )
             file.write(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
         if next(expected, None) is not None:
-            raise ValueError(f"{path}: the tensors end before those described")
+            raise ValueError(f"{path}: found fewer tensors than the {len(described)} described")
 
 
 def is_complete(path: Path, described: Described) -> bool:
-    """Whether `write_shard` has written this file."""
+    """Whether `write_shard` has completed this file."""
     return path.is_file() and path.stat().st_size == len(_header(described)) + sum(map(nbytes, described.values()))
 
 

@@ -1,4 +1,4 @@
-"""Whether the weights of a Hugging Face folder are of the model that its config.json describes."""
+"""Check that the weights of a Hugging Face folder belong to the model that its config.json describes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megatron_rlvr.errors import UserError
 
 
 def check_shapes(files: Mapping[str, Path], hf_config: Any) -> None:
-    """Refuse weights that do not fit config.json, before they are read as another model.
+    """Refuse weights whose shapes or number of layers differ from config.json.
 
-    Reads headers only. Tensors of names that are not known here are not checked.
+    This reads only the headers of the files. Tensors with unknown names are not checked.
 
     Args:
         files: the file of every tensor, from `tensor_files`.
-        hf_config: configuration of transformers.
+        hf_config: transformers configuration of the model.
 
     Raises:
-        UserError: names the first tensor that does not fit, or the layers that the weights have instead.
+        UserError: for the first tensor with another shape, or if the weights have other layers.
     """
     expected = _expected_shapes(hf_config)
     layers: set[int] = set()
@@ -33,22 +33,22 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> None:
                 if layer:
                     layers.add(int(layer[1]))
                 shape = expected.get(name[layer.end() :] if layer else name)
-                if shape and (found := opened.get_slice(name).get_shape()) != shape:
+                if shape and (stored := opened.get_slice(name).get_shape()) != shape:
                     raise UserError(
-                        f"{file}: {name} has shape {found}, but config.json describes {shape}: the weights belong to "
-                        "another model"
+                        f"{file}: {name} has shape {stored}, but config.json describes {shape}: the weights belong to "
+                        "another model; download both again"
                     )
     count = hf_config.num_hidden_layers
     if layers != set(range(count)):
         folder = file.parent
         raise UserError(
             f"{folder}: the weights have layers {min(layers, default=0)} to {max(layers, default=-1)}, but "
-            f"config.json describes {count}: they belong to another model"
+            f"config.json describes {count}: they belong to another model; download both again"
         )
 
 
 def _expected_shapes(hf_config: Any) -> dict[str, list[int]]:
-    """Shapes by tensor name; names in a layer without ``model.layers.N.``."""
+    """Return shapes by tensor name; names of tensors in a layer are without the prefix ``model.layers.N.``."""
     hidden, vocabulary = hf_config.hidden_size, hf_config.vocab_size
     head = getattr(hf_config, "head_dim", None) or hidden // hf_config.num_attention_heads
     query, key_value = head * hf_config.num_attention_heads, head * hf_config.num_key_value_heads

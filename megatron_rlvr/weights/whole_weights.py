@@ -1,4 +1,4 @@
-"""The weights of a whole model, one at a time, as megatron-core holds them and as Hugging Face does."""
+"""The weights of a model, one at a time, in megatron-core's and in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from megatron_rlvr.weights.huggingface_folder import read_tensor
 
 
 class WholeWeights:
-    """Names, shapes and mapping of every weight of a model; holds no weight.
+    """Names, shapes and Hugging Face mapping of every weight of a model, without the weights themselves.
 
-    The model is built on the meta device in the layout of one process, so each of megatron-core's weights is whole.
+    The model is built on the meta device in the layout of one process, so no weight is split over ranks.
 
     Args:
-        bridge: of a single process (tensor, pipeline and expert sizes 1) with the local layers.
+        bridge: a bridge with tensor, pipeline and expert sizes 1 and the local layers.
 
     Attributes:
-        state: megatron-core's description of the checkpoint, by name in the model.
-        names: of the weights, in the order of their modules.
+        state: megatron-core's description of each weight in a checkpoint, by its name in the model.
+        names: names of the weights in the model, in the order of their modules.
         formats: how each weight maps to Hugging Face tensors, by name.
     """
 
@@ -39,7 +39,7 @@ class WholeWeights:
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def huggingface_tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """dtype and shape of every tensor of the model's Hugging Face folder, in the order of `to_huggingface`."""
+        """Return dtype and shape of every tensor of the Hugging Face folder, in the order of `to_huggingface`."""
         described: dict[str, tuple[torch.dtype, torch.Size]] = {}
         for name in self.names:
             weight = torch.empty(self._shapes[name], dtype=self.bridge.dtype, device="meta")
@@ -48,14 +48,14 @@ class WholeWeights:
         return described
 
     def largest_bytes(self) -> int:
-        """Bytes of the largest weight as megatron-core holds it."""
+        """Return the size of the largest weight in megatron-core's format, in bytes."""
         return max(math.prod(shape) for shape in self._shapes.values()) * self.bridge.dtype.itemsize
 
     def from_huggingface(self, name: str, files: Mapping[str, Path]) -> Tensor:
-        """A weight as megatron-core holds it.
+        """Read a weight from safetensors files and convert it to megatron-core's format.
 
         Args:
-            name: of the weight in the model.
+            name: name of the weight in the model.
             files: the safetensors file of every Hugging Face tensor.
 
         Raises:
@@ -65,30 +65,33 @@ class WholeWeights:
         tensors = []
         for key in weight_format.names:
             if key not in files:
-                raise UserError(f"{self.bridge.path} lacks {key}, which {self.bridge.hf_config.model_type} needs")
+                raise UserError(
+                    f"{self.bridge.path} lacks {key}, which {self.bridge.hf_config.model_type} needs: download the "
+                    "model again"
+                )
             tensors.append(read_tensor(files[key], key))
         try:
             weight = weight_format.to_megatron(tensors)
-        except (AssertionError, RuntimeError):  # what mbridge raises for shapes that do not fit
+        except (AssertionError, RuntimeError):  # mbridge raises these for wrong shapes
             weight = None
         if weight is None or weight.shape != self._shapes[name]:
             shapes = ", ".join(
                 f"{key} {list(tensor.shape)}" for key, tensor in zip(weight_format.names, tensors, strict=True)
             )
             raise UserError(
-                f"{self.bridge.path}: {shapes} is not the model of its config.json, where {name} is "
+                f"{self.bridge.path}: {shapes} does not match its config.json, where {name} has shape "
                 f"{list(self._shapes[name])}: download the model again"
             )
         return weight.to(self.bridge.dtype)
 
     def to_huggingface(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The Hugging Face tensors of a weight, by name."""
+        """Yield the Hugging Face tensors of a weight, by name."""
         yield from self.formats[name].to_huggingface(weight)
 
     def pieces(self, name: str, weight: Tensor) -> list[Any]:
-        """A weight in the pieces that the checkpoint stores (megatron-core's ShardedTensor); views of `weight`."""
+        """Split a weight into the pieces that a checkpoint stores (megatron-core's ShardedTensor), as views."""
         return split_into_pieces(self.state[name], weight)
 
     def empty(self, name: str) -> Tensor:
-        """Uninitialised memory for a weight."""
+        """Allocate uninitialised memory for a weight."""
         return torch.empty(self._shapes[name], dtype=self.bridge.dtype)

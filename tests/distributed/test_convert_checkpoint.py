@@ -157,7 +157,7 @@ def test_a_disk_that_refuses(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     line = capsys.readouterr().err
-    assert re.fullmatch(r"error: \S+/out cannot be written: \[Errno 27\] File too large; make room .*\n", line), line
+    assert re.fullmatch(r"error: \S+/out cannot be written: \[Errno 27\] File too large; free some .*\n", line), line
     assert tool.main(arguments) == 0
     assert "continuing with" in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
 
@@ -235,7 +235,7 @@ def test_bad_input_is_one_line(
         (["to-huggingface", str(checkpoint), "x"], "needs --model"),
         (["to-megatron", str(tmp_path / "nothing"), "x"], "has no config.json"),
         (["to-megatron", str(cut), "x"], "cut/model.safetensors cannot be read"),
-        (["to-megatron", str(narrow), "x"], "is not the model of its config.json"),
+        (["to-megatron", str(narrow), "x"], "does not match its config.json"),
         (["to-megatron", str(llama), "x"], "model_type 'gemma3"),
         (["to-megatron", str(source), "x", "--shard-gib", "0"], "--shard-gib must be greater than 0"),
     ):

@@ -1,4 +1,4 @@
-"""Hugging Face folders on disk: shards, index, and what is refused."""
+"""Hugging Face folders on disk: shards, index, and refused folders."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_reused_buffer_is_copied(tmp_path: Path) -> None:
     assert [read_tensor(files[f"t{i}"], f"t{i}").tolist() for i in range(3)] == [[float(i)] * 4 for i in range(3)]
 
 
-def test_a_full_disk_leaves_the_earlier_folder(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_change_an_existing_folder(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_rlvr.weights import huggingface_folder
 
     save_file, calls = huggingface_folder.save_file, []
@@ -80,7 +80,7 @@ def test_damaged_folders_are_refused(sharded: Path) -> None:
     with pytest.raises(UserError, match=r"lacks 1 of its shards, such as model-00002-of-00003.safetensors"):
         tensor_files(sharded)
     second.write_bytes((sharded / "model-00003-of-00003.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"lacks layer\.\d\.weight, which the index says"):
+    with pytest.raises(UserError, match=r"lacks layer\.\d\.weight, which the index expects"):
         tensor_files(sharded)
     (sharded / INDEX).write_text("{")
     with pytest.raises(UserError, match=r"index.json is damaged"):
