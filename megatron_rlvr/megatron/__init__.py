@@ -1,6 +1,6 @@
-"""Everything that touches megatron-core. No other package imports it.
+"""The interface to megatron-core, which no other package imports.
 
-Importing this package makes megatron-core usable on a machine without a GPU, whenever and by whomever it is imported.
+Importing this package makes megatron-core usable on a machine without a GPU, whenever megatron-core is imported.
 """
 
 from megatron_rlvr.megatron.cpu_shim import install_before_megatron_core

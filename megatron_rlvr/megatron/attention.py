@@ -1,11 +1,11 @@
-"""Core attention for the local layer spec, on torch's fused scaled-dot-product kernel.
+"""Core attention for the local layer spec, with torch's fused scaled-dot-product kernel.
 
-megatron-core's own `DotProductAttention` materialises the [batch, heads, queries, keys] scores and repeats the keys of
-grouped queries. This one does neither. It also holds the key/value cache of the local rollout engine, because it sees
-the keys after the rotary embedding. megatron-core's static cache stores them before it, and rotates the whole cache
-again for every new token.
+megatron-core's `DotProductAttention` materialises the [batch, heads, queries, keys] scores and repeats the keys of
+grouped queries. `SDPAttention` does neither. It also has the key/value cache of the local rollout engine, which stores
+keys after the rotary embedding. megatron-core's static cache stores them before it, and rotates the whole cache again
+for every new token.
 
-Under context parallelism every rank gathers all keys and values and computes its own queries. Transformer Engine's
+Under context parallelism, every rank gathers all keys and values and computes its own queries. Transformer Engine's
 attention splits sequences in the same way.
 """
 
@@ -29,7 +29,12 @@ from megatron_rlvr.data.microbatch import zigzag
 
 
 class KeyValueCache:
-    """Rotated keys and values of one layer, each [batch, key heads, capacity, head size]; `length` are filled."""
+    """Rotated keys and values of one layer.
+
+    Attributes:
+        keys, values: [batch, key heads, capacity, head size].
+        length: number of tokens in the cache.
+    """
 
     def __init__(self, batch: int, heads: int, capacity: int, head_size: int, dtype: torch.dtype, device: torch.device):
         self.keys = torch.empty(batch, heads, capacity, head_size, dtype=dtype, device=device)
@@ -37,7 +42,7 @@ class KeyValueCache:
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [batch, key heads, new, head size]; return all keys and values so far."""
+        """Append keys and values [batch, key heads, new tokens, head size]; returns all keys and values as views."""
         end = self.length + keys.size(2)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
@@ -45,7 +50,12 @@ class KeyValueCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def reorder(self, rows: Tensor, capacity: int) -> None:
-        """Keep the batch rows `rows` (int64, may repeat), with room for `capacity` tokens."""
+        """Keep only the sequences `rows`, and allocate room for `capacity` tokens.
+
+        Args:
+            rows: int64, indices in the batch, which may repeat.
+            capacity: tokens per sequence.
+        """
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_empty(len(rows), old.size(1), capacity, old.size(3))
@@ -54,12 +64,15 @@ class KeyValueCache:
 
 
 class SDPAttention(MegatronModule):
-    """softmax(q k^T / sqrt(d)) v on q [s, b, heads, d] and k, v [s, b, key heads, d], giving [s, b, heads * d].
+    """Compute softmax(q k^T / sqrt(d)) v [s, b, heads * d] from q [s, b, heads, d] and k, v [s, b, key heads, d].
 
-    Without a mask, attention is causal. A mask is boolean [b, 1, queries, keys], and as in megatron-core, True hides a
-    key. Packed sequences (thd) have no batch dimension, and attend only to themselves. Under context parallelism, s is
-    this rank's share in the order of `zigzag`: one all-gather of keys and values forward, one reduce-scatter of their
-    gradients backward.
+    Without a mask, attention is causal. A mask is bool [b, 1, queries, keys]; as in megatron-core, True hides a key.
+    Packed sequences (thd) have no batch dimension and attend only to themselves. Under context parallelism, s is this
+    rank's share in the order of `zigzag`; the forward pass has one all-gather of keys and values, and the backward pass
+    one reduce-scatter of their gradients.
+
+    Attributes:
+        cache: key/value cache of the local rollout engine; None in training.
     """
 
     def __init__(
@@ -90,15 +103,15 @@ class SDPAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> Tensor:
         if attention_bias is not None:
-            raise NotImplementedError("SDPAttention takes no attention bias")
+            raise NotImplementedError("SDPAttention does not support an attention bias")
         if packed_seq_params is not None:
             boundaries = packed_seq_params.cu_seqlens_q.tolist()
             return self._segments(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), boundaries).flatten(1)
         if self.config.context_parallel_size > 1 and self.cache is None:
             if attention_mask is not None:
-                raise NotImplementedError("under context parallelism SDPAttention is causal and takes no mask")
-            whole = query.size(0) * self.config.context_parallel_size
-            return self._segments(query, key, value, [0, whole]).flatten(2)
+                raise NotImplementedError("SDPAttention does not support a mask under context parallelism")
+            full_width = query.size(0) * self.config.context_parallel_size
+            return self._segments(query, key, value, [0, full_width]).flatten(2)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.cache is not None:
             k, v = self.cache.append(k, v)
@@ -114,14 +127,14 @@ class SDPAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
     def _segments(self, query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int]) -> Tensor:
-        """Causal attention within each segment of the whole width; arguments and result are [s, b, heads, d]."""
+        """Compute causal attention within each segment of the full width; arguments and result are [s, b, heads, d]."""
         size = self.config.context_parallel_size
         if size > 1:
             group = parallel_state.get_context_parallel_group()
-            both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=group)
+            key_value = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=group)
             gathered_order = torch.cat([zigzag(boundaries, size, rank) for rank in range(size)])
-            both = both.index_select(0, gathered_order.argsort().to(both.device))
-            key, value = both.split([key.size(-1), value.size(-1)], dim=-1)
+            key_value = key_value.index_select(0, gathered_order.argsort().to(key_value.device))
+            key, value = key_value.split([key.size(-1), value.size(-1)], dim=-1)
             rank = group.rank()
         contexts = []
         for start, end in pairwise(boundaries):
@@ -130,13 +143,13 @@ class SDPAttention(MegatronModule):
                 continue
             chunk, first_query = (end - start) // (2 * size), start // size
             for number in (rank, 2 * size - 1 - rank):
-                seen = slice(start, start + (number + 1) * chunk)
-                contexts.append(self._causal(query[first_query : first_query + chunk], key[seen], value[seen]))
+                visible = slice(start, start + (number + 1) * chunk)
+                contexts.append(self._causal(query[first_query : first_query + chunk], key[visible], value[visible]))
                 first_query += chunk
         return torch.cat(contexts)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention of queries at the end of a segment to its keys: [s, b, heads, d]."""
+        """Compute causal attention of queries at the end of a segment to all its keys: [s, b, heads, d]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         queries, keys = q.size(2), k.size(2)
         mask = None

@@ -1,6 +1,6 @@
-"""One Hugging Face model in megatron-core: its configuration, its layers, and the mapping of its weights.
+"""A Hugging Face model in megatron-core: its configuration, its layers, and the mapping of its weights.
 
-The bridge knows tensors and names. Folders are read and written by `megatron_rlvr.weights`.
+The bridge handles tensors and names. `megatron_rlvr.weights` reads and writes folders.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from megatron_rlvr.megatron.transformer_settings import transformer_settings
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How one weight of a model that is whole in one process maps to Hugging Face tensors.
+    """How a weight that is not split over ranks maps to Hugging Face tensors.
 
     Attributes:
-        names: of the Hugging Face tensors that the weight consists of.
-        to_megatron: makes the weight from these tensors, in the order of `names`.
-        to_huggingface: makes the tensors, by name, from the weight.
+        names: names of the Hugging Face tensors that the weight consists of.
+        to_megatron: converts these tensors, in the order of `names`, to the weight.
+        to_huggingface: converts the weight to these tensors, by name.
     """
 
     names: list[str]
@@ -44,13 +44,13 @@ class WeightFormat:
 
 
 class PolicyBridge:
-    """Builds megatron-core models of one Hugging Face folder in the current parallel layout, and maps their weights.
+    """Builds the megatron-core model of a Hugging Face folder in the current parallel layout, and maps its weights.
 
     Args:
-        model, parallel: sections of a resolved configuration; ``model.path`` is the folder.
+        model, parallel: sections of the configuration, with ``auto`` resolved; ``model.path`` is the folder.
 
     Raises:
-        UserError: if the folder is missing, the family is not supported, or the layout does not divide the model.
+        UserError: if the folder is missing, the model is not supported, or the layout does not divide the model.
     """
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig):
@@ -62,7 +62,7 @@ class PolicyBridge:
         layer_spec.check_installed(self.spec_name)
         settings = transformer_settings(self.hf_config, model, parallel, self.spec_name)
         self._mbridge = open_mbridge(self.hf_config, self.dtype, self.spec_name, settings)
-        # mbridge pads the vocabulary of the weights that it reads and cuts the padding off those that it writes.
+        # mbridge pads the vocabulary of the weights that it reads, and removes the padding from those that it writes.
         self._mbridge.make_vocab_size_divisible_by = parallel.tensor
         self._mbridge.vocab_size, self._mbridge.padded_vocab_size = self.vocab_size, self.padded_vocabulary
 
@@ -73,23 +73,25 @@ class PolicyBridge:
 
     @property
     def vocab_size(self) -> int:
+        """Vocabulary size of the model, without padding."""
         return self.hf_config.vocab_size
 
     @property
     def context_length(self) -> int:
-        """The longest sequence that the model was made for, in tokens."""
+        """Longest sequence that the model supports, in tokens."""
         return self.hf_config.max_position_embeddings
 
     @property
     def padded_vocabulary(self) -> int:
-        """Rows of the embedding: the vocabulary, padded so that tensor-parallel ranks hold equal shares."""
+        """Rows of the embedding: the vocabulary, padded so that all tensor-parallel ranks have the same number."""
         ranks = self.config.tensor_model_parallel_size
         return -(-self.vocab_size // ranks) * ranks
 
     def build(self, shapes_only: bool = False) -> list[PolicyModel]:
-        """This rank's model chunks on its device, weights not loaded: one, or one per virtual pipeline stage.
+        """Build this rank's model chunks: one, or one per virtual pipeline stage. Weights are not loaded.
 
-        With `shapes_only` the parameters are on the meta device, so that a model of any size can be counted.
+        Args:
+            shapes_only: build on the meta device, so that parameters of a model of any size can be counted.
         """
         stages = self.config.virtual_pipeline_model_parallel_size
         return [self._build_chunk(vp_stage, shapes_only) for vp_stage in (range(stages) if stages else [None])]
@@ -97,7 +99,7 @@ class PolicyBridge:
     def _build_chunk(self, vp_stage: int | None, shapes_only: bool) -> PolicyModel:
         stage = {"ignore_virtual": False, "vp_stage": vp_stage}
         config = self.config
-        if shapes_only:  # otherwise megatron-core names the GPU for every weight, which overrides the meta device
+        if shapes_only:  # otherwise megatron-core requests the GPU for every weight, which overrides the meta device
             config = copy.copy(config)
             config.use_cpu_initialization = True
         with torch.device("meta") if shapes_only else nullcontext():
@@ -114,21 +116,21 @@ class PolicyBridge:
                 vp_stage=vp_stage,
             )
         if self.hf_config.rope_parameters["rope_type"] == "llama3":
-            # megatron-core's own scaling takes only the factor; a model may change the wavelengths, too.
+            # megatron-core's scaling accepts only the factor, but a model may also change the wavelengths.
             frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](self.hf_config, device.device())
             model.rotary_pos_emb.inv_freq = frequencies
         model.vocabulary = self.vocab_size
-        # Under context parallelism a microbatch names the positions that it holds, so it needs the angles of all.
+        # Under context parallelism a microbatch selects its positions itself, so it needs the angles of all positions.
         model.rotary_pos_emb.cp_group = None
         for parameter in model.parameters():
-            # Gradient norms and exports read from every parameter whether tensor-parallel ranks split it.
+            # Gradient norms and exports read from these attributes whether tensor-parallel ranks split a parameter.
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         return model if shapes_only else model.to(device.device())
 
     def read_weights(self, model_chunks: Sequence[PolicyModel], folder: Path) -> None:
-        """Fill the chunks of `build` with the weights of a folder. Collective over the job.
+        """Load the weights of a folder into the chunks of `build`. Collective over the job.
 
-        Call `megatron_rlvr.weights.loading.load_folder`, which checks the folder first and raises user errors.
+        Callers use `megatron_rlvr.weights.loading.load_folder`, which first checks the folder and raises user errors.
         """
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -136,22 +138,22 @@ class PolicyBridge:
             self._mbridge.load_weights(chunks, str(folder), memory_efficient=True)
 
     def export(self, model_chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
-        """Yield every Hugging Face tensor, whole, on every process, one at a time. Collective over the job."""
+        """Yield every complete Hugging Face tensor on every process, one at a time. Collective over the job."""
         seen = set()
         with torch.no_grad():
             for name, tensor in self._mbridge.export_weights([with_mbridge_names(chunk) for chunk in model_chunks]):
-                if name not in seen:  # a tied embedding comes from the first and from the last stage
+                if name not in seen:  # both the first and the last stage export a tied embedding
                     seen.add(name)
                     yield name, tensor
 
     def weight_format(self, name: str) -> WeightFormat:
-        """How the weight `name` of a model in one process maps to Hugging Face tensors."""
-        known = grouped_expert_name(name)
+        """Return how the weight `name`, which must not be split over ranks, maps to Hugging Face tensors."""
+        mbridge_name = grouped_expert_name(name)
 
         def to_huggingface(weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-            yield from zip(*self._mbridge._weight_to_hf_format(known, weight), strict=True)
+            yield from zip(*self._mbridge._weight_to_hf_format(mbridge_name, weight), strict=True)
 
         def to_megatron(tensors: list[Tensor]) -> Tensor:
-            return self._mbridge._weight_to_mcore_format(known, tensors)
+            return self._mbridge._weight_to_mcore_format(mbridge_name, tensors)
 
-        return WeightFormat(self._mbridge._weight_name_mapping_mcore_to_hf(known), to_megatron, to_huggingface)
+        return WeightFormat(self._mbridge._weight_name_mapping_mcore_to_hf(mbridge_name), to_megatron, to_huggingface)

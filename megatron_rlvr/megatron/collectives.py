@@ -25,29 +25,36 @@ T = TypeVar("T")
 def barrier() -> None:
     """Wait until every process of the job has called this. One all-reduce of one float64 in the default group.
 
-    The wait ends on the host, too: it reads the result. On a GPU a process that waits here waits in an NCCL kernel.
+    The host waits, too, because it reads the result. On a GPU, the wait is in an NCCL kernel.
     """
     any_rank(False)
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on any process; every process gets the same answer. One all-reduce, as `barrier`."""
+    """Whether `flag` is true on any process of the job. One all-reduce of one float64."""
     return max_over_job({"flag": float(flag)})["flag"] > 0
 
 
 def broadcast_from_main(value: T | None) -> T:
-    """Send rank 0's `value` (any picklable object) to every process of the job; the others' are ignored."""
-    box = [value]
+    """Send the `value` of rank 0 (any picklable object) to every process of the job; returns it.
+
+    Other processes pass None. Two broadcasts, of the size and of the bytes; none if the job has one process.
+    """
+    objects = [value]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0, device=device.device())
-    return box[0]  # type: ignore[return-value]
+        dist.broadcast_object_list(objects, src=0, device=device.device())
+    return objects[0]  # type: ignore[return-value]
 
 
 def sum_over_job(sums: Mapping[str, float], contributes: bool) -> dict[str, float]:
-    """Add `sums` of every contributing process; all processes get the result. One all-reduce of len(sums) float64.
+    """Sum values by name over the contributing processes of the job. One all-reduce of len(sums) float64.
 
-    Each data-parallel rank must contribute once. Pass ``contributes=layout.is_leader`` for what the leader knows, and
-    ``contributes=layout.is_reporting_rank`` for what the last pipeline stage knows.
+    Each data-parallel rank must contribute once. Pass ``contributes=layout.is_leader`` for values that the leader
+    knows, and ``contributes=layout.is_reporting_rank`` for values that the last pipeline stage computes.
+
+    Args:
+        sums: values by name, with the same names on every process.
+        contributes: whether the values of this process are included.
     """
     names = sorted(sums)
     values = torch.tensor([sums[n] if contributes else 0.0 for n in names], dtype=torch.float64, device=device.device())
@@ -56,14 +63,14 @@ def sum_over_job(sums: Mapping[str, float], contributes: bool) -> dict[str, floa
 
 
 def sum_tensor_over_job(values: Tensor, contributes: bool) -> Tensor:
-    """`sum_over_job` for a float64 tensor of the same shape on every process. One all-reduce; returns a CPU tensor."""
+    """Like `sum_over_job`, for a float64 tensor of the same shape on every process; returns a CPU tensor."""
     total = (values if contributes else torch.zeros_like(values)).to(device.device())
     dist.all_reduce(total)
     return total.cpu()
 
 
 def max_over_job(maxima: Mapping[str, float]) -> dict[str, float]:
-    """The largest value of any process, for each name. One all-reduce of len(maxima) float64."""
+    """Return the maximum over the processes of the job, for each name. One all-reduce of len(maxima) float64."""
     names = sorted(maxima)
     values = torch.tensor([maxima[n] for n in names], dtype=torch.float64, device=device.device())
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
@@ -71,7 +78,7 @@ def max_over_job(maxima: Mapping[str, float]) -> dict[str, float]:
 
 
 def all_gather_over_job(value: T) -> list[T]:
-    """The value (any picklable object) of every process, by rank. Two all-gathers, of sizes and of bytes."""
+    """Return the value (any picklable object) of every process, by rank. Two all-gathers, of sizes and of bytes."""
     values: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -81,30 +88,33 @@ def all_gather_over_job(value: T) -> list[T]:
 
 
 def all_gather_over_leaders(values: Sequence[float]) -> list[list[float]]:
-    """The values of every data-parallel rank's leader, by rank. One all-gather of len(values) float64.
+    """Return the values of every leader, by data-parallel rank. One all-gather of len(values) float64.
 
-    Collective over leaders, who must all pass the same number of values.
+    Collective over leaders, which must all pass the same number of values.
     """
-    group = parallel_state.get_data_parallel_group()  # of a leader: the group of all leaders
-    own = torch.tensor(values, dtype=torch.float64, device=device.device())
-    gathered = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(gathered, own, group=group)
+    group = parallel_state.get_data_parallel_group()  # the data-parallel group of a leader consists of all leaders
+    local = torch.tensor(values, dtype=torch.float64, device=device.device())
+    gathered = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(gathered, local, group=group)
     return [row.tolist() for row in gathered]
 
 
 def all_to_all_over_leaders(objects: Sequence[T]) -> list[T]:
-    """Send object r (any picklable one) to the leader of data-parallel rank r; return what every leader sent here.
+    """Send ``objects[r]`` (any picklable object) to the leader of data-parallel rank r.
 
     Two all-to-alls, of sizes and of bytes. Collective over leaders.
+
+    Returns:
+        the objects that the leaders sent to this process, by data-parallel rank.
     """
-    group, here = parallel_state.get_data_parallel_group(), device.device()
+    group, target = parallel_state.get_data_parallel_group(), device.device()
     packed = [pickle.dumps(item) for item in objects]
-    sizes_out = torch.tensor([len(data) for data in packed], device=here)
+    sizes_out = torch.tensor([len(data) for data in packed], device=target)
     sizes_in = torch.empty_like(sizes_out)
     dist.all_to_all_single(sizes_in, sizes_out, group=group)
     sizes = sizes_in.tolist()
-    sent = torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8).to(here)
-    received = torch.empty(sum(sizes), dtype=torch.uint8, device=here)
+    sent = torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8).to(target)
+    received = torch.empty(sum(sizes), dtype=torch.uint8, device=target)
     dist.all_to_all_single(received, sent, sizes, sizes_out.tolist(), group=group)
     return [pickle.loads(data.numpy().tobytes()) for data in received.cpu().split(sizes)]
 
@@ -113,21 +123,22 @@ def all_to_all_over_leaders(objects: Sequence[T]) -> list[T]:
 
 
 def broadcast_from_leader(value: T | None) -> T:
-    """Send the leader's `value` (any picklable object) to every process of its data-parallel rank.
+    """Send the leader's `value` (any picklable object) to every process of its data-parallel rank; returns it.
 
-    One broadcast over the leader's context-parallel group, then one over the model-parallel group of each of its ranks.
+    Other processes pass None. One broadcast over the leader's context-parallel group, then one over the model-parallel
+    group of each of its members.
     """
     for group in (parallel_state.get_context_parallel_group(), parallel_state.get_model_parallel_group()):
         if group.size() > 1:
-            box = [value]
+            objects = [value]
             source = dist.get_process_group_ranks(group)[0]
-            dist.broadcast_object_list(box, src=source, group=group, device=device.device())
-            value = box[0]
+            dist.broadcast_object_list(objects, src=source, group=group, device=device.device())
+            value = objects[0]
     return value  # type: ignore[return-value]
 
 
 def broadcast_from_last_stage(values: Tensor) -> None:
-    """Overwrite `values` with those of the last rank of the model-parallel group, which is on the last pipeline stage.
+    """Overwrite `values` with the values of the last pipeline stage, from the last rank of the model-parallel group.
 
     One broadcast over the model-parallel group; none if it has one member.
     """
@@ -149,7 +160,7 @@ def send_to_next_stage(values: Tensor) -> None:
 
 
 def all_gather_over_tensor_ranks(values: Tensor) -> list[Tensor]:
-    """The tensors of all tensor-parallel ranks, which must have one shape, by rank. One all-gather."""
+    """Return the tensors of all tensor-parallel ranks, by rank. All must have the same shape. One all-gather."""
     group = parallel_state.get_tensor_model_parallel_group()
     gathered = [torch.empty_like(values) for _ in range(group.size())]
     dist.all_gather(gathered, values, group=group)
@@ -172,15 +183,15 @@ class _AllGatherTokens(torch.autograd.Function):
 
 
 def all_gather_tokens(values: Tensor, index: Tensor, count: int) -> Tensor:
-    """Combine the values of different tokens that context-parallel ranks know; differentiable.
+    """Combine the values of context-parallel ranks, each of which has the values of some tokens; differentiable.
 
-    Collective over the context-parallel group: one all-reduce forward. Nothing is exchanged backward, because every
-    rank must compute the same loss from the result, so the gradient of its own tokens is all that a rank needs.
+    Collective over the context-parallel group: one all-reduce in the forward pass. The backward pass exchanges nothing,
+    because every rank must compute the same loss from the result, and needs only the gradient of its tokens.
 
     Args:
-        values: [k, R], of this rank's tokens.
-        index: int64 [R], which of the `count` tokens these are.
-        count: tokens of all ranks together.
+        values: [k, R], k values for each token of this rank.
+        index: int64 [R], indices of these tokens among all `count` tokens.
+        count: number of tokens of all ranks together.
 
     Returns:
         [k, count], the same on every rank.

@@ -21,18 +21,18 @@ Beta = Annotated[float, Bounds(at_least=0, below=1)]
 
 @dataclass
 class ModelConfig:
-    """The policy that is trained: its weights, number format and layers."""
+    """The trained policy: its weights, number format and layers."""
 
     path: str = REQUIRED
     """Hugging Face folder that training starts from: config.json, safetensors and tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of weights and activations; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+    """Number format of weights and activations; ``auto`` means bfloat16 on a GPU and float32 on a CPU."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Implementation of the layers: megatron-core's ``local`` ones or those of ``transformer_engine``; ``auto`` is
+    """Implementation of the layers: megatron-core's ``local`` layers or those of ``transformer_engine``; ``auto`` means
     transformer_engine on a GPU and local on a CPU."""
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     """fp8 format of matrix multiplications in Transformer Engine: ``e4m3``, or ``hybrid`` for e4m3 in the forward and
-    e5m2 in the backward pass. Weights stay bfloat16. Untested: it needs a GPU that computes in fp8."""
+    e5m2 in the backward pass. Weights stay bfloat16. Untested, because it needs a GPU that computes in fp8."""
     fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
     """How fp8 scaling factors are computed; which recipes work depends on the GPU and on Transformer Engine."""
     router_aux_loss: NonNegativeFloat = 0.0
@@ -62,43 +62,43 @@ class OptimizerConfig:
     epsilon: NonNegativeFloat = 1.0e-8
     """Added to the square root of the second moment."""
     clip_grad: Annotated[float, Bounds(above=0, infinite=True)] = 1.0
-    """Largest norm of the gradient; a larger gradient is scaled down to it. ``inf`` never scales."""
+    """Largest norm of the gradient; larger gradients are scaled down to it. ``inf`` disables clipping."""
     cpu_offload: Fraction = 0.0
-    """Fraction of the optimizer state that is kept and updated in host memory; a value above 0 needs a GPU."""
+    """Fraction of the optimizer state that is stored and updated in host memory; a value above 0 needs a GPU."""
 
 
 @dataclass
 class ParallelConfig:
-    """How a model, its sequences and its memory are divided over the processes of a job."""
+    """How the model, its sequences and its memory are divided over the processes of a job."""
 
     tensor: PositiveInt = 1
-    """Tensor-parallel size: ranks that share every matrix of the model."""
+    """Tensor-parallel size: ranks that every matrix of the model is split over."""
     pipeline: PositiveInt = 1
     """Pipeline-parallel size: stages that the layers are divided into."""
     virtual_pipeline: PositiveInt = 1
     """Model chunks per pipeline stage; more than 1 selects the interleaved schedule, which has a smaller bubble."""
     context: PositiveInt = 1
-    """Context-parallel size: ranks that share every sequence."""
+    """Context-parallel size: ranks that every sequence is split over."""
     expert: PositiveInt = 1
-    """Expert-parallel size: ranks that share the experts of a layer. They are taken from the tensor, context and data
-    ranks of a pipeline stage."""
+    """Expert-parallel size: ranks that the experts of a layer are distributed over. They are taken from the tensor,
+    context and data ranks of a pipeline stage."""
     expert_tensor: PositiveInt = 1
-    """Ranks that share the matrices of every expert: 1 or the tensor-parallel size."""
+    """Ranks that the matrices of every expert are split over: 1 or the tensor-parallel size."""
     sequence: bool = False
     """Sequence parallelism: outside tensor-parallel regions, divide activations by sequence; needs `tensor` > 1."""
     distributed_optimizer: bool = False
     """Shard the optimizer state over data-parallel ranks."""
     microbatch_sequences: NonNegativeInt = 0
-    """Sequences per forward pass of training, padded to one length; 0 takes the whole minibatch of a rank."""
+    """Sequences per forward pass of training, padded to one length; 0 means the whole minibatch of a rank."""
     microbatch_tokens: NonNegativeInt = 0
-    """Tokens per forward pass of training, in sequences packed without padding; 0 pads them instead."""
+    """Tokens per forward pass of training, in sequences packed without padding; 0 pads sequences instead."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass recomputes instead of storing: ``none``, those of whole layers (``full``), or
-    those of `recompute_modules` (``selective``)."""
+    those of some modules (``selective``, see `recompute_modules`)."""
     recompute_modules: list[Literal["core_attn", "mlp", "layernorm", "moe_act", "moe"]] = field(
         default_factory=lambda: ["core_attn"]
     )
-    """Modules to recompute under ``recompute: selective``, by megatron-core's names."""
+    """Modules to recompute with ``recompute: selective``, by megatron-core's names."""
     timeout_minutes: PositiveFloat = 30.0
     """Minutes that a collective may take before the job fails with an error that names it."""
 
@@ -107,8 +107,8 @@ class ParallelConfig:
             raise UserError("parallel.sequence=true needs parallel.tensor > 1: set it false or raise parallel.tensor")
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise UserError(
-                "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1: it interleaves the model chunks of "
-                "pipeline stages"
+                "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1, because it interleaves the model chunks of "
+                "pipeline stages: set it to 1 or raise parallel.pipeline"
             )
         if self.expert_tensor not in (1, self.tensor):
             raise UserError(f"parallel.expert_tensor={self.expert_tensor} must be 1 or parallel.tensor={self.tensor}")

@@ -1,8 +1,8 @@
 """Runs megatron-core on a machine without a GPU.
 
-megatron-core names CUDA in a few hundred places. On a machine without a GPU this module redirects those names to the
-CPU: a torch function mode maps ``device="cuda"`` to ``cpu``, the `torch.cuda` calls that megatron-core makes answer for
-the CPU, and its fusions run uncompiled. Everything else of megatron-core runs unchanged, with gloo for collectives.
+megatron-core uses CUDA by name in a few hundred places. On a machine without a GPU, this module redirects them to the
+CPU: a torch function mode maps ``device="cuda"`` to ``cpu``, the `torch.cuda` functions that megatron-core calls are
+replaced, and its fusions run uncompiled. Everything else in megatron-core runs unchanged, with gloo for collectives.
 
 Importing `megatron_rlvr.megatron` calls `install_before_megatron_core`, so callers need no particular import order.
 """
@@ -32,9 +32,9 @@ _installed: TorchFunctionMode | None = None
 
 
 def install_before_megatron_core() -> None:
-    """Prepare this process when any module first imports megatron-core; at once if one already has.
+    """Prepare this process when megatron-core is first imported, or at once if it already is.
 
-    CUDA is not touched before that import, so a program may read a configuration and fork.
+    CUDA is not initialised before that import, so a program may read a configuration and fork.
     """
     if _MEGATRON_CORE in sys.modules:
         _prepare_process()
@@ -43,7 +43,7 @@ def install_before_megatron_core() -> None:
 
 
 class _MegatronCoreFinder(MetaPathFinder):
-    """Prepares the process when megatron-core is first imported, then steps aside."""
+    """Prepares the process when megatron-core is first imported, and then removes itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -59,10 +59,10 @@ class _MegatronCoreFinder(MetaPathFinder):
 
 
 class _QuickLoader(Loader):
-    """Loads megatron-core without the garbage collector and, on the CPU, without the compiler.
+    """Loads megatron-core without the garbage collector and, on the CPU, without torch.compile.
 
-    The collector finds no garbage there and takes a sixth of a program's start-up time. megatron-core calls
-    torch.compile for its fusions while it loads; on the CPU, loading the compiler would take a fifth of the start-up.
+    The collector would find no garbage and take a sixth of a program's start-up time. megatron-core calls torch.compile
+    for its fusions while it loads, which imports the compiler; on the CPU that would take a fifth of the start-up time.
     """
 
     def __init__(self, loader: Loader):
@@ -80,7 +80,7 @@ class _QuickLoader(Loader):
             self.loader.exec_module(module)
         finally:
             torch.compile = compiler
-            gc.freeze()  # later collections skip what stays loaded
+            gc.freeze()  # later collections skip the loaded modules
             if collecting:
                 gc.enable()
 
@@ -96,7 +96,7 @@ def _prepare_process() -> None:
     if _installed is not None:
         return
     _keep_freed_memory()
-    # megatron-core warns that GPU-only packages and variables are missing, and about its own default settings.
+    # megatron-core warns that GPU-only packages and variables are missing, and warns about its own default settings.
     for line in (
         "Transformer Engine and Apex are not installed",
         "When using async grad allreduce",
@@ -130,7 +130,7 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands in for every CUDA stream: on the CPU, work is complete when a call returns."""
+    """Replaces every CUDA stream. On the CPU, work is complete when a call returns."""
 
     def wait_stream(self, _other: object) -> None:
         pass
@@ -151,30 +151,30 @@ _THE_STREAM = _NoStream()
 
 
 def _no_compile(function: Any = None, **_options: Any) -> Any:
-    """Stands in for torch.compile, as a function and as a decorator."""
+    """Replaces torch.compile, as a function and as a decorator."""
     return _no_compile if function is None else function
 
 
 def _keep_freed_memory() -> None:
     """Make glibc keep the memory that tensors free instead of returning it to the kernel.
 
-    Otherwise a tensor of a few hundred KB is mapped and unmapped for every operation, and half the time of a small
-    model's step goes into page faults. Does nothing with another C library, or if the user has tuned malloc.
+    Otherwise a tensor of a few hundred KB is mapped and unmapped for every operation, and page faults take half the
+    time of a small model's step. This does nothing with another C library, or if the user has configured malloc.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # glibc's maximum; larger tensors are mapped as before
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # glibc's maximum; larger tensors are still mapped
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def patch_megatron_core() -> None:
-    """Patch what a function mode cannot redirect; call it after megatron-core is imported. Does nothing on a GPU.
+    """Patch functions of megatron-core that a function mode cannot redirect. Does nothing on a GPU.
 
-    Recomputation saves and restores the state of CUDA's random number generator, which does not exist here. The token
-    dispatcher of a mixture of experts converts its counts to numpy arrays only when it copies them from a GPU, but
-    always uses them as arrays.
+    Call this after megatron-core is imported. Recomputation saves and restores the state of CUDA's random number
+    generator, which does not exist here. The token dispatcher of a mixture of experts converts its counts to numpy
+    arrays only when it copies them from a GPU, but always uses them as arrays.
     """
     if _installed is None:
         return
@@ -191,5 +191,8 @@ def patch_megatron_core() -> None:
 
 
 def without_shim() -> AbstractContextManager:
-    """Run hot code, which names no device, without the function mode, which costs microseconds per torch call."""
+    """Return a context without the function mode, which costs microseconds per torch call.
+
+    Code in this context must not name a CUDA device.
+    """
     return nullcontext() if _installed is None else torch._C.DisableTorchFunction()

@@ -1,4 +1,4 @@
-"""Whether this process computes on a GPU or on the CPU."""
+"""The device on which this process computes: a GPU or the CPU."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 
 
 def on_gpu() -> bool:
-    """Whether tensors of this process live on a GPU."""
+    """Whether this process computes on a GPU."""
     return torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """The device of the model and the batches of this process."""
+    """Return the device of the model and the batches of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
 def collective_backend() -> str:
-    """The name of the torch.distributed backend: ``nccl`` on a GPU, ``gloo`` on the CPU."""
+    """Return the name of the torch.distributed backend: ``nccl`` on a GPU, ``gloo`` on the CPU."""
     return "nccl" if on_gpu() else "gloo"

@@ -1,4 +1,4 @@
-"""A Hugging Face model's config.json: read, and refused if this project does not compute that model."""
+"""Read the config.json of a Hugging Face model, and refuse models that are not supported."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from megatron_rlvr.errors import UserError
 
 SUPPORTED = ("qwen2", "qwen3", "llama", "qwen3_moe")
-"""Model families that are tested against transformers. mbridge knows more."""
+"""Model families that are tested against transformers. mbridge supports more."""
 
 
 def read_config(path: Path) -> Any:
-    """The `transformers` configuration of a model folder.
+    """Read the transformers configuration of a model folder.
 
     Raises:
         UserError: if the folder or its config.json is missing, unreadable, or of a model that is not supported.
@@ -47,7 +47,7 @@ def is_mixture(hf_config: Any) -> bool:
 def _check_supported(path: Path, config: Any) -> None:
     """Refuse configurations that would load but compute a different model."""
     if config.model_type not in SUPPORTED:
-        raise UserError(f"{path}: model_type {config.model_type!r} is not supported: one of {', '.join(SUPPORTED)}")
+        raise UserError(f"{path}: model_type {config.model_type!r} is not supported: use one of {', '.join(SUPPORTED)}")
     rope = config.rope_parameters
     settings: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "rope_type": (rope["rope_type"], ("default", "llama3")),
@@ -66,5 +66,6 @@ def _check_supported(path: Path, config: Any) -> None:
     for key, (value, supported) in settings.items():
         if value not in supported:
             raise UserError(
-                f"{path}/config.json: {key}={value!r} is not supported: {' or '.join(map(repr, supported))}"
+                f"{path}/config.json: {key}={value!r} is not supported: use a model with "
+                f"{' or '.join(map(repr, supported))}"
             )

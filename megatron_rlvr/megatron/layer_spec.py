@@ -1,4 +1,4 @@
-"""The choice between Transformer Engine's layers and megatron-core's local ones."""
+"""The choice between Transformer Engine's layers and megatron-core's local layers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megatron_rlvr.megatron.attention import SDPAttention
 from megatron_rlvr.megatron.local_layers import GatedSiLU, LocalSelfAttention
 
 if not hasattr(moe_utils, "te_general_gemm"):
-    # megatron-core 0.16 defines it only if Transformer Engine is installed, but reads it always.
+    # megatron-core 0.16 defines this only if Transformer Engine is installed, but always reads it.
     moe_utils.te_general_gemm = None
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked so that sequence parallelism works.
+    """torch's RMSNorm with support for sequence parallelism, which megatron-core's WrappedTorchNorm refuses.
 
-    megatron-core's WrappedTorchNorm refuses sequence parallelism. Each rank computes the weight's gradient from its own
-    tokens. With the mark, `finalize_model_grads` adds these gradients over the tensor-parallel group.
+    Under sequence parallelism, each rank computes the gradient of the weight from its tokens only. The attribute
+    `sequence_parallel` of the weight makes `finalize_model_grads` sum these gradients over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: object):
@@ -34,10 +34,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def check_installed(name: str) -> None:
-    """Refuse the layer spec ``transformer_engine`` where Transformer Engine is not installed.
+    """Refuse the layer spec ``transformer_engine`` if Transformer Engine is not installed.
 
     Raises:
-        UserError: that says how to install it.
+        UserError: if it is not; says how to install it.
     """
     if name != "transformer_engine":
         return
@@ -51,7 +51,13 @@ def check_installed(name: str) -> None:
 
 
 def layer_spec(config: TransformerConfig, name: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The block spec of this pipeline stage for the layer spec `name`; `vp_stage` is the virtual stage, if any."""
+    """Return megatron-core's block spec for this pipeline stage.
+
+    Args:
+        config: configuration of the model.
+        name: ``local`` or ``transformer_engine``.
+        vp_stage: the virtual pipeline stage, if there are several.
+    """
     if name == "transformer_engine":
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     layer = get_gpt_layer_local_spec(

@@ -1,4 +1,4 @@
-"""Whether a parallel layout divides a model."""
+"""Check that a parallel layout divides a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
     """Refuse parallel sizes that do not divide the model.
 
     Raises:
-        UserError: names the number that is not divisible.
+        UserError: for the first size that does not divide the model; names both numbers.
     """
     _check_tensor(hf_config, parallel)
     _check_experts(hf_config, parallel)
@@ -56,7 +56,7 @@ def _check_experts(hf_config: Any, parallel: ParallelConfig) -> None:
             "divisor"
         )
     if parallel.tensor > 1 and not parallel.sequence:
-        raise UserError("a mixture of experts under parallel.tensor > 1 needs parallel.sequence=true: set it")
+        raise UserError("a mixture of experts with parallel.tensor > 1 needs parallel.sequence=true: set it")
     if parallel.tensor > 1 and parallel.expert == 1 and parallel.expert_tensor != parallel.tensor:
         raise UserError(
             f"parallel.expert=1 with parallel.tensor={parallel.tensor} needs parallel.expert_tensor={parallel.tensor}: "

@@ -2,9 +2,9 @@
 
 megatron-core computes queries, keys and values in one projection, and gate and up in another. It relies on fused
 kernels of Transformer Engine to avoid copies when the results are split and when their gradients are joined. Here the
-forward pass writes each output once, and the backward pass writes the gradients straight into the gradient of the
-joined tensor. This saves a twentieth of the time of a small model's update on the CPU, and a sixth of the memory that a
-layer keeps for its backward pass.
+forward pass writes each output once, and the backward pass writes directly into the gradient of the joined tensor. This
+saves 5 % of the time of a small model's update on the CPU, and a sixth of the memory that a layer keeps for its
+backward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class LocalSelfAttention(SelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **arguments: Any) -> Any:
         rotary = arguments.get("rotary_pos_emb")
         if rotary is not None and not isinstance(rotary, tuple) and self._can_rotate(rotary, arguments):
-            # Read by get_query_key_value_tensors, which the parent's forward calls; None stops it from rotating again.
+            # The parent's forward calls get_query_key_value_tensors, which reads `_rotary`. With None as argument, the
+            # parent does not rotate again.
             self._rotary, arguments["rotary_pos_emb"] = rotary, None
         try:
             return super().forward(hidden_states, attention_mask, **arguments)
@@ -35,7 +36,7 @@ class LocalSelfAttention(SelfAttention):
             self._rotary = None
 
     def _can_rotate(self, rotary: Tensor, arguments: dict[str, Any]) -> bool:
-        """Whether `rotary` covers every position and dimension, and every rank has whole groups of heads."""
+        """Whether `rotary` applies to every position and dimension, and every rank has whole groups of heads."""
         return (
             arguments.get("packed_seq_params") is None
             and not self.config.rotary_interleaved
@@ -53,7 +54,7 @@ class LocalSelfAttention(SelfAttention):
 
 
 class SplitAndRotate(torch.autograd.Function):
-    """Queries, keys and values from one tensor, with rotary embedding on queries and keys (arXiv 2104.09864).
+    """Split a tensor into queries, keys and values, and rotate queries and keys (RoPE, arXiv 2104.09864).
 
     The halves (a, b) of a head become (a cos - b sin, b cos + a sin).
 
@@ -93,7 +94,7 @@ class SplitAndRotate(torch.autograd.Function):
 
 
 def _heads(joined: Tensor, size: int) -> Tensor:
-    """[s, b, groups, heads d] as [s, b, groups, heads, d]."""
+    """View [s, b, groups, heads d] as [s, b, groups, heads, d]."""
     return joined.unflatten(-1, (-1, size))
 
 
@@ -105,9 +106,9 @@ def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> None:
 
 
 class GatedSiLU(MegatronModule):
-    """silu(gate) * up, from ``joined`` [..., 2 f] with the gate first to [..., f] (SwiGLU, arXiv 2002.05202).
+    """Compute silu(gate) * up [..., f] from ``joined`` [..., 2 f], gate first (SwiGLU, arXiv 2002.05202).
 
-    megatron-core calls it in place of Transformer Engine's activation (`use_te_activation_func`).
+    megatron-core calls this in place of Transformer Engine's activation (`use_te_activation_func`).
     """
 
     def __init__(self, config: TransformerConfig):

@@ -1,4 +1,4 @@
-"""The factor that turns megatron-core's averages of gradients into sums."""
+"""The factor that makes megatron-core sum gradients instead of averaging them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossScale:
-    """Makes the gradient of a minibatch the plain sum over its tokens.
+    """Scales losses so that the gradient of a minibatch is the sum over its tokens.
 
-    The token weights of a minibatch add up over the microbatches and data-parallel ranks of the whole job. Its gradient
-    is therefore the sum of what every microbatch of every rank computes. megatron-core forms averages instead:
+    Token weights are normalized over all microbatches and data-parallel ranks of the job. The gradient of a minibatch
+    is therefore the sum over the microbatches of all ranks. megatron-core computes averages instead:
 
-    1. the schedule multiplies the loss of a microbatch by the context-parallel size C and divides it by the number of
-       microbatches M;
-    2. the data-parallel wrapper divides the gradients, those of experts included, by the number D C of data- and
-       context-parallel ranks before it adds them up.
+    1. The schedule multiplies the loss of a microbatch by the context-parallel size C and divides it by the number of
+       microbatches M.
+    2. The data-parallel wrapper divides the gradients, including those of experts, by the number D C of data- and
+       context-parallel ranks before it sums them.
 
-    With every loss multiplied by D M first, the factors cancel: (D M) (C / M) / (D C) = 1. The context-parallel ranks
-    of a sequence each hold the gradient of their own tokens, so adding these up is right, too.
+    If every loss is first multiplied by D M, the factors cancel: (D M) (C / M) / (D C) = 1. The context-parallel ranks
+    of a sequence each have the gradient of their own tokens, so these gradients must be summed as well.
 
     Attributes:
         data_size: data-parallel size D.
@@ -31,13 +31,13 @@ class LossScale:
     context_size: int
 
     def for_schedule(self, loss: Tensor, microbatches: int) -> Tensor:
-        """What to give to the schedule as the loss of one of `microbatches` microbatches."""
+        """Return the loss to pass to the schedule for one of `microbatches` microbatches."""
         return loss * float(self.data_size) * microbatches
 
     @property
     def backward(self) -> float:
-        """The number by which the backward pass multiplies a loss, D C.
+        """The factor by which the backward pass multiplies a loss, D C.
 
-        An operator that adds to the gradient buffers in its forward pass must know it beforehand.
+        An operator that computes gradients in its forward pass must know it beforehand.
         """
         return float(self.data_size) * self.context_size

@@ -1,7 +1,7 @@
-"""mbridge, the library that maps weights between Hugging Face and megatron-core, made to fit our configuration.
+"""Adapt mbridge, the library that maps weights between Hugging Face and megatron-core, to this project.
 
-mbridge expects Transformer Engine's layers and sets fields of TransformerConfig itself. The classes here are mixed into
-its class for a model family, so that our settings win and the names of megatron-core's local layers are understood.
+mbridge expects Transformer Engine's layers and sets fields of TransformerConfig itself. The mixins here change its
+class for a model family so that this project's settings take precedence and the names of local layers are mapped.
 """
 
 from __future__ import annotations
@@ -17,22 +17,29 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rlvr.megatron.huggingface_config import is_mixture, is_tied
 from megatron_rlvr.megatron.model import PolicyModel
 
-with warnings.catch_warnings():  # mbridge imports all its families, and some warn that their extras are missing
+with warnings.catch_warnings():  # mbridge imports all its families, and some warn about missing optional packages
     warnings.simplefilter("ignore")
     from mbridge.core.bridge import _MODEL_REGISTRY as MBRIDGE_FAMILIES
     from mbridge.core.bridge import Bridge
 
 
 def open_mbridge(hf_config: Any, dtype: torch.dtype, spec_name: str, settings: dict[str, Any]) -> Bridge:
-    """mbridge's object for a model, with `settings` as fields of its TransformerConfig."""
+    """Return mbridge's bridge of a model.
+
+    Args:
+        hf_config: transformers configuration of the model.
+        dtype: dtype of the weights.
+        spec_name: the layer spec, ``local`` or ``transformer_engine``.
+        settings: fields of TransformerConfig that take precedence over those of the model family.
+    """
     family = MBRIDGE_FAMILIES[hf_config.model_type]
     local_names = (_LocalNames,) if spec_name == "local" else ()
-    bases = (_OurSettings, *local_names, family)
+    bases = (_WithSettings, *local_names, family)
     return type(f"Policy{family.__name__}", bases, {"_settings": settings})(hf_config, dtype=dtype)
 
 
-class _OurSettings:
-    """Makes our settings win over those of the family."""
+class _WithSettings:
+    """Makes `_settings` take precedence over the settings of the family."""
 
     _settings: dict[str, Any]
     _DIRECT_MAPPING: dict[str, str]
@@ -42,7 +49,7 @@ class _OurSettings:
         return super()._build_base_config(*args, **{**kwargs, **self._settings})  # type: ignore[misc]
 
     def _adjust_mapping_for_shared_weights(self) -> None:
-        # mbridge does this for Qwen only, and by changing the map of the class: after a tied model, every untied one
+        # mbridge does this only for Qwen, and changes the mapping of the class: after a tied model, every untied model
         # that the process opens would be mapped as tied. This changes a copy, for every family.
         self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)
         if is_tied(self.hf_config):
@@ -50,7 +57,10 @@ class _OurSettings:
 
 
 class _LocalNames:
-    """Weight names of local layers, whose norms are modules; Transformer Engine fuses them into a linear layer."""
+    """Maps the weight names of local layers.
+
+    Their norms are modules of their own. Transformer Engine fuses a norm and the linear layer that follows it.
+    """
 
     hf_config: Any
 
@@ -63,15 +73,15 @@ class _LocalNames:
 
 
 def grouped_expert_name(name: str) -> str:
-    """The name that Transformer Engine's grouped experts give to a local expert's weight; other names unchanged.
+    """Return the name of a local expert's weight in Transformer Engine's grouped experts; other names are unchanged.
 
-    mbridge knows grouped experts only.
+    mbridge maps only grouped experts.
     """
     return re.sub(r"\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight$", r".experts.\2.weight\1", name)
 
 
 class _GroupedExperts:
-    """A model with local experts, under the names of grouped experts."""
+    """A model with local experts, with weights under the names of grouped experts."""
 
     def __init__(self, model: PolicyModel):
         self.model = model
@@ -85,6 +95,6 @@ class _GroupedExperts:
 
 
 def with_mbridge_names(model: PolicyModel) -> PolicyModel | _GroupedExperts:
-    """The model as mbridge must see it."""
+    """Return the model with the weight names that mbridge expects."""
     has_local_experts = any(".local_experts." in name for name, _ in model.named_parameters())
     return _GroupedExperts(model) if has_local_experts else model

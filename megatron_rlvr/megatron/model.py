@@ -1,4 +1,4 @@
-"""The policy network: megatron-core's GPTModel, which returns logits of chosen positions only."""
+"""The policy network: megatron-core's GPTModel with logits of selected positions only."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class PolicyModel(GPTModel):
-    """One pipeline stage of a GPTModel, or one virtual stage of it.
+    """One pipeline stage, or virtual stage, of a GPTModel.
 
-    The vocabulary projection skips prompt and padding positions. Its logits have the form that the operators read: one
-    row per token, split over the tensor-parallel group, in the model's dtype.
+    The vocabulary projection skips prompt and padding positions. Its logits have the form that the operators expect:
+    one row per token, split over the tensor-parallel group, in the model's dtype.
 
     Attributes:
-        vocabulary: number of tokens, without the rows that pad the embedding; set by `PolicyBridge.build`.
+        vocabulary: vocabulary size without the rows that pad the embedding; set by `PolicyBridge.build`.
     """
 
     vocabulary: int
@@ -37,16 +37,17 @@ class PolicyModel(GPTModel):
 
         Args:
             tokens: int64 [b, s].
-            rows: int64 [T], indices into the flattened [s * b] positions (``position * b + sequence``) that get logits;
-                None takes all. Only the last stage reads it.
-            positions: int64, rotary positions of every token [b, s], or [s] for all sequences; None is 0 .. s-1.
-            attention_mask: bool [b, 1, s, keys], True hides a key; None is causal.
+            rows: int64 [T], indices (``position * b + sequence``) of the positions that get logits; None means all.
+                Only the last stage reads it.
+            positions: int64, rotary positions of every token [b, s], or [s] for all sequences; None means 0 .. s-1.
+            attention_mask: bool [b, 1, s, keys], True hides a key; None means causal attention.
             packed: where the packed sequences (b = 1) begin and end; None if padded.
             padding: bool [b, s], tokens that the load-balancing loss of a mixture of experts must ignore.
-            hidden_only: the last stage returns final hidden states instead of logits, for the fused head.
+            hidden_only: return final hidden states instead of logits on the last stage, for the fused head.
 
         Returns:
-            hidden states [s, b, h] before the last stage; on it logits [T, V / tp] or hidden states [T, h].
+            logits [T, V / tp], or hidden states [T, h] with `hidden_only`, on the last stage; hidden states [s, b, h]
+            on the other stages.
         """
         decoder_input, rotary, *_ = self._preprocess(tokens, positions, packed_seq_params=packed)
         if positions is not None:
@@ -58,7 +59,7 @@ class PolicyModel(GPTModel):
             attention_mask=attention_mask,
             rotary_pos_emb=rotary,
             packed_seq_params=packed,
-            padding_mask=self._own_padding(padding),
+            padding_mask=self._local_padding(padding),
         )
         if not self.post_process:
             return hidden
@@ -71,21 +72,21 @@ class PolicyModel(GPTModel):
             hidden = hidden.index_select(0, rows)
         return hidden if hidden_only else self.project(hidden)
 
-    def _own_padding(self, padding: Tensor | None) -> Tensor | None:
-        """This rank's share of `padding` under sequence parallelism, [b, s / tp]."""
+    def _local_padding(self, padding: Tensor | None) -> Tensor | None:
+        """Return this rank's share of `padding`: [b, s / tp] under sequence parallelism, otherwise all of it."""
         if padding is None or not self.config.sequence_parallel:
             return padding
         return padding.chunk(self.pg_collection.tp.size(), dim=1)[self.pg_collection.tp.rank()]
 
     def output_weight(self) -> Tensor:
-        """The vocabulary projection of this tensor-parallel rank, [V / tp, h], without the rows that pad it."""
+        """Return the vocabulary projection of this tensor-parallel rank, [V / tp, h], without padding rows."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        own_tokens = self.vocabulary - len(weight) * self.pg_collection.tp.rank()
-        return weight if own_tokens >= len(weight) else weight[:own_tokens]
+        local_vocabulary = self.vocabulary - len(weight) * self.pg_collection.tp.rank()
+        return weight if local_vocabulary >= len(weight) else weight[:local_vocabulary]
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V / tp] of hidden states [T, h]."""
+        """Compute logits [T, V / tp] from hidden states [T, h]."""
         weight = self.output_weight()
         return linear_with_grad_accumulation_and_async_allreduce(
             input=hidden,
@@ -93,7 +94,7 @@ class PolicyModel(GPTModel):
             bias=None,
             # A slice of the weight has no gradient buffer to add to.
             gradient_accumulation_fusion=self.config.gradient_accumulation_fusion and weight.is_leaf,
-            # Under sequence parallelism the backward pass of the gather adds up the partial gradients.
+            # Under sequence parallelism, the backward pass of the gather sums the partial gradients.
             allreduce_dgrad=self.config.tensor_model_parallel_size > 1 and not self.config.sequence_parallel,
             sequence_parallel=False,
             tp_group=self.pg_collection.tp,
@@ -101,7 +102,7 @@ class PolicyModel(GPTModel):
 
 
 def packed_sequences(boundaries: Tensor | None, device: torch.device) -> PackedSeqParams | None:
-    """megatron-core's description of packed sequences, from int32 [n + 1] boundaries; None for padded ones."""
+    """Return megatron-core's description of packed sequences with boundaries int32 [n + 1]; None for padded ones."""
     if boundaries is None:
         return None
     longest = int(boundaries.diff().max())

@@ -1,4 +1,4 @@
-"""Data parallelism and the optimizer, built by megatron-core from our configuration."""
+"""Build megatron-core's data-parallel wrapper and optimizer from the configuration."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ from megatron_rlvr.megatron.model import PolicyModel
 def wrap_data_parallel(
     model_chunks: Sequence[PolicyModel], config: TransformerConfig, *, distributed_optimizer: bool
 ) -> list[DistributedDataParallel]:
-    """Give every model chunk float32 gradient buffers that are reduced over data- and context-parallel ranks.
+    """Wrap every model chunk with float32 gradient buffers that are reduced over data- and context-parallel ranks.
 
-    Afterwards all data-parallel ranks hold the weights of the first. Collective over the job.
+    Collective over the job: the weights of the first data-parallel rank are broadcast to the others.
+
+    Args:
+        model_chunks: this rank's model chunks.
+        config: configuration of the model.
+        distributed_optimizer: whether the optimizer state will be sharded over data-parallel ranks.
     """
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
-    # As in megatron-core's own training loop: buckets shorten the critical path, which only the first chunk is on.
+    # As in megatron-core's training loop: buckets shorten the critical path, and only the first chunk is on it.
     wrapped = [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(model_chunks)
@@ -42,16 +47,17 @@ def build_optimizer(
     *,
     distributed: bool,
 ) -> MegatronOptimizer:
-    """AdamW for the wrapped model chunks, made known to the pipeline schedule.
+    """Build AdamW for the wrapped model chunks.
 
     Args:
-        wrapped: of `wrap_data_parallel`.
-        optimizer_config: section of our configuration.
-        model_config: of the chunks. The schedule reads from it how gradients are finished, so this sets it.
+        wrapped: result of `wrap_data_parallel`.
+        optimizer_config: section ``optimizer`` of the configuration.
+        model_config: configuration of the model. Its fields for gradient scaling and reduction, which the pipeline
+            schedule reads, are set here.
         distributed: shard the state over data-parallel ranks.
 
     Raises:
-        UserError: for CPU offload without a GPU.
+        UserError: if CPU offload is requested without a GPU.
     """
     dtype = model_config.params_dtype
     half_precision = dtype != torch.float32
@@ -79,19 +85,20 @@ def build_optimizer(
 
 
 def chained_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of dense and of expert parameters, or the only one."""
+    """Return the optimizers of dense and of expert parameters, or the only optimizer in a list."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
+    """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
 
 def _fuse_adam(optimizer: MegatronOptimizer) -> None:
-    """Make torch's Adam, which runs without Transformer Engine, pass over the parameters once instead of ten times.
+    """Select the fused kernel of torch's Adam, which passes over the parameters once instead of ten times.
 
-    On a GPU that also saves a float32 copy of all parameters.
+    On a GPU this also saves a float32 copy of all parameters. With Transformer Engine, its own Adam is used instead.
     """
     for single in chained_optimizers(optimizer):
         if isinstance(single.optimizer, torch.optim.Adam):
@@ -100,7 +107,7 @@ def _fuse_adam(optimizer: MegatronOptimizer) -> None:
 
 
 def _offload_settings(config: OptimizerConfig) -> dict[str, Any]:
-    """megatron-core's settings for an optimizer that keeps part of its state in host memory.
+    """Return megatron-core's settings for an optimizer that keeps part of its state in host memory.
 
     Raises:
         UserError: on a machine without a GPU.

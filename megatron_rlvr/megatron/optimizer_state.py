@@ -1,10 +1,10 @@
-"""The optimizer's state in a checkpoint, per whole parameter, so that another layout can load it.
+"""The optimizer state in a checkpoint, stored per parameter, so that another layout can load it.
 
-megatron-core's distributed optimizer keeps its state in flat buffers, of which every data-parallel rank holds a slice.
-The ``fully_reshardable`` format stores it per parameter instead. That format goes wrong in three places with torch's
-Adam, which keeps a step count for each parameter next to its moments: the state does not exist before the first step,
-the step count is loaded as one tensor that all parameters share, and the reader of moments takes the step count for a
-moment. `_create_state` and `_load_over_torch` work around them, and `_check_loaded` verifies the result for any Adam.
+megatron-core's distributed optimizer keeps its state in flat buffers, of which every data-parallel rank has a slice.
+The ``fully_reshardable`` format stores the state per parameter instead. It has three bugs with torch's Adam, which
+keeps a step count per parameter next to the moments: the state does not exist before the first step, the step count is
+loaded as one tensor that all parameters share, and the step count is read as if it were a moment. `_create_state` and
+`_load_over_torch` work around them, and `_check_loaded` verifies the result for any Adam.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
 
 
 def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], loading: bool) -> dict[str, Any]:
-    """megatron-core's description of the state, to save or to be filled by loading. Collective over the job."""
+    """Return megatron-core's description of the state, for saving or loading. Collective over the job.
+
+    Args:
+        optimizer: the optimizer.
+        model_state: sharded state dicts of the model chunks.
+        loading: whether a checkpoint will be loaded into the state.
+    """
     if loading:
         for single in chained_optimizers(optimizer):
             if _is_distributed_over_torch(single):
@@ -41,19 +47,19 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], loa
 
 
 def load(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
-    """Put a loaded state into the optimizer, even if it was saved from another number of chained optimizers.
+    """Load a state into the optimizer, even if it was saved from a different number of chained optimizers.
 
-    Experts have an optimizer of their own only if expert-parallel ranks share them. Tensors are named after their
-    parameter, so they fit in either case. From the rest of the state, only the step count is used.
+    Experts have a separate optimizer only if they are distributed over expert-parallel ranks. Tensors are named after
+    their parameter, so they match in either case. Of the other entries, only the step count is used.
 
     Raises:
-        UserError: if a distributed optimizer does not hold the loaded state afterwards.
+        UserError: if the state of a distributed optimizer differs from the loaded state afterwards.
     """
     chain = chained_optimizers(optimizer)
     for number, single in enumerate(chain):
-        own = state[number] if len(chain) > 1 else {k: v for k, v in state.items() if not isinstance(k, int)}
+        loaded = state[number] if len(chain) > 1 else {k: v for k, v in state.items() if not isinstance(k, int)}
         distributed = isinstance(single, DistributedOptimizer)
-        inner = own.setdefault("optimizer", {}) if distributed or "optimizer" in own else own
+        inner = loaded.setdefault("optimizer", {}) if distributed or "optimizer" in loaded else loaded
         step = _first_value(state, "step" if distributed else "common_step")
         groups = [{k: v for k, v in group.items() if k != "params"} for group in single.optimizer.param_groups]
         for group, stored in zip(groups, inner.get("param_groups", [{}] * len(groups)), strict=False):
@@ -63,18 +69,18 @@ def load(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
         if not distributed and step is not None:
             inner["state"]["common_step"] = step
         if _is_distributed_over_torch(single):
-            _load_over_torch(single, own)
+            _load_over_torch(single, loaded)
         else:
-            single.load_state_dict(own)
+            single.load_state_dict(loaded)
         if distributed:
-            _check_loaded(single, own["param_state"], step)
+            _check_loaded(single, loaded["param_state"], step)
 
 
 def _load_over_torch(single: DistributedOptimizer, state: dict[Any, Any]) -> None:
     single.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
-    # That set the step counts from the parameter groups, to one tensor that all parameters share: each of them would
-    # advance it. megatron-core's reader of moments takes everything in a parameter's state for a moment, so the counts
-    # are set aside while it runs, and come back as one tensor per parameter.
+    # This set all step counts to one tensor from the parameter groups, which each parameter would advance.
+    # megatron-core reads everything in the state of a parameter as a moment, so the step counts are removed while it
+    # loads moments, and restored as one tensor per parameter.
     steps = {parameter: slot.pop("step") for parameter, slot in single.optimizer.state.items()}
     single.load_parameter_state_from_fully_reshardable(state["param_state"])
     for parameter, count in steps.items():
@@ -82,26 +88,26 @@ def _load_over_torch(single: DistributedOptimizer, state: dict[Any, Any]) -> Non
 
 
 def _check_loaded(single: DistributedOptimizer, loaded: dict[int, dict[str, torch.Tensor]], step: Any) -> None:
-    """Compare what the optimizer holds after loading with what was loaded, element by element.
+    """Compare the state of the optimizer after loading with the checkpoint, element by element.
 
-    megatron-core has separate code for Transformer Engine's, Apex's, torch's and the offloaded Adam, and not all of it
-    was right: one resumed at step 0 without a warning.
+    megatron-core has separate code for the Adam of Transformer Engine, Apex and torch and for the offloaded Adam, and
+    not all of it was correct: one resumed at step 0 without a warning.
 
     Raises:
-        UserError: if step counts, moments or master weights differ from the checkpoint's.
+        UserError: if step counts, moments or master weights differ from the checkpoint.
     """
     name = type(single.optimizer).__name__
-    adams = getattr(single.optimizer, "sub_optimizers", [single.optimizer])  # the offloaded one has two: GPU and host
+    adams = getattr(single.optimizer, "sub_optimizers", [single.optimizer])  # the offloaded Adam has two, GPU and host
     counts = [slot["step"] for adam in adams for slot in adam.state.values() if "step" in slot]
     if len({id(count) for count in counts}) < len(counts):
         raise UserError(f"{name} would advance one step count for several parameters after this load: {_ADVICE}")
     counts += [group["step"] for adam in adams for group in adam.param_groups if group["params"] and "step" in group]
-    found = {int(count) for count in counts}
-    if step is not None and found != {int(step)}:
-        raise UserError(f"{name} has taken {sorted(found)} steps after loading a state of {int(step)}: {_ADVICE}")
+    steps = {int(count) for count in counts}
+    if step is not None and steps != {int(step)}:
+        raise UserError(f"{name} has taken {sorted(steps)} steps after loading a state of {int(step)}: {_ADVICE}")
     number = -1  # parameters are numbered through all buffers
     for buffer, ranges in zip(single.buffers, single.gbuf_ranges, strict=True):
-        own_ranges = {
+        local_ranges = {
             parameter: range_map
             for bucket_ranges in ranges.values()
             for bucket in bucket_ranges
@@ -109,14 +115,14 @@ def _check_loaded(single: DistributedOptimizer, loaded: dict[int, dict[str, torc
         }
         for parameter in buffer.param_index_map:
             number += 1
-            if parameter not in own_ranges:
+            if parameter not in local_ranges:
                 continue
-            held = single._get_main_param_and_optimizer_states(parameter)
-            own_range = own_ranges[parameter]["param"]
+            present = single._get_main_param_and_optimizer_states(parameter)
+            local_range = local_ranges[parameter]["param"]
             for key in ("param", "exp_avg", "exp_avg_sq"):
                 stored = loaded[number]["fp32_param" if key == "param" and "param" not in loaded[number] else key]
-                expected = stored.flatten()[own_range.start : own_range.end]
-                if not torch.equal(held[key].detach().flatten().to(expected.device, expected.dtype), expected):
+                expected = stored.flatten()[local_range.start : local_range.end]
+                if not torch.equal(present[key].detach().flatten().to(expected.device, expected.dtype), expected):
                     raise UserError(f"{name} holds another {key} than the checkpoint after loading it: {_ADVICE}")
 
 
@@ -127,7 +133,7 @@ _ADVICE = (
 
 
 def _first_value(state: Any, name: str) -> Any:
-    """The first value with that key at any depth of dicts and lists; None if there is none."""
+    """Return the first value with this key at any depth of dicts and lists; None if there is none."""
     if isinstance(state, dict) and name in state:
         return state[name]
     children = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
@@ -139,7 +145,7 @@ def _is_distributed_over_torch(single: MegatronOptimizer) -> bool:
 
 
 def _create_state(single: DistributedOptimizer) -> None:
-    """Give torch's Adam the state that it otherwise creates in its first step."""
+    """Create the state that torch's Adam otherwise creates in its first step."""
     for group in single.optimizer.param_groups:
         for parameter in group["params"]:
             if not single.optimizer.state[parameter]:

@@ -1,4 +1,4 @@
-"""Process groups: start-up and shut-down, and where a process stands among them."""
+"""Process groups: start-up and shutdown, and the position of a process in them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from megatron_rlvr.megatron.config import ParallelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this process stands among the parallel groups.
+    """The position of this process in the parallel groups.
 
     Attributes:
-        rank, world_size: of the whole job.
-        data_rank, data_size: data-parallel rank and size; each data-parallel rank draws its own prompts.
+        rank, world_size: rank of the process in the job, and number of processes.
+        data_rank, data_size: data-parallel rank and size. Each data-parallel rank draws its own prompts.
         is_leader: whether this process draws the prompts of its data-parallel rank and verifies the completions
             (tensor, pipeline and context rank 0).
         is_reporting_rank: whether this process reports for the last pipeline stage of its data-parallel rank (tensor
@@ -47,14 +47,14 @@ class Layout:
 
 @contextmanager
 def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
-    """Start torch.distributed and megatron-core's process groups; yield this process's layout; destroy them at the end.
+    """Create torch.distributed's and megatron-core's process groups; yield the layout; destroy them at the end.
 
     Raises:
         UserError: if the parallel sizes do not divide the number of processes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _check_world_size(config, world_size)
-    if "RANK" not in os.environ:  # started without torchrun: a job of one process, its own rendezvous
+    if "RANK" not in os.environ:  # started without torchrun: a job of one process with its own rendezvous
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = "0"
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
@@ -64,7 +64,7 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
         dist.init_process_group(device.collective_backend(), timeout=timeout)
     cpu_shim.patch_megatron_core()
     try:
-        # The distributed optimizer gathers its state over gloo, in host memory, when a checkpoint is saved.
+        # To save a checkpoint, the distributed optimizer gathers its state over gloo, in host memory.
         initialize_model_parallel(config, create_gloo_groups=config.distributed_optimizer)
         # The inference tracker's fork() and add() do nothing, so no CUDA generator is touched. RLVR has no dropout.
         model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)
@@ -123,11 +123,11 @@ def _layout() -> Layout:
 
 
 def tensor_group() -> dist.ProcessGroup | None:
-    """The tensor-parallel group; None if it has one member, so that operators skip the exchange."""
+    """Return the tensor-parallel group; None if it has one member, so that operators skip the exchange."""
     group = parallel_state.get_tensor_model_parallel_group()
     return group if group.size() > 1 else None
 
 
 def context_rank() -> int:
-    """The context-parallel rank of this process."""
+    """Return the context-parallel rank of this process."""
     return parallel_state.get_context_parallel_rank()

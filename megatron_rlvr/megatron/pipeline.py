@@ -1,4 +1,4 @@
-"""Forward and backward passes over microbatches, driven by megatron-core's pipeline schedule."""
+"""Forward and backward passes over microbatches, with megatron-core's pipeline schedule."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from megatron_rlvr.megatron.model import packed_sequences
 
 
 def agreed_microbatch_count(count: int, model_chunks: int) -> int:
-    """The number of microbatches, at least `count`, that all processes which compute in step can run.
+    """Return the number of microbatches to run, at least `count`, which the pipeline schedule and experts may raise.
 
-    One all-reduce over the job if experts are split over ranks, otherwise none.
+    One all-reduce over the job if experts are distributed over ranks, otherwise none.
 
     Args:
-        count: microbatches that this data-parallel rank needs.
-        model_chunks: per pipeline stage.
+        count: number of microbatches that this data-parallel rank needs.
+        model_chunks: number of model chunks per pipeline stage.
     """
     if parallel_state.get_expert_model_parallel_world_size() > 1:
-        # An expert computes the tokens of all data-parallel ranks of its group, microbatch by microbatch.
+        # An expert computes the tokens of all data-parallel ranks of its group, so these must have equally many
+        # microbatches.
         count = int(collectives.max_over_job({"microbatches": count})["microbatches"])
     if model_chunks > 1:
-        # The interleaved schedule takes a multiple of the number of stages.
+        # The interleaved schedule needs a multiple of the number of stages.
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         count = -(-count // stages) * stages
     return count
@@ -45,29 +46,29 @@ def forward_backward(
     hidden_only: bool,
     forward_only: bool,
 ) -> None:
-    """Run all microbatches through the pipeline; gradients of the summed loss are added to the gradient buffers.
+    """Run all microbatches through the pipeline and add the gradients of the summed loss to the gradient buffers.
 
     Collective over the job.
 
     Args:
-        wrapped: this rank's model chunks.
-        microbatches: as many as `agreed_microbatch_count` gives.
+        wrapped: this rank's model chunks in their data-parallel wrappers.
+        microbatches: the microbatches; `agreed_microbatch_count` says how many there must be.
         loss: called on the last stage with its output for a microbatch; returns a 0-d tensor.
-        scale: of the loss.
-        hidden_only: the last stage returns hidden states instead of logits.
+        scale: factor of the loss.
+        hidden_only: return hidden states instead of logits on the last stage.
         forward_only: run no backward pass.
     """
-    here = device.device()
+    target = device.device()
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         microbatch = next(iterator)
         with cpu_shim.without_shim():
             output = model(
-                microbatch.tokens.to(here),
-                microbatch.rows.to(here),
-                positions=None if microbatch.positions is None else microbatch.positions.to(here),
-                packed=packed_sequences(microbatch.boundaries, here),
-                padding=None if microbatch.padding is None else microbatch.padding.to(here),
+                microbatch.tokens.to(target),
+                microbatch.rows.to(target),
+                positions=None if microbatch.positions is None else microbatch.positions.to(target),
+                packed=packed_sequences(microbatch.boundaries, target),
+                padding=None if microbatch.padding is None else microbatch.padding.to(target),
                 hidden_only=hidden_only,
             )
 

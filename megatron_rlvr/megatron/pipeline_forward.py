@@ -1,4 +1,4 @@
-"""One forward pass through all pipeline stages without megatron-core's schedule, as generation needs it."""
+"""A forward pass through all pipeline stages without megatron-core's schedule, for generation."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def pipeline_forward(
     """Run one batch through the pipeline. Collective over the model-parallel group.
 
     Args:
-        model_chunks: of this process.
-        tokens, positions, mask, rows: see `PolicyModel.forward`; on any device.
+        model_chunks: model chunks of this process.
+        tokens, positions, mask, rows: arguments of `PolicyModel.forward`, on any device.
 
     Returns:
-        logits [n, V] over the whole vocabulary on the last stage, None on the other stages.
+        logits [n, V] over the full vocabulary on the last stage, None on the other stages.
     """
     target = device.device()
     tokens, positions = tokens.to(target), positions.to(target)
@@ -48,8 +48,8 @@ def _through_chunk(
         return None
     ranks = config.tensor_model_parallel_size
     if ranks > 1:
-        # The last shard is shorter where the ranks do not divide the vocabulary.
-        missing = -(-chunk.vocabulary // ranks) - output.size(-1)
-        shards = collectives.all_gather_over_tensor_ranks(torch.nn.functional.pad(output, (0, missing)))
+        # The last shard is shorter if the ranks do not divide the vocabulary.
+        padding = -(-chunk.vocabulary // ranks) - output.size(-1)
+        shards = collectives.all_gather_over_tensor_ranks(torch.nn.functional.pad(output, (0, padding)))
         output = torch.cat(shards, dim=-1)[:, : chunk.vocabulary]
     return output

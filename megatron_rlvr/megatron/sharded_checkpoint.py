@@ -1,4 +1,4 @@
-"""Checkpoints in megatron-core's torch_dist format: written by all processes of a job, readable under any layout."""
+"""Checkpoints in megatron-core's torch_dist format, which all processes of a job write and any layout can read."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megatron_rlvr.megatron import optimizer_state
 from megatron_rlvr.megatron.model import PolicyModel
 
 SAVE_ERRORS = (OSError, CheckpointException)
-"""What `save`, and the future that it returns, raise if the disk refuses."""
+"""Exceptions of `save`, and of the future that it returns, if files cannot be written."""
 LOAD_ERRORS = (OSError, CheckpointingException, CheckpointException, KeyError)
-"""What `load` raises if files are missing or damaged."""
+"""Exceptions of `load` if files are missing or damaged."""
 
 
 def save(
@@ -38,17 +38,17 @@ def save(
     """Write a sharded state dict. Collective over the job.
 
     Args:
-        state: of `training_state`.
-        folder: exists and is empty.
-        group: for the exchange at the start and the end of a save; None is the default group.
-        background: write there, from copies of the tensors in host memory, and return at once. `group` must then be
-            used for nothing else, because its collectives run on another thread.
+        state: result of `training_state`.
+        folder: an existing empty folder.
+        group: group for the exchange at the start and the end of a save; None means the default group.
+        background: executor that writes copies of the tensors in host memory, while this function returns at once.
+            `group` must then be used for nothing else, because its collectives run on another thread.
 
     Returns:
-        the write in progress; None without `background`.
+        the future of the write; None without `background`.
 
     Raises:
-        SAVE_ERRORS: if the disk refuses.
+        SAVE_ERRORS: if files cannot be written.
     """
     strategy = _DirectSave(group, background)
     dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
@@ -56,10 +56,17 @@ def save(
 
 
 def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Read what `state` describes; returns it with the tensors in place. Collective over the job.
+    """Read a checkpoint. Collective over the job.
+
+    Args:
+        state: result of `training_state` with ``loading=True``.
+        folder: folder of the checkpoint.
+
+    Returns:
+        `state` with tensors instead of their descriptions.
 
     Raises:
-        LOAD_ERRORS: if the checkpoint is damaged or lacks something.
+        LOAD_ERRORS: if the checkpoint is damaged or incomplete.
     """
     return dist_checkpointing.load(state, str(folder))
 
@@ -67,7 +74,7 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 def training_state(
     model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer, *, loading: bool
 ) -> dict[str, Any]:
-    """megatron-core's description of weights and optimizer state, to save or to be filled. Collective over the job."""
+    """Return megatron-core's description of the training state, for `save` or `load`. Collective over the job."""
     model = {_chunk_key(number): chunk.sharded_state_dict() for number, chunk in enumerate(model_chunks)}
     return model | {"optimizer": optimizer_state.sharded_state(optimizer, model, loading)}
 
@@ -75,10 +82,10 @@ def training_state(
 def load_training_state(
     model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer, state: dict[str, Any]
 ) -> None:
-    """Put the result of `load` into the model chunks and the optimizer.
+    """Load the result of `load` into the model chunks and the optimizer.
 
     Raises:
-        UserError: if the optimizer does not hold the loaded state afterwards.
+        UserError: if the optimizer state differs from the loaded state afterwards.
     """
     for number, chunk in enumerate(model_chunks):
         chunk.load_state_dict(state[_chunk_key(number)])
@@ -86,12 +93,12 @@ def load_training_state(
 
 
 def _chunk_key(number: int) -> str:
-    # The key is not stored: tensors are named by their place in the whole model, however many chunks it has.
+    # The key is not stored: tensors are named by their place in the model, however many chunks it has.
     return f"model{number}" if number else "model"
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost cause of an error in one line; torch wraps what the disk said in a traceback per rank."""
+    """Return the innermost cause of an error in one line; torch wraps errors of the disk in a traceback per rank."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     while error.__cause__ is not None:
@@ -100,9 +107,9 @@ def root_cause(error: BaseException) -> str:
 
 
 class DiskWriter(FileSystemWriter):
-    """torch's writer of checkpoint files that raises the error of the disk.
+    """torch's writer of checkpoint files, but with the original OSError.
 
-    torch.save turns "No space left on device" into an error about positions in its archive.
+    torch.save converts "No space left on device" to an error about positions in its archive.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
@@ -118,8 +125,8 @@ class DiskWriter(FileSystemWriter):
 class _DirectSave(torch_dist.TorchDistSaveShardedStrategy):
     """Writes the torch_dist format from this process.
 
-    megatron-core's own writer starts a manager and a child process for every save, which takes seconds in which nothing
-    is written. The files are the same.
+    megatron-core's writer starts a manager and a child process for every save, which takes seconds before anything is
+    written. The files are the same.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, background: Executor | None):

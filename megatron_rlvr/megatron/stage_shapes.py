@@ -1,7 +1,7 @@
 """Parameter counts of every pipeline stage of a layout, from models built on the meta device.
 
-A fake process group stands for the whole job in one process. megatron-core then builds the model that a rank of the
-real job would build, so the counts are those of the real model.
+A fake process group simulates the job in one process. megatron-core then builds the model that a rank of the real job
+would build, so the counts are exact.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from megatron_rlvr.megatron.parallel import initialize_model_parallel
 
 @dataclass(frozen=True)
 class Stage:
-    """What one rank of a pipeline stage holds.
+    """The parameters of one rank of a pipeline stage.
 
     Attributes:
-        index: of the stage.
-        layers: transformer layers of the stage.
+        index: index of the stage.
+        layers: number of transformer layers of the stage.
         parameters: elements of every parameter, in the order of megatron-core's buffers (last parameter first).
-        experts: the same for parameters of experts, which have buffers and data-parallel ranks of their own.
-        shared_embedding: elements of the tied embedding, which the first and the last stage both hold, or 0.
-        largest_tensor: elements of the largest whole tensor that an export of the stage gathers.
+        experts: the same for parameters of experts, which have separate buffers and data-parallel ranks.
+        shared_embedding: elements of the tied embedding, which both the first and the last stage have, or 0.
+        largest_tensor: elements of the largest tensor that an export gathers from the ranks of the stage.
     """
 
     index: int
@@ -46,7 +46,7 @@ class Stage:
 
     @property
     def count(self) -> int:
-        """Parameters of the rank."""
+        """Number of parameters of the rank."""
         return sum(self.parameters) + sum(self.experts)
 
 
@@ -64,12 +64,13 @@ class ModelShape:
     feed_forward: int
     vocabulary: int
     positions: int
-    """The longest sequence that the model was made for, in tokens."""
+    """Longest sequence that the model supports, in tokens."""
     query_norm: bool
+    """Whether queries and keys are normalized."""
     parameters: int
-    """Of the whole model; a tied embedding counts once."""
+    """Parameters of the model; a tied embedding counts once."""
     active: int
-    """Parameters that compute one token: of the experts, only those that the router chooses."""
+    """Parameters that are used for one token: of the experts, only those that the router chooses."""
     experts: int = 0
     """Experts per layer; 0 for a dense model."""
     chosen: int = 0
@@ -79,7 +80,7 @@ class ModelShape:
 
 @dataclass
 class _Totals:
-    """Parameters of all ranks of the stages that were counted, padding included, the tied embedding per stage."""
+    """Parameters of all ranks of the stages so far, including padding, with the tied embedding once per stage."""
 
     all: int = 0
     experts: int = 0
@@ -88,16 +89,16 @@ class _Totals:
 def model_stages(
     model: ModelConfig, parallel: ParallelConfig, world_size: int
 ) -> tuple[ModelShape, torch.dtype, list[Stage]]:
-    """Build a rank of every pipeline stage of a job of `world_size` processes on GPUs.
+    """Build and count one rank of every pipeline stage of a job of `world_size` GPUs.
 
     Returns:
-        the model's sizes, the dtype of its weights, and its stages.
+        the sizes of the model, the dtype of its weights, and its stages.
 
     Raises:
         UserError: if the layout does not divide the job or the model.
     """
     _check_world_size(parallel, world_size)
-    # Transformer Engine may be missing on the machine that plans; the local layers have parameters of the same shapes.
+    # Transformer Engine may be missing on this machine. The parameters of local layers have the same shapes.
     model = replace(model, layer_spec="local", fp8="none")
     totals = _Totals()
     stages = []
@@ -106,7 +107,7 @@ def model_stages(
             bridge = PolicyBridge(model, parallel)
             stages.append(_count(index, bridge.build(shapes_only=True), parallel, totals))
     if parallel.pipeline > 1:
-        totals.all -= stages[-1].shared_embedding * parallel.tensor  # counted on the first stage, too
+        totals.all -= stages[-1].shared_embedding * parallel.tensor  # also counted on the first stage
     padding = (bridge.padded_vocabulary - bridge.vocab_size) * bridge.config.hidden_size
     totals.all -= padding * (1 if is_tied(bridge.hf_config) else 2)
     return _shape(bridge, totals), bridge.dtype, stages
@@ -124,7 +125,7 @@ def _check_world_size(parallel: ParallelConfig, world_size: int) -> None:
 
 @contextmanager
 def _fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[None]:
-    """Make this process answer as one rank of a job, without any communication."""
+    """Make this process act as one rank of a job, without any communication."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         initialize_model_parallel(parallel, create_gloo_groups=False)
@@ -135,10 +136,10 @@ def _fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator
 
 
 def _count(index: int, model_chunks: Sequence[PolicyModel], parallel: ParallelConfig, totals: _Totals) -> Stage:
-    """Count the parameters of a stage, and add those of all its ranks to `totals`."""
+    """Count the parameters of one rank of a stage, and add the parameters of all ranks of the stage to `totals`."""
     named = [(f"{i}.{name}", p) for i, chunk in enumerate(model_chunks) for name, p in chunk.named_parameters()]
     experts = {name for name, p in named if not getattr(p, "allreduce", True)}
-    # Ranks that hold different slices of a parameter.
+    # Number of ranks that each have a different slice of a parameter.
     ranks = {name: parallel.tensor if getattr(p, "tensor_model_parallel", False) else 1 for name, p in named}
     ranks |= dict.fromkeys(experts, parallel.expert * parallel.expert_tensor)
     totals.all += sum(p.numel() * ranks[name] for name, p in named)
@@ -150,8 +151,8 @@ def _count(index: int, model_chunks: Sequence[PolicyModel], parallel: ParallelCo
         parameters=tuple(p.numel() for name, p in reversed(named) if name not in experts),
         experts=tuple(p.numel() for name, p in reversed(named) if name in experts),
         shared_embedding=shared[0] if shared else 0,
-        # mbridge gathers one of megatron-core's tensors: the embedding, gate and up projection together, or one expert
-        # per expert rank.
+        # mbridge gathers one megatron-core tensor at a time: the embedding, gate and up projection together, or one
+        # expert per expert rank.
         largest_tensor=max(p.numel() * ranks[name] for name, p in named),
     )
 

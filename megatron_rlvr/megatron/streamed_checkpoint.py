@@ -1,7 +1,7 @@
-"""torch_dist checkpoints written and read one weight at a time, by one process. Writing resumes after a kill.
+"""Write and read torch_dist checkpoints one weight at a time, in one process. Writing resumes after a kill.
 
-The files are those of megatron-core's own strategy: one file of tensors per layer, and ``.metadata``, which says where
-each tensor lies. A layer's file counts as complete once the record of its contents is written next to it.
+The format is that of megatron-core: files of tensors, here one per layer, and ``.metadata``, which contains the
+location of each tensor. The file of a layer counts as complete once the record of its contents exists next to it.
 """
 
 from __future__ import annotations
@@ -42,33 +42,33 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.sharded_checkpoint import DiskWriter, root_cause
 
 Pieces = Callable[[str], list[ShardedTensor]]
-"""Returns a weight by name, with its data, in the pieces that the checkpoint stores."""
+"""Returns a weight by name, with its data, as the pieces that the checkpoint stores."""
 _RECORD = "layer-{}.record"
 
-# It warns that the folder is an incomplete checkpoint of an old format, because the last file is still to come.
+# megatron-core warns that the folder is an incomplete checkpoint of an old format, because the last file is missing.
 logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
 
 
 def save_streamed(
     state: Mapping[str, ShardedBase], folder: Path, pieces: Pieces, report: Callable[[int, int], None]
 ) -> None:
-    """Write a model's weights, holding one weight at a time; skip the files that an earlier call completed.
+    """Write the weights of a model with one weight in memory at a time; skips files that an earlier call completed.
 
     Args:
-        state: megatron-core's description of every weight, by name in the model, without data.
-        folder: exists; empty, or written to by an earlier call with the same weights.
-        pieces: called once per weight, in order.
-        report: called with the number of complete files and the number of all files.
+        state: megatron-core's description of every weight, by its name in the model, without data.
+        folder: an existing folder: empty, or written to by an interrupted call with the same weights.
+        pieces: returns the data of a weight; called once per weight, in order.
+        report: called with the number of complete files and the total number of files.
 
     Raises:
-        OSError: if the disk refuses.
+        OSError: if a file cannot be written.
     """
     strategy = _StreamedSave(pieces, report)
     dist_checkpointing.save({"model": dict(state)}, str(folder), sharded_strategy=strategy)
 
 
 def split_into_pieces(entry: ShardedBase, weight: Tensor) -> list[ShardedTensor]:
-    """A weight in the pieces that the checkpoint stores: one, or the gate and the up projection; views of `weight`."""
+    """Split a weight into the pieces that the checkpoint stores: one, or the gate and the up projection, as views."""
     entry = copy.copy(entry)
     entry.data = weight
     if isinstance(entry, ShardedTensorFactory):
@@ -110,7 +110,7 @@ class _StreamedSave(TorchDistSaveShardedStrategy):
 
 
 def _write_items(entry: Any) -> list[WriteItem]:
-    """What the checkpoint stores for a weight (one tensor or a list of them), or for a module's extra state."""
+    """Return what the checkpoint stores for a weight (one tensor or a list of them) or for a module's extra state."""
     if isinstance(entry, list):
         return [item for tensor in entry for item in _write_items(tensor)]
     if isinstance(entry, ShardedObject):
@@ -122,19 +122,19 @@ def _write_items(entry: Any) -> list[WriteItem]:
 
 
 def _chunk(piece: ShardedTensor) -> ChunkStorageMetadata:
-    """Where a piece lies in its stored tensor, which stacks all layers."""
+    """Return offsets and sizes of a piece in its stored tensor, which stacks all layers."""
     shape = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
     return ChunkStorageMetadata(offsets=torch.Size(piece.global_offset), sizes=torch.Size(shape))
 
 
 class _OneByOne(DefaultSavePlanner):
-    """Gives torch's writer one item at a time. Makes a weight when the writer asks for its first piece."""
+    """Passes one item at a time to torch's writer. A weight is computed when the writer requests its first piece."""
 
     def __init__(self, pieces: Pieces, names: dict[MetadataIndex, str], state: dict[str, ShardedBase]):
         super().__init__()
         self.pieces, self.names, self.state = pieces, names, state
-        self.name = ""
-        self.held: list[ShardedTensor] = []
+        self.current_name = ""
+        self.current_pieces: list[ShardedTensor] = []
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         name = self.names[write_item.index]
@@ -142,15 +142,15 @@ class _OneByOne(DefaultSavePlanner):
             packed = io.BytesIO()
             torch.save([self.state[name].data], packed)
             return packed
-        if self.name != name:
-            self.held, self.name = [], ""  # free the weight before this one first
-            self.held, self.name = self.pieces(name), name
-        [piece] = [p for p in self.held if torch.Size(p.global_offset) == write_item.index.offset]
+        if self.current_name != name:
+            self.current_pieces, self.current_name = [], ""  # free the previous weight first
+            self.current_pieces, self.current_name = self.pieces(name), name
+        [piece] = [p for p in self.current_pieces if torch.Size(p.global_offset) == write_item.index.offset]
         return piece.data.detach().view(_chunk(piece).sizes)
 
 
 class StreamedLoad:
-    """Reads single weights of a torch_dist checkpoint, whatever the layout that wrote it.
+    """Reads single weights of a torch_dist checkpoint, whatever layout wrote it.
 
     Raises:
         UserError: if the checkpoint cannot be opened.
@@ -165,10 +165,10 @@ class StreamedLoad:
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     def fill(self, pieces: Iterable[ShardedTensor]) -> None:
-        """Fill the data of `pieces` from the checkpoint. Rows that pad the vocabulary of a layout are not read.
+        """Read the data of `pieces` from the checkpoint in place. Rows that pad the vocabulary are not read.
 
         Raises:
-            UserError: if a tensor is missing, smaller than its piece, of another dtype, or cannot be read.
+            UserError: if a tensor is missing, is smaller than its piece, has another dtype, or cannot be read.
         """
         for piece in pieces:
             stored = self.metadata.state_dict_metadata.get(piece.key)
@@ -177,20 +177,20 @@ class StreamedLoad:
             chunk = _chunk(piece)
             items = create_read_items_for_chunk_list(piece.key, stored, [chunk])
             if sum(math.prod(item.lengths) for item in items) != math.prod(chunk.sizes):
-                raise UserError(f"{self.folder} cannot be read: it holds only a part of {piece.key}")
+                raise UserError(f"{self.folder} cannot be read: it contains only a part of {piece.key}")
             if stored.properties.dtype != piece.data.dtype:
                 raise UserError(
                     f"{self.folder} cannot be read: {piece.key} is {stored.properties.dtype} instead of "
                     f"{piece.data.dtype}"
                 )
             try:
-                self.reader.read_data(LoadPlan(items), _Into(piece.data.view(chunk.sizes)))
+                self.reader.read_data(LoadPlan(items), _ReadInto(piece.data.view(chunk.sizes)))
             except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
                 raise UserError(f"{self.folder} cannot be read: {root_cause(error)}") from error
 
 
-class _Into(DefaultLoadPlanner):
-    """Makes torch's reader put what it reads into one tensor."""
+class _ReadInto(DefaultLoadPlanner):
+    """Makes torch's reader write into a given tensor."""
 
     def __init__(self, target: Tensor):
         super().__init__()
@@ -204,4 +204,4 @@ class _Into(DefaultLoadPlanner):
         return self.target[index]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: the reader has written into the target itself."""
+        """Do nothing, because the reader has already written into the target."""

@@ -1,4 +1,4 @@
-"""megatron-core's TransformerConfig settings that follow from our configuration, not from the model family."""
+"""Settings of megatron-core's TransformerConfig that follow from the configuration, not from the model family."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from megatron_rlvr.megatron.huggingface_config import is_mixture
 def transformer_settings(
     hf_config: Any, model: ModelConfig, parallel: ParallelConfig, spec_name: str
 ) -> dict[str, Any]:
-    """Fields of TransformerConfig by name; they win over what the model family sets.
+    """Return fields of TransformerConfig, by name, that take precedence over those of the model family.
 
     Args:
-        hf_config: configuration of the Hugging Face model.
-        model, parallel: sections of our configuration.
+        hf_config: transformers configuration of the model.
+        model, parallel: sections of the configuration.
         spec_name: the layer spec, ``local`` or ``transformer_engine``.
 
     Raises:
-        UserError: if the model or its layers cannot do what `model` asks for.
+        UserError: if the model or its layers do not support a setting of `model`.
     """
     settings: dict[str, Any] = {
         "sequence_parallel": parallel.sequence,
-        # Microbatches of one pipeline step have different lengths, so stages send shapes along. That costs a message,
-        # so a model without a pipeline does not do it.
+        # Microbatches have different lengths, so stages send shapes as well. This costs a message, so it is off without
+        # a pipeline.
         "variable_seq_lengths": parallel.pipeline > 1,
         "deallocate_pipeline_outputs": False,
-        # The interleaved schedule hides its many small transfers behind computation.
+        # The interleaved schedule overlaps its many small transfers with computation.
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         **_recompute_settings(parallel),
@@ -43,7 +43,7 @@ def transformer_settings(
             "use_cpu_initialization": not device.on_gpu(),
             "masked_softmax_fusion": False,
             "bias_activation_fusion": False,
-            "use_te_activation_func": True,  # makes megatron-core call the activation of local_layers.py
+            "use_te_activation_func": True,  # makes megatron-core call `GatedSiLU` of local_layers.py
             "bias_dropout_fusion": False,
             "apply_rope_fusion": False,
             "persist_layer_norm": False,
@@ -53,7 +53,7 @@ def transformer_settings(
 
 
 def _recompute_settings(parallel: ParallelConfig) -> dict[str, Any]:
-    """What the backward pass recomputes instead of keeping."""
+    """Return settings for activations that the backward pass recomputes."""
     if parallel.recompute == "none":
         return {}
     if parallel.recompute == "full":
@@ -62,10 +62,10 @@ def _recompute_settings(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def fp8_settings(model: ModelConfig, spec_name: str) -> dict[str, Any]:
-    """Matrix products in fp8, which Transformer Engine computes.
+    """Return settings for matrix multiplications in fp8.
 
     Raises:
-        UserError: for local layers.
+        UserError: if `model` requests fp8 and the layers are not those of Transformer Engine.
     """
     if model.fp8 == "none":
         return {}
@@ -78,7 +78,7 @@ def fp8_settings(model: ModelConfig, spec_name: str) -> dict[str, Any]:
 
 
 def _expert_settings(hf_config: Any, model: ModelConfig, spec_name: str) -> dict[str, Any]:
-    """What a mixture of experts needs beyond the family's settings."""
+    """Return settings for a mixture of experts."""
     if not is_mixture(hf_config):
         if model.router_aux_loss:
             raise UserError(

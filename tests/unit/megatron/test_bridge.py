@@ -1,4 +1,4 @@
-"""The bridge refuses models that would load but compute something else, and builds models without memory."""
+"""The bridge refuses models that it would not compute correctly, and builds models without memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ from megatron_rlvr.megatron.huggingface_config import read_config
     ("changes", "message"),
     [
         ({"model_type": "gemma3"}, "model_type 'gemma3"),
-        ({"model_type": "llama", "attention_bias": True}, "attention_bias=True is not supported: False"),
+        (
+            {"model_type": "llama", "attention_bias": True},
+            "attention_bias=True is not supported: use a model with False",
+        ),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=True"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported: 'default' or"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_type='yarn' is not supported: use a model with 'default' or",
+        ),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ],
@@ -36,10 +42,10 @@ def test_unsupported_models(changes: dict[str, Any], message: str, small_model: 
 
 
 def test_a_model_of_shapes_takes_no_memory_on_a_gpu(small_model: Path) -> None:
-    """On a GPU, megatron-core names the device of every weight that it makes, which overrides the meta device."""
+    """On a GPU, megatron-core requests the GPU for every weight, which would override the meta device."""
     with parallel.parallel_groups(ParallelConfig(), seed=0):
         bridge = PolicyBridge(ModelConfig(str(small_model), "float32", "local"), ParallelConfig())
         bridge.config.use_cpu_initialization = False
         [model] = bridge.build(shapes_only=True)
-        held = [name for name, p in model.named_parameters() if not p.is_meta and "norm" not in name]
-        assert not held and bridge.config.use_cpu_initialization is False
+        allocated = [name for name, p in model.named_parameters() if not p.is_meta and "norm" not in name]
+        assert not allocated and bridge.config.use_cpu_initialization is False

@@ -1,4 +1,4 @@
-"""What importing `megatron_rlvr.megatron` does to a process; each test uses a process of its own."""
+"""The effect of importing `megatron_rlvr.megatron` on a process; each test starts a process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.processes import launch
 LOADED = """
 import gc, sys, torch
 import megatron_rlvr.megatron
-assert "megatron.core" not in sys.modules  # reading a configuration must not load it, nor touch CUDA
+assert "megatron.core" not in sys.modules  # reading a configuration must neither load it nor initialise CUDA
 compiler = torch.compile
 import megatron.core
 assert torch.compile is compiler and gc.isenabled() and gc.get_freeze_count() > 100_000
@@ -35,7 +35,7 @@ def test_torch_and_the_garbage_collector_are_restored() -> None:
     launch(["-c", LOADED], processes=1, check=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the fusions compiled")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fusions are compiled on a GPU")
 def test_fusions_run_uncompiled_on_the_cpu() -> None:
     launch(["-c", LOADED + UNCOMPILED], processes=1, check=True)
 

@@ -13,7 +13,7 @@ from megatron_rlvr.megatron.transformer_settings import fp8_settings
 from megatron_rlvr.train import main
 
 
-def test_megatron_core_takes_it() -> None:
+def test_megatron_core_accepts_the_settings() -> None:
     assert fp8_settings(ModelConfig(), "transformer_engine") == {}
     for recipe in ("delayed", "tensorwise"):
         settings = fp8_settings(ModelConfig(fp8="hybrid", fp8_recipe=recipe), "transformer_engine")
@@ -21,7 +21,7 @@ def test_megatron_core_takes_it() -> None:
         assert config.fp8 == "hybrid" and config.fp8_recipe == recipe
 
 
-def test_local_layers_refuse_it() -> None:
+def test_local_layers_refuse_fp8() -> None:
     with pytest.raises(UserError, match=r"model\.fp8=e4m3 needs Transformer Engine's layers"):
         fp8_settings(ModelConfig(fp8="e4m3"), "local")
 
@@ -34,7 +34,9 @@ def test_local_layers_refuse_it() -> None:
         ("model.fp8_recipe=static", "model.fp8_recipe must be one of delayed, tensorwise"),
     ],
 )
-def test_a_run_says_so(override: str, message: str, run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_refuses_wrong_fp8(
+    override: str, message: str, run_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(run_yaml), override]) == 2
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1

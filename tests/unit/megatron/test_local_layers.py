@@ -1,4 +1,4 @@
-"""The differentiable functions of the local layers against their definitions, values and gradients in float64."""
+"""Values and gradients of the local layers' functions, compared with their definitions in float64."""
 
 import pytest
 import torch
@@ -24,15 +24,15 @@ def test_split_and_rotate(groups, heads, batch):
         return SplitAndRotate.apply(mixed, angle.cos(), angle.sin(), sizes)
 
     query, key, value = (heads.unflatten(-1, (-1, 4)) for heads in mixed.split(sizes, dim=-1))
-    for found, expected in zip(apply(mixed), (rotated(query, angle), rotated(key, angle), value), strict=True):
-        torch.testing.assert_close(found, expected.flatten(2, 3))
-        assert found.is_contiguous()
+    for output, expected in zip(apply(mixed), (rotated(query, angle), rotated(key, angle), value), strict=True):
+        torch.testing.assert_close(output, expected.flatten(2, 3))
+        assert output.is_contiguous()
     assert torch.autograd.gradcheck(apply, mixed)
 
 
 def test_gated_silu():
     torch.manual_seed(0)
-    both = torch.randn(3, 2, 10, dtype=torch.float64, requires_grad=True)
-    gate, up = both.chunk(2, dim=-1)
-    torch.testing.assert_close(_GatedSiLU.apply(both), gate * torch.sigmoid(gate) * up)
-    assert torch.autograd.gradcheck(_GatedSiLU.apply, both)
+    joined = torch.randn(3, 2, 10, dtype=torch.float64, requires_grad=True)
+    gate, up = joined.chunk(2, dim=-1)
+    torch.testing.assert_close(_GatedSiLU.apply(joined), gate * torch.sigmoid(gate) * up)
+    assert torch.autograd.gradcheck(_GatedSiLU.apply, joined)

@@ -1,4 +1,4 @@
-"""The loss scale against what megatron-core does to a loss and its gradients."""
+"""The loss scale, tested against megatron-core's scaling of a loss and its gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_gradient_of_a_minibatch_is_a_sum(data_size: int, context_size: int,
 
             loss, _ = forward_step_calc_loss(
                 model=None,
-                output_tensor=weight * (number + 1) / context_size,  # a rank's share of a loss of all tokens
+                output_tensor=weight * (number + 1) / context_size,  # a rank's share of the loss over all tokens
                 loss_func=scaled,
                 config=SimpleNamespace(timers=None, calculate_per_token_loss=False),
                 vp_stage=None,
