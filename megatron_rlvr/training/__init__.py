@@ -1,1 +1,1 @@
-"""What a training step does with the policy: scoring, loss, update, metrics, checkpoints."""
+"""The policy in training: scoring, loss, updates, metrics, checkpoints."""

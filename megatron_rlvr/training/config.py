@@ -19,7 +19,7 @@ from megatron_rlvr.objectives import (
 
 @dataclass
 class AlgorithmConfig:
-    """What is optimized: advantages, the token objective, the schedule of clip thresholds, updates per rollout."""
+    """Advantages, token objective, schedule of clip thresholds, and updates per rollout."""
 
     advantage: Advantage = "grpo"
     """How rewards of a group become advantages: ``grpo``, ``grpo-no-std`` (Dr. GRPO) or ``rloo``."""
@@ -28,19 +28,19 @@ class AlgorithmConfig:
     objective: Annotated[ObjectiveParameters, ByName(OBJECTIVE_PARAMETERS)] = field(
         default_factory=OBJECTIVE_PARAMETERS["clip"]
     )
-    """The token objective: its ``name`` and the parameters of that name."""
+    """Token objective: its ``name`` and its parameters."""
     schedule: Annotated[ScheduleParameters, ByName(SCHEDULE_PARAMETERS)] = field(
         default_factory=SCHEDULE_PARAMETERS["constant"]
     )
-    """The schedule of clip thresholds: its ``name`` and the parameters of that name."""
+    """Schedule of clip thresholds: its ``name`` and its parameters."""
     minibatches: PositiveInt = 8
     """Minibatches that each pass over a rollout is divided into, with one optimizer step each."""
     epochs: PositiveInt = 1
     """Passes over each rollout."""
     fused_linear: bool = False
-    """Compute logits in chunks inside the loss instead of storing them (the fused head of the operators)."""
+    """Compute logits in chunks inside the loss instead of storing them."""
     drop_zero_advantage: bool = True
-    """Leave out of the update the sequences of groups whose rewards are all equal: their gradient is zero."""
+    """Exclude groups whose rewards are all equal from updates, because their gradient is zero."""
 
     def check(self) -> None:
         with as_user_error():
@@ -49,17 +49,17 @@ class AlgorithmConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written, and which of them are kept."""
+    """When checkpoints are written, and which are kept."""
 
     every: NonNegativeInt = 50
     """Steps between checkpoints; 0 writes one only at the end. The last step is always saved."""
     keep: PositiveInt = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     keep_hours: NonNegativeFloat = 0.0
-    """Of older checkpoints, also keep one per this many hours; 0 keeps none of them."""
+    """Also keep one of the older checkpoints per this many hours; 0 keeps none of them."""
     keep_best: str | None = None
     """Also keep the checkpoint with the largest value of this metric, such as ``reward`` or ``evaluation/pass@1``."""
     asynchronous: bool = False
-    """Continue training while a checkpoint is written, from a copy in host memory."""
+    """Continue training while a checkpoint is written from a copy in host memory."""
     export_huggingface: bool = True
-    """Write the final policy as a Hugging Face folder, ``huggingface/`` of the run directory."""
+    """Write the final policy as a Hugging Face folder, ``huggingface/`` in the run directory."""

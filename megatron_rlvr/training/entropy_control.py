@@ -1,4 +1,4 @@
-"""What the schedule of clip thresholds and the entropy bonus observe in each step, and what they decide."""
+"""Drives the schedule of clip thresholds and the token objective through the steps of a run."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from megatron_rlvr.training.update_metrics import entropy_shift
 
 
 class EntropyControl:
-    """The schedule of clip thresholds and the token objective of a run, driven through its steps.
+    """The schedule of clip thresholds and the token objective of a run.
 
-    Every process observes the same measurements, so all of them hold the same thresholds.
+    Every process observes the same measurements, so all processes compute the same thresholds.
 
     Args:
-        algorithm: names schedule and objective, and how many updates a step has.
-        optimizer: the peak learning rate.
-        steps: of the run.
-        layout: of the job.
+        algorithm: section ``algorithm`` of the configuration.
+        optimizer: section ``optimizer``, for the peak learning rate.
+        steps: number of steps of the run.
+        layout: position of this process in the process groups.
 
     Attributes:
         objective: the token objective; its entropy bonus, if it has one, adapts to the entropy of each step.
-        tokens_seen: response tokens trained on before the current step.
+        tokens_seen: response tokens of all steps that have begun.
     """
 
     def __init__(self, algorithm: AlgorithmConfig, optimizer: OptimizerConfig, steps: int, layout: Layout):
@@ -43,10 +43,19 @@ class EntropyControl:
         self._step = 0
         self._response: SteeringResponse
         self._thresholds: ClipThresholds
-        self._steering: list[float] = []  # of each update of the step so far
+        self._steering: list[float] = []  # steering of each update of the current step so far
 
     def begin_step(self, step: int, measured: RolloutMeasure, learning_rate: float) -> ClipThresholds:
-        """Observe what a step measured before its updates; returns the thresholds of its first update."""
+        """Observe the measurements of a step before its updates.
+
+        Args:
+            step: the step, from 0.
+            measured: measurements of the step.
+            learning_rate: learning rate of the step.
+
+        Returns:
+            the thresholds of the first update.
+        """
         self._schedule.observe(
             step,
             measured.entropy,
@@ -64,7 +73,7 @@ class EntropyControl:
     def after_update(self, update: UpdateReport) -> ClipThresholds:
         """Observe how far entropy has moved within the step; returns the thresholds of the next update.
 
-        One all-reduce, and none for a schedule that does not observe updates.
+        Collective over the job: one all-reduce, or none if the schedule does not observe updates.
         """
         self._steering.append(self._thresholds.steering)
         if self._schedule.wants_updates:
@@ -74,7 +83,7 @@ class EntropyControl:
         return self._thresholds
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of a step, after its last update: thresholds, schedule, objective and the predicted change."""
+        """Return metrics of a step after its last update: thresholds, schedule, objective, predicted entropy change."""
         predicted = self._response.predicted(statistics.mean(self._steering)) / self._minibatches
         return {
             "entropy_change/predicted": predicted,
@@ -84,7 +93,7 @@ class EntropyControl:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold to continue after the current step."""
+        """Return the state from which a run continues after the current step."""
         return {
             "schedule": self._schedule.state_dict(),
             "objective": self.objective.state_dict(),
@@ -92,10 +101,10 @@ class EntropyControl:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`.
+        """Restore the state of `state_dict`.
 
         Raises:
-            UserError: if the state is of another schedule, or of an objective without an entropy bonus.
+            UserError: if another schedule saved the state, or it lacks an entropy bonus that this run has.
         """
         self.tokens_seen = state["tokens_seen"]
         with as_user_error():

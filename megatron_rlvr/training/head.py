@@ -1,4 +1,4 @@
-"""From the output of the last pipeline stage to log-probs, entropies and scores of tokens."""
+"""Log-probs, entropies and scores of tokens, computed from the output of the last pipeline stage."""
 
 from __future__ import annotations
 
@@ -18,33 +18,36 @@ from megatron_rlvr.megatron.model import PolicyModel
 
 @dataclass
 class TokenScores:
-    """What the weights before a step's updates say about its rollout.
+    """Scores of the tokens of a rollout under the weights before the step's updates.
 
-    All are float32 [T] on the CPU, in the batch's token order. They hold values on the last pipeline stage and zeros
-    elsewhere: only sums of them leave the stage.
+    All are float32 [T] on the CPU, in the token order of the batch. They are computed on the last pipeline stage and
+    are zeros on other stages.
     """
 
     logprob: Tensor
+    """Log-prob of each token, in nats."""
     entropy: Tensor
+    """Exact entropy of the distribution from which each token was sampled, in nats."""
     entropy_change: Tensor
     """First-order entropy change of each token's objective per unit of learning rate, in nats."""
     ascent: Tensor
-    """First-order rise of each token's own objective per unit of learning rate."""
+    """First-order increase of each token's objective per unit of learning rate."""
 
     @classmethod
     def zeros(cls, tokens: int) -> TokenScores:
+        """Return zero scores for `tokens` tokens."""
         return cls(*(torch.zeros(tokens) for _ in fields(cls)))
 
 
 @dataclass(frozen=True)
 class Head:
-    """Token statistics of the last stage's output: of logits, or fused with the vocabulary projection.
+    """Computes token statistics from the output of the last stage: logits, or hidden states if `fused`.
 
     Attributes:
-        model: the model chunk whose weight projects; it returns hidden states instead of logits if `fused`.
-        temperature: divides the logits.
-        group: tensor-parallel group; None for one member.
-        fused: form the logits a chunk of tokens at a time instead of all at once.
+        model: model chunk with the vocabulary projection.
+        temperature: divisor of the logits.
+        group: tensor-parallel group; None if it has one member.
+        fused: compute the logits from hidden states in chunks of tokens instead of all at once.
     """
 
     model: PolicyModel
@@ -53,9 +56,14 @@ class Head:
     fused: bool
 
     def statistics(self, output: Tensor, microbatch: Microbatch, second_moments: bool = False) -> ops.TokenStatistics:
-        """Differentiable log-probs and entropies, float32 [T]. The backward pass overwrites the logits.
+        """Compute differentiable log-probs and entropies, float32 [T]. The backward pass overwrites the logits.
 
-        Collective over the context-parallel group, whose ranks each hold the output of some of the tokens.
+        Collective over the context-parallel group, each rank of which has the output of some tokens.
+
+        Args:
+            output: logits [R, V / tp] or hidden states [R, h] of the predictors of this rank.
+            microbatch: the microbatch.
+            second_moments: also compute the sums that the scores need.
         """
         if microbatch.local_targets is None:
             return self._local_statistics(output, microbatch.targets.to(output.device), second_moments)
@@ -79,7 +87,14 @@ class Head:
         return operator(output, self.model.output_weight(), targets, **settings)
 
     def score(self, output: Tensor, microbatch: Microbatch, advantage: Tensor, scores: TokenScores) -> None:
-        """Write the scores of a microbatch's tokens into `scores`; `advantage` is float32 [N], per sequence."""
+        """Write the scores of a microbatch's tokens into `scores`.
+
+        Args:
+            output: see `statistics`.
+            microbatch: the microbatch.
+            advantage: float32 [N], advantage of each sequence of the batch.
+            scores: scores of the batch, changed in place.
+        """
         statistics = self.statistics(output, microbatch, second_moments=True)
         squared, squared_logprob = statistics.sum_squared_prob, statistics.sum_squared_prob_logprob
         assert squared is not None and squared_logprob is not None

@@ -8,7 +8,13 @@ from megatron_rlvr.megatron.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Linear warm-up over `warmup_steps`, then constant or cosine decay to `min_learning_rate` at the last step."""
+    """Return the learning rate of a step: linear warm-up, then constant or cosine decay to `min_learning_rate`.
+
+    Args:
+        config: section ``optimizer`` of the configuration.
+        step: the step, from 0.
+        total_steps: number of steps of the run.
+    """
     warm_up = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.min_learning_rate is None:
         return config.learning_rate * warm_up

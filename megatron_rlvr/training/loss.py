@@ -1,4 +1,4 @@
-"""The loss of a minibatch, and what is counted while it is computed."""
+"""The loss of a minibatch, and statistics that are computed with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOSS_SUMS = (
     "entropy_drift",
     "old_entropy",
 )
-"""Names of the entries of `MinibatchLoss.sums`. All but the loss are over tokens whose advantage is not zero."""
+"""Names of the entries of `MinibatchLoss.sums`. All sums but the loss skip tokens whose advantage is 0."""
 
 
 @dataclass
@@ -34,14 +34,15 @@ class MinibatchLoss:
     """``-sum(token_weight * objective)`` over the tokens of a minibatch; called once per microbatch.
 
     Attributes:
-        head: makes token statistics of the last stage's output.
+        head: computes token statistics from the output of the last stage.
         batch: this rank's rollouts.
-        advantage, token_weight: float32 [N], per sequence; the weight is the aggregation weight of each of its tokens.
-        scores: of the policy before the step's updates.
-        thresholds, response, objective: of this step.
-        backward_scale: the number by which the backward pass will multiply the loss (`LossScale.backward`).
-        sums: float64 [len(LOSS_SUMS)], over the tokens seen so far.
-        ratio_max: float32 [], the largest importance ratio seen so far.
+        advantage: float32 [N], advantage of each sequence.
+        token_weight: float32 [N], aggregation weight of the tokens of each sequence.
+        scores: token scores before the step's updates.
+        thresholds, response, objective: see `Policy.update`.
+        backward_scale: factor by which the backward pass will multiply the loss (`LossScale.backward`).
+        sums: float64 [len(LOSS_SUMS)], sums over the tokens so far.
+        ratio_max: float32 [], the largest importance ratio so far.
     """
 
     head: Head
@@ -59,20 +60,20 @@ class MinibatchLoss:
     ratio_max: Tensor = field(default_factory=lambda: torch.zeros((), device=device.device()))
 
     def __call__(self, output: Tensor, microbatch: Microbatch) -> Tensor:
-        """The loss of a microbatch, float32 [], from the last stage's output."""
-        where = output.device
-        flat, index = microbatch.token_index.to(where), microbatch.sequence_index.to(where)
-        advantage = self.advantage[microbatch.sequences].to(where)[index]
-        weight = self.token_weight[microbatch.sequences].to(where)[index]
-        old_logprob = self.scores.logprob.to(where)[flat]
+        """Return the loss of a microbatch, float32 [], from the output of the last stage; see `Head.statistics`."""
+        output_device = output.device
+        token_index, index = microbatch.token_index.to(output_device), microbatch.sequence_index.to(output_device)
+        advantage = self.advantage[microbatch.sequences].to(output_device)[index]
+        weight = self.token_weight[microbatch.sequences].to(output_device)[index]
+        old_logprob = self.scores.logprob.to(output_device)[token_index]
         steering = None
         if self.thresholds.steering:
-            change = self.scores.entropy_change.to(where)[flat]
+            change = self.scores.entropy_change.to(output_device)[token_index]
             steering = steering_weights(change, self.thresholds.steering, self.response)
-        # Context-parallel ranks share token statistics before the loss, so there it cannot be part of the operator.
+        # Context-parallel ranks exchange token statistics before the loss, so the loss cannot be part of the operator.
         if self.head.fused and self.objective.is_plain_clip and microbatch.local_targets is None:
             token_weight = weight if steering is None else weight * steering
-            targets = microbatch.targets.to(where)
+            targets = microbatch.targets.to(output_device)
             loss, logprob, entropy, outputs = self._fused(output, targets, old_logprob, advantage, token_weight)
         else:
             statistics = self.head.statistics(output, microbatch)
@@ -87,17 +88,17 @@ class MinibatchLoss:
                     sequence_count=len(microbatch.sequences),
                     thresholds=self.thresholds,
                     weight=steering,
-                    rollout_logprob=self.batch.rollout_logprob.to(where)[flat],
+                    rollout_logprob=self.batch.rollout_logprob.to(output_device)[token_index],
                 )
             )
             loss = -(weight * outputs.objective).sum()
-        self._count(loss, outputs, logprob.detach(), entropy.detach(), old_logprob, advantage, flat)
+        self._count(loss, outputs, logprob.detach(), entropy.detach(), old_logprob, advantage, token_index)
         return loss
 
     def _fused(
         self, hidden: Tensor, targets: Tensor, old_logprob: Tensor, advantage: Tensor, token_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, TokenOutputs]:
-        """Loss, log-probs, entropies and outputs of the plain clipped objective, from hidden states [T, h]."""
+        """Compute loss, log-probs, entropies and outputs of the plain clipped objective from hidden states [T, h]."""
         fused = ops.fused_linear_objective(
             hidden,
             self.head.model.output_weight(),
@@ -122,9 +123,10 @@ class MinibatchLoss:
         entropy: Tensor,
         old_logprob: Tensor,
         advantage: Tensor,
-        flat: Tensor,
+        token_index: Tensor,
     ) -> None:
-        old_entropy = self.scores.entropy.to(logprob.device)[flat]
+        """Add the tokens of a microbatch to `sums` and `ratio_max`."""
+        old_entropy = self.scores.entropy.to(logprob.device)[token_index]
         region = classify(old_logprob, old_entropy, advantage)
         active = region > 0
         counted = (
@@ -136,5 +138,5 @@ class MinibatchLoss:
             old_entropy * active,
         )
         self.sums += torch.stack([loss.double(), *(x.sum(dtype=torch.float64) for x in counted)])
-        if len(flat):
+        if len(token_index):
             self.ratio_max = torch.maximum(self.ratio_max, (logprob - old_logprob).exp().max())

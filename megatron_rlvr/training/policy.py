@@ -1,4 +1,4 @@
-"""The policy in training: its weights, their optimizer, and the two passes that a step makes over a rollout."""
+"""The policy in training: its weights and optimizer, and the two passes over a rollout, scoring and updating."""
 
 from __future__ import annotations
 
@@ -24,29 +24,32 @@ from megatron_rlvr.weights.loading import load_folder
 
 @dataclass
 class UpdateReport:
-    """What one optimizer step did."""
+    """Measurements of one optimizer step."""
 
     sums: Tensor
-    """float64 [len(LOSS_SUMS)], over this rank's tokens; zeros before the last pipeline stage."""
+    """float64 [len(LOSS_SUMS)], `MinibatchLoss.sums` over this rank's tokens; zeros before the last pipeline stage."""
     ratio_max: Tensor
     """float32 [], the largest importance ratio; 0 without tokens."""
     grad_norm: float
-    """The same on every rank."""
+    """Norm of the gradient before clipping, the same on every rank."""
     forward_backward_seconds: float
     optimizer_seconds: float
 
 
 class Policy:
-    """The model chunks of this rank under megatron-core's data-parallel wrapper and optimizer.
+    """The model chunks of this rank with megatron-core's data-parallel wrapper and optimizer.
 
     Collective: every process of the job calls every method together.
 
     Attributes:
-        layout: this process's ranks in the parallel groups.
+        layout: position of this process in the process groups.
         bridge: maps the weights to and from Hugging Face tensors.
-        model_chunks: one chunk, or one per virtual pipeline stage.
-        optimizer: megatron-core's optimizer of all chunks.
+        model_chunks: one model chunk, or one per virtual pipeline stage.
+        optimizer: megatron-core's optimizer.
         microbatching: how a minibatch is split into microbatches.
+
+    Raises:
+        UserError: if the model, its weights or a setting cannot be used.
     """
 
     def __init__(self, config: Config, layout: parallel.Layout):
@@ -68,20 +71,21 @@ class Policy:
         )
 
     def set_learning_rate(self, value: float) -> None:
+        """Set the learning rate of the next updates."""
         optimizer.set_learning_rate(self.optimizer, value)
 
     def score(self, batch: RolloutBatch, advantage: Tensor) -> TokenScores:
-        """Log-probs, exact entropies and first-order entropy changes under the current weights.
+        """Compute log-probs, exact entropies and first-order entropy changes under the current weights.
 
         Args:
             batch: this rank's rollouts.
-            advantage: float32 [N], per sequence.
+            advantage: float32 [N], advantage of each sequence.
         """
         scores = TokenScores.zeros(batch.token_count)
 
         def score_microbatch(output: Tensor, microbatch: Microbatch) -> Tensor:
             self._head.score(output, microbatch, advantage, scores)
-            return torch.zeros(1, device=output.device)  # megatron-core's pipeline schedule requires a loss
+            return torch.zeros(1, device=output.device)  # the pipeline schedule needs a loss
 
         with torch.no_grad():
             self._run(batch, torch.arange(len(batch.tokens)), score_microbatch, forward_only=True)
@@ -103,11 +107,11 @@ class Policy:
         Args:
             batch: this rank's rollouts.
             sequences: int64 [n], this rank's share of the minibatch.
-            advantage: float32 [N], per sequence of the batch.
-            token_weight: float32 [N], the aggregation weight of every token of each sequence; the loss is
+            advantage: float32 [N], advantage of each sequence of the batch.
+            token_weight: float32 [N], aggregation weight of the tokens of each sequence. The loss is
                 ``-sum(token_weight * objective)`` over the minibatch's tokens on all data-parallel ranks.
-            scores: result of `score`, taken before the first update of the step.
-            thresholds: clip thresholds of this step.
+            scores: result of `score` before the first update of the step.
+            thresholds: clip thresholds of this update.
             response: how this step's tokens respond to region steering.
             objective: the token objective.
         """
@@ -127,9 +131,9 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._run(batch, sequences, loss, forward_only=False)
-        passed = time.perf_counter()
+        backward_ended = time.perf_counter()
         _, grad_norm, _ = self.optimizer.step()
-        seconds = passed - began, time.perf_counter() - passed
+        seconds = backward_ended - began, time.perf_counter() - backward_ended
         return UpdateReport(loss.sums, loss.ratio_max, float(grad_norm), *seconds)
 
     def _run(
@@ -140,7 +144,7 @@ class Policy:
         *,
         forward_only: bool,
     ) -> None:
-        """Run `sequences` through the pipeline, microbatch by microbatch; `loss` sees the last stage's output."""
+        """Run `sequences` through the pipeline in microbatches; `loss` receives the output of the last stage."""
         members = partition(batch, sequences, self.microbatching)
         count = pipeline.agreed_microbatch_count(len(members), len(self.model_chunks))
         if count != len(members):
@@ -156,15 +160,16 @@ class Policy:
 
 
 def _microbatching(config: Config, layout: parallel.Layout) -> MicrobatchConfig:
-    """How a minibatch is split into microbatches; a rollout that is scored is split the same way."""
+    """Return how a minibatch is split into microbatches. Scoring splits the rollout in the same way."""
     sequences_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     return MicrobatchConfig(
-        # Scoring a whole rollout in one pass would move more memory than scoring its minibatches one by one.
+        # By default a microbatch is a rank's share of a minibatch, also in scoring: one pass over the whole rollout
+        # would move more memory.
         sequences=config.parallel.microbatch_sequences
         or sequences_per_step // (config.algorithm.minibatches * layout.data_size),
         tokens=config.parallel.microbatch_tokens,
-        # Sequence parallelism splits the width over tensor-parallel ranks. fp8 needs a multiple of 16 rows, and mxfp8,
-        # whose blocks have 32, a multiple of 32.
+        # Sequence parallelism splits the width over tensor-parallel ranks. fp8 needs a multiple of 16 rows, and mxfp8 a
+        # multiple of 32, the size of its blocks.
         width_multiple=(config.parallel.tensor if config.parallel.sequence else 1)
         * (1 if config.model.fp8 == "none" else 32),
         context_size=config.parallel.context,

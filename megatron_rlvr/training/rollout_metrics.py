@@ -1,4 +1,4 @@
-"""What a step measures before its updates, summed over the job and named as in docs/metrics.md."""
+"""Measurements of a step before its updates, over the whole job, under the names of docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_rlvr.training.head import TokenScores
 
 @dataclass(frozen=True)
 class RolloutMeasure:
-    """What a step knows before its updates; the same on every process.
+    """Measurements of a step before its updates, the same on every process.
 
     Attributes:
-        entropy: exact mean over all response tokens of the job, nats per token.
-        standard_error: standard error of `entropy`, nats per token.
+        entropy: mean exact entropy over all response tokens of the job, in nats per token.
+        standard_error: standard error of `entropy`, in nats per token.
         response: how the step's tokens respond to region steering.
-        metrics: values by the names of docs/metrics.md.
+        metrics: metrics by name.
     """
 
     entropy: float
@@ -35,13 +35,15 @@ class RolloutMeasure:
 
 
 def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScores, layout: Layout) -> RolloutMeasure:
-    """Reward, lengths, exact entropy, train/rollout mismatch, and the response to steering. Four all-reduces.
+    """Measure reward, lengths, exact entropy, train/rollout mismatch, and the response to steering.
+
+    Collective over the job: four all-reduces.
 
     Args:
         batch: this rank's rollouts.
         token_weight: float32 [N], aggregation weight of the tokens of each sequence.
-        scores: scores under the policy before the updates; only those of reporting ranks are read.
-        layout: this process's place in the job.
+        scores: token scores before the updates; only those of reporting ranks are used.
+        layout: position of this process in the process groups.
     """
     difference = scores.logprob - batch.rollout_logprob
     sequence = batch.sequence_of_token()
@@ -49,8 +51,8 @@ def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScor
     response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
     token_sums = {
         "entropy": scores.entropy.sum(dtype=torch.float64),
-        # The k3 estimate of KL(rollout || train) from tokens that the rollout policy drew: r - 1 - ln r with the ratio
-        # r = train / rollout.
+        # The k3 estimate of KL(rollout || train) from tokens that the rollout policy sampled: r - 1 - ln r with the
+        # probability ratio r = train / rollout.
         "kl_rollout": (difference.expm1() - difference).sum(dtype=torch.float64),
         "mismatch": difference.abs().sum(dtype=torch.float64),
         "importance": difference.exp().sum(dtype=torch.float64),
@@ -81,7 +83,7 @@ def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScor
         "entropy_standard_error": standard_error,
         "kl_rollout": total["kl_rollout"] / tokens,
         "mismatch/mean": total["mismatch"] / tokens,
-        # Kish's effective sample size under importance weights train / rollout, as a fraction of the tokens.
+        # Kish's effective sample size with importance weights train / rollout, as a fraction of the tokens.
         "mismatch/effective_sample_size": total["importance"] ** 2 / (tokens * total["importance_squared"]),
         "mismatch/max": collectives.max_over_job({"largest": largest})["largest"],
     }
@@ -96,18 +98,19 @@ def _floats(values: dict[str, float | Tensor]) -> dict[str, float]:
 def _standard_error(
     batch: RolloutBatch, token_entropy: Tensor, entropy: float, groups: int, tokens: float, layout: Layout
 ) -> float:
-    """Standard error of the mean entropy, a ratio estimator over groups: completions of one prompt are not independent.
+    """Return the standard error of the mean entropy, in nats per token.
 
-    With stratified prompts only the variation within strata is random. It is estimated from successive differences:
-    half the squared differences between neighbours in the order of the strata (Wolter, Introduction to Variance
-    Estimation, section 8.2). All processes then see all groups, because neighbours must not depend on the layout.
+    The mean entropy is a ratio estimator over groups, because completions of one prompt are not independent. With
+    stratified prompts, only the variation within strata is random. It is estimated from successive differences: half
+    the squared differences between neighbours in the order of the strata (Wolter, Introduction to Variance Estimation,
+    section 8.2). All processes then receive all groups, so that neighbours do not depend on the layout.
 
     Args:
         batch: this rank's rollouts.
-        token_entropy: float32 [T].
-        entropy: mean over all tokens of the job.
-        groups, tokens: how many the whole job has.
-        layout: this process's place in the job.
+        token_entropy: float32 [T], entropy of each token of this rank.
+        entropy: mean entropy over all tokens of the job.
+        groups, tokens: number of groups and of response tokens in the job.
+        layout: position of this process in the process groups.
     """
     sequence = batch.sequence_of_token()
     group_tokens = batch.response_lengths.view(-1, batch.group_size).sum(1).double()
@@ -126,7 +129,7 @@ def _standard_error(
 
 
 def _moments(groups: Tensor) -> dict[str, float]:
-    """Sums of squares and products of the groups' (entropy, tokens), [2, P]."""
+    """Return sums of squares and products over `groups`, float64 [2, P]: summed entropy and tokens of each group."""
     entropy, tokens = groups
     sums = {"ee": entropy.square().sum(), "et": (entropy * tokens).sum(), "tt": tokens.square().sum()}
     return {name: float(value) for name, value in sums.items()}

@@ -1,4 +1,4 @@
-"""Aggregation weights of a step's tokens, over the minibatches of the whole job."""
+"""Aggregation weights of the tokens of a step."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from megatron_rlvr.training.config import AlgorithmConfig
 
 
 def token_weights(batch: RolloutBatch, algorithm: AlgorithmConfig, max_tokens: int, layout: parallel.Layout) -> Tensor:
-    """The aggregation weight of every token of each sequence, float32 [N]. Collective over the job.
+    """Return the aggregation weight of every token of each sequence, float32 [N].
+
+    Weights are normalized over each minibatch of the whole job. Collective over the job: one all-reduce.
 
     Args:
         batch: this rank's rollouts.
-        algorithm: names the aggregation, which is over each minibatch of the whole job.
+        algorithm: aggregation and number of minibatches.
         max_tokens: longest response, `rollout.max_tokens`.
-        layout: of this process.
+        layout: position of this process in the process groups.
     """
     minibatches = batch.minibatches(algorithm.minibatches)
     tokens = {

@@ -1,4 +1,4 @@
-"""What the updates of a step did, summed over the job and named as in docs/metrics.md."""
+"""Measurements of the updates of a step, over the whole job, under the names of docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_rlvr.training.policy import UpdateReport
 
 
 def update_metrics(updates: Sequence[UpdateReport], epochs: int, is_reporting_rank: bool) -> dict[str, float]:
-    """Clip and region fractions, largest ratio, gradient norm, and measured entropy change. Two all-reduces.
+    """Return clip and region fractions, largest ratio, gradient norm, and measured entropy change.
 
-    Fractions are of tokens with a non-zero advantage. The measured entropy change is the mean, over the tokens of the
-    last epoch, of the entropy in the forward pass of their update minus that before the step. Both are of the same
-    states, so there is no sampling noise.
+    Collective over the job: two all-reduces. Fractions are relative to the tokens with a non-zero advantage. The
+    measured entropy change is a mean over the tokens of the last epoch: the entropy in the forward pass of a token's
+    update minus the entropy before the step. Both are entropies of the same positions, so there is no sampling noise.
 
     Args:
-        updates: of the step, in order.
-        epochs: passes over the rollout that they make up.
+        updates: all updates of the step, in order.
+        epochs: number of passes over the rollout.
         is_reporting_rank: whether this process reports for the last pipeline stage of its data-parallel rank.
     """
     sums = torch.stack([update.sums for update in updates]).cpu()
@@ -45,11 +45,14 @@ def update_metrics(updates: Sequence[UpdateReport], epochs: int, is_reporting_ra
 
 
 def entropy_shift(update: UpdateReport, is_reporting_rank: bool) -> float | None:
-    """How far the earlier updates of a step have moved entropy, seen at the tokens of this update. One all-reduce.
+    """Return how far the earlier updates of a step have moved entropy, measured on the tokens of this update.
+
+    Collective over the job: one all-reduce.
 
     Returns:
-        ln of the mean entropy of the update's active tokens in its forward pass over that before the step. It has a
-        lower bound, because the ratio may round to 0 where entropy has vanished. None if there is no active token.
+        ln(H / H0), where H is the mean entropy of the update's active tokens in its forward pass and H0 their mean
+        entropy before the step. The ratio is at least 0.001, because it may round to 0 if entropy has vanished. None if
+        there is no active token.
     """
     sums = dict(zip(LOSS_SUMS, update.sums.tolist(), strict=True))
     total = collectives.sum_over_job(

@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     monkeypatch.setattr(FileSystemWriter, "write_data", fill)
     assert main(settings) == 2
     [line] = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
-    assert "step_4 cannot be written" in line and "No space left on device" in line and "untouched" in line
+    assert "step_4 cannot be written" in line and "No space left on device" in line and "intact" in line
     assert names(tmp_path / "run") == ["latest", "step_2"]
     assert main(settings) == 0  # with room again it resumes from there
     whole = [*arguments, "steps=4", f"run_directory={tmp_path / 'whole'}"]
@@ -109,7 +109,7 @@ def test_what_is_kept(arguments: list[str], tmp_path: Path, monkeypatch: pytest.
 
 def test_an_unknown_metric_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "steps=1", "checkpoint.keep_best=rewrd"]) == 2
-    assert "checkpoint.keep_best=rewrd is no metric of this run: one of " in capsys.readouterr().err
+    assert "checkpoint.keep_best=rewrd is not a metric of this run: use one of " in capsys.readouterr().err
 
 
 def test_the_best_evaluation_is_kept(run_yaml: Path, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_memory_is_released_and_resumed(policy, engine) -> None:
 
 
 def test_context_is_too_short(engine) -> None:
-    with pytest.raises(UserError, match=r"a prompt of 6 tokens and rollout.max_tokens=60 are more than .* 64 tokens"):
+    with pytest.raises(UserError, match=r"a prompt of 6 tokens and rollout.max_tokens=60 exceed .* of 64 tokens"):
         generate(engine, [PROMPTS[0]], dataclasses.replace(SAMPLING, max_tokens=60))
 
 
