@@ -58,20 +58,24 @@ class TargetEntropy(RelativeSchedule):
     """Initial estimate of the thresholds' effect: change of ln entropy per step at s = 1. 0 keeps them at eps."""
     steering_gain: Annotated[float, Within(0.0)] = 0.2
     """Initial estimate of the effect of steering: change of ln entropy per step at u = 1."""
+    # Filters of ln entropy from step to step, and of its shift by the updates within a step.
     _plant: PlantBank = field(init=False, repr=False, compare=False)
     _shift: EntropyPlant = field(init=False, repr=False, compare=False)
+    # The last observed step.
     _step: int = field(default=-1, init=False, repr=False)
     _progress: float = field(default=0.0, init=False, repr=False)
-    _position: float = field(default=0.0, init=False, repr=False)
-    _steering: float = field(default=0.0, init=False, repr=False)
-    _steering_sum: float = field(default=0.0, init=False, repr=False)
-    _count: int = field(default=1, init=False, repr=False)
-    _wanted_shift: float = field(default=0.0, init=False, repr=False)
-    _idle: bool = field(default=True, init=False, repr=False)
-    _done: float = field(default=0.0, init=False, repr=False)
-    _rate: float = field(default=1.0, init=False, repr=False)
+    _rate: float = field(default=1.0, init=False, repr=False)  # learning rate relative to its peak
     _response: SteeringResponse = field(default=NEUTRAL, init=False, repr=False)
-    _applied: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0), init=False, repr=False)
+    # What was decided for it.
+    _wanted_shift: float = field(default=0.0, init=False, repr=False)  # of ln entropy, by all updates of the step
+    _idle: bool = field(default=True, init=False, repr=False)  # no intervention: in the dead band, or above the floor
+    _position: float = field(default=0.0, init=False, repr=False)  # s
+    _steering: float = field(default=0.0, init=False, repr=False)  # u
+    _applied: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0), init=False, repr=False)  # inputs of _shift
+    # Its updates so far.
+    _done: float = field(default=0.0, init=False, repr=False)  # fraction of the updates
+    _count: int = field(default=1, init=False, repr=False)  # updates per step
+    _steering_sum: float = field(default=0.0, init=False, repr=False)  # of u over these updates
     _metrics: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
