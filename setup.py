@@ -3,9 +3,9 @@
 The compiled operators are built by CMake and Ninja into ``megatron_rlvr/ops/_C.so``: the CPU kernels always, the CUDA
 kernels where nvcc is found and the installed torch is a CUDA build. Environment:
 
-- ``MEGATRON_RLVR_CUDA=1`` compiles the CUDA kernels whatever torch is installed, ``=0`` never;
-- ``MEGATRON_RLVR_BUILD=0`` builds nothing: the eager reference runs, and says so;
-- ``CXX``, ``CUDACXX``, ``CMAKE_ARGS`` as usual.
+- ``MEGATRON_RLVR_CUDA=1`` compiles the CUDA kernels whichever torch is installed, ``=0`` never does;
+- ``MEGATRON_RLVR_BUILD=0`` builds nothing; the eager reference then runs, with a warning;
+- ``CXX``, ``CUDACXX`` and ``CMAKE_ARGS`` have their usual meaning.
 """
 
 import importlib
@@ -33,26 +33,26 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 
 def find_program(name: str) -> str | None:
-    """``name`` on the path, beside this Python, or in the package of the same name."""
-    found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
-    if found is None:
+    """The path of ``name``: on PATH, among this Python's scripts, or in the package of the same name."""
+    path = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    if path is None:
         try:
             package = importlib.import_module(name)
         except ImportError:
             return None
         folder = getattr(package, "CMAKE_BIN_DIR", None) or getattr(package, "BIN_DIR", None)
-        found = shutil.which(name, path=folder) if folder else None
-    return found
+        path = shutil.which(name, path=folder) if folder else None
+    return path
 
 
 def require(name: str, remedy: str) -> str:
-    found = find_program(name)
-    if found is None:
+    path = find_program(name)
+    if path is None:
         raise ExecError(
             f"megatron-rlvr: no {name} found to compile the operators with; {remedy}, "
             "or set MEGATRON_RLVR_BUILD=0 to run the (much slower) eager reference"
         )
-    return found
+    return path
 
 
 def find_nvcc() -> str | None:
@@ -72,8 +72,8 @@ def choose_cuda(torch_has_cuda: bool) -> str | None:
             "megatron-rlvr: MEGATRON_RLVR_CUDA=1, but no nvcc found; install the CUDA toolkit and put nvcc on the PATH "
             "(or name it in CUDACXX), or set MEGATRON_RLVR_CUDA=0 for the CPU kernels alone"
         )
-    wanted = choice == "1" or (choice == "" and nvcc is not None and torch_has_cuda)
-    if wanted:
+    use_cuda = choice == "1" or (choice == "" and nvcc is not None and torch_has_cuda)
+    if use_cuda:
         print(f"megatron-rlvr: CUDA kernels with {nvcc}")
         return nvcc
     reason = "MEGATRON_RLVR_CUDA=0" if choice == "0" else "no nvcc" if nvcc is None else "torch is a CPU build"
@@ -83,7 +83,7 @@ def choose_cuda(torch_has_cuda: bool) -> str | None:
 
 class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        # no Python ABI in the name: the library uses torch's stable ABI and nothing of Python
+        # Without the Python ABI in the name, because the library uses torch's stable ABI and not Python's.
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, extension: Extension) -> None:
@@ -107,7 +107,7 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *arguments], check=True)
         subprocess.run([cmake, "--build", str(build)], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # replaced, not overwritten: a process that has the old library mapped keeps it
+        # Replaced instead of overwritten, so that a process that has mapped the old library keeps it.
         temporary = target.with_suffix(".new")
         shutil.copyfile(build / "_C.so", temporary)
         temporary.replace(target)

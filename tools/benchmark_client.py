@@ -1,7 +1,7 @@
-"""CPU time of the SGLang client in the training process: ``python tools/benchmark_client.py [--url URL]``.
+"""Measure the CPU time of the SGLang client in the training process: python tools/benchmark_client.py [--url URL].
 
-The server is a child process that answers every request at once with a canned reply, so the time is that of the
-exchange alone. ``--url`` measures a real SGLang server too, whose model does not matter.
+The server is a child process that answers every request at once with a canned reply, so only the client's work takes
+time. ``--url`` also measures a real SGLang server; its model does not matter.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def rollout(url: str, prompts: list[list[int]], sampling: SamplingSettings, conc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", help="of a real SGLang server to measure too")
+    parser.add_argument("--url", help="URL of a real SGLang server to measure, too")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int, default=128)

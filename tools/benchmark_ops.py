@@ -1,15 +1,15 @@
-"""Times the operators against eager torch and against the operators of other trainers, on the same tensors.
+"""Compare the speed of the operators with eager torch and with the operators of other trainers, on the same tensors.
 
     python tools/benchmark_ops.py statistics --shapes 1024x32768,512x151936 --dtype float32 --threads 2
     python tools/benchmark_ops.py linear --tokens 2048 --hidden 1024 --vocabulary 65536
     python tools/benchmark_ops.py statistics --device cuda --dtype bfloat16 --shapes 8192x151936 --repeats 20
     python tools/benchmark_ops.py roofline
 
-Contenders run in turn in one process (see contenders.py). Peers that are not installed are named and left out: the
-extra `bench` installs trl, liger-kernel and cut-cross-entropy; verl needs other versions than the trainer, so
-`pip install --no-deps verl==0.9.1 ray tensordict`. On a machine that others use too, --processor-time --threads 1
-repeats well where wall time does not. The allocator matters to contenders that allocate: run once with
-MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 too.
+Contenders run in turn in one process (see contenders.py). Libraries that are not installed are reported and left out.
+The extra `bench` installs trl, liger-kernel and cut-cross-entropy. verl needs other versions than the trainer, so
+install it with `pip install --no-deps verl==0.9.1 ray tensordict`. On a busy machine, --processor-time --threads 1
+gives repeatable figures where wall time does not. Contenders that allocate memory depend on the allocator: run once
+with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1, too.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def benchmark_statistics(rows: int, width: int, dtype: torch.dtype, repeats: int
 
         return Contender(name, lambda: (base.clone().requires_grad_(),), run)
 
-    def ours(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        found = ops.token_statistics(logits, targets)
-        return found.logprob, found.entropy
+    def in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        statistics = ops.token_statistics(logits, targets)
+        return statistics.logprob, statistics.entropy
 
     def copy(logits: Tensor, target: Tensor) -> tuple:
         return (target.copy_(logits),)
@@ -63,24 +63,24 @@ def benchmark_statistics(rows: int, width: int, dtype: torch.dtype, repeats: int
         with torch.no_grad():
             return (ops.token_statistics(logits, targets).logprob,)
 
-    contenders = [contender("ours, in place", ours), contender("eager torch", plain_statistics)]
+    contenders = [contender("token_statistics, in place", in_place), contender("eager torch", plain_statistics)]
     peers = peer_statistics()
     contenders += [replace(contender(name, forward), peer=name.split()[0]) for name, forward in peers.items()]
     if base.is_cuda:
         contenders.append(contender("torch.compile of eager torch", torch.compile(plain_statistics)))
-    contenders.append(Contender("ours, forward only", lambda: (base,), forward_only))
+    contenders.append(Contender("token_statistics, forward only", lambda: (base,), forward_only))
     contenders.append(Contender("a copy of the logits", lambda: (base, torch.empty_like(base)), copy))
     contenders = chosen(contenders, only)
     measure(contenders, repeats, meter)
     few = base[:16].clone()
-    forwards = dict(peers, **{"ours, in place": ours, "eager torch": plain_statistics})
+    forwards = dict(peers, **{"token_statistics, in place": in_place, "eager torch": plain_statistics})
     for c in contenders:
         if c.name not in forwards:
             continue
         forward = forwards[c.name]
         with torch.no_grad():
-            found, expected = forward(few, targets[:16]), plain_statistics(few, targets[:16], torch.float64)
-        errors = [float((a.double() - b).abs().max()) for a, b in zip(found, expected, strict=True)]
+            computed, expected = forward(few, targets[:16]), plain_statistics(few, targets[:16], torch.float64)
+        errors = [float((a.double() - b).abs().max()) for a, b in zip(computed, expected, strict=True)]
         c.error = f"log-prob {errors[0]:.1e}, entropy {errors[1]:.1e}"
     report(f"[{rows}, {width}] {dtype}, forward and backward", contenders, base.numel() * base.element_size())
 
@@ -103,17 +103,17 @@ def benchmark_linear(
     old, advantage = torch.full((tokens,), -11.0), torch.randn(tokens)
 
     def prepare() -> tuple[Tensor, Tensor]:
-        # gradients are allocated beforehand, as in a trainer: only the memory on top of them is measured
+        # Gradients are allocated beforehand, as in a trainer, so only the memory on top of them is measured.
         h, w = hidden.clone().requires_grad_(), weight.detach().requires_grad_()
         w.grad, w.main_grad = torch.zeros_like(w), torch.zeros_like(w, dtype=torch.float32)
         w.grad.add_(0.0), w.main_grad.add_(0.0)  # touch the pages, so that they are resident
         return h, w
 
     def fused(h: Tensor, w: Tensor) -> tuple:
-        found = ops.fused_linear_objective(
+        result = ops.fused_linear_objective(
             h, w, targets, old, advantage, THRESHOLDS, chunk_bytes=chunk_bytes, loss_scale=1.0
         )
-        found.loss.backward()
+        result.loss.backward()
         return h.grad, w.main_grad
 
     def unfused(h: Tensor, w: Tensor, statistics_of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple:
@@ -122,19 +122,19 @@ def benchmark_linear(
         return h.grad, w.grad
 
     def in_place(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        found = ops.token_statistics(logits, targets)
-        return found.logprob, found.entropy
+        statistics = ops.token_statistics(logits, targets)
+        return statistics.logprob, statistics.entropy
 
     def recomputed(h: Tensor, w: Tensor) -> tuple:
-        found = ops.fused_linear_token_statistics(h, w, targets, chunk_bytes=chunk_bytes)
-        (-ops.clipped_objective(found.logprob, old, advantage, THRESHOLDS).objective.sum()).backward()
+        statistics = ops.fused_linear_token_statistics(h, w, targets, chunk_bytes=chunk_bytes)
+        (-ops.clipped_objective(statistics.logprob, old, advantage, THRESHOLDS).objective.sum()).backward()
         return h.grad, w.main_grad
 
     contenders = [
-        Contender("ours, fused_linear_objective", prepare, fused),
+        Contender("fused_linear_objective", prepare, fused),
         Contender("unfused: linear, then token_statistics in place", prepare, lambda h, w: unfused(h, w, in_place)),
         Contender("unfused: linear, then eager torch", prepare, lambda h, w: unfused(h, w, plain_statistics)),
-        Contender("ours, fused_linear_token_statistics (recomputes)", prepare, recomputed),
+        Contender("fused_linear_token_statistics (recomputes)", prepare, recomputed),
     ]
     contenders += linear_peers(hidden, weight, targets, old, advantage)
     contenders = chosen(contenders, only)
@@ -142,8 +142,9 @@ def benchmark_linear(
     expected = unfused(*prepare(), plain_statistics)
     for contender in contenders:
         if contender.peer is None:
-            found = contender.run(*contender.prepare())
-            errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
+            gradients = contender.run(*contender.prepare())
+            pairs = zip(gradients, expected, strict=True)
+            errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in pairs]
             contender.error = f"hidden {errors[0]:.1e}, weight {errors[1]:.1e}"
     chunk = chunk_bytes or DEFAULT_CHUNK_BYTES[hidden.device.type]
     report(
@@ -156,7 +157,7 @@ def benchmark_linear(
 
 # Bytes per bf16 logit to and from device memory, forward and backward; those of peers are counted from their source.
 TRAFFIC = (
-    ("ours: read; then read and write", 6),
+    ("Megatron-RLVR: read; then read and write", 6),
     ("slime, at least", 56),
     ("slime, at most", 96),
     ("verl, about", 144),
@@ -182,20 +183,19 @@ def positive(text: str) -> int:
 
 
 def shapes(text: str) -> list[tuple[int, int]]:
-    found = re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text)
-    if found is None:
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text) is None:
         raise argparse.ArgumentTypeError(f"must be like 1024x32768,512x151936 (rows x vocabulary), found {text!r}")
     return [(int(rows), int(width)) for rows, width in (shape.split("x") for shape in text.split(","))]
 
 
 def mebibytes(text: str) -> int:
     try:
-        found = int(float(text) * 2**20)
+        size = int(float(text) * 2**20)
     except (ValueError, OverflowError):
-        found = 0
-    if found <= 0:
+        size = 0
+    if size <= 0:
         raise argparse.ArgumentTypeError(f"must be a positive number of MiB, found {text!r}")
-    return found
+    return size
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The TRL part of benchmark_step.py, which runs it under an interpreter that has TRL, with a job file as argument.
+"""The TRL part of benchmark_step.py, which runs this file with an interpreter that has TRL and a job file as argument.
 
 It trains with TRL's GRPOTrainer as a user would configure it for this job, and writes the seconds of each step and of
 its parts to the result file of the job. It does not import this project.

@@ -51,7 +51,7 @@ QWEN25_HALF_B = {
 GIB = 2**30
 
 
-def case_config(folder: Path, arguments: argparse.Namespace, on_gpu: bool) -> Config:
+def benchmark_config(folder: Path, arguments: argparse.Namespace, on_gpu: bool) -> Config:
     config = Config(
         model=ModelConfig(path=str(folder), layer_spec="local"),
         rollout=RolloutConfig(
@@ -72,7 +72,7 @@ def planned(folder: Path, arguments: argparse.Namespace) -> dict[str, int]:
     from megatron_rlvr.megatron.stage_shapes import model_stages
     from megatron_rlvr.planning.memory import phase_memory, static_memory
 
-    config = case_config(folder, arguments, on_gpu=True)
+    config = benchmark_config(folder, arguments, on_gpu=True)
     shape, dtype, (stage,) = model_stages(config.model, config.parallel, 1)
     held = static_memory(stage, config.parallel, dtype, 1).total
     return {"held": held, "peak": held + phase_memory(shape, stage, config, dtype.itemsize, 1).update}
@@ -107,14 +107,13 @@ def measure(folder: Path, arguments: argparse.Namespace, vocabulary: int) -> Non
     count = arguments.sequences
     batch = RolloutBatch.from_completions([prompt], completions, [0.0] * count, padding=0)
     advantage, weight = torch.randn(count, generator=generator), torch.full((count,), 1 / batch.token_count)
-    wide = AffineThreshold(0.2, 0.0)
-    thresholds, objective = ClipThresholds(wide, wide), build_objective("clip")
-    with parallel.parallel_groups(ParallelConfig(), seed=0) as here:
+    thresholds, objective = ClipThresholds(AffineThreshold(0.2), AffineThreshold(0.2)), build_objective("clip")
+    with parallel.parallel_groups(ParallelConfig(), seed=0) as layout:
         from megatron_rlvr.training.policy import Policy
 
         gc.collect()
         before = torch.cuda.memory_allocated() if device.on_gpu() else 0
-        policy = Policy(case_config(folder, arguments, device.on_gpu()), here)
+        policy = Policy(benchmark_config(folder, arguments, device.on_gpu()), layout)
         scoring = [seconds(lambda: policy.score(batch, advantage)) for _ in range(2)][1]
         scores = policy.score(batch, advantage)
 

@@ -1,7 +1,7 @@
-"""Measures several implementations of one computation: contenders take turns, repetition by repetition.
+"""Measures several implementations of one computation, which run in turn in every repetition.
 
-A busy machine then disturbs all of them alike, and the ratio of their medians is meaningful. Peak memory is the growth
-of the process's resident set during one call (Linux), or on a GPU what torch allocated during it.
+Other work on the machine then affects all of them equally, so the ratio of their medians is meaningful. Peak memory is
+the growth of the process's resident set during one call (Linux), or what torch allocated on a GPU during the call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class Contender:
-    """One implementation, and what was measured of it.
+    """One implementation and its measurements.
 
     Attributes:
         name: shown in the table.
@@ -30,8 +30,8 @@ class Contender:
         run: the computation, timed; takes the inputs and returns what must stay allocated until the end of the call.
         seconds, peak_bytes: one number per repetition.
         error: text for the last column of the table.
-        peer: the library that it comes from. It may fail to run here, which removes the contender; None for this
-            project and for torch, where a failure ends the program.
+        peer: the library that it comes from; if it fails to run, the contender is removed. None for this project and
+            for torch, whose failures end the program.
     """
 
     name: str
@@ -78,8 +78,8 @@ def measured_on_gpu(contender: Contender) -> tuple[float, int]:
 
 
 def measure(contenders: list[Contender], repeats: int, meter: Meter) -> None:
-    """Fill in the measurements; removes peers that do not run here."""
-    for contender in list(contenders):  # once without timing, because a first call also loads and compiles
+    """Fill in the measurements. Peers that do not run on this machine are removed."""
+    for contender in list(contenders):  # once without timing, because the first call also loads and compiles
         try:
             contender.run(*contender.prepare())
         except Exception as error:
@@ -95,16 +95,19 @@ def measure(contenders: list[Contender], repeats: int, meter: Meter) -> None:
 
 
 def chosen(contenders: list[Contender], words: str) -> list[Contender]:
-    """The first contender, to which ratios refer, and those whose name contains one of the comma-separated words."""
+    """The first contender, which the others are compared with, and those whose name contains one of the words.
+
+    `words` is comma-separated; an empty string selects all contenders.
+    """
     return contenders[:1] + [c for c in contenders[1:] if any(word in c.name for word in words.split(","))]
 
 
-def report(title: str, contenders: list[Contender], logits_bytes: int, error: str = "error to float64") -> None:
+def report(title: str, contenders: list[Contender], logits_bytes: int, error: str = "largest error") -> None:
     """Print the table; times are compared with the first contender, memory with the bytes of the logits."""
     first = statistics.median(contenders[0].seconds)
-    where = torch.cuda.get_device_name() if ops.backend() == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"\n{title}; ours is {ops.backend()}, {where}, torch {torch.__version__}\n")
-    print(f"| | median ms | fastest ms | time / ours | peak extra MiB | of the logits | {error} |")
+    device = torch.cuda.get_device_name() if ops.backend() == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"\n{title}; backend {ops.backend()}, {device}, torch {torch.__version__}\n")
+    print(f"| | median ms | fastest ms | time / first | peak extra MiB | of the logits | {error} |")
     print("|---|---|---|---|---|---|---|")
     for c in contenders:
         middle, peak = statistics.median(c.seconds), statistics.median(c.peak_bytes)

@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"[{time.perf_counter() - began:6.1f} s] {text}", flush=True)
 
     if options.shard_gib <= 0:
-        raise UserError(f"--shard-gib must be greater than 0, not {options.shard_gib}")
+        raise UserError(f"--shard-gib must be greater than 0, found {options.shard_gib}")
     if options.direction == "to-huggingface" and options.model is None:
-        raise UserError("to-huggingface needs --model: the folder that config and tokenizer come from")
+        raise UserError("to-huggingface needs --model FOLDER, the model whose config and tokenizer to copy")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the conversion runs in one process: start it without torchrun")
     with parallel.parallel_groups(ParallelConfig(), seed=0):
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if options.verify:
             report(f"all {compared} tensors are equal")
-        memory = f"peak memory {_peak_gib():.2f} GiB, of it {before:.2f} before the first weight"
+        memory = f"peak memory {_peak_gib():.2f} GiB, {before:.2f} GiB before the first weight"
         report(f"{options.output} is complete; {memory}")
     return EXIT_DONE
 
@@ -89,10 +89,10 @@ def _bridge(folder: Path, dtype: str) -> PolicyBridge:
 
 
 def _dtype_of_folder(folder: Path) -> str:
-    found = str(read_config(folder).dtype or "torch.float32").removeprefix("torch.")
-    if found not in ("float32", "bfloat16"):
-        raise UserError(f"{folder}/config.json: dtype {found} is not supported: float32 or bfloat16")
-    return found
+    dtype = str(read_config(folder).dtype or "torch.float32").removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"{folder}/config.json: dtype must be float32 or bfloat16, found {dtype}")
+    return dtype
 
 
 def _dtype_of_checkpoint(folder: Path) -> str:

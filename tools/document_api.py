@@ -95,7 +95,7 @@ def signature(name: str, thing: Any) -> str:
 
 
 def parameter_text(parameter: inspect.Parameter) -> str:
-    """``name: annotation = default``; a default that is made anew for every object is shown as ``...``."""
+    """``name: annotation = default``; a default that each object gets a new copy of is shown as ``...``."""
     text = parameter.name
     if parameter.annotation is not parameter.empty:
         annotation = parameter.annotation

@@ -40,14 +40,14 @@ python -m megatron_rlvr.train run.yaml optimizer.learning_rate=1e-6 algorithm.sc
 ```
 
 - An override is `key=value` with a dotted key and wins over the file. Its value is YAML, such as `rollout.stop=[END]`.
-- A key that is not given has its default. Unknown keys and impossible values are refused before anything starts.
+- A key that is not set has its default. Unknown keys and impossible values are refused before anything starts.
 - `${{section.key}}` in a value is replaced by the value of that key.
 - `auto` is resolved when a program starts. The run's `config.yaml` keeps `auto`, so that a run on GPUs can be evaluated
   on a CPU.
 - Starting the same command again resumes the run. {listed(IDENTITY)}
   must then be unchanged, except {listed(MAY_CHANGE)}.
   Everything else may change.
-- The keys of the first table stand at the top level of the file, outside sections.
+- The keys of the first table are at the top level of the file, outside sections.
 """
 DISCARDS = "Overriding `{0}.name` discards the parameters in the file, which belong to the {1} that is replaced."
 BY_NAME: dict[str, tuple[str, dict[str, tuple[Any, dict[str, Any]]]]] = {
@@ -70,7 +70,7 @@ def pages() -> dict[Path, str]:
 
 
 def section(key: str, kind: type) -> Iterator[str]:
-    """The blocks of a section and of those in it."""
+    """The blocks of a section and of its subsections."""
     if key:
         yield f"## `{key}`"
         yield document_api.markdown(inspect.getdoc(kind) or "")
@@ -127,7 +127,7 @@ def choices(key: str, by_name: Mapping[str, type]) -> Iterator[str]:
 
 
 def parameter_rows(parameters: type) -> Iterator[str]:
-    """The rows of the parameters of a schedule or objective, from where each of them is documented."""
+    """The rows of the parameters of a schedule or objective, each described where it is defined."""
     wanted_types = key_types(parameters)
     for field in dataclasses.fields(parameters):
         if field.name != "name":

@@ -45,7 +45,7 @@ def evaluate(config: Config, run: Path, initial: bool, layout: parallel.Layout, 
     evaluator = components.evaluator()
     scores = evaluator.evaluate() if evaluator is not None else {}
     if not scores:
-        raise UserError("no result: the engine could not generate, as the warning above says")
+        raise UserError("no result: the engine could not generate; see the warning above")
     return {"step": step, **scores}
 
 

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 needs = other.stage_bytes(other.worst) / GIB
                 print(f"  {other.time.total:7.0f} s  {needs:6.1f} GiB  {layout_name(other)}, microbatches of 1")
             if not others:
-                print("  none: more nodes, shorter responses, or rollout.sglang.urls of servers elsewhere")
+                print("  none: use more nodes, shorter responses, or servers on other nodes (rollout.sglang.urls)")
     return 0 if plan.fits else 1
 
 

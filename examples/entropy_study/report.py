@@ -1,7 +1,7 @@
 """The study's report: docs/entropy_study.md, its figures and its table of results, from the finished runs.
 
-Every statement about whether an effect is there follows from the numbers: a difference to GRPO, paired by seed, counts
-if its 95 percent interval (Student's t) excludes 0.
+Whether there is an effect is decided by the numbers alone: a difference to GRPO, paired by seed, counts if its 95
+percent interval (Student's t) excludes 0.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def write_report(runs: Runs, measurements: Sequence[Measurement], total: int, do
 
     Args:
         runs: finished runs.
-        measurements: of what thresholds alone do to a step.
-        total: steps of a run, the long ones aside.
+        measurements: the effect of thresholds alone on one rollout.
+        total: steps per run, except the long ones.
         document: the Markdown file.
     """
     folder = document.with_suffix("")
@@ -229,17 +229,17 @@ def _comparison(runs: Runs, total: int) -> list[str]:
     for claim, measure, sign, strategies in CLAIMS:
         for name in strategies:
             if name in table:
-                found = table[name][measure]
-                lines.append(f"| {claim} | {name} | {found} | {_verdict(found, sign)} |")
+                against_grpo = table[name][measure]
+                lines.append(f"| {claim} | {name} | {against_grpo} | {_verdict(against_grpo, sign)} |")
     return lines
 
 
-def _verdict(found: Difference, claimed_sign: int) -> str:
-    if found.seeds < 3:
-        return f"too few seeds ({found.seeds})"
-    if found.sign == 0:
+def _verdict(measured: Difference, claimed_sign: int) -> str:
+    if measured.seeds < 3:
+        return f"too few seeds ({measured.seeds})"
+    if measured.sign == 0:
         return "not resolved"
-    return "confirmed" if found.sign == claimed_sign else "contradicted"
+    return "confirmed" if measured.sign == claimed_sign else "contradicted"
 
 
 def _frontier(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list[str]:

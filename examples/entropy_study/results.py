@@ -1,4 +1,4 @@
-"""What is measured of a run, and how strategies compare over the same seeds."""
+"""The measured values of a run, and comparisons of strategies over the same seeds."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-LARGEST_NUMBER = 9  # of the given numbers
+LARGEST_NUMBER = 9  # of the numbers of a problem
 LARGEST_VALUE = 99  # of targets and intermediate values; the smallest is 1
 SIGNS = ("+", "-", "*", "/")
 PLUS, MINUS, TIMES, DIVIDE = range(4)
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             problems = make_problems(rng, count, held_out=held_out, four_share=arguments.four_share)
         except ValueError as error:
-            parser.error(f"{error}; ask for fewer")
+            parser.error(f"{error}; lower --{'held-out' if held_out else 'train'}")
         write_problems(path, problems)
         print(f"{path}: {count} problems")
 

@@ -35,7 +35,8 @@ def sample_texts(folder: Path, prompt: str, count: int, temperature: float, max_
     decoded = tokenizer.decode(inputs.input_ids[0], skip_special_tokens=True)
     if "".join(decoded.split()) != "".join(prompt.split()):
         raise UserError(
-            f"this model's tokenizer reads the prompt {prompt!r} as {decoded!r}: its vocabulary lacks some words"
+            f"the model's tokenizer reads the prompt {prompt!r} as {decoded!r}: its vocabulary lacks some words; "
+            "use words that it has"
         )
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -13,7 +13,7 @@ job='' restart=0 head='' status='' reason=''
 # The checkpoint that this attempt began from.
 checkpoint=''
 
-heed_signals() {
+handle_signals() {
     trap on_usr1 USR1
     trap on_term TERM
 }
@@ -63,7 +63,7 @@ wait_step() {
             [ $((SECONDS + 5)) -gt $deadline ] || deadline=$((SECONDS + 5))
         fi
         if [ $SECONDS -ge $deadline ]; then
-            say "a process of the step does not end; going on without it"
+            say "a process of the step does not end; continuing without it"
             kill -KILL "$step" 2> /dev/null || true
             break
         fi
@@ -99,8 +99,8 @@ begin_attempt() {
     fi
     if [ "$tries" -ge "$RLVR_MAX_TRIES" ]; then
         record "gave up: $tries attempts from $checkpoint ended without a new checkpoint, the last because of:" \
-            "$(cat "$RUN_DIRECTORY/slurm/reason" 2> /dev/null || echo 'no reason was left; see the logs beside this file')"
-        # When the user submits the job again, counting starts anew.
+            "$(cat "$RUN_DIRECTORY/slurm/reason" 2> /dev/null || echo 'no reason was recorded; see the logs next to this file')"
+        # If the user submits the job again, counting starts from zero.
         rm -f "$RUN_DIRECTORY/slurm/tries"
         end_attempt 1
     fi
@@ -152,14 +152,14 @@ job_record() {
 # Ask Slurm for another attempt, without the nodes in $1. Only the attempt that Slurm knows as the current one may do so:
 # an attempt that outlived its node must not end its successor.
 requeue() {
-    local found left_out
-    found=$(job_record)
-    if [[ $found != *" Restarts=$restart "* ]]; then
+    local slurm_record excluded
+    slurm_record=$(job_record)
+    if [[ $slurm_record != *" Restarts=$restart "* ]]; then
         record "Slurm has started another attempt already"
         end_attempt 75
     fi
-    if [[ $found != *" Requeue=1 "* ]]; then
-        record "this job may not be requeued (--no-requeue): submit it again to go on"
+    if [[ $slurm_record != *" Requeue=1 "* ]]; then
+        record "this job may not be requeued (--no-requeue): submit it again to continue"
         end_attempt 75
     fi
     touch "$attempt/ended"
@@ -167,10 +167,10 @@ requeue() {
     scontrol requeue "$job" || true
     # Nodes can be excluded only while the job waits for its next attempt.
     if [ -n "$1" ]; then
-        left_out=$(sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p' <<< "$found")
+        excluded=$(sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p' <<< "$slurm_record")
         for _ in $(seq 100); do
-            if scontrol update JobId="$job" ExcNodeList="${left_out:+$left_out,}$1"; then
-                record "the next attempt leaves out ${left_out:+$left_out,}$1"
+            if scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$1"; then
+                record "the next attempt leaves out ${excluded:+$excluded,}$1"
                 end_attempt 75
             fi
             pause 0.2

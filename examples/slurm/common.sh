@@ -330,4 +330,4 @@ done
 RUN_DIRECTORY=$(realpath -m "${RUN_DIRECTORY:?the job script sets it before it sources common.sh}")
 server_step='' training=()
 describe_job
-[ -n "$RLVR_DRY_RUN" ] || heed_signals
+[ -n "$RLVR_DRY_RUN" ] || handle_signals

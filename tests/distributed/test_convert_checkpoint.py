@@ -184,7 +184,7 @@ def test_memory_is_of_one_weight(tmp_path: Path) -> None:
         ["to-huggingface", checkpoint, out, "--model", str(source)],
     ):
         printed = launch([str(PROGRAM), *arguments, "--verify"], 1, check=True).stdout
-        found = re.search(r"peak memory (\S+) GiB, of it (\S+) before the first weight", printed)
+        found = re.search(r"peak memory (\S+) GiB, (\S+) GiB before the first weight", printed)
         assert found is not None and 0 < float(found[1]) - float(found[2]) < 0.09, printed
     assert equal(source, tmp_path / "out")
 

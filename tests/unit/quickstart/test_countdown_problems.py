@@ -60,7 +60,7 @@ def test_same_seed_same_files(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--held-out", "5000"), "problems of 3 numbers were found; ask for fewer"),
+        (("--held-out", "5000"), "problems of 3 numbers were found; lower --held-out"),
         (("--four-share", "1.5"), "--four-share must lie between 0 and 1, found 1.5"),
         (("--train", "0"), "at least 1"),
     ],
