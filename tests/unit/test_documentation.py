@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import document_api
 import document_configuration
 import pytest
+import torch
 from field_docstrings import field_docstring
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_schema import key_types
+from megatron_rlvr.control import ClipThresholds
 from megatron_rlvr.train import main
 from tests.processes import ROOT
 
@@ -96,6 +99,72 @@ def test_the_python_example_of_the_readme_runs() -> None:
     exec(example, names)
     leaf = names["logits"].grad_fn.next_functions[0][0].variable  # the example ends with a backward pass
     assert leaf.grad.abs().sum(1).gt(0).all()
+
+
+def examples_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_example_of_the_operators_page_runs() -> None:
+    (example,) = examples_of("operators.md")
+    torch.manual_seed(0)
+    leaf = torch.randn(12, 50, requires_grad=True)
+    targets = torch.randint(50, (12,))
+    exec(
+        example,
+        {
+            "logits": 2.0 * leaf,
+            "targets": targets,
+            "tp_group": None,
+            "old_logprob": torch.log_softmax(2.0 * leaf.detach(), dim=-1)[range(12), targets],
+            "advantage": torch.randn(12),
+            "thresholds": ClipThresholds(),
+            "mask": torch.ones(12, dtype=torch.bool),
+            "weights": torch.full((12,), 1 / 12),
+        },
+    )
+    assert leaf.grad is not None
+    assert leaf.grad.abs().sum(1).gt(0).all()
+
+
+def test_the_python_example_of_the_entropy_guide_runs() -> None:
+    (example,) = examples_of("entropy_control/guide.md")
+    torch.manual_seed(0)
+    probabilities = torch.softmax(2.0 * torch.randn(12, 50), dim=-1)
+    logprobs = probabilities.log()
+    names: dict[str, Any] = {
+        "config": {"name": "target-entropy", "start": 0.5},
+        "total_steps": 10,
+        "step": 0,
+        "updates": 2,
+        "logprob": logprobs[:, 3],
+        "entropy": -(probabilities * logprobs).sum(-1),
+        "advantage": torch.randn(12),
+        "sum_squared_prob": (probabilities**2).sum(-1),
+        "sum_squared_prob_logprob": (probabilities**2 * logprobs).sum(-1),
+        "token_weight": torch.full((12,), 1 / 12),
+        "mean_entropy": 2.0,
+        "tokens_so_far": 12,
+        "error_of_mean_entropy": 0.02,
+        "learning_rate": 1e-6,
+        "peak_learning_rate": 1e-6,
+        "shift": -0.01,
+    }
+    exec(example, names)
+    assert names["schedule"].metrics()["control/target"] > 0
+    assert names["weight"].shape == (12,)
+
+
+def test_the_python_example_of_the_metrics_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = examples_of("metrics.md")
+    monkeypatch.chdir(tmp_path)
+    for run, seconds in (("a", 1.0), ("b", 2.0)):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "metrics.jsonl").write_text(json.dumps({"step": 0, "time/step": seconds}) + "\n")
+    exec(example, {})
+    (tmp_path / "runs" / "b" / "metrics.jsonl").write_text('{"step": 0, "reward": 1.0}\n')
+    with pytest.raises(AssertionError):
+        exec(example, {})
 
 
 @pytest.mark.parametrize("tool", [document_api, document_configuration], ids=lambda tool: tool.__name__)
