@@ -78,7 +78,7 @@ def zigzag(boundaries: Sequence[int], size: int, rank: int) -> Tensor:
 
     Args:
         boundaries: where the sequences begin and end; every length is a multiple of 2 x size.
-        size, rank: of the context-parallel group.
+        size, rank: size of the context-parallel group, and rank in it.
     """
     positions = []
     for start, end in pairwise(boundaries):

@@ -19,7 +19,7 @@ from megatron_rlvr.megatron import device
 
 T = TypeVar("T")
 
-# ---- the whole job ----
+# ---- the job: all processes ----
 
 
 def barrier() -> None:

@@ -59,7 +59,7 @@ class _WithSettings:
 class _LocalNames:
     """Maps the weight names of local layers.
 
-    Their norms are modules of their own. Transformer Engine fuses a norm and the linear layer that follows it.
+    Their norms are separate modules. Transformer Engine fuses a norm and the linear layer that follows it.
     """
 
     hf_config: Any

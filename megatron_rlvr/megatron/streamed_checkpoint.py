@@ -1,6 +1,6 @@
 """Write and read torch_dist checkpoints one weight at a time, in one process. Writing resumes after a kill.
 
-The format is that of megatron-core: files of tensors, here one per layer, and ``.metadata``, which contains the
+The format is megatron-core's: files of tensors, here one per layer, and ``.metadata``, which contains the
 location of each tensor. The file of a layer counts as complete once the record of its contents exists next to it.
 """
 

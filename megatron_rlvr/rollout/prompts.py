@@ -23,7 +23,7 @@ class PromptSet:
 
     @property
     def strata(self) -> list[float] | None:
-        """The number of each example by which prompts are stratified; None for data that is not."""
+        """The number of each example by which prompts are stratified; None if they are not stratified."""
         strata = [example.stratum for example in self.examples if example.stratum is not None]
         return strata if len(strata) == len(self.examples) else None
 

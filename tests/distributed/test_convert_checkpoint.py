@@ -51,7 +51,7 @@ def test_round_trip_in_one_process(tool: ModuleType, tmp_path: Path, capsys: pyt
     assert equal(source, out)
     assert {p.name for p in source.iterdir()} - {p.name for p in out.iterdir()} == {"model.safetensors"}
     assert (out / INDEX).is_file()
-    # transformers can load the folder, too.
+    # transformers can also load the folder.
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(out).state_dict()
@@ -63,7 +63,7 @@ def test_round_trip_in_one_process(tool: ModuleType, tmp_path: Path, capsys: pyt
 
 @pytest.fixture(scope="module")
 def sharded(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of every family: FAMILY, FAMILY-converted, and FAMILY-LAYOUT, rewritten by two processes."""
+    """Folders of every family: FAMILY, FAMILY-converted, and FAMILY-LAYOUT, which two processes have rewritten."""
     folder = tmp_path_factory.mktemp("sharded")
     for family in FAMILIES | MIXTURES:
         make_family(folder / family, family)
@@ -94,7 +94,7 @@ def test_round_trip_through_every_layout(family: str, tool: ModuleType, sharded:
 
 
 class KilledError(BaseException):
-    """Stands in for a kill: nothing catches it."""
+    """Simulates a kill, because nothing catches it."""
 
 
 @pytest.mark.parametrize("direction", ["to-megatron", "to-huggingface"])
@@ -133,7 +133,7 @@ def test_a_killed_conversion_resumes(
     kept = {f.name for f in (tmp_path / "out").iterdir() if written.get(f.name) == f.stat().st_mtime_ns}
     assert len(kept) > 1
     if direction == "to-megatron":
-        assert len(requested) < 17 + 33  # not all of the 33 weights again
+        assert len(requested) < 17 + 33  # not all of the 33 weights are requested again
     for file in (tmp_path / "uninterrupted").iterdir():
         if file.name not in ("common.pt", "run.json", ".metadata"):
             assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
@@ -141,10 +141,8 @@ def test_a_killed_conversion_resumes(
 
 
 @pytest.mark.parametrize("direction", ["to-megatron", "to-huggingface"])
-def test_a_disk_that_refuses(
-    direction: str, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The kernel refuses to write more than 60 kB per file, as a full disk would. With room the conversion resumes."""
+def test_a_full_disk(direction: str, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit of 60 kB per file acts like a full disk. Once there is room, the conversion resumes."""
     source = make_family(tmp_path / "source", "qwen2-untied", vocab_size=1000)
     assert tool.main(["to-megatron", str(source), str(tmp_path / "checkpoint")]) == 0
     converted = str(source if direction == "to-megatron" else tmp_path / "checkpoint")
@@ -162,7 +160,7 @@ def test_a_disk_that_refuses(
     assert "continuing with" in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
 
 
-def test_another_input_starts_anew(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_input_starts_over(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = make_family(tmp_path / "first", "qwen2-untied")
     second = make_family(tmp_path / "second", "llama-untied")
     (tmp_path / "out.partial").mkdir()
@@ -172,7 +170,7 @@ def test_another_input_starts_anew(tool: ModuleType, tmp_path: Path, capsys: pyt
     assert "continuing" not in capsys.readouterr().out
 
 
-def test_memory_is_of_one_weight(tmp_path: Path) -> None:
+def test_memory_holds_one_weight(tmp_path: Path) -> None:
     """A model of 198 MB, whose largest weight has 17 MB, is converted with less than 95 MB in both directions."""
     source = make_family(
         tmp_path / "source", "qwen2-untied", hidden_size=512, intermediate_size=4096, num_hidden_layers=7
@@ -184,12 +182,12 @@ def test_memory_is_of_one_weight(tmp_path: Path) -> None:
         ["to-huggingface", checkpoint, out, "--model", str(source)],
     ):
         printed = launch([str(PROGRAM), *arguments, "--verify"], 1, check=True).stdout
-        found = re.search(r"peak memory (\S+) GiB, (\S+) GiB before the first weight", printed)
-        assert found is not None and 0 < float(found[1]) - float(found[2]) < 0.09, printed
+        memory = re.search(r"peak memory (\S+) GiB, (\S+) GiB before the first weight", printed)
+        assert memory is not None and 0 < float(memory[1]) - float(memory[2]) < 0.09, printed
     assert equal(source, tmp_path / "out")
 
 
-def test_a_run_s_checkpoint_is_its_export(tool: ModuleType, run_yaml: Path, small_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_equals_the_export(tool: ModuleType, run_yaml: Path, small_model: Path, tmp_path: Path) -> None:
     run_trainer(run_yaml, "steps=1", "data.heldout=null")
     checkpoint, out = tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "out"
     assert tool.main(["to-huggingface", str(checkpoint), str(out), "--model", str(small_model), "--verify"]) == 0

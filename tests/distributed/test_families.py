@@ -1,4 +1,4 @@
-"""Every model family in every kind of parallel layout against transformers in float64."""
+"""Every model family in every kind of parallel layout, tested against transformers in float64."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def single() -> Iterator[parallel.Layout]:
 
 @pytest.fixture(scope="module")
 def measured(folders: Path) -> Callable[[str], Path]:
-    """Returns the folder of a layout's measurements. A group is measured when its first layout is asked for."""
+    """Returns the folder of a layout's measurements. A group is measured when its first layout is requested."""
     groups = ((2, FAMILIES, LAYOUTS), (2, MIXTURES, MIXTURE_LAYOUTS), (4, MIXTURES, MIXTURE_LAYOUTS_OF_4))
     output = folders / "measured"
 
-    def of(layout: str) -> Path:
+    def folder_of(layout: str) -> Path:
         if not (output / layout).exists():
             processes, families, layouts = next(group for group in groups if layout in group[2])
             names = [str(folders / name) for name in families]
@@ -74,7 +74,7 @@ def measured(folders: Path) -> Callable[[str], Path]:
             launch([str(ROOT / "tests" / "families.py"), str(output), *jobs], processes, check=True)
         return output / layout
 
-    return of
+    return folder_of
 
 
 def agree(found: Measurement, expected: Measurement) -> None:

@@ -50,7 +50,7 @@ MIXTURES = {
     "moe-pp2": (2, ["parallel.pipeline=2"]),
     "moe-tp2-ep2": (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"]),
 }
-# Tensor, pipeline and data parallelism together, and layouts with every option on.
+# Tensor, pipeline and data parallelism combined, and layouts with every option.
 EIGHT = {
     "tp2-pp2-dp2": (8, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "tp2-sp-cp2-pp2-packed": (
@@ -95,7 +95,7 @@ CLOSE = (
 class Runs:
     """The runs in one folder. ``one`` and ``moe-one`` record their rollouts, and the layouts replay them.
 
-    All layouts of a group and a number of processes are trained by one torchrun, when the first of them is asked for.
+    One torchrun trains all layouts of a group that have the same number of processes, when the first is requested.
     """
 
     def __init__(self, folder: Path, model: Path, problems: Path):
@@ -134,7 +134,7 @@ checkpoint: {{every: 3, keep: 9}}
         recording = f"rollout.recording={self.folder / self.single(layout) / 'rollouts'}"
         return self.run(name or layout, "rollout.engine=recorded", recording, self.model(layout), *overrides)
 
-    def of(self, name: str) -> Path:
+    def finished(self, name: str) -> Path:
         """The finished run of a layout."""
         group = next(group for group in (LAYOUTS, MIXTURES, EIGHT, HALF) if name in group)
         processes = group[name][0]
@@ -148,7 +148,7 @@ checkpoint: {{every: 3, keep: 9}}
         if not (self.folder / f"{name}-resumed").exists():
             runs = []
             for layout, overrides in RESUMED.items():
-                directory = shutil.copytree(self.of(layout), self.folder / f"{layout}-resumed")
+                directory = shutil.copytree(self.finished(layout), self.folder / f"{layout}-resumed")
                 shutil.rmtree(directory / "checkpoints" / "step_4")
                 runs.append(self.replay(layout, f"{layout}-resumed", overrides))
             run_trainers(runs, processes=2)
@@ -169,7 +169,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_model: Path, problems: 
 
 @pytest.mark.parametrize("name", LAYOUTS | MIXTURES | EIGHT)
 def test_layout_equals_one_process(name: str, runs: Runs) -> None:
-    agree(runs, name, runs.of(name))
+    agree(runs, name, runs.finished(name))
 
 
 @pytest.mark.parametrize("name", [name for name in RESUMED if name not in HALF])
@@ -181,21 +181,21 @@ def test_resumed_in_another_layout(name: str, runs: Runs) -> None:
 
 @pytest.mark.parametrize("name", HALF)
 def test_bfloat16_is_close(name: str, runs: Runs) -> None:
-    for ours, theirs in zip(read_metrics(runs.folder / "one"), read_metrics(runs.of(name)), strict=True):
+    for ours, theirs in zip(read_metrics(runs.folder / "one"), read_metrics(runs.finished(name)), strict=True):
         assert theirs["entropy"] == pytest.approx(ours["entropy"], rel=1e-3)
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.1) and theirs["loss"] != ours["loss"]
 
 
 @pytest.mark.parametrize("name", ["dp2-zero", *HALF])
 def test_resumed_in_the_same_layout_is_bit_equal(name: str, runs: Runs) -> None:
-    whole, resumed = read_metrics(runs.of(name)), read_metrics(runs.resumed(name))
-    assert [deterministic(r) for r in resumed] == [deterministic(r) for r in whole]
+    uninterrupted, resumed = read_metrics(runs.finished(name)), read_metrics(runs.resumed(name))
+    assert [deterministic(r) for r in resumed] == [deterministic(r) for r in uninterrupted]
 
 
 def agree(runs: Runs, layout: str, other: Path) -> None:
     """Metrics and trained weights equal those of one process, except for the order of float32 sums."""
     one = runs.folder / runs.single(layout)
-    begun = runs.models[one.name]
+    initial_model = runs.models[one.name]
     expected, found = read_metrics(one), read_metrics(other)
     assert len(found) == len(expected) == 4
     for ours, theirs in zip(expected, found, strict=True):
@@ -205,7 +205,7 @@ def agree(runs: Runs, layout: str, other: Path) -> None:
             # The loss near ratio 1 and the drift of entropies are differences of nearly equal numbers, so `abs` counts.
             assert theirs[key] == pytest.approx(ours[key], rel=1e-5, abs=2e-6), (ours["step"], key)
     start, ours, theirs = (
-        load_file(f / "model.safetensors") for f in (begun, one / "huggingface", other / "huggingface")
+        load_file(f / "model.safetensors") for f in (initial_model, one / "huggingface", other / "huggingface")
     )
     assert ours.keys() == theirs.keys() == start.keys()
     for name, weight in ours.items():
@@ -221,7 +221,7 @@ def test_layout_generates_what_one_process_generates(name: str, runs: Runs) -> N
     ours, theirs = runs.generated(name) / "rollouts", runs.folder / "one" / "rollouts" / "step_000000"
     files = sorted(ours.rglob("*.jsonl"))
     assert len(files) == 8
-    # The random numbers are equal, but logits differ in the last bits, so a draw can differ, rarely.
+    # The random numbers are equal, but logits differ in the last bits, so in rare cases a draw differs.
     equal = sum(a == b for f in files for a, b in zip(_token_ids(f), _token_ids(theirs / f.name), strict=True))
     assert equal >= 31
 

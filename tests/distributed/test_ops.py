@@ -27,7 +27,7 @@ def start(rank, world, port, work, arguments):
 
 
 def run(work, world, *arguments):
-    """Run ``work(rank, world, *arguments)`` in ``world`` gloo processes; a failure in any is raised here."""
+    """Run ``work(rank, world, *arguments)`` in ``world`` gloo processes; raises if any of them fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -51,7 +51,7 @@ def make(scale, seed):
     targets[: len(edges)] = edges
     targets[6:8] = logits[6:8].argmax(-1)
     targets[8] = -100
-    logits[9, : VOCABULARY // 2] = -torch.inf  # the first half of the ranks hold nothing of this row
+    logits[9, : VOCABULARY // 2] = -torch.inf  # in this row, the first half of the ranks has no probability
     targets[9] = VOCABULARY - 3
     return logits, targets, torch.randn(ROWS, generator=generator), torch.randn(ROWS, generator=generator)
 
@@ -66,7 +66,7 @@ def statistics(logits, targets, g, h, group, **options):
 def check_agreement(rank, world, scale, seed, dtype):
     logits, targets, g, h = make(scale, seed)
     logits = logits.to(dtype)
-    whole, whole_gradient = statistics(logits, targets, g, h, None)
+    full, full_gradient = statistics(logits, targets, g, h, None)
     width = VOCABULARY // world
     part = slice(rank * width, (rank + 1) * width)
     calls = []
@@ -76,20 +76,20 @@ def check_agreement(rank, world, scale, seed, dtype):
     dist.all_gather_into_tensor = original
     assert len(calls) == 1, "one collective a call, none for the gradient"
     for name in ("logprob", "entropy", "sum_squared_prob", "sum_squared_prob_logprob"):
-        mine, reference = getattr(found, name), getattr(whole, name)
+        local, reference = getattr(found, name), getattr(full, name)
         spacing = torch.finfo(torch.float32).eps * reference.abs()  # beyond 8 nats float32 is spaced by 1e-6 or more
-        assert ((mine - reference).abs() <= torch.maximum(spacing, torch.tensor(1e-6))).all(), name
-        everyone = [torch.empty_like(mine) for _ in range(world)]
-        dist.all_gather(everyone, mine.detach().contiguous())
-        assert all(torch.equal(other, mine) for other in everyone), "the same bits on every rank"
+        assert ((local - reference).abs() <= torch.maximum(spacing, torch.tensor(1e-6))).all(), name
+        of_all_ranks = [torch.empty_like(local) for _ in range(world)]
+        dist.all_gather(of_all_ranks, local.detach().contiguous())
+        assert all(torch.equal(other, local) for other in of_all_ranks), "the same bits on every rank"
     if dtype == torch.float32:
-        torch.testing.assert_close(gradient, whole_gradient[:, part], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(gradient, full_gradient[:, part], rtol=1e-5, atol=1e-7)
     else:
-        torch.testing.assert_close(gradient, whole_gradient[:, part], rtol=2**-7, atol=1e-7)
+        torch.testing.assert_close(gradient, full_gradient[:, part], rtol=2**-7, atol=1e-7)
 
 
 def check_broken_shard(rank, world):
-    """A NaN that only one rank holds, and a target out of range, raise on every rank, so none waits for another."""
+    """A NaN on a single rank and a target out of range raise on every rank, so that none waits for another."""
     logits, targets, *_ = make(1.0, 0)
     shard = logits.chunk(world, -1)[rank].contiguous()
     if rank == 1:
@@ -102,7 +102,7 @@ def check_broken_shard(rank, world):
 
 
 def check_unequal_shards(rank, world):
-    """Shards of unequal width would be read as other tokens: every rank says so, with what each one holds."""
+    """Shards of unequal width would be read as other tokens, so every rank raises an error with the widths of all."""
     targets = torch.zeros(4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"group: .*V/tp \[10, 12\]"):
         ops.token_statistics(torch.zeros(4, 10 + 2 * rank), targets, group=dist.group.WORLD)
@@ -111,7 +111,7 @@ def check_unequal_shards(rank, world):
 
 
 def check_unequal_tokens(rank, world):
-    """Asked to, ranks compare their numbers of tokens before the collective that would fail on them."""
+    """With MEGATRON_RLVR_CHECK=1, ranks compare their numbers of tokens before the collective that would fail."""
     os.environ["MEGATRON_RLVR_CHECK"] = "1"
     tokens = 4 + 3 * rank
     with pytest.raises(ValueError, match=r"group: .*found T \[4, 7\], V/tp \[10, 10\]"):
@@ -124,8 +124,8 @@ def check_groups(rank, world):
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     logits, targets, g, h = make(3.0, rank // 2)
     found, _ = statistics(logits.chunk(2, -1)[rank % 2].contiguous(), targets, g, h, groups[rank // 2])
-    whole, _ = statistics(logits, targets, g, h, None)
-    torch.testing.assert_close(found.entropy, whole.entropy, rtol=2e-7, atol=1e-6)
+    full, _ = statistics(logits, targets, g, h, None)
+    torch.testing.assert_close(found.entropy, full.entropy, rtol=2e-7, atol=1e-6)
     with pytest.raises(ValueError, match=r"group: this process .* is not one of its members"):
         ops.token_statistics(logits, targets, group=groups[1 - rank // 2])
 
@@ -143,7 +143,7 @@ class Thresholds:
 
 
 def check_fused(rank, world, sequence_parallel, vocabulary):
-    """The fused forms over shards equal the plain path over the whole vocabulary, gradients included."""
+    """The fused forms over shards equal the plain path over the full vocabulary, including gradients."""
     generator = torch.Generator().manual_seed(world)
     tokens, width = 32, 16
     hidden = torch.randn(tokens, width, generator=generator)
@@ -151,36 +151,36 @@ def check_fused(rank, world, sequence_parallel, vocabulary):
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
     advantage = torch.randn(tokens, generator=generator)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    whole = ops.token_statistics(h @ w.T, targets)
-    old = whole.logprob.detach() + 0.4 * torch.randn(tokens, generator=generator)
-    clipped = ops.clipped_objective(whole.logprob, old, advantage, Thresholds())
-    loss = -(clipped.objective + 0.1 * whole.entropy).sum()
+    full = ops.token_statistics(h @ w.T, targets)
+    old = full.logprob.detach() + 0.4 * torch.randn(tokens, generator=generator)
+    clipped = ops.clipped_objective(full.logprob, old, advantage, Thresholds())
+    loss = -(clipped.objective + 0.1 * full.entropy).sum()
     loss.backward()
     rows = slice(rank * tokens // world, (rank + 1) * tokens // world) if sequence_parallel else slice(None)
     entries = -(-vocabulary // world)
     columns = slice(rank * entries, (rank + 1) * entries)  # the last one may be shorter
-    own = {"group": dist.group.WORLD, "vocabulary": vocabulary}
-    options = {**own, "sequence_parallel": sequence_parallel, "chunk_bytes": 4 * 240 * 5}
+    shard_options = {"group": dist.group.WORLD, "vocabulary": vocabulary}
+    options = {**shard_options, "sequence_parallel": sequence_parallel, "chunk_bytes": 4 * 240 * 5}
     logits = (hidden @ weight[columns].T).requires_grad_()
-    plain = ops.token_statistics(logits, targets, **own)
-    torch.testing.assert_close(plain.logprob, whole.logprob, rtol=1e-6, atol=1e-6)
+    plain = ops.token_statistics(logits, targets, **shard_options)
+    torch.testing.assert_close(plain.logprob, full.logprob, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match=rf"of {vocabulary + world} entries has \d+, found"):
-        ops.token_statistics(logits, targets, **(own | {"vocabulary": vocabulary + world}))
+        ops.token_statistics(logits, targets, **(shard_options | {"vocabulary": vocabulary + world}))
     for form in ("objective", "statistics"):
-        mine, shard = hidden[rows].clone().requires_grad_(), weight[columns].clone().requires_grad_()
+        local, shard = hidden[rows].clone().requires_grad_(), weight[columns].clone().requires_grad_()
         if form == "objective":
             fused = ops.fused_linear_objective(
-                mine, shard, targets, old, advantage, Thresholds(), entropy_coefficient=0.1, **options
+                local, shard, targets, old, advantage, Thresholds(), entropy_coefficient=0.1, **options
             )
             found = fused.loss
         else:
-            fused = ops.fused_linear_token_statistics(mine, shard, targets, **options)
+            fused = ops.fused_linear_token_statistics(local, shard, targets, **options)
             again = ops.clipped_objective(fused.logprob, old, advantage, Thresholds())
             found = -(again.objective + 0.1 * fused.entropy).sum()
         found.backward()
         torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(fused.logprob, whole.logprob, rtol=1e-6, atol=1e-6)
-        for gradient, expected in ((mine.grad, h.grad[rows]), (shard.grad, w.grad[columns])):
+        torch.testing.assert_close(fused.logprob, full.logprob, rtol=1e-6, atol=1e-6)
+        for gradient, expected in ((local.grad, h.grad[rows]), (shard.grad, w.grad[columns])):
             assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max(), form
 
 
@@ -192,7 +192,7 @@ def test_fused_forms(world, sequence_parallel, vocabulary):
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 @pytest.mark.parametrize(("scale", "dtype"), [(3.0, torch.float32), (100.0, torch.float32), (3.0, torch.bfloat16)])
-def test_shards_agree_with_the_whole(world, scale, dtype):
+def test_shards_agree_with_the_full_vocabulary(world, scale, dtype):
     run(check_agreement, world, scale, world, dtype)
 
 
@@ -204,7 +204,7 @@ def test_unequal_shards_are_refused():
     run(check_unequal_shards, 2)
 
 
-def test_unequal_tokens_are_refused_where_asked_for():
+def test_unequal_tokens_are_refused_if_checks_are_on():
     run(check_unequal_tokens, 2)
 
 

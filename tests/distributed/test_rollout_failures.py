@@ -20,6 +20,6 @@ def test_a_user_error_of_one_rank_reaches_all_of_them(run_yaml: Path, tmp_path: 
     reason = f"no recorded rollout {missing}: record a run with rollout.record=true and the same settings"
     assert f"\nerror: {reason} (reported by rank 1)\n" in f"\n{done.stderr}"
     assert f"\nerror (rank 1): {reason}\n" in f"\n{done.stderr}"
-    # The two steps before it are kept: the run resumes once the recording is complete.
+    # The two steps before the failure are kept, so the run can resume once the recording is complete.
     assert len(read_metrics(run)) == 2
     assert (run / "checkpoints" / "step_2" / "run.json").is_file()

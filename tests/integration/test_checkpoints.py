@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background, rotated, damaged, or refused by the disk."""
+"""Checkpoints: written in the background, rotated, damaged, or on a full disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def names(run: Path) -> list[str]:
     return sorted(entry.name for entry in (run / "checkpoints").iterdir())
 
 
-def test_asynchronous_saves_hold_the_step_they_are_of(arguments: list[str], tmp_path: Path) -> None:
+def test_asynchronous_saves_contain_the_state_of_their_step(arguments: list[str], tmp_path: Path) -> None:
     for name, asynchronous in (("background", "true"), ("foreground", "false")):
         settings = [*arguments, f"run_directory={tmp_path / name}", f"checkpoint.asynchronous={asynchronous}"]
         assert main([*settings, "steps=3"]) == 0
@@ -38,22 +38,22 @@ def test_asynchronous_saves_hold_the_step_they_are_of(arguments: list[str], tmp_
     assert len(expected) == 5 and [deterministic(r) for r in found] == [deterministic(r) for r in expected]
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The write of step 2 is held back until the save of step 3 begins; training must get that far without it."""
+    """The write of step 2 waits until the save of step 3 begins, so training must get that far without it."""
     reached, saved = threading.Event(), []
     save, write = Checkpoints.save, FileSystemWriter.write_data
 
-    def wait(self: FileSystemWriter, *given: object) -> object:
+    def wait(self: FileSystemWriter, *rest: object) -> object:
         assert reached.wait(60)
-        return write(self, *given)  # type: ignore[arg-type]
+        return write(self, *rest)  # type: ignore[arg-type]
 
-    def note(self: Checkpoints, step: int, *given: object) -> None:
+    def note(self: Checkpoints, step: int, *rest: object) -> None:
         saved.append((step, names(tmp_path / "run") if saved else []))
         if step == 3:
             reached.set()
-        save(self, step, *given)  # type: ignore[arg-type]
+        save(self, step, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(FileSystemWriter, "write_data", wait)
     monkeypatch.setattr(Checkpoints, "save", note)
@@ -63,7 +63,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_a_full_disk_leaves_the_earlier_checkpoint(
+def test_a_full_disk_keeps_the_earlier_checkpoint(
     asynchronous: str,
     arguments: list[str],
     tmp_path: Path,
@@ -73,26 +73,25 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     settings = [*arguments, "steps=4", f"checkpoint.asynchronous={asynchronous}", "checkpoint.every=2"]
     write, calls = FileSystemWriter.write_data, []
 
-    def fill(self: FileSystemWriter, *given: object) -> object:
+    def fill(self: FileSystemWriter, *rest: object) -> object:
         calls.append(1)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        return write(self, *given)  # type: ignore[arg-type]
+        return write(self, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(FileSystemWriter, "write_data", fill)
     assert main(settings) == 2
     [line] = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
     assert "step_4 cannot be written" in line and "No space left on device" in line and "intact" in line
     assert names(tmp_path / "run") == ["latest", "step_2"]
-    assert main(settings) == 0  # with room again it resumes from there
-    whole = [*arguments, "steps=4", f"run_directory={tmp_path / 'whole'}"]
-    assert main(whole) == 0
-    found, expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
+    assert main(settings) == 0  # once there is room, it resumes from there
+    assert main([*arguments, "steps=4", f"run_directory={tmp_path / 'uninterrupted'}"]) == 0
+    found, expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "uninterrupted")
     assert [deterministic(r) for r in found] == [deterministic(r) for r in expected]
 
 
-def test_what_is_kept(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one checkpoint per hour, every third stays for its time, and the best and the newest stay."""
+def test_kept_checkpoints(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one checkpoint per hour, every third is kept by time, and also the best and the newest."""
     hours = count()
     clock = SimpleNamespace(time=lambda: 3600.0 * next(hours))
     monkeypatch.setattr("megatron_rlvr.training.checkpoint.time", clock)
@@ -124,13 +123,13 @@ def test_the_best_evaluation_is_kept(run_yaml: Path, tmp_path: Path) -> None:
     assert main([*first, "steps=3", "data.heldout=null", f"run_directory={tmp_path / 'other'}"]) == 2
 
 
-def test_another_form_of_optimizer_state_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_format_of_optimizer_state_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "steps=1"]) == 0
     assert main([*arguments, "steps=2", "parallel.distributed_optimizer=true"]) == 2
     assert "step_1 was written with parallel.distributed_optimizer=false" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_passed_over(arguments: list[str], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(arguments: list[str], tmp_path: Path) -> None:
     assert main([*arguments, "steps=4"]) == 0
     before = [deterministic(r) for r in read_metrics(tmp_path / "run")]
     data = next((tmp_path / "run" / "checkpoints" / "step_4").glob("*.distcp"))
@@ -145,12 +144,12 @@ def test_a_fused_adam_resumes_in_another_layout(run_yaml: Path, tmp_path: Path) 
     program = str(ROOT / "tests" / "fused_adam.py")
     settings = [str(run_yaml), "data.heldout=null", "steps=4", "checkpoint.every=2", "checkpoint.keep=9"]
     settings += ["checkpoint.export_huggingface=false", "parallel.distributed_optimizer=true"]
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    launch([program, json.dumps([*settings, f"run_directory={whole}"])], 1, check=True)
-    shutil.copytree(whole, again)
-    shutil.rmtree(again / "checkpoints" / "step_4")
-    launch([program, json.dumps([*settings, f"run_directory={again}"])], 2, check=True)
-    expected, found = read_metrics(whole), read_metrics(again)
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    launch([program, json.dumps([*settings, f"run_directory={uninterrupted}"])], 1, check=True)
+    shutil.copytree(uninterrupted, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_4")
+    launch([program, json.dumps([*settings, f"run_directory={resumed}"])], 2, check=True)
+    expected, found = read_metrics(uninterrupted), read_metrics(resumed)
     assert [r["step"] for r in found] == [0, 1, 2, 3]
     assert deterministic(found[-1]) != deterministic(expected[-1])  # computed again, with another order of sums
     for key in ("loss", "grad_norm", "entropy", "entropy_change/measured"):
@@ -171,7 +170,7 @@ def test_a_state_that_is_loaded_wrongly_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Errors that megatron-core's code for some Adams could make."""
+    """Bugs that megatron-core's code for some Adam implementations could have."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     settings = [*arguments, "parallel.distributed_optimizer=true", "algorithm.epochs=1"]

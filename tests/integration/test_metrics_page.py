@@ -36,7 +36,7 @@ def records(file: Path) -> list[dict[str, float]]:
 
 @pytest.fixture
 def runs(run_yaml: Path, tmp_path: Path) -> list[Path]:
-    """Short runs that use all features that record metrics of their own and need no servers."""
+    """Short runs with all features that record additional metrics and need no servers."""
     directories = [tmp_path / name for name in SETTINGS]
     run_trainers(
         [[run_yaml, "steps=3", f"run_directory={directory}", *SETTINGS[directory.name]] for directory in directories]

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere and started again equals the run that was not."""
+"""A run that is killed anywhere and started again equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _stop_after(process: subprocess.Popen[str], steps: int, number: signal.Signa
     return process.wait()
 
 
-def _tear(run: Path) -> None:
-    """Leave what a kill during a save leaves: unfinished checkpoints, and a pointer to one."""
+def _leave_unfinished_checkpoints(run: Path) -> None:
+    """Create the files that a kill during a save leaves: unfinished checkpoints, and a pointer to one of them."""
     newest = run / "checkpoints" / "step_90.partial"
     newest.mkdir()
     (newest / "__0_0.distcp").write_bytes(b"half a file")
@@ -54,24 +54,24 @@ def _tear(run: Path) -> None:
 
 def test_killed_and_resumed_run_equals_the_uninterrupted_one(run_yaml: Path, tmp_path: Path) -> None:
     settings = ["steps=16", "checkpoint.every=2", "algorithm.schedule.name=target-entropy"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_trainer(run_yaml, f"run_directory={whole}", *settings)
-    overrides = [f"run_directory={broken}", *settings]
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    run_trainer(run_yaml, f"run_directory={uninterrupted}", *settings)
+    overrides = [f"run_directory={killed}", *settings]
     for steps, delay in ((1, 0.0), (2, 0.03), (3, 0.11)):
         assert _stop_after(_start(run_yaml, *overrides), steps, signal.SIGKILL, delay) == -signal.SIGKILL
-    _tear(broken)
+    _leave_unfinished_checkpoints(killed)
     assert _stop_after(_start(run_yaml, *overrides), 1, signal.SIGTERM) == EXIT_STOPPED
     run_trainer(run_yaml, *overrides)
 
-    expected, found = read_metrics(whole), read_metrics(broken)
+    expected, found = read_metrics(uninterrupted), read_metrics(killed)
     assert [deterministic(r) for r in found] == [deterministic(r) for r in expected]
     assert len({r["grad_norm"] for r in found}) == 16
     assert found[0].keys() >= FIELDS
-    assert (broken / "evaluations.jsonl").read_bytes() == (whole / "evaluations.jsonl").read_bytes()
-    theirs = load_file(whole / "huggingface" / "model.safetensors")
-    for name, tensor in load_file(broken / "huggingface" / "model.safetensors").items():
-        assert tensor.equal(theirs[name]), name
-    kept = [d.name for d in (broken / "checkpoints").iterdir() if (d / "run.json").is_file()]
+    assert (killed / "evaluations.jsonl").read_bytes() == (uninterrupted / "evaluations.jsonl").read_bytes()
+    expected_weights = load_file(uninterrupted / "huggingface" / "model.safetensors")
+    for name, tensor in load_file(killed / "huggingface" / "model.safetensors").items():
+        assert tensor.equal(expected_weights[name]), name
+    kept = [d.name for d in (killed / "checkpoints").iterdir() if (d / "run.json").is_file()]
     assert len(kept) == 2 and "step_16" in kept
 
 
@@ -104,7 +104,7 @@ def test_checkpoint_of_another_model_is_refused(run_yaml: Path, tmp_path: Path) 
     assert "Traceback" not in done.stderr
 
 
-def test_resuming_under_other_settings_is_refused(run_yaml: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_settings_is_refused(run_yaml: Path, tmp_path: Path) -> None:
     from megatron_rlvr.train import main
 
     assert main([str(run_yaml), "steps=1"]) == 0
@@ -146,6 +146,6 @@ def test_a_death_around_a_save_loses_no_metrics(
         main(arguments)
     monkeypatch.setattr(Checkpoints, "save", save)
     assert main(arguments) == 0
-    assert main([*arguments, f"run_directory={tmp_path / 'whole'}"]) == 0
-    found, expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "whole")
+    assert main([*arguments, f"run_directory={tmp_path / 'uninterrupted'}"]) == 0
+    found, expected = read_metrics(tmp_path / "run"), read_metrics(tmp_path / "uninterrupted")
     assert [deterministic(r) for r in found] == [deterministic(r) for r in expected]

@@ -1,4 +1,4 @@
-"""A name is never there before its contents, whenever the writer is stopped."""
+"""A file or folder never appears under its name before it is complete, whenever the writer is stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_a_file_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
         file.write(b"new")
         file.flush()
         assert path.read_text() == "old"
-        # What looks for outcomes must not take the unfinished one for the outcome of another node.
+        # A search for outcomes must not mistake the unfinished file for the outcome of another node.
         assert list(tmp_path.glob("outcome.*")) == [path]
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""What a user gets wrong is answered in one line on stderr, with status 2 and no traceback."""
+"""User errors are reported in one line on stderr, with exit status 2 and without a traceback."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_nobody_at_the_url(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_python_without_sglang(run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The trainer's own Python has no SGLang here: the server ends at once, and its log says why."""
+    """The trainer's Python has no SGLang, so the server ends at once, and its log says why."""
     line = _refused(capsys, run_yaml, "rollout.engine=sglang")
     assert (
         f"ended with status 1 before it was ready: see {tmp_path / 'run' / 'sglang' / 'logs' / 'server_0.log'}" in line
@@ -141,7 +141,7 @@ def test_unreadable_answer_names_file_and_example(
 
 
 def test_prompts_in_another_language(run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The model's tokenizer has numbers and signs alone, and drops words without a word."""
+    """The model's tokenizer has only numbers and signs, and drops words silently."""
     lines = [json.dumps({"prompt": f"reach {i} from 1 2", "answer": 3}) for i in range(9)]
     (tmp_path / "words.jsonl").write_text("\n".join(lines))
     line = _refused(capsys, run_yaml, f"data.train={tmp_path / 'words.jsonl'}")
@@ -216,8 +216,8 @@ def test_truncated_weights(
     run_yaml: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(small_model, tmp_path / "torn")
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     assert "cannot be read" in _refused(capsys, run_yaml, f"model.path={folder}")
 
 

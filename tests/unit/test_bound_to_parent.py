@@ -12,7 +12,7 @@ import pytest
 from megatron_rlvr.bound_to_parent import bound_command
 from tests.processes import environment
 
-# Only the child holds the writing end of the pipe, so the pipe closes when the child ends, whatever its parent is then.
+# Only the child has the writing end of the pipe, so the pipe closes when the child ends, whichever parent it has then.
 PARENT = """
 import os, subprocess, sys, time
 {bind}
@@ -46,6 +46,6 @@ def test_a_parent_that_died_before_the_request_is_noticed(tmp_path: Path) -> Non
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_file_needs_nothing_of_this_package(tmp_path: Path) -> None:
+def test_the_file_runs_without_this_package(tmp_path: Path) -> None:
     done = subprocess.run(bound_command(["/bin/echo", "yes"], os.getpid()), cwd=tmp_path, env={}, capture_output=True)
     assert (done.returncode, done.stdout) == (0, b"yes\n")

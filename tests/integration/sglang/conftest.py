@@ -16,9 +16,9 @@ PYTHON = Path(os.environ.get("SGLANG_PYTHON", ROOT / ".venv-sglang" / "bin" / "p
 
 @pytest.fixture(scope="session")
 def sglang() -> SGLangConfig:
-    """The engine's configuration on this machine. A hang is found sooner than by default."""
+    """The engine's configuration on this machine, with a shorter health timeout than by default."""
     if not PYTHON.is_file():
-        pytest.skip(f"no SGLang environment at {PYTHON}: `make sglang` makes it, SGLANG_PYTHON names another")
+        pytest.skip(f"no SGLang environment at {PYTHON}: run `make sglang`, or set SGLANG_PYTHON to another Python")
     return SGLangConfig(
         python=str(PYTHON),
         # Tests wait for the log line of the first decoding step; by default there is one every 40 steps.

@@ -1,6 +1,6 @@
 """Kills the servers of a run at random: ``python tests/integration/sglang/kill_at_random.py FOLDER [--kills 20]``.
 
-Checks that the run finishes by itself and that every prompt of every step is answered once, by the weights of that
+Checks that the run finishes by itself and that every prompt of every step is answered once, with the weights of that
 step. Not part of the test suite, because a server takes half a minute to restart on a CPU.
 """
 
@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def servers_of(trainer: int) -> list[psutil.Process]:
-    """The first process of every server that listens.
+    """Return the first process of every server that listens.
 
-    Servers that do not listen yet are left out: one that fails to start three times ends the run by design.
+    Servers that do not listen yet are excluded, because a server that fails to start three times ends the run.
     """
     listening = []
     for process in psutil.Process(trainer).children(recursive=True):

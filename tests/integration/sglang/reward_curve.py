@@ -54,8 +54,8 @@ def differs(name: str, local: list[float], sglang: list[float], drawn: int | Non
     """Print the mean of both engines and the paired difference; returns whether it exceeds three standard errors.
 
     Args:
-        name: of the quantity.
-        local, sglang: its values, one per seed.
+        name: name of the quantity.
+        local, sglang: values with each engine, one per seed.
         drawn: for a share, the number of draws that it is measured from. Its error is at least that of the draws,
             however similar a few seeds happen to be.
     """

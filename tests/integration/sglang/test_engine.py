@@ -27,7 +27,7 @@ from megatron_rlvr.rollout.sampling import SamplingSettings
 from tests.generation import generate
 from tests.small_model import make_small_model
 
-WAYS = ("disk", "tensor", "distributed")
+WEIGHT_SYNCS = ("disk", "tensor", "distributed")
 TEMPERATURE = 0.8
 STOPS = (*range(8), 108)  # 108 is the model's end of sequence, at which SGLang stops in any case
 PROMPTS = [[3, 4, 5, 105, 9, 106], [7, 8, 9, 10, 105, 50, 106]]
@@ -50,7 +50,7 @@ def policy(layout: parallel.Layout, small_model: Path):
 
 @pytest.fixture
 def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytest.FixtureRequest):
-    """An engine for one test on the shared server, which it restarts as if it had started it."""
+    """An engine for one test on the shared server. It restarts the server as if it had started it."""
     from megatron_rlvr.rollout.engines.sglang.engine import SGLangEngine
 
     settings = {"bucket_mb": 1, "check_weights": True, **getattr(request, "param", {})}
@@ -63,7 +63,7 @@ def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytes
 
 
 def _scores(policy, prompts: list[list[int]], completions: list[Completion]) -> torch.Tensor:
-    """Log-probs of all tokens of all completions, in the trainer's scoring pass."""
+    """Log-probs of all tokens of all completions from the trainer's scoring pass."""
     batch = RolloutBatch.from_completions(prompts, completions, [0.0] * len(completions), padding=109)
     return policy.score(batch, torch.zeros(len(completions))).logprob
 
@@ -89,8 +89,8 @@ def _perturb(policy, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-@pytest.mark.parametrize("engine", [{"weight_sync": way} for way in WAYS], indirect=True, ids=WAYS)
-def test_logprobs_match_the_trainer_s_before_and_after_each_sync(policy, engine, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("engine", [{"weight_sync": sync} for sync in WEIGHT_SYNCS], indirect=True, ids=WEIGHT_SYNCS)
+def test_logprobs_match_the_trainer_before_and_after_each_sync(policy, engine, tmp_path: Path, capsys) -> None:
     completions = generate(engine, PROMPTS, SAMPLING)
     assert len(completions) == 12 and {c.weight_version for c in completions} == {0}
     assert {c.finish_reason for c in completions} == {"stop", "length"}
@@ -112,7 +112,7 @@ def test_logprobs_match_the_trainer_s_before_and_after_each_sync(policy, engine,
     assert "through the disk this time" not in capsys.readouterr().err
 
 
-def test_logprobs_are_of_the_whole_vocabulary_under_top_k(policy, engine) -> None:
+def test_logprobs_are_over_the_full_vocabulary_under_top_k(policy, engine) -> None:
     sampling = dataclasses.replace(SAMPLING, top_k=3, top_p=0.9, stop_token_ids=())
     completions = generate(engine, PROMPTS, sampling)
     assert all(len(c.token_ids) == 12 for c in completions)
@@ -154,7 +154,7 @@ def test_server_lost_in_a_rollout(number: signal.Signals, policy, engine, server
     ids=["retract", "in_place", "finish"],
 )
 def test_weights_change_under_completions(interrupt: str, policy, engine, servers, monkeypatch) -> None:
-    """Each token has the version of the weights that drew it. After a retract, the new weights alone draw the rest."""
+    """Each token has the version of its weights. After a retract, only the new weights generate the other tokens."""
     engine.state.max_staleness, engine.config.interrupt = 1, interrupt
     prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(24)]
     sampling = SamplingSettings(samples=8, max_tokens=50, temperature=TEMPERATURE)
@@ -212,7 +212,7 @@ def test_broadcast_that_a_server_refuses(policy, engine, capsys) -> None:
         assert ("weights of step 2 go through the disk this time" in capsys.readouterr().err) == (version == 2)
 
 
-def test_surplus_is_aborted_at_the_server(engine, servers) -> None:
+def test_surplus_prompts_are_aborted_at_the_server(engine, servers) -> None:
     """Ten of forty prompts are enough. The others stop at once, and the server is idle again."""
     prompts = [[3 + p % 90, 4, 5, 105, 9, 106] for p in range(40)]
     done: list[int] = []
@@ -231,7 +231,7 @@ def test_surplus_is_aborted_at_the_server(engine, servers) -> None:
 
 
 def _running(url: str) -> int:
-    """Requests that a server has running or waiting."""
+    """Return the number of running and waiting requests of a server."""
     loads = httpx.get(f"{url}/v1/loads?include=core", timeout=200.0).json()["loads"]
     return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
 
@@ -247,7 +247,7 @@ def test_memory_is_released_and_resumed(policy, engine) -> None:
     assert _difference(policy, PROMPTS, completions) < 1e-4
 
 
-def test_context_is_too_short(engine) -> None:
+def test_a_prompt_that_does_not_fit_into_the_context_is_refused(engine) -> None:
     with pytest.raises(UserError, match=r"a prompt of 6 tokens and rollout.max_tokens=60 exceed .* of 64 tokens"):
         generate(engine, [PROMPTS[0]], dataclasses.replace(SAMPLING, max_tokens=60))
 

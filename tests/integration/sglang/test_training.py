@@ -17,7 +17,7 @@ from tests.processes import ROOT, environment, run_trainer
 
 
 def _check_rollouts(run: Path, steps: int) -> None:
-    """Check that every prompt of every step has four completions, drawn by the weights of that step."""
+    """Check that every prompt of every step has four completions, generated with the weights of that step."""
     for step in range(steps):
         files = sorted((run / "rollouts" / f"step_{step:06d}").glob("*.jsonl"))
         assert [f.name for f in files] == [f"prompt_{slot:05d}.jsonl" for slot in range(8)]

@@ -1,6 +1,6 @@
 """A real Slurm on this machine, for tests: slurmctld, munge, and one slurmd per virtual node.
 
-Every virtual node has its own host name and /etc/hosts (UTS and mount namespaces). Its GPUs are mere character devices.
+Every virtual node has its own host name and /etc/hosts (UTS and mount namespaces). Its GPUs are only character devices.
 The cluster changes nothing outside `root`, a temporary folder, except the mode of the folders above it. Needs root and
 Debian's slurmctld, slurmd and munge.
 """

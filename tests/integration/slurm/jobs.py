@@ -1,4 +1,4 @@
-"""Jobs of the tests: what they train, and the interruptions that they must survive."""
+"""The jobs of the tests: their settings, and the interruptions that they must survive."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def interrupt(cluster: Cluster, job: Job, kind: str, rng: random.Random) -> None
 
 
 def soak(cluster: Cluster, root: Path, count: int, seed: int, only: range) -> int:
-    """Run the interruptions whose numbers are in `only`. Returns how many were not survived."""
+    """Run the interruptions whose numbers are in `only`; returns how many jobs did not survive."""
     model = make_small_model(root / "model")
     settings = Settings(model, write_problems(root / "train.jsonl"))
 

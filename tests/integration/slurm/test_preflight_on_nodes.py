@@ -1,4 +1,4 @@
-"""Which jobs the preflight refuses, and which node it names."""
+"""Jobs that the preflight refuses, and bad nodes that it names."""
 
 from __future__ import annotations
 

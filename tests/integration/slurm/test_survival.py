@@ -116,7 +116,7 @@ def fake_job(cluster: Cluster, tmp_path: Path, job_environment: None, monkeypatc
     return Job(cluster, SCRIPT, tmp_path / "run", ["model.path=none"])
 
 
-# Write the outcome of a launcher. Wait for those of several nodes: the first launcher that ends may end the others.
+# Write the outcome of a launcher. Wait for the outcomes of several nodes: the first launcher to end may end the others.
 OUTCOME = '[ -z "$logs" ] || echo "$outcome" > $logs/outcome.$SLURMD_NODENAME'
 AWAIT_OUTCOMES = 'until [ "$(cat $logs/outcome.* | wc -l)" -ge %d ]; do sleep 0.1; done'
 

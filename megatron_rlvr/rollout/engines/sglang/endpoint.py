@@ -59,7 +59,7 @@ class Endpoint:
         """Send a request to ``/generate``.
 
         Raises:
-            ServerLostError: if there is no usable answer, or when the server is marked as lost in the meantime.
+            ServerLostError: if there is no usable answer, or the server is marked as lost meanwhile.
         """
         timeout = self.config.request_timeout_seconds
         request = asyncio.create_task(self.connections.request("POST", "/generate", timeout, body))
@@ -188,7 +188,7 @@ class Endpoint:
         """
         version, folder = state.expected_version, state.folder
         if folder is None:
-            raise ServerLostError("there is no copy of the current weights for it (rollout.sglang.recovery_copy)")
+            raise ServerLostError("there is no copy of the current weights to load (rollout.sglang.recovery_copy)")
         if not state.folder_is_complete():
             raise ServerLostError(f"the copy of the current weights, {folder}, is still being written")
         body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": flush_cache}

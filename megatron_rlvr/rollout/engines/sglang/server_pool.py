@@ -156,7 +156,7 @@ class ServerPool:
                 self._restart(server)
         elif dead or time.monotonic() - server.started_at > self.config.start_timeout_seconds:
             # If a signal killed the server, the next start may well succeed, so this does not count as a failed start.
-            # Clients that wait for a server have a deadline of their own.
+            # Clients that wait for a server have their own deadline.
             killed = (server.process.returncode or 0) < 0
             server.failed_starts += 0 if killed else 1
             if server.failed_starts < _MAX_FAILED_STARTS:
