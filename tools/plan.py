@@ -1,6 +1,6 @@
 """Compute, before anything starts, whether a training configuration fits, what it needs, and how long a step takes.
 
-    python tools/plan.py examples/configs/qwen2.5-math-7b.yaml --nodes 1 \
+    python tools/plan.py examples/configs/qwen2.5-math-7b.yaml --nodes 1 \\
         --architecture examples/configs/architectures/qwen2.5-math-7b.json
     python tools/plan.py run.yaml --nodes 16 --suggest parallel.tensor=8 parallel.pipeline=4
 
@@ -58,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"--architecture {options.architecture} is not a file: give a model's config.json")
             shutil.copyfile(options.architecture, Path(folder) / "config.json")
             config.model.path = folder
+        elif not (Path(config.model.path) / "config.json").is_file():
+            raise UserError(
+                f"model.path={config.model.path} has no config.json: correct it, or name one with --architecture, such "
+                "as those in examples/configs/architectures"
+            )
         plan = make_plan(config, options.nodes, options.gpus_per_node, hardware, options.response_share)
         print(describe(plan))
         if options.suggest:

@@ -111,7 +111,7 @@ def test_configurations_that_do_not_fit(tool: ModuleType, capsys: pytest.Capture
         ("parallel.tensor=16", "parallel.tensor=16 does not divide the model's 8 key/value heads"),
         ("rollout.prompts_per_step=24", "is not a multiple of 8 data-parallel ranks"),
         ("parallel.tensr=8", "did you mean parallel.tensor?"),
-        ("model.path=nowhere", "is not a folder"),
+        ("model.path=nowhere", "has no config.json: correct it, or name one with --architecture"),
     ],
 )
 def test_wrong_layouts_are_refused(
