@@ -34,6 +34,8 @@ def merge(values: Any, changes: Any) -> Any:
 
 
 class _Reader:
+    """Builds sections of the configuration ``root``, whose keys it suggests for unknown ones."""
+
     def __init__(self, root: type):
         self.root = root
 
@@ -47,24 +49,24 @@ class _Reader:
         return section(**{str(name): self._value(section, str(name), value, prefix) for name, value in values.items()})
 
     def _value(self, section: type, name: str, value: Any, prefix: str) -> Any:
-        key, wanted = f"{prefix}{name}", key_types(section)[name]
+        key, expected = f"{prefix}{name}", key_types(section)[name]
         if value is None:
-            if wanted.optional:
+            if expected.optional:
                 return None
-            raise UserError(f"{key} has no value: it must be {_words(wanted, key, value)}")
-        if not wanted.is_section:
-            return _plain(wanted, key, value)
+            raise UserError(f"{key} has no value: it must be {_words(expected, key, value)}")
+        if not expected.is_section:
+            return _convert_key(expected, key, value)
         if not isinstance(value, Mapping):
-            raise UserError(f"{key}={value!r}: {key} must be {_words(wanted, key, value)}")
-        if wanted.by_name is None:
-            return self.section(wanted.type, value, f"{key}.")
+            raise UserError(f"{key}={value!r}: {key} must be {_words(expected, key, value)}")
+        if expected.by_name is None:
+            return self.section(expected.type, value, f"{key}.")
         (default,) = (field.default_factory for field in fields(section) if field.name == name)
         chosen = value.get("name", default().name)  # type: ignore[operator]
-        if not isinstance(chosen, str) or chosen not in wanted.by_name:
-            close = difflib.get_close_matches(str(chosen), wanted.by_name, n=1)
+        if not isinstance(chosen, str) or chosen not in expected.by_name:
+            close = difflib.get_close_matches(str(chosen), expected.by_name, n=1)
             hint = f": did you mean {close[0]}?" if close else ""
-            raise UserError(f"{key}.name must be one of {', '.join(wanted.by_name)}, not {chosen!r}{hint}")
-        return self.section(wanted.by_name[chosen], value, f"{key}.", chosen)
+            raise UserError(f"{key}.name must be one of {', '.join(expected.by_name)}, not {chosen!r}{hint}")
+        return self.section(expected.by_name[chosen], value, f"{key}.", chosen)
 
     def _hint(self, name: str, known: list[str], prefix: str, chosen: str) -> str:
         """Return what to write instead of an unknown key."""
@@ -78,56 +80,57 @@ class _Reader:
         return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known keys: {', '.join(known)}"
 
 
-def _plain(wanted: KeyType, key: str, value: Any) -> Any:
+def _convert_key(expected: KeyType, key: str, value: Any) -> Any:
     """Convert the value of a key that is not a section.
 
     Raises:
         UserError: if the value does not fit; for an entry of a mapping it names that entry.
     """
-    if wanted.type is dict and isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        element = wanted.element or KeyType(Any)  # "dict" alone does not say what its values are
-        return {name: _plain(element, f"{key}.{name}", item) for name, item in value.items()}
+    if expected.type is dict and isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        element = expected.element or KeyType(Any)  # "dict" alone does not say what its values are
+        return {name: _convert_key(element, f"{key}.{name}", item) for name, item in value.items()}
     try:
-        return convert(wanted, value)
+        return convert(expected, value)
     except (ValueError, OverflowError):
-        raise UserError(f"{key}={value!r}: {key} must be {_words(wanted, key, value)}") from None
+        raise UserError(f"{key}={value!r}: {key} must be {_words(expected, key, value)}") from None
 
 
-def convert(wanted: KeyType, value: Any) -> Any:
+def convert(expected: KeyType, value: Any) -> Any:
     """Convert a plain ``value`` to the type of a key that is neither a section nor a mapping.
 
-    Raises ValueError or OverflowError if it does not fit.
+    Raises:
+        ValueError, OverflowError: if it does not fit.
     """
-    if wanted.type is Any:
+    if expected.type is Any:
         return value
-    if wanted.type is list and wanted.element is not None:
+    if expected.type is list and expected.element is not None:
         if not isinstance(value, list | tuple):
             raise ValueError
-        return [convert(wanted.element, item) for item in value]
-    if wanted.type is bool and str(value).lower() in _BOOLEANS:
+        return [convert(expected.element, item) for item in value]
+    if expected.type is bool and str(value).lower() in _BOOLEANS:
         return _BOOLEANS[str(value).lower()]
-    if wanted.type is str and isinstance(value, str | int | float):
+    if expected.type is str and isinstance(value, str | int | float):
         return str(value)
-    if wanted.type is int and isinstance(value, str | int) and not isinstance(value, bool):
+    if expected.type is int and isinstance(value, str | int) and not isinstance(value, bool):
         return int(value)
-    if wanted.type is float and isinstance(value, str | int | float) and not isinstance(value, bool):
+    if expected.type is float and isinstance(value, str | int | float) and not isinstance(value, bool):
         return float(value)
     raise ValueError
 
 
-def _words(wanted: KeyType, key: str, value: Any) -> str:
+def _words(expected: KeyType, key: str, value: Any) -> str:
     """Complete "KEY must be ..." with the type of a key and an example of how to write it."""
     example = value if isinstance(value, str) else "..."
-    if wanted.by_name is not None:
+    if expected.by_name is not None:
         return f"a section: write {key}.name={example} and the like"
-    if wanted.is_section:
-        return f"a section: write {key}.{next(iter(key_types(wanted.type)))}=... and the like"
-    if wanted.type is dict:
+    if expected.is_section:
+        return f"a section: write {key}.{next(iter(key_types(expected.type)))}=... and the like"
+    if expected.type is dict:
         return f"a section: write {key}.NAME={example} for each of its names"
-    if wanted.type is list and wanted.element is not None:
-        if wanted.element.type is list:
+    if expected.type is list and expected.element is not None:
+        if expected.element.type is list:
             return f"a list of lists: write {key}=[[..., ...], [..., ...]]"
         if isinstance(value, list):  # then one of its elements does not fit
-            return f"a list of {_PLURALS[wanted.element.type]}"
+            return f"a list of {_PLURALS[expected.element.type]}"
         return f"a list: write {key}=[{example}]"
-    return _WORDS[wanted.type]
+    return _WORDS[expected.type]

@@ -32,7 +32,9 @@ class Limits(Protocol):
     package of this project.
     """
 
-    def allow(self, value: float) -> bool: ...
+    def allow(self, value: float) -> bool:
+        """Whether ``value`` is in the range."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,7 @@ class KeyType:
 
     @property
     def is_section(self) -> bool:
+        """Whether the key is a section."""
         return dataclasses.is_dataclass(self.type)
 
     def problem(self, value: Any) -> str | None:
@@ -165,10 +168,10 @@ def _key_types(section: Any) -> dict[str, KeyType]:
 
 def keys(section: type, prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of a section and of its subsections."""
-    for name, wanted in key_types(section).items():
+    for name, expected in key_types(section).items():
         yield f"{prefix}{name}"
-        if wanted.is_section and wanted.by_name is None:
-            yield from keys(wanted.type, f"{prefix}{name}.")
+        if expected.is_section and expected.by_name is None:
+            yield from keys(expected.type, f"{prefix}{name}.")
 
 
 def check_values(section: Any, prefix: str = "") -> None:
@@ -178,15 +181,15 @@ def check_values(section: Any, prefix: str = "") -> None:
         UserError: for the first value that is not allowed; names its dotted key.
     """
     required = {field.name for field in dataclasses.fields(section) if field.default == REQUIRED}
-    for name, wanted in key_types(type(section)).items():
+    for name, expected in key_types(type(section)).items():
         key, value = f"{prefix}{name}", getattr(section, name)
         if name in required and value in (None, "", REQUIRED):
             raise UserError(
                 f"{key} is not set: set it in the configuration file, or write {key}=... on the command line"
             )
-        if wanted.is_section:
+        if expected.is_section:
             check_values(value, f"{key}.")
-        elif problem := wanted.problem(value):
+        elif problem := expected.problem(value):
             raise UserError(f"{key} must {problem}")
     if hasattr(section, "check"):
         section.check()
@@ -198,20 +201,20 @@ def to_dict(section: Any) -> dict[str, Any]:
     For a section that its key ``name`` selects, only the parameters that differ from their defaults are included.
     """
     values: dict[str, Any] = {}
-    for name, wanted in key_types(type(section)).items():
+    for name, expected in key_types(type(section)).items():
         value = getattr(section, name)
-        if wanted.by_name is not None:
-            default = wanted.by_name[value.name]()
+        if expected.by_name is not None:
+            default = expected.by_name[value.name]()
             changed = {k: v for k, v in dataclasses.asdict(value).items() if v != getattr(default, k)}
             values[name] = {"name": value.name} | changed
         else:
-            values[name] = to_dict(value) if wanted.is_section else value
+            values[name] = to_dict(value) if expected.is_section else value
     return values
 
 
 def describe_sections(section: type) -> str:
     """Return one line per section of a configuration: its key and the first line of its dataclass's docstring."""
-    sections = {name: wanted.type for name, wanted in key_types(section).items() if wanted.is_section}
+    sections = {name: expected.type for name, expected in key_types(section).items() if expected.is_section}
     width = max(map(len, sections))
     first_lines = {name: (kind.__doc__ or "").splitlines()[0] for name, kind in sections.items()}
     return "\n".join(f"  {name:{width}}  {line.rstrip('.').replace('``', '')}" for name, line in first_lines.items())

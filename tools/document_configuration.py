@@ -74,27 +74,27 @@ def section(key: str, kind: type) -> Iterator[str]:
     if key:
         yield f"## `{key}`"
         yield document_api.markdown(inspect.getdoc(kind) or "")
-    wanted_types = key_types(kind)
+    expected_types = key_types(kind)
     yield table(
         [
-            row(field, wanted_types[field.name], field_docstring(kind, field.name))
+            row(field, expected_types[field.name], field_docstring(kind, field.name))
             for field in dataclasses.fields(kind)
-            if not wanted_types[field.name].is_section
+            if not expected_types[field.name].is_section
         ]
     )
-    inner = {f"{key}.{name}".lstrip("."): wanted for name, wanted in wanted_types.items() if wanted.is_section}
+    inner = {f"{key}.{name}".lstrip("."): expected for name, expected in expected_types.items() if expected.is_section}
     if not key:
         yield "Sections:"
         rows = [
-            f"| [`{name}`](#{anchor(name)}) | {document_api.summary(inspect.getdoc(wanted.type) or '')} |"
-            for name, wanted in inner.items()
+            f"| [`{name}`](#{anchor(name)}) | {document_api.summary(inspect.getdoc(expected.type) or '')} |"
+            for name, expected in inner.items()
         ]
         yield "\n".join(["| section | what it sets |", "| --- | --- |", *rows])
-    for name, wanted in inner.items():
-        if wanted.by_name is None:
-            yield from section(name, wanted.type)
+    for name, expected in inner.items():
+        if expected.by_name is None:
+            yield from section(name, expected.type)
         else:
-            yield from choices(name, wanted.by_name)
+            yield from choices(name, expected.by_name)
 
 
 def choices(key: str, by_name: Mapping[str, type]) -> Iterator[str]:
@@ -128,38 +128,38 @@ def choices(key: str, by_name: Mapping[str, type]) -> Iterator[str]:
 
 def parameter_rows(parameters: type) -> Iterator[str]:
     """The rows of the parameters of a schedule or objective, each described where it is defined."""
-    wanted_types = key_types(parameters)
+    expected_types = key_types(parameters)
     for field in dataclasses.fields(parameters):
         if field.name != "name":
             source, name = field.metadata.get("source", (parameters, field.name))
-            yield row(field, wanted_types[field.name], field_docstring(source, name))
+            yield row(field, expected_types[field.name], field_docstring(source, name))
 
 
 def table(rows: list[str]) -> str:
     return "\n".join(["| key | takes | default | meaning |", "| --- | --- | --- | --- |", *rows]) if rows else ""
 
 
-def row(field: dataclasses.Field[Any], wanted: KeyType, docstring: str) -> str:
+def row(field: dataclasses.Field[Any], expected: KeyType, docstring: str) -> str:
     """The row of a key in a table."""
     default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
     shown = "required" if default == REQUIRED else f"`{yaml(default)}`"
-    cells = (f"`{field.name}`", takes(wanted), shown, document_api.markdown(docstring))
+    cells = (f"`{field.name}`", takes(expected), shown, document_api.markdown(docstring))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def takes(wanted: KeyType) -> str:
+def takes(expected: KeyType) -> str:
     """What a key takes, in words."""
-    if wanted.choices:
-        words = ", ".join(f"`{choice}`" for choice in wanted.choices)
-    elif wanted.type is list and wanted.element is not None:
-        words = f"list of {takes(wanted.element)}"
-    elif wanted.type is dict:
+    if expected.choices:
+        words = ", ".join(f"`{choice}`" for choice in expected.choices)
+    elif expected.type is list and expected.element is not None:
+        words = f"list of {takes(expected.element)}"
+    elif expected.type is dict:
         words = "names and values"
     else:
-        words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}[wanted.type]
-    if wanted.limits is not None:
-        words += f" {wanted.limits}"
-    return words + (" or `null`" if wanted.optional else "")
+        words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}[expected.type]
+    if expected.limits is not None:
+        words += f" {expected.limits}"
+    return words + (" or `null`" if expected.optional else "")
 
 
 def yaml(value: Any) -> str:

@@ -168,6 +168,8 @@ def all_gather_over_tensor_ranks(values: Tensor) -> list[Tensor]:
 
 
 class _AllGatherTokens(torch.autograd.Function):
+    """See `all_gather_tokens`."""
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, count: int) -> Tensor:
         ctx.save_for_backward(index)

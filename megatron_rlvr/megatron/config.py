@@ -39,6 +39,7 @@ class ModelConfig:
     """Coefficient of the load-balancing loss of a mixture of experts, averaged over microbatches; 0 disables it."""
 
     def check(self) -> None:
+        """Refuse combinations of keys that cannot work."""
         if self.fp8 != "none" and self.dtype == "float32":
             raise UserError(f"model.fp8={self.fp8} needs model.dtype=bfloat16: set it, or model.fp8=none")
 
@@ -103,6 +104,7 @@ class ParallelConfig:
     """Minutes that a collective may take before the job fails with an error that names it."""
 
     def check(self) -> None:
+        """Refuse combinations of keys that cannot work."""
         if self.sequence and self.tensor == 1:
             raise UserError("parallel.sequence=true needs parallel.tensor > 1: set it false or raise parallel.tensor")
         if self.virtual_pipeline > 1 and self.pipeline == 1:

@@ -78,6 +78,8 @@ def split_into_pieces(entry: ShardedBase, weight: Tensor) -> list[ShardedTensor]
 
 
 class _StreamedSave(TorchDistSaveShardedStrategy):
+    """Writes the torch_dist format layer by layer; skips layers whose record exists."""
+
     def __init__(self, pieces: Pieces, report: Callable[[int, int], None]):
         super().__init__("torch_dist", 1, thread_count=1)
         self.pieces, self.report = pieces, report

@@ -61,6 +61,7 @@ class RolloutConfig:
     """Folder of stored completions that the ``recorded`` engine replays."""
 
     def check(self) -> None:
+        """Refuse combinations of keys that cannot work."""
         if self.overlong_buffer >= self.max_tokens:
             raise UserError(
                 f"rollout.overlong_buffer={self.overlong_buffer} must be less than rollout.max_tokens={self.max_tokens}"

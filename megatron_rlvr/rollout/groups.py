@@ -98,13 +98,13 @@ class GroupSource:
 
     def roll_out(self, step: int) -> RankRollout:
         """Generate and verify groups until there are enough to train on, or `refill_rounds` is reached."""
-        rollout, wanted = self.rollout, len(self.slots)
+        rollout, needed = self.rollout, len(self.slots)
         indices = self.sampler.indices(step)
         kept: list[Group] = []
         dropped: list[Group] = []
         verify_seconds, replacements = 0.0, 0
         for attempt in range(1 + rollout.refill_rounds if rollout.dynamic_sampling else 1):
-            missing = wanted - len(kept)
+            missing = needed - len(kept)
             candidates = [(slot, indices[slot]) for slot in self.slots] if attempt == 0 else []
             if rollout.dynamic_sampling:
                 while len(candidates) < math.ceil(missing * rollout.over_sampling):
@@ -114,11 +114,11 @@ class GroupSource:
             verify_seconds += seconds
             for group in groups:
                 (kept if group.informative or not rollout.dynamic_sampling else dropped).append(group)
-            if len(kept) >= wanted:
+            if len(kept) >= needed:
                 break
         groups = kept + dropped
         reward = math.fsum(verdict.reward for group in groups for verdict in group.verdicts)
-        chosen = groups[:wanted]
+        chosen = groups[:needed]
         for slot, group in zip(self.slots, chosen, strict=True):
             group.slot = slot
         return RankRollout(chosen, len(groups), reward, verify_seconds)

@@ -43,6 +43,7 @@ class AlgorithmConfig:
     """Exclude groups whose rewards are all equal from updates, because their gradient is zero."""
 
     def check(self) -> None:
+        """Refuse combinations of keys that cannot work."""
         with as_user_error():
             build_objective(self.objective)
 

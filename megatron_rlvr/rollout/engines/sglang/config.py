@@ -63,6 +63,7 @@ class SGLangConfig:
     and exit status 75, or ``wait``."""
 
     def check(self) -> None:
+        """Refuse combinations of keys that cannot work."""
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise UserError(f"rollout.sglang.urls: {url!r} is not a URL: write http://host:port")
