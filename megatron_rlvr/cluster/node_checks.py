@@ -58,7 +58,7 @@ def check_node(node: str, config: Config, processes: int, trains: bool, folder: 
         folder: folder of the reports in the run directory.
     """
     report = NodeReport(node, installed_versions())
-    report.gpus = visible_gpus(report)
+    report.gpus = gpus_of_this_node(report)
     requested = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if trains and (requested or report.gpus) and len(report.gpus) < processes:
         report.problems.append(f"the node has {len(report.gpus)} visible GPUs but needs {processes}")
@@ -93,7 +93,7 @@ def installed_versions() -> dict[str, str]:
     return versions | {"megatron_rlvr": digest.hexdigest()[:12]}
 
 
-def visible_gpus(report: NodeReport) -> list[tuple[str, int]]:
+def gpus_of_this_node(report: NodeReport) -> list[tuple[str, int]]:
     """Return name and memory (MiB) of this node's GPUs, and add the driver's version and any problem to the report."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.config import ParallelConfig
 from megatron_rlvr.megatron.huggingface_config import is_mixture
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int, unit: str, advice: str) -> None:
+    """Refuse a layout that does not divide a job.
+
+    Args:
+        parallel: section of the configuration.
+        world_size: processes of the job.
+        unit: what the error calls them, such as "processes".
+        advice: how to change their number; "{}" stands for the number that must divide it.
+
+    Raises:
+        UserError: naming the sizes whose product does not divide `world_size`.
+    """
+    for names in (("tensor", "pipeline", "context"), ("expert_tensor", "expert", "pipeline")):
+        product = math.prod(getattr(parallel, name) for name in names)
+        if world_size % product:
+            raise UserError(
+                f"{' x '.join(f'parallel.{name}' for name in names)} = {product} does not divide the {world_size} "
+                f"{unit}: {advice.format(product)} or lower one of the three"
+            )
 
 
 def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import cpu_shim, device
 from megatron_rlvr.megatron.config import ParallelConfig
+from megatron_rlvr.megatron.layout_checks import check_world_size
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
         UserError: if the parallel sizes do not divide the number of processes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    _check_world_size(config, world_size)
+    _check_layout_of_job(config, world_size)
     if "RANK" not in os.environ:  # started without torchrun: a job of one process with its own rendezvous
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = "0"
@@ -75,19 +76,8 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
         dist.destroy_process_group()
 
 
-def _check_world_size(config: ParallelConfig, world_size: int) -> None:
-    model_size = config.tensor * config.pipeline * config.context
-    if world_size % model_size:
-        raise UserError(
-            f"parallel.tensor x parallel.pipeline x parallel.context = {model_size} does not divide the {world_size} "
-            f"processes: start a multiple of {model_size} (torchrun --nproc-per-node) or lower one of the three"
-        )
-    expert_size = config.expert_tensor * config.expert * config.pipeline
-    if world_size % expert_size:
-        raise UserError(
-            f"parallel.expert_tensor x parallel.expert x parallel.pipeline = {expert_size} does not divide the "
-            f"{world_size} processes: start a multiple of {expert_size} or lower one of the three"
-        )
+def _check_layout_of_job(config: ParallelConfig, world_size: int) -> None:
+    check_world_size(config, world_size, "processes", "start a multiple of {} (torchrun --nproc-per-node)")
     if config.expert > 1 and config.expert_tensor > 1 and not device.on_gpu():
         raise UserError(
             f"parallel.expert={config.expert} with parallel.expert_tensor={config.expert_tensor} needs NCCL, because "

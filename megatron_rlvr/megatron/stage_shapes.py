@@ -6,7 +6,6 @@ would build, so the counts are exact.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,10 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.huggingface_config import is_tied
+from megatron_rlvr.megatron.layout_checks import check_world_size
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.parallel import initialize_model_parallel
 
@@ -97,7 +96,7 @@ def model_stages(
     Raises:
         UserError: if the layout does not divide the job or the model.
     """
-    _check_world_size(parallel, world_size)
+    check_world_size(parallel, world_size, "GPUs", "change --nodes")
     # Transformer Engine may be missing on this machine. The parameters of local layers have the same shapes.
     model = replace(model, layer_spec="local", fp8="none")
     totals = _Totals()
@@ -111,16 +110,6 @@ def model_stages(
     padding = (bridge.padded_vocabulary - bridge.vocab_size) * bridge.config.hidden_size
     totals.all -= padding * (1 if is_tied(bridge.hf_config) else 2)
     return _shape(bridge, totals), bridge.dtype, stages
-
-
-def _check_world_size(parallel: ParallelConfig, world_size: int) -> None:
-    for names in (("tensor", "pipeline", "context"), ("expert_tensor", "expert", "pipeline")):
-        product = math.prod(getattr(parallel, name) for name in names)
-        if world_size % product:
-            raise UserError(
-                f"{' x '.join(f'parallel.{name}' for name in names)} = {product} does not divide the {world_size} "
-                "GPUs: change --nodes or lower one of the three"
-            )
 
 
 @contextmanager
