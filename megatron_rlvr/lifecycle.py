@@ -43,9 +43,10 @@ def locked_run_directory(directory: Path) -> Iterator[Path]:
     """Create a run directory if needed, and hold its lock while the block runs.
 
     The kernel releases the lock when the process ends, however it ends. This calls flock(2) directly instead of using
-    the package filelock, for two reasons (tested with filelock 4.3.1): filelock cannot name the process that holds the
-    lock, and on a file system without flock (Lustre without its mount option) it falls back to the existence of the
-    file, so the lock file of a killed run would block its resume.
+    the package filelock, for two reasons (tested with filelock 4.3.1). filelock does not record which process holds a
+    flock, so the error could not name it. On a file system without flock (Lustre without its mount option) filelock
+    raises, or falls back to the existence of the file: then the file of a killed run blocks a resume on another node.
+    This function warns there and continues.
 
     Raises:
         UserError: if another process holds the lock, or the directory cannot be written.
