@@ -1,4 +1,4 @@
-"""The emulated kernels as functions of torch tensors, and what float64 says they should give."""
+"""The emulated kernels as functions of torch tensors, and their expected results in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Statistics:
 
 
 class Kernels:
-    """Thin calls: they allocate the outputs and hand over addresses."""
+    """Calls the kernels: allocates the outputs and passes addresses."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -81,7 +81,7 @@ class Kernels:
         width = logits.shape[1] // shards
         partials = [
             self.partials(
-                # a copy, as on a rank of its own: what lies behind a shard's row must not be the next shard
+                # Copied, as on a separate rank: the memory after a row of the shard must not be the next shard.
                 logits[:, rank * width : (rank + 1) * width].contiguous() if shards > 1 else logits,
                 targets,
                 temperature=temperature,
@@ -169,7 +169,7 @@ def exact_statistics(logits: Tensor, targets: Tensor, temperature: float = 1.0) 
 def exact_gradient(
     logits: Tensor, targets: Tensor, gradient_logprob: Tensor, gradient_entropy: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """d (g . logprob + h . entropy) / d logits in float64, by the formula that float64 carries without harm."""
+    """d (g . logprob + h . entropy) / d logits in float64, by the plain formula, which is accurate in float64."""
     log_probability = torch.log_softmax(logits.double() / temperature, dim=-1)
     probability = log_probability.exp()
     finite = torch.where(probability > 0, log_probability, torch.zeros_like(log_probability))

@@ -1,4 +1,4 @@
-"""Compiles the CUDA sources with the host compiler and the emulator, into a directory named after what went in."""
+"""Compiles the CUDA sources with the host compiler and the emulator, in a directory named by a hash of the inputs."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def _digest(sources: Path, flags: list[str]) -> str:
 
 
 def build_module() -> Path:
-    """The directory that holds the Python module of the emulated kernels; built unless it is there already."""
+    """The directory with the Python module of the emulated kernels, which is built if it does not exist."""
     directory = CACHE / _digest(SOURCES, ["module"])
     library = directory / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if library.exists():
         return directory
-    work = directory.with_name(f"{directory.name}.{os.getpid()}")  # so that two test runs do not meet
+    work = directory.with_name(f"{directory.name}.{os.getpid()}")  # so that two test runs do not collide
     work.mkdir(parents=True)
     include = [f"-I{EMULATOR}", f"-I{SOURCES}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     sources = [TESTS / "emulator_module.cpp", *kernel_sources()]
@@ -68,7 +68,7 @@ def build_module() -> Path:
 
 
 def build_driver(flags: list[str], sources: Path = SOURCES) -> Path:
-    """The stand-alone program ``driver.cpp`` with extra compiler flags, of the kernels under ``sources``."""
+    """The stand-alone program ``driver.cpp`` with the kernels in ``sources``, compiled with extra flags."""
     directory = CACHE / _digest(sources, flags)
     program = directory / "driver"
     if program.exists():

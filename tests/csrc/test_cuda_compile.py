@@ -1,4 +1,4 @@
-"""nvcc compiles the kernels for every architecture that they are meant for: quickly, without spills or warnings."""
+"""nvcc compiles the kernels for every supported architecture: quickly, without spills or warnings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from emulator_build import SOURCES, kernel_sources
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-SECONDS_OF_COMPILATION = 60  # of processor time, all files and architectures together
-MOST_REGISTERS = 64  # with blocks of 512 threads, two of them a multiprocessor
+SECONDS_OF_COMPILATION = 60  # processor time for all files and architectures together
+MOST_REGISTERS = 64  # so that a multiprocessor can run two blocks of 512 threads
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def find_nvcc() -> str:
 
 
 def parsed(ptxas: str) -> list[Kernel]:
-    """What ``-Xptxas -v`` says of each kernel."""
+    """The figures that ``-Xptxas -v`` prints for each kernel."""
     pattern = re.compile(
         r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"

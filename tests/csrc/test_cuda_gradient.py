@@ -1,4 +1,4 @@
-"""The gradient of log-prob and entropy to the logits, as the CUDA kernel writes it, against float64."""
+"""The gradient of log-prob and entropy with respect to the logits, from the CUDA kernel, compared with float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from emulated import IGNORED, Kernels, exact_gradient
 from test_cuda_statistics import TYPES, random_logits, random_targets
 from torch import Tensor
 
-FLUSHED = 1e-35  # the kernel takes probabilities that fp32 cannot hold as normal numbers, under 2^-126, for 0
+FLUSHED = 1e-35  # the kernel treats probabilities below 2^-126, the smallest normal float32, as 0
 MANTISSA_BITS = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 
 
@@ -18,7 +18,7 @@ def gradients(rows: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def unit_in_last_place(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The step between numbers of ``dtype`` at these magnitudes, that of the subnormals where they are that small."""
+    """The spacing of ``dtype`` numbers at these magnitudes; that of the subnormals where the numbers are subnormal."""
     exponent = torch.frexp(values.abs().double())[1] - 1
     smallest = {torch.float32: -126, torch.bfloat16: -126, torch.float16: -14}[dtype]
     return torch.ldexp(
@@ -71,7 +71,7 @@ def test_any_shape_scale_and_alignment(
 def test_half_precision_is_within_one_unit_in_the_last_place(
     kernels: Kernels, dtype: torch.dtype, scale: float
 ) -> None:
-    """Of the log-prob alone nothing cancels, so there is no allowance; sure tokens, where 1 - p is tiny, included."""
+    """In the log-prob's gradient alone nothing cancels, so no tolerance is added, even for tokens with a tiny 1 - p."""
     for seed in range(3):
         logits = random_logits(8, 3001, dtype, scale, seed)
         targets = logits.float().argmax(-1)
@@ -92,7 +92,7 @@ def test_in_place_equals_out_of_place_and_touches_nothing_else(kernels: Kernels,
     state = kernels.statistics(logits, targets).state
     before = logits.clone()
     results = []
-    for offset in (0, 3, 5):  # the same alignment, and others, which fall back to single stores
+    for offset in (0, 3, 5):  # the same alignment, then others, which fall back to single stores
         buffer = torch.full((rows * (vocabulary + 7) + offset,), 77.0, dtype=dtype)
         out = buffer.as_strided((rows, vocabulary), (vocabulary + 7, 1), offset)
         kernels.gradient(logits, targets, state, g, h, out=out)

@@ -1,4 +1,4 @@
-"""What the launch heuristics choose, and what the kernels move through memory: counted by the emulator."""
+"""The choices of the launch heuristics, and the memory traffic of the kernels, counted by the emulator."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_slices_cover_a_row_and_fit_a_launch(
 def test_few_long_rows_fill_the_device_and_many_are_not_cut(kernels: Kernels) -> None:
     launch = kernels.module.statistics_launch
     assert launch(4096, 151936, 132)[:2] == (512, 1)
-    assert launch(4096, 18992, 132)[:2] == (128, 1)  # bf16: 512 bytes a thread
+    assert launch(4096, 18992, 132)[:2] == (128, 1)  # bf16: 512 bytes per thread
     threads, slices, _ = launch(16, 151936, 132)
     assert 16 * slices >= 132 and threads == 512
     assert launch(1, 8192, 132)[1] == 1  # too short to be worth a second kernel
@@ -39,7 +39,7 @@ def test_few_long_rows_fill_the_device_and_many_are_not_cut(kernels: Kernels) ->
 @pytest.mark.parametrize(("dtype", "floor"), [(torch.bfloat16, 6), (torch.float16, 6), (torch.float32, 12)], ids=str)
 @pytest.mark.parametrize(("rows", "vocabulary", "gap"), [(3, 32768, 0), (2, 18993, 3), (1, 151936, 0)])
 @pytest.mark.parametrize("multiprocessors", [1, 132])
-def test_bytes_a_logit(
+def test_bytes_per_logit(
     kernels: Kernels, dtype: torch.dtype, floor: int, rows: int, vocabulary: int, gap: int, multiprocessors: int
 ) -> None:
     """The floor: one read for statistics, one read and one write for the gradient. Row scalars add under 0.1 bytes."""
@@ -57,7 +57,7 @@ def test_bytes_a_logit(
     assert floor <= total / count <= floor + 0.1
 
 
-def test_bytes_a_token_of_the_objective(kernels: Kernels) -> None:
+def test_bytes_per_token_of_the_objective(kernels: Kernels) -> None:
     """Reads log-prob, old log-prob, advantage, weight, entropy and mask once, writes objective and gradient once."""
     count = 4096
     values = torch.full((count,), -1.0)
@@ -70,7 +70,7 @@ def test_bytes_a_token_of_the_objective(kernels: Kernels) -> None:
 
 
 def test_nothing_waits_for_the_host_or_allocates() -> None:
-    """What would break the capture of a CUDA graph, and what would escape the counting of bytes."""
+    """The sources contain nothing that would break the capture of a CUDA graph or escape the counting of bytes."""
     sources = [path for path in (SOURCES / "cuda").iterdir() if path.suffix in (".cu", ".cuh")]
     assert len(sources) > 10
     for path in sources:
@@ -80,5 +80,5 @@ def test_nothing_waits_for_the_host_or_allocates() -> None:
         ), path
         if path.name != "memory.cuh":
             assert not re.search(r"\b__(ld|st)[a-z]+\(|\*\s*reinterpret_cast", text), (
-                f"{path}: memory beside memory.cuh"
+                f"{path}: memory access outside memory.cuh"
             )

@@ -1,4 +1,4 @@
-"""The clipped objective as the CUDA kernel computes it, against float64 and autograd."""
+"""The clipped objective of the CUDA kernel, compared with float64 and autograd."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emulated import Kernels
 from torch import Tensor
 
 STATIC = (0.2, 0.0, 0.2, 0.0)
-DYNAMIC = (0.3, -0.13, 0.5, -0.25)  # lower intercept, lower slope, upper intercept, upper slope of the paper
+DYNAMIC = (0.3, -0.13, 0.5, -0.25)  # lower intercept, lower slope, upper intercept, upper slope: the defaults
 
 
 def tokens(count: int, seed: int) -> dict[str, Tensor]:

@@ -159,7 +159,7 @@ def plant(bug: Bug, directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def programs(compiled: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Path]]:
-    """Every driver, being compiled two at a time."""
+    """All drivers, compiled two at a time."""
     directory = tmp_path_factory.mktemp("planted")
     pool = ThreadPoolExecutor(2)
     futures = {name: pool.submit(building.build_driver, flags) for name, flags in CHECKS.items()}

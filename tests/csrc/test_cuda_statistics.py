@@ -1,4 +1,4 @@
-"""Row statistics and their combination, as the CUDA kernels compute them, against float64."""
+"""Row statistics and their combination from the CUDA kernels, compared with float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from emulated import IGNORED, NO_BAD_ROW, Kernels, exact_statistics
 from torch import Tensor
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
-SMALLEST_FLOAT32_STEP = 2.0**-24  # half a unit in the last place of 1: what rounding the result costs
+SMALLEST_FLOAT32_STEP = 2.0**-24  # half a unit in the last place of 1, the rounding error of a result
 
 
 def random_logits(rows: int, vocabulary: int, dtype: torch.dtype, scale: float, seed: int, gap: int = 0) -> Tensor:
@@ -76,7 +76,7 @@ def test_minus_infinity(kernels: Kernels, dtype: torch.dtype) -> None:
     targets[0] = 1
     logits[1, :1999] = -torch.inf  # a row with one choice
     targets[1] = 1999
-    logits[2, 17] = -torch.inf  # a target that cannot be
+    logits[2, 17] = -torch.inf  # a target with probability 0
     targets[2] = 17
     logits[3, :1000] = -torch.inf  # a whole shard at 2 and 4 shards
     targets[3] = 1500
@@ -105,7 +105,7 @@ def test_shards_agree_and_targets_at_their_edges_are_found(
             torch.testing.assert_close(parts.moments, whole.moments, rtol=2e-6, atol=1e-9)
 
 
-def test_sure_tokens_keep_their_digits(kernels: Kernels) -> None:
+def test_almost_certain_tokens_keep_their_digits(kernels: Kernels) -> None:
     """1 - p of 1e-3 to 1e-9: log-prob and entropy are right to five digits, not to 1e-7 absolute."""
     logits = torch.full((4, 5000), -12.0)
     logits[:, 3] = torch.tensor([3.5, 8.0, 12.0, 17.0])
@@ -195,6 +195,6 @@ def test_columns_of_the_row_state_are_those_of_the_eager_reference(kernels: Kern
     torch.testing.assert_close(found.state[:, reference.STATE_LOG_SUM].double(), log_sum, rtol=1e-6, atol=0)
 
 
-def test_no_rows_is_no_launch(kernels: Kernels) -> None:
+def test_zero_rows_succeed_without_a_launch(kernels: Kernels) -> None:
     empty = torch.empty(0, 100)
     assert kernels.statistics(empty, torch.empty(0, dtype=torch.int64)).logprob.shape == (0,)

@@ -230,7 +230,7 @@ def test_the_first_job_makes_its_data_and_model(fake_job: Job, tmp_path: Path) -
     fake_job.finish()
 
 
-def test_a_time_limit_that_leaves_no_time_is_no_endless_loop(fake_job: Job) -> None:
+def test_a_time_limit_that_leaves_no_time_does_not_loop_forever(fake_job: Job) -> None:
     # One node ends. The other signals the batch script and ends when this attempt has noticed that it was signalled.
     output = fake_job.cluster.root / "out-$SLURM_JOB_ID.txt"
     noticed = f'[ "$(grep -c "asked to stop (USR1)" {output})" -gt "${{SLURM_RESTART_COUNT:-0}}" ]'

@@ -1,4 +1,4 @@
-"""Reports of nodes: what is wrong on all of them, and what is wrong on some."""
+"""Reports of nodes: problems of all nodes, and problems of some."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_rlvr.cluster.node_comparison import compare_reports, differing_ver
 from megatron_rlvr.errors import UserError
 
 
-def test_what_is_wrong_everywhere_is_no_nodes_fault() -> None:
+def test_a_problem_of_every_node_is_a_user_error() -> None:
     good = NodeReport("n1", {"torch": "2.13.0"})
     compare_reports([good, NodeReport("n2", {"torch": "2.13.0"})])
     everywhere = [NodeReport(f"n{i}", {"torch": "2.13.0"}, problems=["no data"]) for i in (1, 2)]

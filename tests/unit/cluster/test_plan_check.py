@@ -21,7 +21,7 @@ H100 = ("NVIDIA H100 80GB HBM3", 81559)
 
 
 def _job(script: Path, folder: Path) -> tuple[Config, int, int, str]:
-    """Return what a training script asks for: configuration, training nodes, all nodes, servers."""
+    """Return what a training script requests: configuration, training nodes, all nodes, servers."""
     text = script.read_text()
     nodes = int(re.search(r"--nodes=(\d+)", text)[1])  # type: ignore[index]
     servers = re.search(r'"\$\{RLVR_SERVERS:=(\S+)\}"', text)
@@ -42,7 +42,7 @@ def test_the_plan_of_every_training_script_fits_h100(script: Path, tmp_path: Pat
     reports = [NodeReport(f"n{i}", gpus=[H100] * 8) for i in range(nodes)]
     text = check_plan(config, reports, train, 8, servers)
     assert "\nfits: " in text
-    # Servers beside training leave it less than the whole GPU.
+    # Colocated servers leave only a part of each GPU to training.
     share = float(config.rollout.sglang.server["mem_fraction_static"]) if servers == "colocated" else 0.0
     assert f"of {81559 / 1024 * (1 - share):.1f} GiB" in text
 

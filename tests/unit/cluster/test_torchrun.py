@@ -1,4 +1,4 @@
-"""The launcher of a node: exit statuses, signals, and that nothing outlives it."""
+"""The launcher of a node: exit statuses, signals, and that no process outlives it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _start(tmp_path: Path, argument: str) -> subprocess.Popen[bytes]:
 
 
 def _ranks(tmp_path: Path) -> list[int]:
-    """Process ids of living ranks, once both have said that they are ready."""
+    """Process ids of the running ranks, once both have reported that they are ready."""
     logs = [tmp_path / "logs" / f"rank_{rank}.log" for rank in (0, 1)]
     while not all(log.is_file() and "ready" in log.read_text() for log in logs):
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Regions and the first-order entropy change against autograd in float64."""
+"""Regions and the first-order entropy change, compared with autograd in float64."""
 
 import pytest
 import torch
@@ -72,10 +72,10 @@ def test_without_the_vocabulary_baseline_the_region_is_the_sign_of_the_change(se
     """E2 and E3 raise, E1 and E4 lower: exact for the token's own term -A p_a (ln p_a + H)."""
     p = policy(seed)
     zero = torch.zeros_like(p["logprob"])
-    own = entropy_change(p["logprob"], p["entropy"], p["advantage"], zero, zero)
+    change = entropy_change(p["logprob"], p["entropy"], p["advantage"], zero, zero)
     region = classify(p["logprob"], p["entropy"], p["advantage"])
     raises = (region == 2) | (region == 3)
-    assert torch.equal(own > 0, raises)
+    assert torch.equal(change > 0, raises)
     assert {1, 2, 3, 4} == set(region.tolist())
 
 
@@ -96,7 +96,7 @@ def test_steering_weights_keep_the_ascent_and_change_entropy_as_predicted(steeri
     change = entropy_change(*[p[name] for name in names])
     ascent = gradient_norm(p["logprob"], p["advantage"], p["sum_squared_prob"])
     token_weight = torch.rand(len(change), dtype=torch.float64)
-    # The sums are additive: two ranks' parts give the whole.
+    # The sums are additive: those of two ranks add up to those of all tokens.
     parts = [slice(0, 150), slice(150, None)]
     sums = sum(steering_sums(change[part], ascent[part], token_weight[part]) for part in parts)
     response = SteeringResponse.from_sums(sums.tolist())

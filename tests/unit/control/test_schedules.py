@@ -1,4 +1,4 @@
-"""Schedules against their formulas, written here with lambda = 1 - 2 k / T and pairs of numbers."""
+"""Schedules compared with their formulas, written here with lambda = 1 - 2 k / T and pairs of numbers."""
 
 import pytest
 
@@ -118,9 +118,9 @@ def test_oscillatory_decay_keeps_its_state_inside_the_band_and_in_a_checkpoint()
         assert resumed.thresholds(k + 1) == schedule.thresholds(k + 1)
     with pytest.raises(ValueError, match="step 0"):
         OscillatoryDecay(total_steps=100).observe(3, 1.0)
-    given = OscillatoryDecay(total_steps=100, initial_entropy=2.0)
-    given.observe(3, 0.4)
-    assert given.metrics()["control/raising"] == 1.0
+    schedule_with_initial = OscillatoryDecay(total_steps=100, initial_entropy=2.0)
+    schedule_with_initial.observe(3, 0.4)
+    assert schedule_with_initial.metrics()["control/raising"] == 1.0
 
 
 def test_a_checkpoint_of_another_schedule_is_refused():

@@ -1,4 +1,4 @@
-"""The controlled experiments of examples/entropy_study/tabular.py, each seed by itself."""
+"""The controlled experiments of examples/entropy_study/tabular.py, checked for each seed separately."""
 
 import importlib.util
 import sys

@@ -204,11 +204,11 @@ def test_inside_the_dead_band_nothing_is_done():
 def test_a_run_resumed_from_its_checkpoint_repeats_the_uninterrupted_one(stop):
     curve = CURVES["rise-hold-fall"]
     observations = [(Plant(k).measure(), Plant(k).response()) for k in range(40)]
-    whole = TargetEntropy(40, curve=curve)
+    uninterrupted = TargetEntropy(40, curve=curve)
     expected = []
     for step, (entropy, response) in enumerate(observations):
-        whole.observe(step, entropy, response=response)
-        expected.append(whole.thresholds(step))
+        uninterrupted.observe(step, entropy, response=response)
+        expected.append(uninterrupted.thresholds(step))
     first = TargetEntropy(40, curve=curve)
     for step, (entropy, response) in enumerate(observations[:stop]):
         first.observe(step, entropy, response=response)
@@ -342,8 +342,8 @@ def test_a_floor_never_pushes_down_within_a_step():
 @pytest.mark.parametrize("stop", [1, 9, 41])
 def test_a_run_with_reported_updates_resumes_exactly(stop):
     curve = CURVES["rise-hold-fall"]
-    whole = follow_updates(TargetEntropy(60, curve=curve), curve, 2)
-    assert follow_updates(TargetEntropy(60, curve=curve), curve, 2, resume_at=stop) == whole
+    uninterrupted = follow_updates(TargetEntropy(60, curve=curve), curve, 2)
+    assert follow_updates(TargetEntropy(60, curve=curve), curve, 2, resume_at=stop) == uninterrupted
 
 
 def test_misreported_updates_are_refused():

@@ -1,4 +1,4 @@
-"""Thresholds: the closed form against the implicit definition, and the refusal of impossible values."""
+"""Thresholds: the closed form compared with the implicit definition, and the refusal of impossible values."""
 
 import pytest
 import torch

@@ -49,7 +49,7 @@ def synthetic_run(strategy, seed, *, final=0.5, mid64=0.8, noise=0.001):
 
 def synthetic_measurements():
     """Three states in which an upper bound raises entropy by about 1 % per pass, and a lower bound does nothing."""
-    wanted = {"static": 0.0, "upper": 0.01, "steep": 0.02, "lower": 0.0}
+    change_per_pass = {"static": 0.0, "upper": 0.01, "steep": 0.02, "lower": 0.0}
     return [
         measurements.Measurement(seed, 8, rewards, rate, bound, passes, 0.3, shift, 0.01, 0.02)
         for seed in range(3)
@@ -57,7 +57,7 @@ def synthetic_measurements():
         for rate in measurements.RATES
         for passes in measurements.PASSES
         for bound in measurements.BOUNDS
-        for shift in [-0.1 * seed + wanted[bound] * passes + 1e-4 * (seed - 1) * (bound != "static")]
+        for shift in [-0.1 * seed + change_per_pass[bound] * passes + 1e-4 * (seed - 1) * (bound != "static")]
     ]
 
 
@@ -100,7 +100,7 @@ def test_height_above_a_course():
         assert results.above_course(run, course, TOTAL) == pytest.approx(expected)
 
 
-def test_the_report_is_written_whole(tmp_path):
+def test_every_section_of_the_report_is_written(tmp_path):
     everything = strategies.EVERYTHING
     runs = {name: {s: synthetic_run(name, s) for s in range(3)} for name in everything}
     runs["target-linear"] = {s: synthetic_run("t", s, final=0.4) for s in range(3)}
@@ -155,7 +155,7 @@ def test_measurements_are_read_back(tmp_path):
     assert measurements.read(tmp_path / "none.csv") == []
 
 
-def test_runs_are_kept_in_an_archive_and_not_made_again(tmp_path, monkeypatch):
+def test_archived_runs_are_not_repeated(tmp_path, monkeypatch):
     short = {"grpo": {s: synthetic_run("grpo", s) for s in range(2)}, "id": {3: synthetic_run("id", 3)}}
     archive.write(tmp_path / "runs.jsonl", short)
     again = archive.read(tmp_path / "runs.jsonl")

@@ -1,4 +1,4 @@
-"""Advantages against plain Python, one group at a time."""
+"""Advantages compared with plain Python, one group at a time."""
 
 import statistics
 
@@ -26,7 +26,8 @@ def test_each_method_is_its_formula(method):
 
 
 def test_a_group_of_equal_rewards_gets_exactly_zero():
-    # In float32 the mean of sixteen 0.1 is not 0.1: divided by a tiny deviation the rounding would be an advantage.
+    # In float32 the mean of sixteen 0.1 is not 0.1. Divided by a tiny standard deviation, the rounding error
+    # would become an advantage.
     rewards = torch.full((1, 16), 0.1)
     assert torch.count_nonzero(rewards - rewards.mean()) > 0
     for method in ("grpo", "grpo-no-std", "rloo"):

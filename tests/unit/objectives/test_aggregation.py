@@ -1,4 +1,4 @@
-"""Aggregation weights against the means they stand for, whole and cut into microbatches."""
+"""Aggregation weights compared with the means that they represent, for a minibatch and for its microbatches."""
 
 import pytest
 import torch
@@ -28,9 +28,9 @@ def test_the_weighted_sum_is_the_mean_it_stands_for(mode):
 
 @pytest.mark.parametrize("mode", ["token-mean", "sequence-mean", "constant"])
 def test_ranks_that_know_the_totals_get_the_same_weights(mode):
-    whole = aggregation_weights(mode, LENGTHS, 8)
-    parts = [aggregation_weights(mode, part, 8, sequence_count=4, token_count=9) for part in LENGTHS.split(2)]
-    assert torch.equal(torch.cat(parts), whole)
+    of_minibatch = aggregation_weights(mode, LENGTHS, 8)
+    of_ranks = [aggregation_weights(mode, part, 8, sequence_count=4, token_count=9) for part in LENGTHS.split(2)]
+    assert torch.equal(torch.cat(of_ranks), of_minibatch)
 
 
 def test_bad_requests_are_refused():

@@ -21,7 +21,7 @@ SEEDS = range(4)
 
 
 def tokens(seed, count=300, sequences=12, thresholds=THRESHOLDS["dynamic"], spread=0.5, dtype=torch.float64):
-    """Tokens with ratios on both sides of every bound, and one advantage a sequence."""
+    """Tokens with ratios on both sides of every bound, and one advantage per sequence."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(n):

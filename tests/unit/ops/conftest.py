@@ -17,7 +17,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def placed(device: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Puts the arguments of a case, made while tests were collected, on the device; "meta" tensors stay."""
+    """Moves the arguments of a case, which were created at collection, to the device; "meta" tensors stay."""
 
     def place(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
@@ -29,6 +29,6 @@ def placed(device: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 @pytest.fixture
 def values_are_read(device: str) -> None:
-    """For tests of what is said of values: a GPU is not waited for, so there nothing is said of them."""
+    """For tests of errors about values: on a GPU, values are not checked, because that would wait for the device."""
     if device == "cuda":
         pytest.skip("on a GPU the values of arguments are not read")

@@ -1,4 +1,4 @@
-"""A build that cannot work says what is missing and what to do, before it compiles anything."""
+"""A build without its tools reports which one to install, before it compiles anything."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
         ({"MEGATRON_RLVR_CUDA": "2"}, "MEGATRON_RLVR_CUDA must be 0, 1 or unset, found '2'"),
     ],
 )
-def test_what_is_missing_is_named(environment, message, tmp_path):
+def test_a_missing_build_tool_is_named(environment, message, tmp_path):
     tools = tmp_path / "bin"  # a machine with a C++ compiler, CMake and Ninja, and nothing else
     tools.mkdir()
     for name in ("c++", "cmake", "ninja"):

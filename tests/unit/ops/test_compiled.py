@@ -1,4 +1,4 @@
-"""Which kernels run is never a secret."""
+"""The choice of kernels: what `backend` reports, which fallbacks warn, and which fail."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def run(program, **environment):
     )
 
 
-def test_the_reference_can_be_asked_for_and_then_does_not_warn():
+def test_the_reference_does_not_warn_if_it_is_requested():
     done = run(PRINT, MEGATRON_RLVR_OPS="reference")
     assert done.stdout.strip() == "reference"
     assert "eager reference runs" not in done.stderr
@@ -28,7 +28,7 @@ def test_the_reference_can_be_asked_for_and_then_does_not_warn():
 
 @pytest.mark.skipif(not COMPILED, reason="the kernels were not built")
 @pytest.mark.parametrize(("limit", "expected"), [("baseline", {"cpu"}), ("avx2", {"cpu", "cpu-avx2"})])
-def test_a_narrower_instruction_set_can_be_asked_for(limit, expected):
+def test_a_narrower_instruction_set_can_be_requested(limit, expected):
     if torch.cuda.is_available():
         pytest.skip("the CUDA kernels are what is reported here")
     assert run(PRINT, MEGATRON_RLVR_CPU=limit).stdout.strip() in expected
@@ -41,11 +41,11 @@ def test_a_narrower_instruction_set_can_be_asked_for(limit, expected):
         ("MEGATRON_RLVR_CPU", "MEGATRON_RLVR_CPU: must be one of avx512, avx2, baseline or unset, found 'fast'"),
     ],
 )
-def test_an_unknown_wish_is_refused(variable, message):
+def test_an_unknown_setting_is_refused(variable, message):
     assert message in run(PRINT, **{variable: "fast"}).stderr
 
 
-def test_missing_kernels_are_announced_once(monkeypatch, tmp_path):
+def test_missing_kernels_are_reported_once(monkeypatch, tmp_path):
     monkeypatch.delenv("MEGATRON_RLVR_OPS", raising=False)
     monkeypatch.setattr(compiled, "_PATH", tmp_path / "_C.so")
     monkeypatch.setattr(compiled, "_announced", set())
@@ -57,7 +57,7 @@ def test_missing_kernels_are_announced_once(monkeypatch, tmp_path):
     assert "the eager reference runs" in str(caught[0].message)
 
 
-def test_a_library_that_does_not_load_is_an_error_and_no_fallback(monkeypatch, tmp_path):
+def test_a_library_that_does_not_load_is_an_error_not_a_fallback(monkeypatch, tmp_path):
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not a library")
     monkeypatch.delenv("MEGATRON_RLVR_OPS", raising=False)
@@ -77,7 +77,7 @@ def test_a_library_from_older_sources_is_an_error_in_one_line():
     assert "rebuild it with `pip install --no-build-isolation -e .`" in error
 
 
-def test_importing_the_operators_imports_nothing_else_of_ours():
+def test_importing_the_operators_imports_nothing_else_of_this_project():
     done = run("import sys, megatron_rlvr.ops; print([m for m in sys.modules if m.startswith('megatron')])")
     foreign = [m for m in eval(done.stdout) if not m.startswith("megatron_rlvr.ops")]
     assert foreign == ["megatron_rlvr"]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, CUDA graphs, the allocator, and that nothing waits for the device."""
+"""Tests that need a GPU: streams, CUDA graphs, the allocator, and that nothing waits for the device."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def only_once(device):
 
 
 def step(logits, targets, old, advantage):
-    """Statistics, clipped objective, and the gradient over the logits, with no backward pass of autograd's."""
+    """Statistics, clipped objective, and the gradient over the logits, without autograd's backward pass."""
     found = ops.token_statistics(logits, targets, temperature=0.9)
     clipped = ops.clipped_objective(found.logprob, old, advantage, PAPER, entropy=found.entropy.detach())
     loss = -(clipped.objective + 0.01 * found.entropy).sum()
@@ -48,7 +48,7 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_captured_graph_gives_the_same_again():
+def test_a_captured_graph_gives_the_same_results():
     logits, targets, old, advantage = inputs()
     expected = logits.clone().requires_grad_()
     loss, regions = step(expected, targets, old, advantage)
@@ -67,14 +67,14 @@ def test_a_captured_graph_gives_the_same_again():
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(captured, loss) and torch.equal(captured_regions, regions)
-        assert torch.equal(static.detach(), expected.grad)  # the gradient lies where the logits were
+        assert torch.equal(static.detach(), expected.grad)  # the gradient has replaced the logits
 
 
 def test_the_current_stream_is_used():
     logits, targets, *_ = inputs(2048, 50001, torch.float32)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        torch.cuda._sleep(200_000_000)  # a tenth of a second in front of the copy that the kernel has to see
+        torch.cuda._sleep(200_000_000)  # delays the copy that the kernel must see by a tenth of a second
         late = logits + 1.0
         found = ops.token_statistics(late, targets)
     side.synchronize()
@@ -104,7 +104,7 @@ def test_no_copy_of_the_logits(dtype):
     assert (leaf.grad[few].double() - gradient).norm() < rtol * gradient.norm()
 
 
-def test_bad_rows_are_named_where_asked_for():
+def test_bad_rows_are_named_if_requested():
     program = """
 import torch
 from megatron_rlvr import ops

@@ -77,7 +77,7 @@ def token_on_the_border():
 
 @pytest.mark.parametrize(("advantage", "region"), [(1.0, 2), (-1.0, 4)])
 def test_on_the_border_e2_raises_entropy_and_e4_lowers_it(advantage, region):
-    """By autograd: the token's own term is 0 there, and the vocabulary baseline gives the sign."""
+    """Checked with autograd: the token's own term is 0 there, and the vocabulary baseline gives the sign."""
     logits = token_on_the_border().requires_grad_()
     logp = logits.log_softmax(0)
     entropy = -(logp.exp() * logp).sum()

@@ -1,4 +1,4 @@
-"""The fused projection against the plain path: the same numbers, chunk by chunk."""
+"""The fused projection, chunk by chunk, compared with the unfused operators."""
 
 import pytest
 import torch
@@ -153,7 +153,7 @@ def test_frozen_weight_and_no_gradient():
 
 
 @pytest.mark.parametrize("how", ["masked, whatever its target", "without target"])
-def test_a_token_that_does_not_count_leaves_no_trace(how):
+def test_a_token_that_is_not_counted_has_no_effect(how):
     hidden, weight, targets, old, advantage, mask, token_weight = make()
     mask[5], coefficient = False, 0.1
     rest = torch.arange(TOKENS) != 5

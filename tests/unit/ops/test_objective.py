@@ -1,4 +1,4 @@
-"""The objectives against their definition in float64, with the thresholds read at the current probability."""
+"""The objectives compared with their definition in float64, with the thresholds taken at the current probability."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ def test_against_definition(thresholds, seed):
     weight = torch.rand(5000) + 0.5
     lp, A, H = logprob.double().requires_grad_(), advantage.double(), entropy.double()
     p, r = lp.detach().exp(), (lp - old.double()).exp()
-    # the gate as the paper states it, at the current probability, not in the closed form that the kernel uses
+    # The gate as in the paper, at the current probability; the kernel uses the closed form.
     clip_high = (A > 0) & (r > 1 + thresholds.upper(p))
     clip_low = (A < 0) & (r < 1 - thresholds.lower(p))
     gate = ~clip_high & ~clip_low
@@ -118,7 +118,7 @@ def test_bounds_per_token_against_definition(dual_clip, seed, dtype):
 @pytest.mark.parametrize("thresholds", [STATIC, PAPER, STEEP])
 @pytest.mark.parametrize("dual_clip", [None, 1.2])
 def test_thresholds_are_the_bounds_that_control_computes(thresholds, dual_clip):
-    """control.ClipThresholds.ratio_bounds is what the operators apply, at a huge and at a tiny ratio, too."""
+    """The operators apply the bounds of control.ClipThresholds.ratio_bounds, also at a huge and at a tiny ratio."""
     logprob, old, advantage, _ = make(2000, 0)
     logprob[:500], logprob[500:1000] = 30.0, -60.0
     upper, lower = thresholds.upper, thresholds.lower
@@ -215,7 +215,7 @@ def test_thresholds_whose_bounds_do_not_exist_are_refused(upper, lower, message)
         ops.clipped_objective(torch.zeros(3), torch.zeros(3), torch.ones(3), Thresholds(upper, lower))
 
 
-def test_infinite_intercepts_are_no_clip():
+def test_infinite_intercepts_turn_clipping_off():
     logprob, old, advantage, _ = make(500, 0)
     found = ops.clipped_objective(logprob, old, advantage, Thresholds(Affine(torch.inf), Affine(torch.inf)))
     torch.testing.assert_close(found.objective, (logprob - old).exp() * advantage)

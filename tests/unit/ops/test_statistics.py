@@ -1,4 +1,4 @@
-"""token_statistics against float64, for whatever backend is installed and for the eager reference."""
+"""token_statistics compared with float64, for the installed backend and for the eager reference."""
 
 import math
 
@@ -44,14 +44,14 @@ def make(rows, width, scale, seed, dtype=torch.float32, infinite=False):
     targets = torch.randint(0, width, (rows,), generator=generator)
     targets[0], targets[-1] = 0, width - 1
     best = logits.argmax(-1)
-    targets[rows // 2 :] = best[rows // 2 :]  # sure tokens, where 1 - p cancels
+    targets[rows // 2 :] = best[rows // 2 :]  # almost certain tokens, where 1 - p cancels
     logits.scatter_(-1, best[:, None], logits.gather(-1, best[:, None]).clamp(min=0))
     g, h = torch.randn(rows, generator=generator), torch.randn(rows, generator=generator) * 0.1
     return logits.to(dtype), targets, g, h
 
 
 def rounding_of_float32(value):
-    """Half the spacing of float32 at ``value``: no float32 result is sure to be nearer."""
+    """Half the spacing of float32 at ``value``: the error of correct rounding."""
     return 2.0 ** (value.abs().clamp(min=1e-30).log2().floor() - 24)
 
 
@@ -95,7 +95,7 @@ def test_gradient_against_float64(rows, width, scale, temperature, infinite, see
     found = ops.token_statistics(leaf, targets, temperature=temperature, inplace=inplace)
     torch.autograd.backward([found.logprob, found.entropy], [g, h])
     error = (leaf.grad.double() - expected).abs()
-    # relative to the terms of each element, so that an accidental zero between them is no excuse and no trap
+    # Relative to the terms of each element, because their sum can happen to be close to 0.
     assert (error <= 1e-5 * size + 1e-5 * expected.abs() + 1e-36).all(), (error / (size + 1e-30)).max()
     assert (leaf.data_ptr() == leaf.grad.data_ptr()) == inplace
 
@@ -115,10 +115,10 @@ def test_half_precision(rows, width, scale, temperature, dtype):
     binade = rounded.double().abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
     step = 2.0**binade * torch.finfo(dtype).eps
     excess = (leaf.grad.double() - rounded.double()).abs() - step - 2e-6 * size
-    assert excess.max() <= 1e-36  # a GPU takes p < 1.2e-38 for 0
+    assert excess.max() <= 1e-36  # a GPU treats p < 1.2e-38 as 0
 
 
-def test_log_prob_of_a_sure_token_keeps_relative_accuracy():
+def test_log_prob_of_an_almost_certain_token_keeps_relative_accuracy():
     logits = torch.zeros(3, 1000)
     logits[:, 7] = torch.tensor([20.0, 25.0, 40.0])
     targets = torch.full((3,), 7)

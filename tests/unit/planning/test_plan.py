@@ -229,7 +229,7 @@ def test_weights_to_the_servers_by_hand(tmp_path: Path) -> None:
     [(_, phases)] = make_plan(config, 1, 8).memory
     within = whole * 7 / 8 / nvlink + 2 * whole / memory + 2 * whole / nvlink
     assert make_plan(config, 1, 8).time.weight_sync == pytest.approx(within, rel=1e-6)
-    # The embedding is gathered twice, and has a bucket of its own beside one of 256 MiB.
+    # The embedding is gathered twice, and has its own bucket in addition to one of 256 MiB.
     assert phases.export == 3 * 128256 * 8192 * 2 + 256 * 1024**2
 
 
@@ -270,7 +270,7 @@ def test_suggestions_are_ranked_and_fit(tool: ModuleType, capsys: pytest.Capture
 
 @pytest.mark.parametrize("name", NODES)
 def test_architecture_files_describe_the_published_models(name: str, tmp_path: Path) -> None:
-    """transformers builds a model of as many parameters from them as the model card names."""
+    """A model that transformers builds from them has the number of parameters in the model card."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     (tmp_path / "config.json").write_text((CONFIGS / "architectures" / f"{name}.json").read_text())

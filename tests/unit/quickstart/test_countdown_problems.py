@@ -65,7 +65,7 @@ def test_same_seed_same_files(tmp_path):
         (("--train", "0"), "at least 1"),
     ],
 )
-def test_impossible_wishes(tmp_path, options, message, capsys):
+def test_impossible_settings(tmp_path, options, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         countdown.main(["--output", str(tmp_path), *options])
     assert stopped.value.code == 2
