@@ -56,14 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one line that names the file or override, what was found, and what to write instead.
     """
-    try:
-        tree = OmegaConf.load(Path(path))
-    except FileNotFoundError:
-        raise UserError(f"no configuration file {path}: give the path of a YAML file as the first argument") from None
-    except Exception as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
-    if not OmegaConf.is_dict(tree):
-        raise UserError(f"{path} holds a list: write keys and values, such as steps: 100")
+    tree = read_yaml(path)
     merged = merge(to_dict(Config()), OmegaConf.to_container(tree))
     for section in ("schedule", "objective"):
         if any(text.startswith(f"algorithm.{section}.name=") for text in overrides):
@@ -78,6 +71,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = read(Config, values)
     check(config)
     return config
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read the keys and values of a YAML file, with ``${...}`` as it stands.
+
+    Raises:
+        UserError: if the file does not exist, is not YAML, or holds a list.
+    """
+    try:
+        tree = OmegaConf.load(Path(path))
+    except FileNotFoundError:
+        raise UserError(f"no configuration file {path}: give the path of a YAML file as the first argument") from None
+    except Exception as error:
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    if not OmegaConf.is_dict(tree):
+        raise UserError(f"{path} holds a list: write keys and values, such as steps: 100")
+    return tree
 
 
 def _overrides(texts: Sequence[str]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_rlvr.config import Config
+from megatron_rlvr.config import Config, read_yaml
 from megatron_rlvr.config_reader import read
 from megatron_rlvr.errors import UserError
 
@@ -27,12 +27,17 @@ def check_same_run(config: Config, path: Path) -> None:
         path: the run's config.yaml; nothing is checked if it does not exist.
 
     Raises:
-        UserError: for the first setting that differs; names its key and both values.
+        UserError: for the first setting that differs; names its key and both values. Also if the run's config.yaml
+            is damaged, or of a version with other keys.
     """
     if not path.is_file():
         return
-    saved: Any = OmegaConf.to_container(OmegaConf.load(path))
-    for key, old, new in _differences(asdict(read(Config, saved)), asdict(config)):
+    values: Any = OmegaConf.to_container(read_yaml(path))
+    try:
+        saved = read(Config, values)
+    except UserError as error:
+        raise UserError(f"cannot resume {path.parent}: {path.name}: {error}; choose another run_directory") from None
+    for key, old, new in _differences(asdict(saved), asdict(config)):
         if key.split(".")[0] in IDENTITY and not key.startswith(MAY_CHANGE):
             raise UserError(
                 f"{path.parent} holds a run with {key}={old}, this one has {new}: "

@@ -71,6 +71,27 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("parallel.tensor=2", "does not divide the 1 processes"),
         ("parallel.virtual_pipeline=2", "needs parallel.pipeline > 1"),
         ("parallel.recompute=some", "parallel.recompute must be one of none, selective, full"),
+        ("checkpoint.keep_best=evaluation/pass@1 data.heldout=null", "keep_best=evaluation/pass@1 needs data.heldout"),
+        ("rollout.dynamic_sampling=true data.stratify_key=kind", "data.stratify_key chose: set only one"),
+        ("rollout.overlong_buffer=10", "rollout.overlong_buffer=10 must be less than rollout.max_tokens=10"),
+        ("rollout.max_staleness=1", "rollout.max_staleness=1 needs rollout.engine=sglang"),
+        (
+            "rollout.engine=sglang rollout.max_staleness=1 rollout.sglang.release_memory=true",
+            "rollout.sglang.release_memory=true needs rollout.max_staleness=0",
+        ),
+        (
+            "rollout.engine=recorded rollout.recording=x rollout.dynamic_sampling=true",
+            "set rollout.dynamic_sampling=false",
+        ),
+        ("model.fp8=hybrid model.dtype=float32", "model.fp8=hybrid needs model.dtype=bfloat16"),
+        (
+            "parallel.microbatch_tokens=4000 parallel.microbatch_sequences=2",
+            "parallel.microbatch_sequences pads them: set only one",
+        ),
+        ("parallel.expert_tensor=2", "parallel.expert_tensor=2 must be 1 or parallel.tensor=1"),
+        ("algorithm.objective.importance_level=sequence", "importance_level needs importance_cap"),
+        ("algorithm.objective={name: clip-cov, lower: 6}", "needs lower < upper, found 6.0, 5.0"),
+        ("algorithm.schedule={name: target-entropy, curve: linear}", "target curve: linear needs end"),
         ("parallel.expert=2", "= 2 does not divide the 1 processes"),
         ("model.router_aux_loss=0.1", "has no experts: set it to 0"),
         ("optimizer.cpu_offload=0.5", "needs parallel.distributed_optimizer=true"),
@@ -90,7 +111,8 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ],
 )
 def test_override_is_refused(override: str, expected: str, run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert expected in _refused(capsys, run_yaml, override)
+    overrides = [override] if "{" in override else override.split()  # braces hold spaces
+    assert expected in _refused(capsys, run_yaml, *overrides)
 
 
 def test_a_new_process_prints_one_line_alone(run_yaml: Path) -> None:
@@ -129,6 +151,24 @@ def test_malformed_line_is_named(run_yaml: Path, tmp_path: Path, capsys: pytest.
 def test_list_in_place_of_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "list.yaml").write_text("- steps\n")
     assert "holds a list" in _refused(capsys, tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ("model: {", "config.yaml is not valid YAML"),
+        ("- 1\n", "config.yaml holds a list"),
+        ("sed: 1\n", "config.yaml: unknown configuration key sed: did you mean seed?; choose another run_directory"),
+    ],
+)
+def test_damaged_configuration_of_the_run_is_named(
+    damage: str, expected: str, run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file to look at is the run directory's, not the one on the command line."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_1\n")
+    (tmp_path / "run" / "config.yaml").write_text(damage)
+    assert f"{tmp_path / 'run'}" in (line := _refused(capsys, run_yaml)) and expected in line
 
 
 def test_unreadable_answer_names_file_and_example(
