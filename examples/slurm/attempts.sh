@@ -209,7 +209,7 @@ stopped() {
                 reason="asked before a step was finished: the time limit must be longer than the seconds of --signal"
             ;;
         USR1:*)
-            # If a checkpoint was saved nevertheless, the reason is how training ended.
+            # If a checkpoint was saved anyway, the reason is how training ended.
             [ "$(newest_checkpoint)" != "$checkpoint" ] ||
                 reason="the time limit came before a step was finished and saved: raise the seconds of --signal"
             ;;

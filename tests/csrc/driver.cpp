@@ -305,7 +305,7 @@ int main(int argument_count, char** arguments) {
   check_bad_rows();
   for (const bool per_token : {false, true}) check_objective(per_token);
   const double bytes = bytes_per_logit();
-  expect(bytes <= 6.1, "bytes a logit", "traffic", bytes, 6.0);
+  expect(bytes <= 6.1, "bytes per logit", "traffic", bytes, 6.0);
   std::printf("bytes_per_logit %.4f\ndigest %016llx\n%s\n", bytes, static_cast<unsigned long long>(digest),
               failures == 0 ? "all checks hold" : "CHECKS FAILED");
   return failures == 0 ? 0 : 1;

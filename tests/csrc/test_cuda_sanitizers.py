@@ -128,7 +128,7 @@ BUGS = [
         "float values[per_vector];\n",
         "float values[per_vector];\n      words[i] = load_coherent(vectors + index);\n",
         "plain",
-        "check failed: bytes a logit",
+        "check failed: bytes per logit",
     ),
     Bug(
         "a gate that ignores the sign of the advantage",
