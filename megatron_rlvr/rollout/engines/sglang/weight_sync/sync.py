@@ -75,7 +75,7 @@ class WeightSync:
             self.transport = SharedMemoryTransport()
 
     def close(self) -> None:
-        """Clean up at the end of the run."""
+        """Release the resources of the transport at the end of the run."""
         if self.transport is not None:
             self.transport.close()
 
@@ -88,7 +88,9 @@ class WeightSync:
         with asyncio.Runner() as runner:
             lost = self._load(runner, self.control.endpoints(), flush_cache=True)
         if len(lost) == len(self.control.urls):
-            raise UserError(f"no server of rollout.sglang.urls can be used: {'; '.join(lost)}")
+            raise UserError(
+                f"no server of rollout.sglang.urls can be used: {'; '.join(lost)}: start them, or correct the URLs"
+            )
 
     def publish(self, version: int, offloaded: bool = False) -> UpdateOutcome:
         """Send the policy's current weights to all servers. Collective over the job.
