@@ -12,7 +12,7 @@ import torch
 from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.config_schema import describe_sections, key_types
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, failure_recorded
+from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR, failure_recorded
 from megatron_rlvr.lifecycle import open_run_directory, print_error
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.parallel import Layout, parallel_groups
@@ -67,4 +67,4 @@ def run_command(train: Callable[[Config, Layout, ExitStack], int], arguments: Se
                 return train(config, layout, resources)
     except (UserError, EngineLostError) as error:
         print_error(error)
-        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_STOPPED
+        return error.exit_status

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 
 class UserError(Exception):
     """Something that the user can correct: a setting, a file, a line of data.
 
     Its text is one line that says what was wrong, what was found and what to write instead. The command-line programs
-    print this line to stderr without a traceback and exit with status 2.
+    print this line to stderr without a traceback and exit with `exit_status`.
     """
+
+    exit_status: ClassVar[int] = 2
 
 
 @contextmanager

@@ -6,6 +6,7 @@ This module imports little: the launcher prints its commands on login nodes, whe
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 import time
@@ -20,28 +21,30 @@ from megatron_rlvr.errors import UserError
 P = ParamSpec("P")
 
 EXIT_DONE = 0
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR = UserError.exit_status
 EXIT_STOPPED = 75
 """Stopped by a signal or because the rollout engine was lost, with a checkpoint: the same command resumes the run."""
 
 FAILURE_FILE_VARIABLE = "RLVR_FAILURE_FILE"
-"""Environment variable that names the file in which a rank records the time of its failure."""
+"""Environment variable that names the file in which a rank records its failure."""
 
 
 @contextmanager
 def failure_recorded() -> Iterator[None]:
-    """Record the time of an exception in the file that the launcher names in `FAILURE_FILE_VARIABLE`.
+    """Record an exception in the file that the launcher names in `FAILURE_FILE_VARIABLE`: when, and the exit status.
 
     The launcher reports the rank that failed first. The order in which ranks exit does not show which one that was: the
     rank that raised may take seconds to stop its servers, while ranks that lose their connection to it exit at once.
-    Wrap the innermost block, so that the time is recorded before anything is closed.
+    Nor does its exit status, because torchrun ends it with SIGTERM when one of the others has exited.
+    Wrap the innermost block, so that the exception is recorded before anything is closed.
     """
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if path := os.environ.get(FAILURE_FILE_VARIABLE):
+            record = {"time": time.time(), "status": getattr(error, "exit_status", 1)}
             with suppress(OSError):
-                write_text(Path(path), f"{time.time()}\n", flush_to_disk=False)
+                write_text(Path(path), json.dumps(record), flush_to_disk=False)
         raise
 
 

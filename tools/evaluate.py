@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_rlvr.components import build_components
 from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR, failure_recorded
+from megatron_rlvr.exit_status import EXIT_DONE, failure_recorded
 from megatron_rlvr.lifecycle import print_error
 from megatron_rlvr.megatron import device, parallel
 
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (run / f"evaluation_step_{result['step']}.json").write_text(json.dumps(result) + "\n")
     except UserError as error:
         print_error(error)
-        return EXIT_USER_ERROR
+        return error.exit_status
     return EXIT_DONE
 
 

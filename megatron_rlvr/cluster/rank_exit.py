@@ -31,7 +31,7 @@ def exit_path(logs: Path, rank: int) -> Path:
 
 
 def failure_path(logs: Path, rank: int) -> Path:
-    """Return the path at which a rank itself records when it failed (`megatron_rlvr.exit_status.failure_recorded`)."""
+    """Return the path at which a rank itself records its failure (`megatron_rlvr.exit_status.failure_recorded`)."""
     return logs / f"rank_{rank}.failure"
 
 
@@ -88,9 +88,12 @@ def read_exit(logs: Path, rank: int, code: int, noticed: float) -> RankExit:
         record = {"code": None, "exited": None, "terminated": noticed if code == -signal.SIGTERM else None}
     if record["code"] is not None:
         code, failed = record["code"], record["exited"]
-    with suppress(FileNotFoundError):
-        failed = float(failure_path(logs, rank).read_text())
     terminated = record["terminated"]
+    with suppress(FileNotFoundError):
+        failure = json.loads(failure_path(logs, rank).read_text())
+        failed = failure["time"]
+        if code < 0 and terminated is not None and failed <= terminated:
+            code = failure["status"]  # it was about to exit with this status when torchrun ended it
     return RankExit(rank, code, failed, terminated is not None and terminated < failed)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import EXIT_STOPPED
 from megatron_rlvr.rollout.sampling import SamplingSettings
 
 
@@ -34,6 +35,8 @@ OnGroup = Callable[[int, list[Completion]], Awaitable[bool]]
 
 class EngineLostError(Exception):
     """No server can generate any more, for reasons outside the run. The run saves a checkpoint and can be resumed."""
+
+    exit_status: ClassVar[int] = EXIT_STOPPED
 
 
 class RolloutError(UserError):

@@ -5,6 +5,7 @@ Events decide the order in these tests: a rank waits for a file that another one
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.cluster.outcome import Outcome
-from megatron_rlvr.cluster.rank_exit import RankExit, first_failure, read_exit, write_exit
+from megatron_rlvr.cluster.rank_exit import RankExit, failure_path, first_failure, read_exit, write_exit
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import FAILURE_FILE_VARIABLE, failure_recorded
+from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
 from tests.processes import environment
 
 NODE = "localhost"  # torchrun must be able to resolve it
@@ -132,6 +136,7 @@ sys.exit(2)
 STOPPING = """
 def stop(*_):
     if rank == {crashing}:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when rank 0 has exited
         wait_for("rank_0.exit")
         raise ValueError("while saving")
     sys.exit(75)
@@ -171,6 +176,21 @@ def test_a_rank_that_torchrun_had_to_kill_is_not_the_cause(tmp_path: Path) -> No
     assert first_failure(exits, asked=False).rank == 3
 
 
+@pytest.mark.parametrize("killed_by", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("status", [1, 2, 75])
+def test_a_rank_that_torchrun_ends_after_it_failed_has_the_status_of_its_error(
+    status: int, killed_by: signal.Signals, tmp_path: Path
+) -> None:
+    """The rank that lost its peer exits first, and torchrun then ends the one that was the cause."""
+    for rank, failed in ((0, 100.2), (1, 100.1)):
+        failure_path(tmp_path, rank).write_text(json.dumps({"time": failed, "status": status if rank else 1}))
+    write_exit(tmp_path, 0, 1, 100.3, terminated=None)
+    write_exit(tmp_path, 1, -killed_by, 100.5, terminated=100.4)
+    exits = [read_exit(tmp_path, rank, 128 + killed_by, 100) for rank in range(2)]
+    assert exits == [RankExit(0, 1, 100.2), RankExit(1, status, 100.1)]
+    assert first_failure(exits, asked=False).rank == (0 if status == 75 else 1)
+
+
 def test_a_rank_that_was_terminated_while_it_started_is_not_the_cause(tmp_path: Path) -> None:
     """Its supervisor left no record, and torchrun gives the time in whole seconds, rounded down."""
     write_exit(tmp_path, 2, -signal.SIGKILL, 100.6, terminated=None)
@@ -196,3 +216,16 @@ def test_an_outcome_says_when_the_first_rank_failed(tmp_path: Path, monkeypatch:
     assert (tmp_path / "outcome.n1").read_text() == "1 rank 2 failed\nat 1700000000.250000\n"
     Outcome(75, "stopped").write(tmp_path)
     assert (tmp_path / "outcome.n1").read_text() == "75 stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(UserError("a"), 2), (RolloutError("a"), 2), (EngineLostError("a"), 75), (ValueError("a"), 1)]
+)
+def test_the_record_of_a_failure_has_the_status_that_the_program_exits_with(
+    error: Exception, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAILURE_FILE_VARIABLE, str(failure_path(tmp_path, 0)))
+    with pytest.raises(type(error)), failure_recorded():
+        raise error
+    write_exit(tmp_path, 0, -signal.SIGTERM, time.time(), terminated=time.time())
+    assert read_exit(tmp_path, 0, 128 + signal.SIGTERM, 0).code == status
