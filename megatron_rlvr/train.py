@@ -90,7 +90,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
             save(step)
             raise UserError(problem)
         rate = learning_rate(config.optimizer, step, config.steps)
-        thresholds = control.begin_step(step, measured, rate)
+        objective = control.begin_step(step, measured, rate)
 
         report.phase("updating")
         policy.set_learning_rate(rate)
@@ -98,10 +98,8 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
         drop = algorithm.drop_zero_advantage and control.objective.ignores_zero_advantage
         minibatches = batch.minibatches(algorithm.minibatches, only=advantage != 0 if drop else None)
         for sequences in minibatches * algorithm.epochs:
-            update = policy.update(
-                batch, sequences, advantage, weight, scores, thresholds, measured.response, control.objective
-            )
-            thresholds = control.after_update(update)
+            update = policy.update(batch, sequences, advantage, weight, scores, objective)
+            objective = control.after_update(update)
             report.add_seconds(forward_backward=update.forward_backward_seconds, optimizer=update.optimizer_seconds)
             updates.append(update)
         engine.update_weights(step + 1)

@@ -16,12 +16,11 @@ import torch
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
-from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rlvr.objectives import build_objective
+from megatron_rlvr.objectives import UpdateObjective, build_objective
 from megatron_rlvr.rollout.config import RolloutConfig
 from tests.rendezvous import renew
 
@@ -135,9 +134,8 @@ def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tupl
     scores = policy.score(batch, ADVANTAGE)
     wide = AffineThreshold(0.2, 0.0)
     weight = WEIGHT / here.data_size  # every data-parallel rank has the whole batch
-    report = policy.update(
-        batch, torch.arange(8), ADVANTAGE, weight, scores, ClipThresholds(wide, wide), NEUTRAL, build_objective("clip")
-    )
+    objective = UpdateObjective(build_objective("clip"), ClipThresholds(wide, wide))
+    report = policy.update(batch, torch.arange(8), ADVANTAGE, weight, scores, objective)
     with torch.no_grad():
         parameters = [p for chunk in policy.model_chunks for p in chunk.parameters()]
         values = [p.clone() for p in parameters]

@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
-from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ParallelConfig
-from megatron_rlvr.objectives import build_objective
+from megatron_rlvr.objectives import UpdateObjective, build_objective
 from tests.families import ADVANTAGE, VOCABULARY, WEIGHT, policy_config
 from tests.rendezvous import renew
 
@@ -109,10 +108,10 @@ def held_and_peak(config: Config, here: parallel.Layout) -> tuple[int, int]:
     policy.microbatching = dataclasses.replace(microbatching, sequences=1, tokens=0)
     scores = policy.score(batch, ADVANTAGE)
     wide = AffineThreshold(0.2, 0.0)
-    thresholds, objective = ClipThresholds(wide, wide), build_objective("clip")
+    objective = UpdateObjective(build_objective("clip"), ClipThresholds(wide, wide))
 
     def update() -> None:
-        policy.update(batch, torch.arange(8), ADVANTAGE, WEIGHT, scores, thresholds, NEUTRAL, objective)
+        policy.update(batch, torch.arange(8), ADVANTAGE, WEIGHT, scores, objective)
 
     update()
     policy.microbatching = microbatching

@@ -25,12 +25,11 @@ import torch
 
 from megatron_rlvr.config import Config, resolve
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
-from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.megatron import device, parallel
 from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rlvr.objectives import build_objective
+from megatron_rlvr.objectives import UpdateObjective, build_objective
 from megatron_rlvr.rollout.config import RolloutConfig
 
 QWEN25_HALF_B = {
@@ -107,7 +106,7 @@ def measure(folder: Path, arguments: argparse.Namespace, vocabulary: int) -> Non
     count = arguments.sequences
     batch = RolloutBatch.from_completions([prompt], completions, [0.0] * count, padding=0)
     advantage, weight = torch.randn(count, generator=generator), torch.full((count,), 1 / batch.token_count)
-    thresholds, objective = ClipThresholds(AffineThreshold(0.2), AffineThreshold(0.2)), build_objective("clip")
+    objective = UpdateObjective(build_objective("clip"), ClipThresholds(AffineThreshold(0.2), AffineThreshold(0.2)))
     with parallel.parallel_groups(ParallelConfig(), seed=0) as layout:
         from megatron_rlvr.training.policy import Policy
 
@@ -118,7 +117,7 @@ def measure(folder: Path, arguments: argparse.Namespace, vocabulary: int) -> Non
         scores = policy.score(batch, advantage)
 
         def update() -> None:
-            policy.update(batch, torch.arange(count), advantage, weight, scores, thresholds, NEUTRAL, objective)
+            policy.update(batch, torch.arange(count), advantage, weight, scores, objective)
 
         update()
         if device.on_gpu():

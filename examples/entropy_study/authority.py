@@ -33,7 +33,7 @@ from megatron_rlvr.components import Components, build_components
 from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.megatron import parallel
-from megatron_rlvr.objectives import build_objective, group_advantages
+from megatron_rlvr.objectives import UpdateObjective, build_objective, group_advantages
 from megatron_rlvr.training.loss import LOSS_SUMS
 from megatron_rlvr.training.rollout_metrics import measure_rollout
 from megatron_rlvr.training.token_weights import token_weights
@@ -68,15 +68,13 @@ class Bench:
         weight = token_weights(batch, algorithm, config.rollout.max_tokens, layout)
         scores = policy.score(batch, advantage)
         before = measure_rollout(batch, weight, scores, layout)
-        objective = build_objective(algorithm.objective)
+        objective = UpdateObjective(build_objective(algorithm.objective), BOUNDS[bound], before.response)
         policy.set_learning_rate(rate)
         sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64)
         measurements = []
         for passes in range(1, max(PASSES) + 1):
             for sequences in batch.minibatches(algorithm.minibatches, advantage != 0):
-                done = policy.update(
-                    batch, sequences, advantage, weight, scores, BOUNDS[bound], before.response, objective
-                )
+                done = policy.update(batch, sequences, advantage, weight, scores, objective)
                 sums += done.sums
             if passes in PASSES:
                 shift = math.log(float(policy.score(batch, advantage).entropy.double().mean()) / before.entropy)

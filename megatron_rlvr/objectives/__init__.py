@@ -11,7 +11,7 @@ from megatron_rlvr.objectives.advantages import (
     overlong_penalty,
 )
 from megatron_rlvr.objectives.aggregation import Aggregation, aggregation_weights
-from megatron_rlvr.objectives.policy_objective import PolicyObjective
+from megatron_rlvr.objectives.policy_objective import PolicyObjective, UpdateObjective
 from megatron_rlvr.objectives.registry import (
     OBJECTIVE_PARAMETERS,
     OBJECTIVES,
@@ -31,6 +31,7 @@ __all__ = [
     "TokenInputs",
     "TokenObjective",
     "TokenOutputs",
+    "UpdateObjective",
     "aggregation_weights",
     "build_objective",
     "group_advantages",

@@ -1,10 +1,15 @@
-"""The objective of a step: a token objective with importance weights and an entropy bonus."""
+"""The objective of a run, a token objective with importance weights and an entropy bonus, and that of one update."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from megatron_rlvr.control import ClipThresholds, SteeringResponse
+from megatron_rlvr.control.regions import steering_weights
+from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.objectives.clip import Clip
 from megatron_rlvr.objectives.covariance import CovarianceClip, CovarianceKL
 from megatron_rlvr.objectives.entropy_bonus import EntropyBonus
@@ -68,3 +73,27 @@ class PolicyObjective:
                 "objective state: this run has an entropy bonus, but the checkpoint stores none; start a new run"
             )
         self.entropy_bonus.load_state_dict(state["entropy_bonus"])
+
+
+@dataclass(frozen=True)
+class UpdateObjective:
+    """What one optimizer step maximises: a policy objective under the clip thresholds of this update.
+
+    Attributes:
+        policy_objective: the same in every update of a run.
+        thresholds: clip thresholds and region steering of this update.
+        response: how the step's tokens respond to region steering.
+    """
+
+    policy_objective: PolicyObjective
+    thresholds: ClipThresholds
+    response: SteeringResponse = NEUTRAL
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether region steering weighs the tokens."""
+        return self.thresholds.steering != 0
+
+    def steering_weights(self, entropy_change: Tensor) -> Tensor:
+        """Return the weight of each token's objective, [T], from the first-order entropy changes [T]."""
+        return steering_weights(entropy_change, self.thresholds.steering, self.response)

@@ -9,7 +9,7 @@ from megatron_rlvr.control import ClipThresholds, SteeringResponse, build_schedu
 from megatron_rlvr.errors import as_user_error
 from megatron_rlvr.megatron.config import OptimizerConfig
 from megatron_rlvr.megatron.parallel import Layout
-from megatron_rlvr.objectives import build_objective
+from megatron_rlvr.objectives import UpdateObjective, build_objective
 from megatron_rlvr.training.config import AlgorithmConfig
 from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.rollout_metrics import RolloutMeasure
@@ -45,7 +45,7 @@ class EntropyControl:
         self._thresholds: ClipThresholds
         self._steering: list[float] = []  # steering of each update of the current step so far
 
-    def begin_step(self, step: int, measured: RolloutMeasure, learning_rate: float) -> ClipThresholds:
+    def begin_step(self, step: int, measured: RolloutMeasure, learning_rate: float) -> UpdateObjective:
         """Observe the measurements of a step before its updates.
 
         Args:
@@ -54,7 +54,7 @@ class EntropyControl:
             learning_rate: learning rate of the step.
 
         Returns:
-            the thresholds of the first update.
+            the objective of the first update.
         """
         self._schedule.observe(
             step,
@@ -68,10 +68,10 @@ class EntropyControl:
         self.tokens_seen += int(measured.metrics["tokens"])
         self._step, self._response, self._steering = step, measured.response, []
         self._thresholds = self._schedule.thresholds(step)
-        return self._thresholds
+        return UpdateObjective(self.objective, self._thresholds, self._response)
 
-    def after_update(self, update: UpdateReport) -> ClipThresholds:
-        """Observe how far entropy has moved within the step; returns the thresholds of the next update.
+    def after_update(self, update: UpdateReport) -> UpdateObjective:
+        """Observe how far entropy has moved within the step; returns the objective of the next update.
 
         Collective over the job: one all-reduce, or none if the schedule does not observe updates.
         """
@@ -80,7 +80,7 @@ class EntropyControl:
             shift = entropy_shift(update, self._layout.is_reporting_rank)
             self._schedule.observe_update(self._step, len(self._steering) - 1, self._updates_per_step, shift)
             self._thresholds = self._schedule.thresholds(self._step)
-        return self._thresholds
+        return UpdateObjective(self.objective, self._thresholds, self._response)
 
     def metrics(self) -> dict[str, float]:
         """Return metrics of a step after its last update: thresholds, schedule, objective, predicted entropy change."""

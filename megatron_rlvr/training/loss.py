@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr import ops
-from megatron_rlvr.control import ClipThresholds, SteeringResponse
-from megatron_rlvr.control.regions import REGIONS, classify, steering_weights
+from megatron_rlvr.control.regions import REGIONS, classify
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch
 from megatron_rlvr.megatron import device
-from megatron_rlvr.objectives import PolicyObjective, TokenInputs
+from megatron_rlvr.objectives import TokenInputs, UpdateObjective
 from megatron_rlvr.objectives.tokens import TokenOutputs
 from megatron_rlvr.training.head import Head, TokenScores
 
@@ -39,7 +38,7 @@ class MinibatchLoss:
         advantage: float32 [N], advantage of each sequence.
         token_weight: float32 [N], aggregation weight of the tokens of each sequence.
         scores: token scores before the step's updates.
-        thresholds, response, objective: see `Policy.update`.
+        objective: what this update maximises.
         backward_scale: factor by which the backward pass will multiply the loss (`LossScale.backward`).
         sums: float64 [len(LOSS_SUMS)], sums over the tokens so far.
         ratio_max: float32 [], the largest importance ratio so far.
@@ -50,9 +49,7 @@ class MinibatchLoss:
     advantage: Tensor
     token_weight: Tensor
     scores: TokenScores
-    thresholds: ClipThresholds
-    response: SteeringResponse
-    objective: PolicyObjective
+    objective: UpdateObjective
     backward_scale: float
     sums: Tensor = field(
         default_factory=lambda: torch.zeros(len(LOSS_SUMS), dtype=torch.float64, device=device.device())
@@ -67,18 +64,17 @@ class MinibatchLoss:
         weight = self.token_weight[microbatch.sequences].to(output_device)[index]
         old_logprob = self.scores.logprob.to(output_device)[token_index]
         steering = None
-        if self.thresholds.steering:
-            change = self.scores.entropy_change.to(output_device)[token_index]
-            steering = steering_weights(change, self.thresholds.steering, self.response)
+        if self.objective.is_steered:
+            steering = self.objective.steering_weights(self.scores.entropy_change.to(output_device)[token_index])
         # Context-parallel ranks exchange token statistics before the loss, so the loss cannot be part of the operator.
-        if self.head.fused and self.objective.is_plain_clip and microbatch.local_targets is None:
+        if self.head.fused and self.objective.policy_objective.is_plain_clip and microbatch.local_targets is None:
             token_weight = weight if steering is None else weight * steering
             targets = microbatch.targets.to(output_device)
             loss, logprob, entropy, outputs = self._fused(output, targets, old_logprob, advantage, token_weight)
         else:
             statistics = self.head.statistics(output, microbatch)
             logprob, entropy = statistics.logprob, statistics.entropy
-            outputs = self.objective(
+            outputs = self.objective.policy_objective(
                 TokenInputs(
                     logprob=logprob,
                     entropy=entropy,
@@ -86,7 +82,7 @@ class MinibatchLoss:
                     advantage=advantage,
                     sequence_index=index,
                     sequence_count=len(microbatch.sequences),
-                    thresholds=self.thresholds,
+                    thresholds=self.objective.thresholds,
                     weight=steering,
                     rollout_logprob=self.batch.rollout_logprob.to(output_device)[token_index],
                 )
@@ -105,7 +101,7 @@ class MinibatchLoss:
             targets,
             old_logprob,
             advantage,
-            self.thresholds,
+            self.objective.thresholds,
             token_weight=token_weight,
             temperature=self.head.temperature,
             group=self.head.group,

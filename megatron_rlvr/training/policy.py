@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.config import Config
-from megatron_rlvr.control import ClipThresholds, SteeringResponse
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, build_microbatch, partition
 from megatron_rlvr.megatron import optimizer, parallel, pipeline
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.loss_scale import LossScale
-from megatron_rlvr.objectives import PolicyObjective
+from megatron_rlvr.objectives import UpdateObjective
 from megatron_rlvr.training.head import Head, TokenScores
 from megatron_rlvr.training.loss import MinibatchLoss
 from megatron_rlvr.weights.loading import load_folder
@@ -98,9 +97,7 @@ class Policy:
         advantage: Tensor,
         token_weight: Tensor,
         scores: TokenScores,
-        thresholds: ClipThresholds,
-        response: SteeringResponse,
-        objective: PolicyObjective,
+        objective: UpdateObjective,
     ) -> UpdateReport:
         """Take one optimizer step on a minibatch.
 
@@ -111,9 +108,7 @@ class Policy:
             token_weight: float32 [N], aggregation weight of the tokens of each sequence. The loss is
                 ``-sum(token_weight * objective)`` over the minibatch's tokens on all data-parallel ranks.
             scores: result of `score` before the first update of the step.
-            thresholds: clip thresholds of this update.
-            response: how this step's tokens respond to region steering.
-            objective: the token objective.
+            objective: what this update maximises.
         """
         loss = MinibatchLoss(
             head=self._head,
@@ -121,8 +116,6 @@ class Policy:
             advantage=advantage,
             token_weight=token_weight,
             scores=scores,
-            thresholds=thresholds,
-            response=response,
             objective=objective,
             backward_scale=self._loss_scale.backward,
         )

@@ -72,9 +72,9 @@ def test_the_schedule_observes_the_measurements_of_every_step(schedule: Recordin
 def test_updates_are_counted_from_zero_and_each_has_the_newest_steering(schedule: RecordingSchedule) -> None:
     control = make_control()
     for step in (3, 4):
-        steering = [control.begin_step(step, measure(100), 4.0).steering]
+        steering = [control.begin_step(step, measure(100), 4.0).thresholds.steering]
         shifts: list[Any] = [0.0, -0.01, None, -0.03]
-        steering += [control.after_update(shift).steering for shift in shifts]
+        steering += [control.after_update(shift).thresholds.steering for shift in shifts]
         assert steering == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
         assert schedule.updates == [(step, index, 4, shift) for index, shift in enumerate(shifts)]
 

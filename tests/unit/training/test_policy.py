@@ -10,12 +10,11 @@ import torch
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
-from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rlvr.objectives import build_objective
+from megatron_rlvr.objectives import UpdateObjective, build_objective
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.training.config import AlgorithmConfig
@@ -103,11 +102,11 @@ def test_two_updates_have_the_exact_loss_and_gradient(policy, reference, batch: 
     everything = torch.arange(8)
     lengths = batch.response_lengths
     weight = (1.0 / lengths.sum()).expand(8) if aggregation == "token-mean" else 1.0 / (8 * lengths)
-    objective = build_objective("clip")
+    objective = UpdateObjective(build_objective("clip"), THRESHOLDS)
     for _ in range(2):  # in the second one, ratios differ from 1 and some exceed their bounds
         export = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model_chunks)}
         reference.load_state_dict(export, strict=False)
-        report = policy.update(batch, everything, ADVANTAGE, weight.float(), scores, THRESHOLDS, NEUTRAL, objective)
+        report = policy.update(batch, everything, ADVANTAGE, weight.float(), scores, objective)
 
     index = batch.sequence_of_token()
     advantage, old = ADVANTAGE.double()[index], scores.logprob.double()
