@@ -143,6 +143,8 @@ class TargetEntropy(RelativeSchedule):
         drive = self._response.drive(self._steering)
         self._applied = (rate, rate * self._position, rate * drive)
         shift = rate * (inner_drift + clip_gain * self._position + steering_gain * drive)
+        thresholds_at_limit = abs(self._position) == 1.0 or not self.clip_gain
+        steering_at_limit = abs(self._position) in (0.0, 1.0) and abs(self._steering) >= self.steering_limit
         self._metrics = {
             "control/target": target,
             "control/estimate": math.exp(log_entropy),
@@ -157,8 +159,7 @@ class TargetEntropy(RelativeSchedule):
             "control/clip_position": self._position,
             "control/wanted_shift": self._wanted_shift,
             # 0: none, 1: the thresholds, 2: both, so that the curve cannot be reached for now
-            "control/saturated": float((abs(self._position) >= 1.0 or not self.clip_gain) and bool(missing))
-            + float(abs(self._steering) >= self.steering_limit and abs(self._position) in (0.0, 1.0) and bool(missing)),
+            "control/saturated": 0.0 if not missing else float(thresholds_at_limit) + float(steering_at_limit),
         }
 
     def _steer(self, previous: float, move: float, remaining: float) -> None:
