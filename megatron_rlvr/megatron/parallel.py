@@ -55,11 +55,8 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _check_layout_of_job(config, world_size)
-    if "RANK" not in os.environ:  # started without torchrun: a job of one process with its own rendezvous
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = "0"
-        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        dist.init_process_group(device.collective_backend(), store=store, rank=0, world_size=1)
+    if "RANK" not in os.environ:  # started without torchrun: a job of one process, which needs no port
+        dist.init_process_group(device.collective_backend(), store=dist.HashStore(), rank=0, world_size=1)
     else:
         timeout = datetime.timedelta(minutes=config.timeout_minutes)
         dist.init_process_group(device.collective_backend(), timeout=timeout)

@@ -137,7 +137,8 @@ def test_crash_loop_ends_with_the_reason(fake_job: Job) -> None:
 def test_cancelled_job_stays_cancelled(fake_job: Job) -> None:
     fake_job.submit(PROGRAM="sleep 1000")
     fake_job.cluster.wait_for_output(fake_job.id, "try 1 from")
-    wait_until(lambda: bool(fake_job.cluster.processes(fake_job.id, "sleep 1000")), "the step")
+    # Slurm here finds a step's processes through their parents. It would miss one whose parent it kills during a fork.
+    wait_until(lambda: len(fake_job.cluster.processes(fake_job.id, "^sleep 1000")) == 2, "the step on both nodes")
     fake_job.cluster.run("scancel", fake_job.id)
     assert fake_job.finish() == "CANCELLED"  # none of its processes is left, which could ask for another attempt
     assert fake_job.cluster.job(fake_job.id)["Restarts"] == "0"
