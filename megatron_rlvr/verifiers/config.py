@@ -22,7 +22,8 @@ class VerifierConfig:
     """Worker processes per data-parallel rank; 0 verifies in the training process, for verifiers that cannot hang.
     null means 0 for ``countdown`` and ``exact``, and 4 for the others."""
     timeout_seconds: PositiveFloat = 10.0
-    """Longest time for one completion in a worker; a completion that takes longer has reward 0 and is counted."""
+    """Longest time for one completion in a worker, without the time that the worker waits for a processor. A completion
+    that takes longer has reward 0 and is counted."""
     memory_mb: Annotated[int, Bounds(at_least=64)] = 2048
     """MiB of data memory per worker."""
     options: dict[str, Any] = field(default_factory=dict)

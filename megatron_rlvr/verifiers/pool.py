@@ -67,7 +67,7 @@ class VerifierPool:
     Args:
         verifier: called as ``verifier(completion, answer)``; returns the reward.
         workers: number of worker processes; 0 for none.
-        timeout_s: time limit of one item, in seconds.
+        timeout_s: time limit of one item, in seconds. Time in which the worker waits for a processor does not count.
         memory_mb: limit of a worker's data memory, including the interpreter, in MiB.
 
     Attributes:

@@ -40,9 +40,10 @@ def main(descriptor: int) -> None:
         while True:
             for frame in frames:
                 for completion, answer in pickle.loads(frame):
-                    # The pool enforces the time limit. The timer covers the case that the pool was killed while this
-                    # item hangs: the signal's default action ends the process, even inside C code.
-                    signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 5)
+                    # The pool enforces the time limit, to which it adds time without a processor. The timer covers the
+                    # case that the pool was killed while this item hangs: the signal's default action ends the process,
+                    # even inside C code.
+                    signal.setitimer(signal.ITIMER_REAL, 10 * timeout_s + 5)
                     try:
                         reply: tuple | UserError = tuple(judge(verifier, completion, answer))
                     except UserError as error:

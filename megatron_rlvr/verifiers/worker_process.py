@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import pickle
+import select
 import signal
 import socket
 import subprocess
@@ -27,7 +28,8 @@ class WorkerProcess:
     Attributes:
         ready: whether the worker has loaded the verifier.
         pending: indices of the items sent to the worker without a reply yet; it works on the first.
-        deadline: when the worker counts as hung, on the monotonic clock.
+        deadline: when the worker counts as hung, on the monotonic clock. Time in which it waits for a processor is
+            added, so that a correct completion does not lose its reward because other programs use the machine.
     """
 
     def __init__(self, setup: bytes, timeout_s: float) -> None:
@@ -55,13 +57,14 @@ class WorkerProcess:
         self._reader = FrameReader(self.socket)
         self._gone = False
         self.deadline = time.monotonic() + _START_TIMEOUT_S
+        self._queued_s = 0.0
         self.socket.settimeout(_START_TIMEOUT_S)
         send_frame(self.socket, setup)
 
     def send(self, indices: list[int], items: list[tuple[str, Any]]) -> None:
         """Send items to a worker that is ready and idle; ``indices`` are their positions in the batch."""
         self.pending.extend(indices)
-        self.deadline = time.monotonic() + self._timeout_s
+        self._start_limit()
         try:
             send_frame(self.socket, pickle.dumps(items))
         except OSError:
@@ -84,7 +87,7 @@ class WorkerProcess:
                 self.ready = True
             else:
                 results.append((self.pending.popleft(), Verdict(*reply)))
-            self.deadline = time.monotonic() + self._timeout_s
+            self._start_limit()
         if self.ready and not self.pending:
             self.deadline = math.inf
         return results
@@ -95,8 +98,7 @@ class WorkerProcess:
         Raises:
             RuntimeError: if the worker died, or exceeded the time limit of its start, before it was ready.
         """
-        expired = time.monotonic() >= self.deadline
-        if not (self._gone or expired):
+        if not (self._gone or self._expired()):
             return None
         if not self.ready:
             raise RuntimeError(
@@ -108,6 +110,20 @@ class WorkerProcess:
             return Verdict(0.0, "crash", "the worker process died")
         return Verdict(0.0, "timeout", f"no verdict within {self._timeout_s:g} s")
 
+    def _start_limit(self) -> None:
+        """Start the time limit of the next item."""
+        self.deadline = time.monotonic() + self._timeout_s
+        self._queued_s = _queued_seconds(self.process.pid)
+
+    def _expired(self) -> bool:
+        """Whether the time limit has passed and no reply waits to be read; moves the deadline by time in the queue."""
+        if time.monotonic() < self.deadline:
+            return False
+        queued_s = _queued_seconds(self.process.pid)
+        self.deadline += queued_s - self._queued_s
+        self._queued_s = queued_s
+        return time.monotonic() >= self.deadline and not select.select([self.socket], [], [], 0)[0]
+
     def kill(self) -> None:
         """Kill the process and the child processes that its verifier started, and wait for the process to end."""
         self.socket.close()
@@ -115,6 +131,14 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def _queued_seconds(pid: int) -> float:
+    """How long a process has been ready to run without a processor, in seconds; 0 where Linux does not record it."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def _has_fileno(stream: Any) -> bool:

@@ -99,6 +99,18 @@ def test_the_timeout_is_per_item_not_per_batch():
         assert {verdict.status for verdict in pool.verify(["sleep"] * 8, ["sleep"] * 8)} == {"ok"}
 
 
+def test_time_without_a_processor_does_not_count():
+    """Four workers that compute share one processor: each takes longer than its limit, but computes for less."""
+    one = sorted(os.sched_getaffinity(0))[:1]
+    with VerifierPool(misbehaving.compute, workers=4, timeout_s=2.0) as pool:
+        pool.verify(["0.01"] * 8, ["a"] * 8)
+        for worker in pool._workers:
+            os.sched_setaffinity(worker.process.pid, one)
+        verdicts = pool.verify(["1.2"] * 4, ["a"] * 4)
+        assert [verdict.status for verdict in verdicts] == ["ok"] * 4
+        assert pool.verify(["60"], ["a"])[0].status == "timeout"
+
+
 def test_children_of_a_hung_worker_are_killed_with_it():
     nap = f"5900.{os.getpid()}"  # no other process sleeps exactly that long
     with VerifierPool(misbehaving.score, workers=1, timeout_s=2.0) as pool:
