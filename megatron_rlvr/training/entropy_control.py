@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
-from megatron_rlvr.control import ClipThresholds, SteeringResponse, build_schedule
+from megatron_rlvr.control import build_schedule
 from megatron_rlvr.errors import as_user_error
 from megatron_rlvr.megatron.config import OptimizerConfig
 from megatron_rlvr.megatron.parallel import Layout
@@ -41,8 +42,7 @@ class EntropyControl:
         self._updates_per_step = algorithm.epochs * algorithm.minibatches
         self._layout = layout
         self._step = 0
-        self._response: SteeringResponse
-        self._thresholds: ClipThresholds
+        self._current: UpdateObjective
         self._steering: list[float] = []  # steering of each update of the current step so far
 
     def begin_step(self, step: int, measured: RolloutMeasure, learning_rate: float) -> UpdateObjective:
@@ -66,28 +66,28 @@ class EntropyControl:
         )
         self.objective.observe(step, measured.entropy)
         self.tokens_seen += int(measured.metrics["tokens"])
-        self._step, self._response, self._steering = step, measured.response, []
-        self._thresholds = self._schedule.thresholds(step)
-        return UpdateObjective(self.objective, self._thresholds, self._response)
+        self._step, self._steering = step, []
+        self._current = UpdateObjective(self.objective, self._schedule.thresholds(step), measured.response)
+        return self._current
 
     def after_update(self, update: UpdateReport) -> UpdateObjective:
         """Observe how far entropy has moved within the step; returns the objective of the next update.
 
         Collective over the job: one all-reduce, or none if the schedule does not observe updates.
         """
-        self._steering.append(self._thresholds.steering)
+        self._steering.append(self._current.thresholds.steering)
         if self._schedule.wants_updates:
             shift = entropy_shift(update, self._layout.is_reporting_rank)
             self._schedule.observe_update(self._step, len(self._steering) - 1, self._updates_per_step, shift)
-            self._thresholds = self._schedule.thresholds(self._step)
-        return UpdateObjective(self.objective, self._thresholds, self._response)
+            self._current = replace(self._current, thresholds=self._schedule.thresholds(self._step))
+        return self._current
 
     def metrics(self) -> dict[str, float]:
         """Return metrics of a step after its last update: thresholds, schedule, objective, predicted entropy change."""
-        predicted = self._response.predicted(statistics.mean(self._steering)) / self._minibatches
+        predicted = self._current.response.predicted(statistics.mean(self._steering)) / self._minibatches
         return {
             "entropy_change/predicted": predicted,
-            **self._thresholds.metrics(),
+            **self._current.thresholds.metrics(),
             **self._schedule.metrics(),
             **self.objective.metrics(),
         }
