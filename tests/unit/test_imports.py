@@ -58,7 +58,15 @@ def test_control_and_ops_stand_alone() -> None:
 
 
 def test_the_shared_modules_of_the_root_import_no_package() -> None:
-    for name in ("errors", "atomic_write", "config_schema", "bound_to_parent", "log_tail", "lifecycle"):
+    for name in (
+        "errors",
+        "checked_input",
+        "atomic_write",
+        "config_schema",
+        "bound_to_parent",
+        "log_tail",
+        "lifecycle",
+    ):
         for module in imported_modules(PACKAGE / f"{name}.py"):
             imported = re.match(r"megatron_rlvr\.(\w+)", module)
             assert imported is None or not (PACKAGE / imported[1]).is_dir(), f"{name}.py imports {module}"
