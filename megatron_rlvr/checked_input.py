@@ -1,4 +1,4 @@
-"""Untrusted input becomes a checked value: JSON of files and of server replies, and the types and ranges of its fields.
+"""Untrusted input becomes a checked value: JSON of files and replies, the types and ranges of its fields, and YAML.
 
 Files come from downloads, other programs and damaged disks; replies come from servers. Everything that this project
 reads as JSON goes through `parse_json`, which accepts less than the standard library does:
@@ -13,6 +13,7 @@ Errors are `InvalidInputError`, which says what was found. Readers of files rais
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -26,6 +27,10 @@ T = TypeVar("T")
 
 FILE_BYTES = 256 * 2**20
 """Default maximum size of a JSON file, in bytes. The tokenizer files of large vocabularies have about 20 MB."""
+YAML_BYTES = 2**20
+"""Maximum size of a YAML file, in bytes."""
+YAML_NODES = 100_000
+"""Maximum number of keys and values of a YAML file, with aliases expanded."""
 DEPTH = 64
 """Maximum nesting of lists and objects. Deeper values overflow the stack of code that copies or pickles them."""
 
@@ -38,12 +43,13 @@ class InvalidInputError(ValueError):
     """Input that is not what it should be; the text is one line that says what was found."""
 
 
-def parse_json(data: bytes, *, limit: int = FILE_BYTES) -> Any:
+def parse_json(data: bytes, *, limit: int = FILE_BYTES, finite: bool = True) -> Any:
     """Parse JSON.
 
     Args:
         data: the encoded text.
         limit: maximum number of bytes.
+        finite: whether to refuse numbers such as 1e999, which become infinite.
 
     Raises:
         InvalidInputError: if `data` is too long, is not JSON, or has values that the module docstring excludes.
@@ -54,7 +60,7 @@ def parse_json(data: bytes, *, limit: int = FILE_BYTES) -> Any:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"not UTF-8 text (byte {error.start})") from None
-    parse_float = _finite_float if _may_overflow(data) else None
+    parse_float = _finite_float if finite and _may_overflow(data) else None
     try:
         value = json.loads(
             text, parse_constant=_refuse_constant, parse_float=parse_float, object_pairs_hook=_without_duplicates
@@ -62,7 +68,7 @@ def parse_json(data: bytes, *, limit: int = FILE_BYTES) -> Any:
     except InvalidInputError:
         raise
     except RecursionError:
-        raise InvalidInputError(f"nested deeper than {DEPTH} levels") from None
+        raise InvalidInputError(f"not valid JSON (nested deeper than {DEPTH} levels)") from None
     except json.JSONDecodeError as error:
         raise InvalidInputError(f"not valid JSON ({error})") from None
     except ValueError:  # Python refuses to convert integers of more than 4300 digits
@@ -87,15 +93,67 @@ def read_json(path: Path, *, limit: int = FILE_BYTES, remedy: str) -> dict[str, 
     """
     try:
         return parse_object(read_bytes(path, limit), limit=limit)
-    except (OSError, InvalidInputError) as error:
-        reason = (error.strerror or error) if isinstance(error, OSError) else error
-        raise UserError(f"{path} cannot be read ({reason}): {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
+    except InvalidInputError as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def read_bytes(path: Path, limit: int = FILE_BYTES) -> bytes:
     """Read a file, up to one byte more than `limit`; raises OSError."""
     with path.open("rb") as file:
         return file.read(limit + 1)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read the keys and values of a YAML file with OmegaConf, with ``${...}`` as it stands.
+
+    Raises:
+        UserError: if the file does not exist, is too large, is not YAML, or holds a list.
+    """
+    from omegaconf import OmegaConf  # here, because programs on login nodes do without it
+
+    try:
+        data = read_bytes(Path(path), YAML_BYTES)
+        if len(data) > YAML_BYTES:
+            raise InvalidInputError(f"it has more than {YAML_BYTES} bytes")
+        text = data.decode("utf-8-sig")
+        _check_yaml_size(text)
+        tree = OmegaConf.load(io.StringIO(text))
+    except FileNotFoundError:
+        raise UserError(f"no configuration file {path}: give the path of a YAML file as the first argument") from None
+    except RecursionError:
+        raise UserError(f"{path} is not a configuration (it is nested deeper than {DEPTH} levels)") from None
+    except Exception as error:  # OmegaConf passes on whatever a constructor of a YAML value raises
+        raise UserError(f"{path} is not a configuration (it is not valid YAML: {one_line(error)})") from None
+    if not OmegaConf.is_dict(tree):
+        raise UserError(f"{path} holds a list: write keys and values, such as steps: 100")
+    return tree
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error of OmegaConf or of a parser on one line."""
+    text = " ".join(str(error).split("\n    full_key")[0].split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _check_yaml_size(text: str) -> None:
+    """Refuse YAML whose aliases expand to more than `YAML_NODES` values, or whose values contain themselves."""
+    import yaml
+
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, depth: int) -> int:
+        if depth > DEPTH:
+            raise InvalidInputError(f"nested deeper than {DEPTH} levels")
+        if id(node) not in sizes:
+            inner = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            sizes[id(node)] = 1 + sum(size(part, depth + 1) for part in inner if isinstance(part, yaml.Node))
+        return sizes[id(node)]
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and size(root, 0) > YAML_NODES:
+        raise InvalidInputError(f"its aliases expand to more than {YAML_NODES} values")
 
 
 def parse_object(data: bytes, *, limit: int = FILE_BYTES) -> dict[str, Any]:
@@ -158,10 +216,8 @@ def float_or_inf(value: float) -> float:
 
 def describe(value: Any) -> str:
     """Return the type and the beginning of a value on one line, for errors."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
     try:
-        text = " ".join(repr(value).split())
+        text = repr(value).replace("\n", " ")
     except (ValueError, RecursionError):  # an integer of thousands of digits, or deep nesting
         text = "..."
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
@@ -178,7 +234,7 @@ _WORDS: dict[type, str] = {
 
 
 def _refuse_constant(name: str) -> Any:
-    raise InvalidInputError(f"the number {name}, which JSON does not have")
+    raise InvalidInputError(f"{name}, which is not a number in JSON")
 
 
 def _may_overflow(data: bytes) -> bool:
@@ -231,7 +287,7 @@ def _has_surrogate(text: str, value: Any) -> bool:
     except UnicodeEncodeError:
         return True
     except RecursionError:
-        raise InvalidInputError(f"nested deeper than {DEPTH} levels") from None
+        raise InvalidInputError(f"not valid JSON (nested deeper than {DEPTH} levels)") from None
     return False
 
 
@@ -245,4 +301,4 @@ def _check_depth(value: Any) -> None:
     ]:
         depth += 1
         if depth >= DEPTH:
-            raise InvalidInputError(f"nested deeper than {DEPTH} levels")
+            raise InvalidInputError(f"not valid JSON (nested deeper than {DEPTH} levels)")

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr.checked_input import one_line, read_yaml
 from megatron_rlvr.config_reader import merge, read
 from megatron_rlvr.config_schema import REQUIRED, Bounds, NonNegativeInt, PositiveInt, check_values, to_dict
 from megatron_rlvr.control import build_schedule
@@ -67,27 +68,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:
         place = f"configuration key {error.full_key}" if error.full_key else str(path)
-        raise UserError(f"{place}: {_one_line(error)}") from None
+        raise UserError(f"{place}: {one_line(error)}") from None
     config = read(Config, values)
     check(config)
     return config
-
-
-def read_yaml(path: str | Path) -> Any:
-    """Read the keys and values of a YAML file, with ``${...}`` as it stands.
-
-    Raises:
-        UserError: if the file does not exist, is not YAML, or holds a list.
-    """
-    try:
-        tree = OmegaConf.load(Path(path))
-    except FileNotFoundError:
-        raise UserError(f"no configuration file {path}: give the path of a YAML file as the first argument") from None
-    except Exception as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from None
-    if not OmegaConf.is_dict(tree):
-        raise UserError(f"{path} holds a list: write keys and values, such as steps: 100")
-    return tree
 
 
 def _overrides(texts: Sequence[str]) -> Any:
@@ -97,12 +81,8 @@ def _overrides(texts: Sequence[str]) -> Any:
                 raise UserError(f"override {text!r} is not key=value: write for example optimizer.learning_rate=1e-6")
             OmegaConf.from_dotlist([text])
         except (OmegaConfBaseException, YAMLError) as error:
-            raise UserError(f"override {text!r}: its value is not valid YAML: {_one_line(error)}") from None
+            raise UserError(f"override {text!r}: its value is not valid YAML: {one_line(error)}") from None
     return OmegaConf.from_dotlist(list(texts))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split("\n    full_key")[0].split())
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_rlvr.config import Config, read_yaml
+from megatron_rlvr.checked_input import read_yaml
+from megatron_rlvr.config import Config
 from megatron_rlvr.config_reader import read
 from megatron_rlvr.errors import UserError
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.weights.huggingface_folder import INDEX, read_index
 
 _PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "numpy", "transformer-engine")
 _NVIDIA_SMI_TIMEOUT_S = 20
@@ -113,8 +114,8 @@ def gpus_of_this_node(report: NodeReport) -> list[tuple[str, int]]:
 
 def model_files(folder: Path) -> list[Path]:
     """Return config.json and every shard of the weights that the index of a model folder names."""
-    index = folder / "model.safetensors.index.json"
-    shards = json.loads(index.read_text())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+    index = folder / INDEX
+    shards = read_index(index).values() if index.is_file() else ["model.safetensors"]
     return [folder / "config.json", *(folder / shard for shard in sorted(set(shards)))]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from megatron_rlvr.checked_input import InvalidInputError, checked, describe
 
 
 @dataclass(frozen=True)
@@ -29,3 +31,42 @@ class Completion:
     def oldest_version(self) -> int:
         """Version of the weights that generated the first token."""
         return self.version_spans[0][0] if self.version_spans else self.weight_version
+
+
+LARGEST_TOKEN_ID = 2**31 - 1
+LOWEST_LOGPROB = -1e4
+"""Far below the log-prob of any token that was sampled."""
+ROUNDING = 1e-3
+"""A server computes log-probs in reduced precision, so that they may be a little above 0."""
+
+
+def checked_completion(
+    token_ids: Any, logprobs: Any, finish_reason: Any, weight_version: int, spans: Any, *, max_tokens: int
+) -> Completion:
+    """Build a completion from values that a server sent or a file holds.
+
+    Args:
+        token_ids, logprobs, finish_reason, weight_version: see `Completion`.
+        spans: pairs (version, number of tokens); empty if the weights did not change during generation.
+        max_tokens: maximum length of a completion.
+
+    Raises:
+        InvalidInputError: if there are no or too many tokens, not one log-prob for each, a token id or log-prob that is
+            impossible, an unknown finish reason, or spans of another number of tokens.
+    """
+    tokens = checked(token_ids, list, "token_ids")
+    if not 0 < len(tokens) <= max_tokens:
+        raise InvalidInputError(f"{len(tokens)} tokens instead of 1 to {max_tokens}")
+    if not set(map(type, tokens)) <= {int} or min(tokens) < 0 or max(tokens) > LARGEST_TOKEN_ID:
+        wrong = next(t for t in tokens if type(t) is not int or not 0 <= t <= LARGEST_TOKEN_ID)
+        raise InvalidInputError(f"the token id {describe(wrong)}")
+    values = checked(logprobs, list, "logprobs")
+    if len(values) != len(tokens):
+        raise InvalidInputError(f"{len(tokens)} tokens with log-probs of {len(values)}")
+    floats = [checked(value, float, "logprob", at_least=LOWEST_LOGPROB, at_most=ROUNDING) for value in values]
+    if finish_reason not in ("stop", "length"):
+        raise InvalidInputError(f"the finish reason {describe(finish_reason)}")
+    pairs = tuple((version, length) for version, length in spans)
+    if pairs and sum(length for _, length in pairs) != len(tokens):
+        raise InvalidInputError(f"{len(tokens)} tokens with weight versions of another number of tokens: {pairs}")
+    return Completion(tokens, floats, finish_reason, weight_version, pairs)

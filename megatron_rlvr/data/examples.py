@@ -1,12 +1,12 @@
 """Prompts with their reference answers, read from JSONL or parquet."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.checked_input import DEPTH, InvalidInputError, describe, float_or_inf, one_line, parse_json
 from megatron_rlvr.errors import UserError
 
 # Keys of the reference answer, tried in this order if the configuration names none: the plain format, slime's JSONL and
@@ -14,6 +14,8 @@ from megatron_rlvr.errors import UserError
 ANSWER_KEYS = ("answer", "label", "reward_model.ground_truth")
 PROMPT_KEY = "prompt"
 SOURCE_KEY = "data_source"
+LARGEST_ROW = 64 * 2**20
+"""Maximum size of a line of a JSONL file, in bytes."""
 
 _EXPECTED_LINE = 'expected one JSON object per line, such as {"prompt": "3 5 7 : 22 >", "answer": 22}'
 
@@ -73,11 +75,12 @@ def load_examples(
         if prompt is None:
             raise UserError(_missing_key(where, "prompt", prompt_key, row))
         source = _lookup(row, SOURCE_KEY)
+        prompt = _plain(prompt, where, prompt_key)
         examples.append(
             Example(
                 index=len(examples),
                 prompt=_checked_prompt(prompt, where, prompt_key),
-                answer=answer,
+                answer=_plain(answer, where, answer_key),
                 source=path.stem if source is None else str(source),
                 stratum=None if stratify_key is None else _stratum(row, stratify_key, where),
             )
@@ -103,22 +106,20 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Lines are decoded one by one, so that an error names the line of the invalid byte.
+    # Lines are parsed one by one, so that an error names the line.
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        number = 0
+        while raw := file.readline(LARGEST_ROW + 1):
+            number += 1
             where = f"{path} line {number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 text (byte {error.start}); {_EXPECTED_LINE}") from error
-            if not line.strip():
+            if not raw.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{where}: not valid JSON ({error}); {_EXPECTED_LINE}") from error
+                row = parse_json(raw, limit=LARGEST_ROW, finite=False)  # only the fields that are read must be
+            except InvalidInputError as error:
+                raise UserError(f"{where}: {error}; {_EXPECTED_LINE}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{where}: found {_kind(row)}; {_EXPECTED_LINE}")
+                raise UserError(f"{where}: found {describe(row)}; {_EXPECTED_LINE}")
             yield where, row
 
 
@@ -128,16 +129,50 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
             # Small batches, because a row group may hold millions of rows.
-            for batch in file.iter_batches(batch_size=4096):
+            batches = file.iter_batches(batch_size=4096)
+            number = 0
+            while (batch := next(batches, None)) is not None:
                 for row in batch.to_pylist():
                     yield f"{path} row {number}", row
                     number += 1
-    except arrow.ArrowException as error:
+    except UserError:
+        raise
+    # Damage that Arrow notices late has other types: OSError, UnicodeDecodeError, OverflowError in a date.
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(
-            f"{path}: not a readable parquet file ({str(error).splitlines()[0]}); write it again, or write JSONL"
+            f"{path}: not a readable parquet file ({one_line(error)}); write it again, or write JSONL"
         ) from error
+
+
+def _plain(value: Any, where: str, name: str, depth: int = 0) -> Any:
+    """Return a value of a row as JSON has it: parquet columns have more types.
+
+    Text, numbers, booleans, lists and structs stay; dates, decimals and bytes become text. A map, a list of pairs
+    in Arrow, stays one.
+
+    Raises:
+        UserError: for values that JSON cannot hold: infinite numbers, bytes that are not UTF-8, deep nesting.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    problem = f"{where}: {name} holds"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise UserError(f"{problem} {value}, which is not a finite number: correct or remove the row")
+        return value
+    if depth >= DEPTH:
+        raise UserError(f"{problem} values nested deeper than {DEPTH} levels: remove the row")
+    if isinstance(value, list | tuple):
+        return [_plain(item, where, name, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item, where, name, depth + 1) for key, item in value.items()}
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{problem} bytes that are not UTF-8 text: store text, or drop the column") from None
+    return str(value)
 
 
 def _find_answer_key(row: dict[str, Any], where: str) -> str:
@@ -161,8 +196,8 @@ def _lookup(row: dict[str, Any], key: str) -> Any:
 
 def _stratum(row: dict[str, Any], key: str, where: str) -> float:
     value = _lookup(row, key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where}: data.stratify_key={key} must name a number, found {_kind(value)}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(float_or_inf(value)):
+        raise UserError(f"{where}: data.stratify_key={key} must name a number, found {describe(value)}")
     return float(value)
 
 
@@ -173,7 +208,7 @@ def _checked_prompt(prompt: Any, where: str, key: str) -> str | list[dict[str, s
         return [{"role": message["role"], "content": message["content"]} for message in prompt]
     raise UserError(
         f'{where}: {key} must be text or a list of {{"role": ..., "content": ...}} messages, not empty; '
-        f"found {_kind(prompt)}"
+        f"found {describe(prompt)}"
     )
 
 
@@ -189,8 +224,3 @@ def _missing_key(where: str, what: str, key: str, row: dict[str, Any]) -> str:
 
 def _keys(row: dict[str, Any]) -> str:
     return ", ".join(repr(key) for key in row) or "(none)"
-
-
-def _kind(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.checked_input import InvalidInputError, checked, field, parse_object, read_bytes
+from megatron_rlvr.data.completion import Completion, checked_completion
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.groups import Group
+
+LARGEST_FILE = 2**30
+"""Maximum size of the file of a group, in bytes."""
 
 
 def recording_path(folder: Path, step: int, slot: int) -> Path:
@@ -37,28 +41,45 @@ def record_group(folder: Path, step: int, group: Group, prompt: Any) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def read_recorded_group(folder: Path, step: int, slot: int, samples: int) -> list[Completion]:
+def read_recorded_group(folder: Path, step: int, slot: int, samples: int, max_tokens: int) -> list[Completion]:
     """Read the completions of a group that `record_group` wrote.
 
     Raises:
-        UserError: if the file is missing or does not hold `samples` completions.
+        UserError: if the file is missing or damaged, or does not hold `samples` completions of at most `max_tokens`.
     """
     path = recording_path(folder, step, slot)
     if not path.is_file():
         raise UserError(f"no recorded rollout {path}: record a run with rollout.record=true and the same settings")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        rows = [parse_object(line) for line in read_bytes(path, LARGEST_FILE).splitlines()]
+        completions = [_completion(row, max_tokens) for row in rows]
+    except (OSError, InvalidInputError) as error:
+        raise UserError(
+            f"{path} is not a recorded rollout ({error}): record it again with rollout.record=true"
+        ) from error
     if len(rows) != samples:
         raise UserError(
             f"{path} holds {len(rows)} completions, rollout.samples_per_prompt asks for {samples}: set it to "
             f"{len(rows)}"
         )
-    return [
-        Completion(
-            token_ids=row["token_ids"],
-            logprobs=row["logprobs"],
-            finish_reason=row["finish_reason"],
-            weight_version=row["weight_version"],
-            version_spans=tuple((version, tokens) for version, tokens in row.get("version_spans", [])),
-        )
-        for row in rows
-    ]
+    return completions
+
+
+def _completion(row: dict[str, Any], max_tokens: int) -> Completion:
+    spans = field(row, "version_spans", list, default=[])
+    if not all(isinstance(span, list) and len(span) == 2 for span in spans):
+        raise InvalidInputError("'version_spans' has entries that are not [version, tokens]")
+    return checked_completion(
+        token_ids=row.get("token_ids"),
+        logprobs=row.get("logprobs"),
+        finish_reason=row.get("finish_reason"),
+        weight_version=field(row, "weight_version", int, at_least=-1, at_most=2**53),
+        spans=[
+            (
+                checked(version, int, "version", at_least=-1, at_most=2**53),
+                checked(tokens, int, "tokens", at_least=1, at_most=2**31),
+            )
+            for version, tokens in spans
+        ],
+        max_tokens=max_tokens,
+    )

@@ -21,6 +21,7 @@ class Tokenization:
         context: longest sequence that the model supports, in tokens; None if unknown.
 
     Attributes:
+        vocab_size, context: as given.
         stop_token_ids: tokens that end a completion, from the tokenizer and from ``generation_config.json``.
         padding: token id for padding. The loss ignores padding.
 
@@ -32,7 +33,7 @@ class Tokenization:
         from transformers import AutoTokenizer
 
         folder = Path(model_path)
-        self.context = context
+        self.context, self.vocab_size = context, vocab_size
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -135,7 +136,17 @@ class Tokenization:
                 )
 
     def decode(self, completions: Sequence[Completion]) -> list[str]:
-        """Return the text of each completion, without special tokens."""
+        """Return the text of each completion, without special tokens.
+
+        Raises:
+            UserError: for a token id that the model does not have; the embedding would read beyond its weights.
+        """
+        largest = max((max(completion.token_ids) for completion in completions), default=0)
+        if largest >= self.vocab_size:
+            raise UserError(
+                f"a completion has token id {largest}, but the model's vocabulary ends at {self.vocab_size - 1}: the "
+                "server or recording belongs to another model; use one of the model in model.path"
+            )
         return self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
 
 

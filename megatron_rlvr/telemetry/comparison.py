@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from rich.text import Text
-from yaml import YAMLError
 
-from megatron_rlvr.errors import UserError
+from megatron_rlvr.checked_input import read_yaml
 from megatron_rlvr.telemetry.metrics import Record
 from megatron_rlvr.telemetry.runs import RunGroup, load_run
 
@@ -95,10 +93,7 @@ def _flat_config(run_directory: Path) -> dict[str, Any]:
     file = run_directory / "config.yaml"
     if not file.is_file():
         return {}
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{file} is not a configuration: {' '.join(str(error).split())}") from None
+    tree = OmegaConf.to_container(read_yaml(file))
     flat: dict[str, Any] = {}
 
     def flatten(prefix: str, value: Any) -> None:

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.checked_input import InvalidInputError, checked, field, parse_object
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry.sinks import Sink, TensorBoard
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+LARGEST_STEP = 2**53
 
 Record = dict[str, Any]
 
@@ -160,11 +162,15 @@ def _records(path: Path) -> Iterator[tuple[Record, int]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error}): correct or remove that line") from error
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise UserError(f"{path} line {number} is not a record: expected an object with an integer 'step'")
+                record = parse_object(line)
+                field(record, "step", int, at_least=0, at_most=LARGEST_STEP)
+                for name, value in record.items():
+                    if value is not None:
+                        checked(value, float, name)
+            except InvalidInputError as error:
+                raise UserError(
+                    f"{path} line {number} is not a record of numbers ({error}): correct or remove that line"
+                ) from error
             yield {name: math.nan if value is None else value for name, value in record.items()}, offset
             offset += len(line)
 

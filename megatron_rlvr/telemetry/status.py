@@ -10,9 +10,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr.checked_input import InvalidInputError, field, parse_object, read_bytes
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry.timer import StepPace
 
@@ -119,10 +120,16 @@ def read_status(run_directory: Path) -> Status:
     """
     path = run_directory / STATUS_FILE
     try:
-        return Status(**json.loads(path.read_text()))
+        record = parse_object(read_bytes(path))
+        for name, hint in get_type_hints(Status).items():
+            kind, *others = get_args(hint) or (hint,)
+            if not (record.get(name) is None and others):
+                limits = {"at_least": 0, "at_most": 2**53} if kind is int else {}
+                field(record, name, kind, **limits, default=getattr(Status, name, None))
+        return Status(**record)
     except FileNotFoundError:
         raise UserError(f"no {STATUS_FILE} in {run_directory}: give the directory of a run that has started") from None
-    except (ValueError, TypeError) as error:
+    except (OSError, InvalidInputError, TypeError) as error:  # TypeError: it has other fields
         raise UserError(f"{path} is not the status of a run ({error})") from error
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_rlvr.atomic_write import replace_folder
+from megatron_rlvr.checked_input import InvalidInputError, checked, field, read_json
 from megatron_rlvr.errors import UserError
 
 SHARD_BYTES = 4 * 1024**3
@@ -121,10 +122,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         UserError: if there are no safetensors files, a file of the index is missing, or a file is damaged.
     """
     if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{folder / INDEX} is damaged ({error}): download the model again") from error
+        weight_map = read_index(folder / INDEX)
         missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
         if missing:
             raise UserError(
@@ -141,6 +139,24 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             f"{folder} holds no *.safetensors: save the model with save_pretrained(..., safe_serialization=True)"
         )
     return {name: file for file in files for name in _names(file)}
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the file name of every tensor from the index of a folder.
+
+    Raises:
+        UserError: if it cannot be read, or names anything but files of the folder.
+    """
+    index = read_json(path, remedy="download the model again")
+    try:
+        weight_map = field(index, "weight_map", dict)
+        for name, file in weight_map.items():
+            # A path that leaves the folder would read, and later copy, files that do not belong to the model.
+            if Path(checked(file, str, name)).name != file:
+                raise InvalidInputError(f"{name!r} is in {file!r}, which is not the name of a file")
+    except InvalidInputError as error:
+        raise UserError(f"{path} is damaged ({error}): download the model again") from error
+    return weight_map
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:

@@ -7,7 +7,16 @@ import random
 
 import pytest
 
-from megatron_rlvr.checked_input import DEPTH, InvalidInputError, describe, field, parse_json, parse_object, read_json
+from megatron_rlvr.checked_input import (
+    DEPTH,
+    InvalidInputError,
+    describe,
+    field,
+    parse_json,
+    parse_object,
+    read_json,
+    read_yaml,
+)
 from megatron_rlvr.errors import UserError
 
 
@@ -18,8 +27,8 @@ from megatron_rlvr.errors import UserError
         (b'{"a": 1', "not valid JSON"),
         (b'{"a": 1} {"b": 2}', "not valid JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "an integer of more than 4300 digits"),
-        (b'{"a": NaN}', "the number NaN"),
-        (b"[-Infinity]", "the number -Infinity"),
+        (b'{"a": NaN}', "NaN, which is not a number"),
+        (b"[-Infinity]", "-Infinity, which is not a number"),
         (b"[1e999]", "the number 1e999, which is too large"),
         (b"[-" + b"9" * 400 + b".0]", "which is too large"),
         (b'{"a": "\\ud800"}', "a surrogate"),
@@ -75,8 +84,8 @@ def test_fields() -> None:
     for name, kind, limits, found in [
         ("absent", int, {}, "no 'absent'"),
         ("text", int, {}, "'text' is str 'a' instead of an integer"),
-        ("yes", int, {}, "'yes' is true instead of an integer"),
-        ("null", str, {}, "'null' is null instead of text"),
+        ("yes", int, {}, "'yes' is bool True instead of an integer"),
+        ("null", str, {}, "'null' is NoneType None instead of text"),
         ("n", int, {"at_most": 2}, "'n' is int 3, which is out of range"),
         ("huge", float, {}, "which is out of range"),
         ("huge", int, {"at_most": 2**63}, "which is out of range"),
@@ -106,3 +115,34 @@ def test_files(tmp_path) -> None:
         read_json(path, limit=4, remedy="")
     with pytest.raises(UserError, match="Is a directory"):
         read_json(tmp_path, remedy="")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b"a: [1", "is not a configuration (it is not valid YAML: "),
+        (b"- 1", "holds a list"),
+        (b"a: \xff", "is not a configuration"),
+        (b"a: &a [*a]", "nested deeper than"),
+        (b"a: " + b"[" * 500 + b"]" * 500, "nested deeper than"),
+        (b"a: " + b"[" * 2000 + b"]" * 2000, "nested deeper than"),
+        (b"a: " + b"9" * 5000, "is not a configuration"),
+        (b"a: !!python/object/apply:os.system [false]", "is not a configuration"),
+        (
+            b"a0: &a0 [1, 1]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (n, n, n - 1, n - 1) for n in range(1, 30)),
+            "expand",
+        ),
+    ],
+)
+def test_yaml_that_is_refused(tmp_path, text: bytes, found: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UserError) as error:
+        read_yaml(path)
+    assert found in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_yaml_with_aliases_is_read(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("a: &x {b: 1}\nc: *x\nd: ${a.b}\n")
+    assert read_yaml(path) == {"a": {"b": 1}, "c": {"b": 1}, "d": 1}

@@ -39,7 +39,9 @@ class ReplayEngine:
         places = [request.place for request in requests if request.place is not None]
         if not places and self.evaluation is not None:
             return self.evaluation.generate(requests, sampling)
-        return [read_recorded_group(self.folder, step, slot, sampling.samples) for step, slot in places]
+        return [
+            read_recorded_group(self.folder, step, slot, sampling.samples, sampling.max_tokens) for step, slot in places
+        ]
 
     def assist(self) -> None:
         if self.evaluation is not None:

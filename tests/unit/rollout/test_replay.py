@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import GroupRequest
 from megatron_rlvr.rollout.engines.replay import ReplayEngine
 from megatron_rlvr.rollout.groups import Group
-from megatron_rlvr.rollout.recording import record_group
+from megatron_rlvr.rollout.recording import record_group, recording_path
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.verifiers import Verdict
 
@@ -58,3 +59,30 @@ def test_a_missing_group_is_named(folder: Path) -> None:
         engine.generate([_request(5, step=4)], SAMPLING)
     with pytest.raises(UserError, match=r"holds 2 completions, rollout.samples_per_prompt asks for 3"):
         engine.generate([_request(5)], SamplingSettings(samples=3, max_tokens=6))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("token_ids", [5, "7"], "the token id str '7'"),
+        ("token_ids", [5], "1 tokens with log-probs of 2"),
+        ("token_ids", [5] * 7, "7 tokens instead of 1 to 6"),
+        ("token_ids", None, "'token_ids' is NoneType None"),
+        ("logprobs", [-0.1, float("nan")], "NaN, which is not a number"),
+        ("logprobs", [-0.1, 3.0], "'logprob' is float 3.0, which is out of range"),
+        ("finish_reason", "abort", "the finish reason str 'abort'"),
+        ("weight_version", "x", "'weight_version' is str 'x'"),
+        ("version_spans", [[3, 1]], "weight versions of another number of tokens"),
+        ("version_spans", [3], "entries that are not"),
+        ("version_spans", [[3, -1], [4, 3]], "'tokens' is int -1"),
+    ],
+)
+def test_a_damaged_recording_is_refused_in_one_line(folder: Path, key: str, value: object, found: str) -> None:
+    path = recording_path(folder, 3, 5)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0][key] = value
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    with pytest.raises(UserError) as error:
+        ReplayEngine(folder, evaluation=None).generate([_request(5)], SAMPLING)
+    assert f"{path} is not a recorded rollout (" in str(error.value)
+    assert found in str(error.value) and "\n" not in str(error.value)

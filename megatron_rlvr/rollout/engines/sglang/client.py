@@ -12,7 +12,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import EngineLostError, GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
-from megatron_rlvr.rollout.engines.sglang.protocol import generate_body, read_completions
+from megatron_rlvr.rollout.engines.sglang.protocol import generate_body, largest_reply, read_completions
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.sampling import SamplingSettings
 
@@ -114,7 +114,7 @@ class Client:
             endpoint = await self._claim_endpoint(limit)
 
     async def _request_group(self, endpoint: Endpoint, body: bytes, sampling: SamplingSettings) -> list[Completion]:
-        completions = read_completions(endpoint.url, await endpoint.generate(body), sampling)
+        completions = read_completions(endpoint.url, await endpoint.generate(body, largest_reply(sampling)), sampling)
         if completions is None:
             raise endpoint.mark_lost("it aborted a request")
         for completion in completions:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_rlvr import checked_input
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.http import ConnectionLostError, Connections, Reply, ReplyTimeoutError
@@ -55,14 +56,14 @@ class Endpoint:
         self.probe_now.set()
         return ServerLostError(f"{self.url}: {why}")
 
-    async def generate(self, body: bytes) -> Reply:
-        """Send a request to ``/generate``.
+    async def generate(self, body: bytes, largest_reply: int) -> Reply:
+        """Send a request to ``/generate``; a reply of more than `largest_reply` bytes counts as a lost server.
 
         Raises:
             ServerLostError: if there is no usable answer, or the server is marked as lost meanwhile.
         """
         timeout = self.config.request_timeout_seconds
-        request = asyncio.create_task(self.connections.request("POST", "/generate", timeout, body))
+        request = asyncio.create_task(self.connections.request("POST", "/generate", timeout, body, largest_reply))
         self.open_requests.add(request)
         try:
             await asyncio.wait([request])
@@ -164,8 +165,8 @@ class Endpoint:
         """Return the number of tensor-parallel ranks of the server."""
         reply = await self.request("GET", "/server_info", self.config.health_timeout_seconds)
         try:
-            return int(reply.json()["tp_size"])
-        except (ValueError, KeyError, TypeError):
+            return checked_input.field(reply.json(), "tp_size", int, at_least=1, at_most=2**16)
+        except checked_input.InvalidInputError:
             raise UserError(
                 f"{self.url} does not report its tp_size: /server_info answered {reply.excerpt()}"
             ) from None

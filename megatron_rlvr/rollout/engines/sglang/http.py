@@ -8,14 +8,17 @@ followed by a known number of bytes.
 from __future__ import annotations
 
 import asyncio
-import json
 import ssl
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_rlvr.checked_input import parse_json
+
 _CONNECT_TIMEOUT_S = 5.0
 _LARGEST_HEADER = 2**16
+LARGEST_REPLY = 64 * 2**20
+"""Default maximum size of a reply, in bytes."""
 
 
 class ConnectionLostError(Exception):
@@ -39,8 +42,8 @@ class Reply:
     body: bytes
 
     def json(self) -> Any:
-        """Return the parsed body; raises ValueError if it is not JSON."""
-        return json.loads(self.body)
+        """Return the parsed body; raises InvalidInputError if it is not JSON."""
+        return parse_json(self.body, limit=len(self.body))
 
     def excerpt(self) -> str:
         """Return the beginning of the body on one line, for an error message."""
@@ -65,7 +68,9 @@ class Connections:
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
 
-    async def request(self, method: str, path: str, timeout: float, body: bytes = b"") -> Reply:
+    async def request(
+        self, method: str, path: str, timeout: float, body: bytes = b"", largest_reply: int = LARGEST_REPLY
+    ) -> Reply:
         """Send a request and read the complete reply.
 
         Cancelling the request closes its connection, and the server then aborts the request.
@@ -75,9 +80,11 @@ class Connections:
             path: path relative to the server's URL.
             timeout: seconds within which the reply must be complete.
             body: encoded JSON.
+            largest_reply: maximum size of the body of the reply, in bytes. A longer one is not read.
 
         Raises:
-            ConnectionLostError: if the server cannot be reached, closes the connection, or does not speak HTTP.
+            ConnectionLostError: if the server cannot be reached, closes the connection, does not speak HTTP, or sends a
+                reply that is too large or compressed.
             ReplyTimeoutError: if `timeout` passes.
         """
         head = (
@@ -92,7 +99,7 @@ class Connections:
                     try:
                         writer.write(head + body)
                         await writer.drain()
-                        reply, keep = await _read_reply(reader)
+                        reply, keep = await _read_reply(reader, largest_reply)
                     except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
                         writer.close()
                         if reused and isinstance(error, OSError | EOFError) and not getattr(error, "partial", b""):
@@ -124,20 +131,29 @@ class Connections:
             raise ConnectionLostError(f"cannot connect ({error or type(error).__name__})") from error
 
 
-async def _read_reply(reader: asyncio.StreamReader) -> tuple[Reply, bool]:
-    """Read a reply; returns the reply and whether the connection may be used again."""
+async def _read_reply(reader: asyncio.StreamReader, limit: int) -> tuple[Reply, bool]:
+    """Read a reply with a body of at most `limit` bytes; returns it and whether the connection may be used again."""
     header = await reader.readuntil(b"\r\n\r\n")
     if len(header) > _LARGEST_HEADER or not header.startswith(b"HTTP/1."):
         raise ValueError(f"not an HTTP reply: {header[:40]!r}")
     status_line, *lines = header.decode("latin-1").split("\r\n")
     fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines) if name}
+    if (encoding := fields.get("content-encoding", "identity")) != "identity":
+        raise ValueError(f"a reply with the encoding {encoding[:40]!r}, which was not asked for")
     if fields.get("transfer-encoding", "").lower() == "chunked":
-        chunks = []
+        chunks, total = [], 0
         while size := int((await reader.readline()).split(b";")[0], 16):
+            total = _checked_size(total + size, limit)
             chunks.append(await reader.readexactly(size))
             await reader.readexactly(2)
         await reader.readuntil(b"\r\n")
         body = b"".join(chunks)
     else:
-        body = await reader.readexactly(int(fields.get("content-length", "0")))
+        body = await reader.readexactly(_checked_size(int(fields.get("content-length", "0")), limit))
     return Reply(int(status_line.split(" ")[1]), body), fields.get("connection", "").lower() != "close"
+
+
+def _checked_size(size: int, limit: int) -> int:
+    if size > limit:
+        raise ValueError(f"a reply of more than {limit} bytes")
+    return size

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.checked_input import InvalidInputError, checked, describe, field
+from megatron_rlvr.data.completion import Completion, checked_completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engines.sglang.http import Reply
+from megatron_rlvr.rollout.engines.sglang.http import LARGEST_REPLY, Reply
 from megatron_rlvr.rollout.sampling import SamplingSettings
 
 UNKNOWN_VERSION = -1
@@ -43,6 +44,14 @@ def generate_body(prompt: Sequence[int], sampling: SamplingSettings, seeds: Sequ
     return f'{{"input_ids":[{prompts}],"sampling_params":{parameters},"return_logprob":true}}'.encode()
 
 
+def largest_reply(sampling: SamplingSettings) -> int:
+    """Return the maximum size of a reply of ``/generate``, in bytes; larger ones are not read.
+
+    A token takes about 40 bytes: its id twice, and its log-prob with up to 20 digits.
+    """
+    return LARGEST_REPLY + 256 * sampling.samples * sampling.max_tokens
+
+
 def read_completions(url: str, reply: Reply, sampling: SamplingSettings) -> list[Completion] | None:
     """Read the completions in a reply of ``/generate``; returns None if the server aborted one of them.
 
@@ -54,33 +63,47 @@ def read_completions(url: str, reply: Reply, sampling: SamplingSettings) -> list
     try:
         content = reply.json()
         if not isinstance(content, list) or len(content) != sampling.samples:
-            raise ValueError(f"it should be a list of {sampling.samples} completions")
-        if any(entry["meta_info"]["finish_reason"]["type"] == "abort" for entry in content):
+            raise InvalidInputError(f"it should be a list of {sampling.samples} completions")
+        metas = [field(entry, "meta_info", dict) for entry in content]
+        reasons = [field(field(meta, "finish_reason", dict), "type", str) for meta in metas]
+        if "abort" in reasons:
             return None
-        return [_read_completion(url, entry, sampling) for entry in content]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        return [_read_completion(*parts, sampling) for parts in zip(content, metas, reasons, strict=True)]
+    except InvalidInputError as error:
         raise UserError(
-            f"{url} sent a malformed reply ({type(error).__name__}: {error}): {reply.excerpt()}; use an SGLang server "
-            "of the version that docs/sglang.md names"
+            f"{url} sent a malformed reply ({error}): {reply.excerpt()}; use an SGLang server of the version that "
+            "docs/sglang.md names"
         ) from error
 
 
-def _read_completion(url: str, content: dict[str, Any], sampling: SamplingSettings) -> Completion:
-    meta, tokens = content["meta_info"], content["output_ids"]
-    reason = meta["finish_reason"]["type"]
-    entries = meta["output_token_logprobs"]
-    logprobs, scored_tokens = [float(entry[0]) for entry in entries], [entry[1] for entry in entries]
-    if not 0 < len(tokens) <= sampling.max_tokens or scored_tokens != tokens or not set(map(type, tokens)) <= {int}:
-        raise UserError(f"{url} sent {len(tokens)} tokens with log-probs of {len(scored_tokens)} (or of other tokens)")
-    if reason not in ("stop", "length") or not all(map(math.isfinite, logprobs)):
-        raise UserError(f"{url} sent a log-prob that is not a number, or the unknown finish reason {reason!r}")
-    version = _version(meta["weight_version"])
-    spans = [(_version(s["version"]), int(s["end"]) - int(s["start"])) for s in meta.get("weight_versions") or []]
-    if spans and sum(length for _, length in spans) != len(tokens):
-        raise UserError(f"{url} sent {len(tokens)} tokens with weight versions for another number of tokens: {spans}")
-    return Completion(tokens, logprobs, reason, version, tuple(spans) if len(spans) > 1 else ())
+def _read_completion(
+    content: dict[str, Any], meta: dict[str, Any], reason: str, sampling: SamplingSettings
+) -> Completion:
+    tokens, entries = field(content, "output_ids", list), field(meta, "output_token_logprobs", list)
+    if not all(isinstance(entry, list) and len(entry) >= 2 for entry in entries):
+        raise InvalidInputError("'output_token_logprobs' has entries that are not [log-prob, token, ...]")
+    if [entry[1] for entry in entries] != tokens:
+        raise InvalidInputError(f"{len(tokens)} tokens with log-probs of {len(entries)} (or of other tokens)")
+    if "weight_version" not in meta:
+        raise InvalidInputError("no 'weight_version'")
+    spans = []
+    for span in checked(meta.get("weight_versions") or [], list, "weight_versions"):
+        start, end = (field(span, name, int, at_least=0, at_most=sampling.max_tokens) for name in ("start", "end"))
+        if end <= start or "version" not in span:
+            raise InvalidInputError(f"the span {describe(span)} of a weight version")
+        spans.append((_version(span["version"]), end - start))
+    completion = checked_completion(
+        token_ids=tokens,
+        logprobs=[entry[0] for entry in entries],
+        finish_reason=reason,
+        weight_version=_version(meta["weight_version"]),
+        spans=spans,
+        max_tokens=sampling.max_tokens,
+    )
+    return completion if len(spans) > 1 else replace(completion, version_spans=())
 
 
 def _version(name: object) -> int:
     """Return a weight version as the trainer's number; a server that the trainer did not update reports "default"."""
-    return int(str(name)) if str(name).isdecimal() else UNKNOWN_VERSION
+    text = name if isinstance(name, str) else describe(name).removeprefix("int ")
+    return int(text) if len(text) < 19 and text.isascii() and text.isdecimal() else UNKNOWN_VERSION

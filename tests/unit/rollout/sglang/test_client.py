@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +21,8 @@ from megatron_rlvr.rollout.engines.base import EngineLostError
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint
-from megatron_rlvr.rollout.engines.sglang.protocol import sampling_parameters
+from megatron_rlvr.rollout.engines.sglang.http import ConnectionLostError, Connections
+from megatron_rlvr.rollout.engines.sglang.protocol import largest_reply, sampling_parameters
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.engines.sglang.weight_sync.update import load_on_servers
 from megatron_rlvr.rollout.sampling import SamplingSettings
@@ -197,6 +200,13 @@ def test_no_server_at_the_address() -> None:
 GOOD = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-1.0, 5, None]], "weight_version": "0"}
 
 
+def _reply(tokens: Any = (5,), logprob: Any = -1.0, scored: Any = None, **meta: Any) -> tuple[int, Any]:
+    """Return the answer of a server that differs from a good one in the given values."""
+    token = scored if scored is not None else tokens[0] if tokens else 5
+    meta = GOOD | {"output_token_logprobs": [[logprob, token, None]] if tokens else []} | meta
+    return 200, [{"output_ids": list(tokens) if isinstance(tokens, tuple) else tokens, "meta_info": meta}] * 4
+
+
 @pytest.mark.parametrize(
     ("reply", "expected"),
     [
@@ -210,6 +220,25 @@ GOOD = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[-1.0, 5, N
             (200, [{"output_ids": [5], "meta_info": GOOD | {"output_token_logprobs": [[float("nan"), 5]]}}] * 4),
             "not a number",
         ),
+        (_reply(tokens=[5.0], scored=5), "the token id float 5.0"),
+        (_reply(tokens=[True], scored=1), "the token id bool True"),
+        (_reply(tokens=[-1]), "the token id int -1"),
+        (_reply(tokens=[2**40]), "the token id int 1099511627776"),
+        (_reply(tokens="5"), "'output_ids' is str '5' instead of a list"),
+        (_reply(tokens=[]), "0 tokens instead of 1 to 1"),
+        (_reply(logprob=0.5), "'logprob' is float 0.5, which is out of range"),
+        (_reply(logprob=-1e300), "'logprob' is float -1e\\+300, which is out of range"),
+        (_reply(logprob=None), "'logprob' is NoneType None instead of a number"),
+        (_reply(logprob="-1"), "'logprob' is str '-1' instead of a number"),
+        (_reply(output_token_logprobs=[5]), "entries that are not"),
+        (_reply(finish_reason=None), "'finish_reason' is NoneType None"),
+        (_reply(finish_reason={"type": ["stop"]}), "'type' is list"),
+        (_reply(weight_versions=[{"version": "0", "start": 1, "end": 0}]), "the span dict"),
+        (_reply(weight_versions=[{"version": "0", "start": 0, "end": 10**9}]), "'end' is int 1000000000"),
+        (_reply(weight_versions=7), "'weight_versions' is int 7 instead of a list"),
+        ((200, "[" * 5000), "nested deeper than"),
+        ((200, '[{"meta_info": ' + "9" * 5000 + "}]"), "more than 4300 digits"),
+        ((200, '{"a": 1, "a": 2}'), "the key 'a' twice"),
         ((400, {"error": {"message": "longer than the context"}}), "status 400: .*longer than the context"),
     ],
 )
@@ -227,3 +256,47 @@ def test_sampling_parameters() -> None:
     assert plain["sampling_seed"] == 5
     stopping = sampling_parameters(SamplingSettings(samples=2, max_tokens=9, top_k=3, stop_token_ids=(1, 2)), seed=0)
     assert stopping["stop_token_ids"] == [1, 2] and "ignore_eos" not in stopping and stopping["top_k"] == 3
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n", "a reply of more than"),
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffff\r\n", "a reply of more than"),
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + "8000000\r\n" * 2, "a reply of more than"),
+        ("HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc", "the encoding 'gzip'"),
+        ("HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "ValueError"),
+        ("HTTP/1.1 abc OK\r\nContent-Length: 0\r\n\r\n", "ValueError"),
+        ("HTTP/1.1 200 OK\r\n" + "x: y\r\n" * 20_000 + "\r\n", "not an HTTP reply"),
+        ("SSH-2.0-OpenSSH\r\n\r\n", "not an HTTP reply"),
+        ("HTTP/1.1 200\r\n\r\n", ""),
+    ],
+)
+def test_replies_that_are_not_read(head: str, expected: str) -> None:
+    """A server that announces or sends too much, or something else, is lost; nothing of it is kept in memory."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head.encode())
+        await writer.drain()
+        writer.close()
+
+    async def ask() -> str:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        connections = Connections(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        try:
+            return str((await connections.request("GET", "/", 60)).status)
+        except ConnectionLostError as error:
+            return str(error)
+        finally:
+            connections.close()
+            server.close()
+
+    said = asyncio.run(ask())
+    assert expected in said and "\n" not in said and (expected or said == "200")
+
+
+def test_the_limit_of_a_reply_leaves_room_for_its_tokens() -> None:
+    sampling = SamplingSettings(samples=16, max_tokens=32768)
+    entry = [-math.pi * 1e-5, 151935, None]
+    assert largest_reply(sampling) > 16 * 32768 * (len(json.dumps(entry)) + len("151935, ") + 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rlvr.checked_input import InvalidInputError, field, read_json
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint
 
@@ -35,7 +35,7 @@ def check_model(url: str, info: Mapping[str, Any], hf_config: Any) -> None:
     served: dict[str, Any] = {name: info.get(name) for name in trained}
     file = Path(str(info.get("model_path"))) / "config.json"
     if file.is_absolute() and file.is_file():
-        config = json.loads(file.read_text())
+        config = read_json(file, remedy=f"the server at {url} was started from this folder; download the model again")
         for name in _SIZES:
             trained[name], served[name] = getattr(hf_config, name, None), config.get(name)
     for name, value in trained.items():
@@ -74,8 +74,8 @@ async def check_checksums(endpoint: Endpoint, expected: Mapping[str, str]) -> No
     timeout = endpoint.config.update_timeout_seconds
     reply = await endpoint.request("POST", "/weights_checker", timeout, {"action": "checksum"})
     try:
-        checksums_by_rank = [rank["checksums"] for rank in reply.json()["ranks"]]
-    except (ValueError, KeyError, TypeError):
+        checksums_by_rank = [field(rank, "checksums", dict) for rank in field(reply.json(), "ranks", list)]
+    except InvalidInputError:
         raise UserError(f"{endpoint.url} sent no checksums: it answered {reply.excerpt()}") from None
     for checksums in checksums_by_rank:
         for name, value in expected.items():
