@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_rlvr.megatron import device, layer_spec
+from megatron_rlvr.megatron import device, fusions, layer_spec
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.huggingface_config import is_tied, read_config
 from megatron_rlvr.megatron.layout_checks import check_layout
@@ -61,6 +61,7 @@ class PolicyBridge:
         self.spec_name = model.layer_spec
         layer_spec.check_installed(self.spec_name)
         settings = transformer_settings(self.hf_config, model, parallel, self.spec_name)
+        fusions.check_fusions(settings)
         self._mbridge = open_mbridge(self.hf_config, self.dtype, self.spec_name, settings)
         # mbridge pads the vocabulary of the weights that it reads, and removes the padding from those that it writes.
         self._mbridge.make_vocab_size_divisible_by = parallel.tensor
@@ -102,7 +103,7 @@ class PolicyBridge:
         if shapes_only:  # otherwise megatron-core requests the GPU for every weight, which overrides the meta device
             config = copy.copy(config)
             config.use_cpu_initialization = True
-        with torch.device("meta") if shapes_only else nullcontext():
+        with torch.device("meta") if shapes_only else nullcontext(), fusions.output_layer_without_apex():
             model = PolicyModel(
                 config=config,
                 transformer_layer_spec=layer_spec.layer_spec(config, self.spec_name, vp_stage),

@@ -9,6 +9,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor
 
+from megatron_rlvr.megatron.fusions import output_layer_is_fused
+
 
 class PolicyModel(GPTModel):
     """One pipeline stage, or virtual stage, of a GPTModel.
@@ -93,7 +95,9 @@ class PolicyModel(GPTModel):
             weight=weight,
             bias=None,
             # A slice of the weight has no gradient buffer to add to.
-            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion and weight.is_leaf,
+            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion
+            and output_layer_is_fused()
+            and weight.is_leaf,
             # Under sequence parallelism, the backward pass of the gather sums the partial gradients.
             allreduce_dgrad=self.config.tensor_model_parallel_size > 1 and not self.config.sequence_parallel,
             sequence_parallel=False,

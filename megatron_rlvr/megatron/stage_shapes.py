@@ -102,7 +102,7 @@ def model_stages(
     totals = _Totals()
     stages = []
     for index in range(parallel.pipeline):
-        with _fake_rank(parallel, index * (world_size // parallel.pipeline), world_size):
+        with fake_rank(parallel, index * (world_size // parallel.pipeline), world_size):
             bridge = PolicyBridge(model, parallel)
             stages.append(_count(index, bridge.build(shapes_only=True), parallel, totals))
     if parallel.pipeline > 1:
@@ -113,7 +113,7 @@ def model_stages(
 
 
 @contextmanager
-def _fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[None]:
+def fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[None]:
     """Make this process act as one rank of a job, without any communication."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
+from megatron_rlvr.megatron.fusions import fusion_settings
 from megatron_rlvr.megatron.huggingface_config import is_mixture
 
 
@@ -49,6 +50,8 @@ def transformer_settings(
             "persist_layer_norm": False,
             "gradient_accumulation_fusion": False,
         }
+    else:
+        settings |= fusion_settings(is_mixture(hf_config), model.router_aux_loss)
     return settings
 
 

@@ -43,28 +43,47 @@ def layer_activation_bytes(
 ) -> int:
     """Bytes that one layer keeps of one microbatch without recomputation; arguments as in `activation_bytes`.
 
-    In elements per token, with h the hidden size and f the feed-forward size:
+    With h the hidden size, q and kv the sizes of queries and of keys, f the feed-forward size, and E experts of which a
+    token chooses k. Elements per token of Transformer Engine 2.11 under the settings of `megatron.fusions`, as its
+    autograd functions save them:
 
-    - Transformer Engine, which fuses norms, rotary embedding and attention: both residual inputs and the outputs of
-      their norms (4 h, split under sequence parallelism); rotated queries, keys and values; the attention output and
-      its float32 logsumexp; gate, up and their product (3 f). A family with norms of queries and keys also keeps
-      queries and keys before their norms.
-    - Local layers: 6 h instead of 4 h. A family with norms of queries and keys also keeps the projection before it is
-      split (queries, keys and values once more). Counted on the CPU.
-    - A mixture of experts: for each expert of a token its input and output (2 h) and 3 f of the expert, and the
-      router's float32 probabilities. Tokens are spread evenly over experts.
+    ==================================  =======================================================================
+    LayerNormLinear, twice              its input and the output of its norm: 2 h each, split under sequence
+                                        parallelism; one float32 per token
+    fused rotary embedding              nothing of this size
+    attention                           rotated queries and keys, a contiguous copy of the values, the output, and
+                                        the logsumexp: 2 q + 2 kv, and a float32 per head
+    Linear after attention, fc2         their inputs: the output of attention (counted) and the product: f
+    fused SwiGLU                        its input, gate and up: 2 f
+    RMSNorm of queries and keys         their contiguous inputs: q + kv, and a float32 per head of each
+    RMSNorm, router                     of a mixture: as one LayerNormLinear; the probabilities in float32 and the
+                                        chosen experts as bytes: 5 E bytes
+    fused permutation                   int32 row maps: 4 (2 E + 1) bytes per token, 12 bytes per chosen expert with
+                                        the probability
+    grouped fc1, weighted SwiGLU, fc2   per chosen expert: h + 3 f of the expert; the fused unpermutation keeps no
+                                        output, because the probabilities were applied before fc2
+    ==================================  =======================================================================
+
+    Local layers keep 6 h instead of 4 h, because torch's norm keeps its normalized input too. A family with norms of
+    queries and keys keeps these before and after normalization and the projection before it is split, 3 q + 2 kv more,
+    and a mixture the product before and after it is weighted (h + 4 f of the expert). Counted on the CPU in float32
+    with saved-tensor hooks (`tests/unit/planning/test_activations.py`). Tokens are spread evenly over experts.
     """
     tensor, sequence = parallel.tensor, sequence_ranks(parallel)
+    heads, attention = shape.heads, 2 * (shape.query + shape.key_value)
+    if shape.query_norm:
+        heads += shape.heads + shape.heads * shape.key_value // shape.query
+        attention += 3 * shape.query + 2 * shape.key_value if local_layers else shape.query + shape.key_value
     residual = 6 if local_layers else 4
-    copies = 2 + (2 if local_layers else 1) * shape.query_norm
-    attention = copies * (shape.query + shape.key_value)
-    kept = (residual * shape.hidden * itemsize) // sequence + (attention * itemsize + 4 * shape.heads) // tensor
+    kept = (residual * shape.hidden * itemsize + 8) // sequence + (attention * itemsize + 4 * heads) // tensor
     if not shape.experts:
         return tokens * (kept + 3 * shape.feed_forward * itemsize // tensor)
-    per_expert = (2 * shape.hidden + 3 * shape.expert_feed_forward // parallel.expert_tensor) * itemsize
+    inner = (4 if local_layers else 3) * shape.expert_feed_forward // parallel.expert_tensor
+    per_expert = (shape.hidden + inner) * itemsize + (24 if local_layers else 12)
+    router = 5 * shape.experts + (0 if local_layers else 4 * (2 * shape.experts + 1))
     # Ranks that split an expert all process the tokens of their group.
     routed = shape.chosen * per_expert * parallel.expert_tensor // sequence
-    return tokens * (kept + routed + 4 * shape.experts // sequence)
+    return tokens * (kept + routed + router // sequence)
 
 
 def feed_forward_gradient_bytes(
@@ -78,6 +97,9 @@ def feed_forward_gradient_bytes(
       product, 4 f and h.
     - the gradient of the product was just computed: f and 3 h; local layers also hold the gradient of the weight, f h
       elements in all, before it is added to the gradient buffer.
+
+    Transformer Engine adds gradients of weights to that buffer itself. In their place autograd receives one tensor per
+    shape of a weight, which stays allocated: 2 q h + 2 kv h + 3 f h elements in all (`_placeholder_bytes`).
     """
     sequence = sequence_ranks(parallel)
     inner = shape.feed_forward // parallel.tensor
@@ -87,7 +109,18 @@ def feed_forward_gradient_bytes(
         weight = shape.expert_feed_forward // parallel.expert_tensor * shape.hidden
     gate_and_up = tokens * ((4 if local_layers else 2) * inner + shape.hidden // sequence)
     product = tokens * (inner + 3 * shape.hidden // sequence) + (weight if local_layers else 0)
-    return max(gate_and_up, product) * itemsize
+    working = max(gate_and_up, product) * itemsize
+    return working if local_layers else working + _placeholder_bytes(shape, parallel, itemsize)
+
+
+def _placeholder_bytes(shape: ModelShape, parallel: ParallelConfig, itemsize: int) -> int:
+    """Bytes of the tensors that stand for gradients of weights under ``gradient_accumulation_fusion``."""
+    attention = 2 * (shape.query + shape.key_value) * shape.hidden // parallel.tensor
+    if shape.experts:
+        feed_forward = 3 * shape.expert_feed_forward // parallel.expert_tensor * shape.hidden
+    else:
+        feed_forward = 3 * shape.feed_forward // parallel.tensor * shape.hidden
+    return (attention + feed_forward) * itemsize
 
 
 def layers_in_flight(stage: Stage, parallel: ParallelConfig, microbatches: int) -> int:
