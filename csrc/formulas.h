@@ -11,6 +11,7 @@
 // - the entropy, log1p(excess) - (sum x e^x) / (1 + excess), adds two terms that are never negative: nothing cancels;
 // - two of them merge exactly, whether they come from lanes, slices of a row or tensor-parallel shards.
 #pragma once
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -211,6 +212,11 @@ MEGATRON_RLVR_FORMULA RatioBounds ratio_bounds(const ClipScalars& clip, float ol
   return bounds;
 }
 
+// ln r. Equal log-probs have ratio 1, also where both are -inf.
+MEGATRON_RLVR_FORMULA float log_ratio_of(float logprob, float old_logprob) {
+  return logprob == old_logprob ? 0.0f : logprob - old_logprob;
+}
+
 // Which bound, if any, makes the objective of a token flat. NaN leaves the gate open, and so reaches the objective.
 enum class Gate : uint8_t { kOpen = 0, kClippedHigh = 1, kClippedLow = 2, kDualClipped = 3 };
 
@@ -221,21 +227,45 @@ MEGATRON_RLVR_FORMULA Gate gate_of(float ratio, float advantage, const RatioBoun
   return Gate::kOpen;
 }
 
+// e^x where float32 has no room for it. No double exponential: its code would cost the CUDA kernel registers.
+MEGATRON_RLVR_FORMULA double wide_exponential(float x) {
+  const double quarter = expf(0.25f * x);
+  return (quarter * quarter) * (quarter * quarter);
+}
+
+// factor * A * weight in float32, and the largest finite number of that sign where it is too large. NaN and an infinite
+// A or weight stay visible.
+MEGATRON_RLVR_FORMULA float saturated_product(double factor, float advantage, float weight) {
+  const double scale = double(advantage) * double(weight);
+  const double product = (factor > 1.0e300 ? 1.0e300 : factor) * scale;  // 0, not NaN, where the weight is 0
+  if (!(fabs(scale) < INFINITY)) return float(product);
+  return product > FLT_MAX ? FLT_MAX : product < -FLT_MAX ? -FLT_MAX : float(product);
+}
+
 struct TokenObjective {
   float objective;
   float gradient;  // d objective / d ln pi(a)
   Gate gate;
 };
 
-// min(r A, clip(r, low, high) A), and no less than dual_clip A where A < 0. The gradient is r A where the gate is open,
-// because d r = r d ln pi, and 0 where a bound acts. A = 0 gives 0 even where the ratio overflowed.
-MEGATRON_RLVR_FORMULA TokenObjective token_objective(float ratio, float advantage, const RatioBounds& bounds) {
+// weight * min(r A, clip(r, low, high) A), and no less than weight * dual_clip * A where A < 0. The gradient is
+// weight * r A where the gate is open, because d r = r d ln pi, and 0 where a bound acts. A = 0 gives 0. Value and
+// gradient are finite for any log-ratio: exact where float32 holds the product, even if it does not hold r, and
+// saturated elsewhere.
+MEGATRON_RLVR_FORMULA TokenObjective token_objective(float log_ratio, float advantage, float weight,
+                                                     const RatioBounds& bounds) {
+  const float ratio = expf(log_ratio);
   TokenObjective out = {0.0f, 0.0f, gate_of(ratio, advantage, bounds)};
   if (advantage == 0.0f) return out;
-  if (out.gate == Gate::kOpen) out.objective = out.gradient = ratio * advantage;
-  if (out.gate == Gate::kClippedHigh) out.objective = bounds.high * advantage;
-  if (out.gate == Gate::kClippedLow) out.objective = bounds.low * advantage;
-  if (out.gate == Gate::kDualClipped) out.objective = bounds.dual_clip * advantage;
+  float factor = ratio;
+  if (out.gate == Gate::kClippedHigh) factor = bounds.high;
+  if (out.gate == Gate::kClippedLow) factor = bounds.low;
+  if (out.gate == Gate::kDualClipped) factor = bounds.dual_clip;
+  out.objective = factor * advantage * weight;
+  if (!(fabsf(out.objective) <= FLT_MAX) || ratio < FLT_MIN) {
+    out.objective = saturated_product(out.gate == Gate::kOpen ? wide_exponential(log_ratio) : factor, advantage, weight);
+  }
+  if (out.gate == Gate::kOpen) out.gradient = out.objective;
   return out;
 }
 

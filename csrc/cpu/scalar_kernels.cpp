@@ -70,9 +70,7 @@ void clipped_objective(const ClippedObjectiveArguments& a, int64_t begin, int64_
       const float weight = a.weight ? a.weight[token] : 1.0f;
       const RatioBounds bounds = a.low ? RatioBounds{a.low[token], a.high[token], a.dual_clip}
                                        : ratio_bounds(a.clip, expf(old_logprob), a.dual_clip);
-      result = token_objective(expf(logprob - old_logprob), advantage, bounds);
-      result.objective *= weight;
-      result.gradient *= weight;
+      result = token_objective(log_ratio_of(logprob, old_logprob), advantage, weight, bounds);
       counts[kCountClippedHigh] += result.gate == Gate::kClippedHigh;
       counts[kCountClippedLow] += result.gate == Gate::kClippedLow;
       const int region = a.entropy ? entropy_region(logprob, a.entropy[token], advantage) : 0;

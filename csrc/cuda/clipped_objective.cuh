@@ -22,17 +22,13 @@ __global__ void __launch_bounds__(kObjectiveThreads) clipped_objective_kernel(Cl
       const float old_logprob = load_read_only(a.old_logprob + token);
       const float advantage = load_read_only(a.advantage + token);
       const float weight = a.weight == nullptr ? 1.0f : load_read_only(a.weight + token);
-      const float ratio = expf(logprob - old_logprob);
       RatioBounds bounds;
       if (a.low == nullptr) {
         bounds = ratio_bounds(a.clip, expf(old_logprob), a.dual_clip);
       } else {
         bounds = {load_read_only(a.low + token), load_read_only(a.high + token), a.dual_clip};
       }
-      result = token_objective(ratio, advantage, bounds);
-      result.objective *= weight;
-      result.gradient *= weight;
-
+      result = token_objective(log_ratio_of(logprob, old_logprob), advantage, weight, bounds);
       counts[kCountClippedHigh] += result.gate == Gate::kClippedHigh;
       counts[kCountClippedLow] += result.gate == Gate::kClippedLow;
       if (a.entropy != nullptr) {

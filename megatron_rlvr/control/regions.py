@@ -13,6 +13,10 @@ from torch import Tensor
 from megatron_rlvr.control.steering import SteeringResponse
 
 REGIONS = ("E1", "E2", "E3", "E4")
+LOWEST_LOGPROB = -1e4
+"""p ln p of a smaller log-prob is 0 in float64, where -inf would make it NaN."""
+LARGEST_LOG_RATIO = 350.0
+"""A larger ratio times any float32 number but 0 overflows float32, and the ratio itself still fits float64."""
 
 
 def classify(logprob: Tensor, entropy: Tensor, advantage: Tensor) -> Tensor:
@@ -61,12 +65,17 @@ def entropy_change(
         c = <grad_z (r A), grad_z H> = -A r [ p_a (ln p_a + H) - sum_x p_x^2 (ln p_x + H) ]
 
     It is in nats per unit of learning rate; a positive change raises entropy. ``old_logprob`` gives the importance
-    ratio r. Without it r = 1, the value before the first update. Source: arXiv 2602.09782, with the vocabulary
-    baseline, the sum over x.
+    ratio r. Without it r = 1, the value before the first update. Finite for any log-prob, -inf included: a change that
+    overflows is the largest finite number of its sign. Source: arXiv 2602.09782, with the vocabulary baseline, the sum
+    over x.
     """
     baseline = sum_squared_prob_logprob + entropy * sum_squared_prob
-    change = -advantage * (logprob.exp() * (logprob + entropy) - baseline)
-    return change if old_logprob is None else change * (logprob - old_logprob).exp()
+    own = logprob.exp() * (logprob.clamp(min=LOWEST_LOGPROB) + entropy)
+    change = -advantage.double() * (own - baseline)
+    if old_logprob is not None:
+        log_ratio = torch.where(logprob == old_logprob, torch.zeros_like(logprob), logprob - old_logprob)
+        change = change * log_ratio.double().clamp(max=LARGEST_LOG_RATIO).exp()
+    return _saturated(change, logprob.dtype)
 
 
 def gradient_norm(logprob: Tensor, advantage: Tensor, sum_squared_prob: Tensor) -> Tensor:
@@ -74,7 +83,14 @@ def gradient_norm(logprob: Tensor, advantage: Tensor, sum_squared_prob: Tensor) 
 
     It is also the first-order rise of the token's objective r A in an ascent step, per unit of learning rate.
     """
-    return advantage.square() * (1.0 - 2.0 * logprob.exp() + sum_squared_prob).clamp(min=0.0)
+    squared = advantage.double().square() * (1.0 - 2.0 * logprob.exp() + sum_squared_prob).clamp(min=0.0)
+    return _saturated(squared, logprob.dtype)
+
+
+def _saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 ``values`` in ``dtype``, the largest finite number of their sign where they overflow; NaN stays NaN."""
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).to(dtype)
 
 
 def steering_direction(change: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from megatron_rlvr import ops
 from megatron_rlvr.control.bounds import Within, check_bounds
-from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
+from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs, saturated, zero_with_gradient
 
 
 def token_covariance(logprob: Tensor, advantage: Tensor) -> Tensor:
-    """(ln pi - mean ln pi) (A - mean A), detached, [T]; means over the microbatch. arXiv 2505.22617."""
-    logprob = logprob.detach()
+    """(ln pi - mean ln pi) (A - mean A), detached, float64 [T]; means over the microbatch. arXiv 2505.22617."""
+    logprob, advantage = saturated(logprob.detach()).double(), advantage.double()  # an impossible token has no NaN
     return (logprob - logprob.mean()) * (advantage - advantage.mean())
 
 
@@ -81,11 +82,17 @@ class CovarianceKL:
         check_bounds(self, "objective kl-cov")
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
-        log_ratio = inputs.log_ratio()
         covariance = token_covariance(inputs.logprob, inputs.advantage)
         highest = torch.zeros_like(covariance, dtype=torch.bool)
         highest[covariance.topk(_restrained_count(self.share, len(covariance))).indices] = True
-        objective = log_ratio.exp() * inputs.advantage
-        objective = torch.where(highest, objective - self.coefficient * log_ratio.abs(), objective)
+        unbounded = ops.bounded_objective(
+            inputs.logprob, inputs.old_logprob, inputs.advantage, -torch.inf, torch.inf, weight=inputs.weight
+        )
+        log_ratio = inputs.log_ratio().detach()
+        slope = inputs.weighted(-self.coefficient * log_ratio.sign())
+        penalty = torch.where(highest, slope * log_ratio, torch.zeros_like(slope))
+        value = saturated(unbounded.objective.detach() + saturated(penalty))
+        gradient = torch.where(highest, slope, torch.zeros_like(slope)) * zero_with_gradient(inputs.logprob)
+        objective = value + zero_with_gradient(unbounded.objective) + gradient
         none_clipped = torch.zeros_like(highest)
-        return TokenOutputs(inputs.weighted(objective), none_clipped, none_clipped)
+        return TokenOutputs(objective, none_clipped, none_clipped)

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 
 from megatron_rlvr.control.bounds import Within, check_bounds
-from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
+from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs, saturated, zero_with_gradient
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class GradientPreservingClip:
         value = clipped.objective.detach()  # r A, or the bound times A; beta times this is the gradient at ln pi
         scaled_high = torch.where(clipped.is_clipped_high, self.beta_high * value, value)
         scaled = torch.where(clipped.is_clipped_low, self.beta_low * value, scaled_high)
-        unit = (inputs.logprob - inputs.logprob.detach()).exp()  # 1, with the gradient of ln pi
-        return TokenOutputs(scaled * unit, clipped.is_clipped_high, clipped.is_clipped_low)
+        unit = zero_with_gradient(inputs.logprob).exp()  # 1, with the gradient of ln pi
+        return TokenOutputs(saturated(scaled) * unit, clipped.is_clipped_high, clipped.is_clipped_low)
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,14 @@ class ClippedImportanceWeight:
     """Clip the weight at the lower threshold, too."""
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
-        ratio = inputs.log_ratio().exp().detach()
+        logprob = inputs.logprob.detach()
+        ratio = inputs.log_ratio().detach().double().exp()
         low, high = inputs.thresholds.ratio_bounds(inputs.old_logprob.exp())
         weight = torch.minimum(ratio, high)
         if self.clip_low:
             weight = torch.maximum(weight, low)
-        objective = inputs.weighted(weight * inputs.advantage * inputs.logprob)
+        slope = saturated(inputs.weighted(weight * inputs.advantage), logprob.dtype)
+        value = torch.where(slope == 0, slope, saturated(slope * logprob))  # p ln p = 0 at p = 0
+        objective = value + slope * zero_with_gradient(inputs.logprob)
         clipped = inputs.clipped_objective()  # for its gate: the same bounds
         return TokenOutputs(objective, clipped.is_clipped_high, clipped.is_clipped_low & self.clip_low)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_rlvr.control.bounds import Within, check_bounds
 from megatron_rlvr.objectives.sequence_ratio import sequence_sum
-from megatron_rlvr.objectives.tokens import TokenInputs
+from megatron_rlvr.objectives.tokens import TokenInputs, log_ratio_of, saturated
 
 ImportanceCap = Annotated[float, Within(1.0, includes_low=True)]
 ImportanceLevel = Literal["token", "sequence"]
@@ -38,7 +38,8 @@ class TruncatedImportance:
     def __call__(self, inputs: TokenInputs) -> Tensor:
         if inputs.rollout_logprob is None:
             raise ValueError("importance weights: rollout_logprob is None; pass the log-probs of the sampling engine")
-        log_weight = (inputs.old_logprob - inputs.rollout_logprob).detach()
+        log_weight = log_ratio_of(inputs.old_logprob, inputs.rollout_logprob)
         if self.level == "sequence":
-            log_weight = sequence_sum(log_weight, inputs.sequence_index, inputs.sequence_count)[inputs.sequence_index]
+            total = sequence_sum(log_weight, inputs.sequence_index, inputs.sequence_count)[inputs.sequence_index]
+            log_weight = saturated(total, log_weight.dtype)
         return torch.exp(log_weight).clamp(max=self.cap)

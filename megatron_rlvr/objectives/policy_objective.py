@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -29,10 +29,10 @@ class PolicyObjective:
     entropy_bonus: EntropyBonus | None = None
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
+        if self.importance is not None:
+            inputs = replace(inputs, weight=inputs.weighted(self.importance(inputs)))
         outputs = self.token_objective(inputs)
         objective = outputs.objective
-        if self.importance is not None:
-            objective = objective * self.importance(inputs)
         if self.entropy_bonus is not None:
             objective = objective + self.entropy_bonus.current * inputs.entropy
         return TokenOutputs(objective, outputs.clipped_high, outputs.clipped_low)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from megatron_rlvr import ops
 from megatron_rlvr.control.bounds import Within, check_bounds
-from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs
+from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs, saturated, zero_with_gradient
 
 
 def sequence_sum(values: Tensor, sequence_index: Tensor, sequence_count: int) -> Tensor:
-    """The sum of ``values`` [T] over the tokens of each sequence: [sequence_count]."""
-    return values.new_zeros(sequence_count).index_add(0, sequence_index, values)
+    """The sum of ``values`` [T] over the tokens of each sequence: float64 [sequence_count]."""
+    return values.new_zeros(sequence_count, dtype=torch.float64).index_add(0, sequence_index, values.double())
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class SequenceClip:
         log_ratio = inputs.log_ratio().detach()
         length = sequence_sum(torch.ones_like(log_ratio), inputs.sequence_index, inputs.sequence_count)
         total = sequence_sum(log_ratio, inputs.sequence_index, inputs.sequence_count)
-        sequence_log_ratio = (total / length.clamp(min=1.0))[inputs.sequence_index]
+        sequence_log_ratio = saturated(total / length.clamp(min=1.0), log_ratio.dtype)[inputs.sequence_index]
         # ln s_t: its value is the sequence's, its gradient the token's. With an old log-prob of 0 the ratio is s_t.
-        token_log_ratio = sequence_log_ratio + (inputs.logprob - inputs.logprob.detach())
+        token_log_ratio = sequence_log_ratio + zero_with_gradient(inputs.logprob)
         return TokenOutputs.of(
             ops.bounded_objective(
                 token_log_ratio,

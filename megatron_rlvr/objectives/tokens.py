@@ -4,11 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_rlvr import ops
 from megatron_rlvr.control.thresholds import ClipThresholds
+
+
+def saturated(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``values`` in ``dtype`` (None: theirs), the largest finite number of its sign where one overflows it.
+
+    NaN stays NaN.
+    """
+    dtype = dtype or values.dtype
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest).to(dtype)
+
+
+def log_ratio_of(logprob: Tensor, old_logprob: Tensor) -> Tensor:
+    """The finite ln r = ``logprob - old_logprob``, detached: 0 where the log-probs are equal, also where both are -inf.
+
+    NaN stays NaN.
+    """
+    logprob, old_logprob = logprob.detach(), old_logprob.detach()
+    return saturated(torch.where(logprob == old_logprob, torch.zeros_like(logprob), logprob - old_logprob))
+
+
+class _ZeroWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return torch.zeros_like(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def zero_with_gradient(values: Tensor) -> Tensor:
+    """0 with the gradient of ``values``, which ``values - values.detach()`` is not where a log-prob is -inf."""
+    zero: Tensor = _ZeroWithGradient.apply(values)
+    return zero
 
 
 @dataclass
@@ -41,12 +78,12 @@ class TokenInputs:
     sum_squared_prob_logprob: Tensor | None = None
 
     def log_ratio(self) -> Tensor:
-        """ln r = ln pi(a|s) - ln pi_old(a|s), [T]."""
-        return self.logprob - self.old_logprob
+        """ln r = ln pi(a|s) - ln pi_old(a|s), [T]; finite unless a log-prob is NaN."""
+        return log_ratio_of(self.logprob, self.old_logprob) + zero_with_gradient(self.logprob)
 
-    def weighted(self, objective: Tensor) -> Tensor:
-        """``objective`` [T] times the token weights, if there are any."""
-        return objective if self.weight is None else objective * self.weight
+    def weighted(self, values: Tensor) -> Tensor:
+        """``values`` [T] times the token weights, if there are any."""
+        return values if self.weight is None else values * self.weight
 
     def clipped_objective(self, dual_clip: float | None = None) -> ops.ClippedObjective:
         """The weighted clipped objective of these tokens under their thresholds, with its gate."""

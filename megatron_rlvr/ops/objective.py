@@ -82,7 +82,8 @@ def clipped_objective(
     r = e^(logprob - old_logprob) is the importance ratio. The bounds follow from the thresholds a p + b of the current
     probability in closed form: low = (1 - b_l) / (1 + a_l p_old) and high = (1 + b_u) / (1 - a_u p_old). Source:
     PPO, arXiv 1707.06347, equation 7; the thresholds are those of arXiv 2602.09782. The gradient flows to ``logprob``
-    only. There is no communication.
+    only. There is no communication. Objective and gradient are finite for any log-ratio, and exact wherever float32
+    holds them; elsewhere they are the largest finite number of their sign. Log-probs may be -inf.
 
     Args:
         logprob, old_logprob, advantage: float32 [T] on one device, log-probs in nats. All may be float64 instead, for
@@ -141,9 +142,10 @@ def bounded_objective(
 
 def _run(operator: str, logprob: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(objective, derivative, counts, gate) of an operator; gradient flows to ``logprob`` only."""
-    kernels: Any = reference if logprob.dtype == torch.float64 else torch.ops.megatron_rlvr
     detached = (a.detach().contiguous() if isinstance(a, Tensor) else a for a in arguments)
-    return getattr(kernels, operator)(logprob.contiguous(), *detached)
+    if logprob.dtype == torch.float64:
+        return _InFloat64.apply(logprob.contiguous(), *detached, operator)
+    return getattr(torch.ops.megatron_rlvr, operator)(logprob.contiguous(), *detached)
 
 
 def _with_counts(
@@ -218,6 +220,22 @@ def _objective_backward(ctx: Any, grad_objective: Tensor | None, grad_derivative
     incoming = [grad for grad in (grad_objective, grad_derivative) if grad is not None]
     grad_logprob = sum(incoming[1:], incoming[0]) * derivative if incoming else None
     return (grad_logprob, *([None] * (ctx.argument_count - 1)))
+
+
+class _InFloat64(torch.autograd.Function):
+    """The eager reference with the operators' autograd formula: autograd of e^x meets 0 * inf where a bound acts."""
+
+    @staticmethod
+    def forward(logprob: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return getattr(reference, arguments[-1])(logprob, *arguments[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _save_derivative(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple:
+        return _objective_backward(ctx, *gradients)
 
 
 _RESULTS = "-> (Tensor objective, Tensor derivative, Tensor counts, Tensor gate)"

@@ -180,28 +180,30 @@ def bounded_objective(
     """The clipped objective of each token, its derivative with respect to log-prob, the counts and the gate.
 
     All tensors are [T] of one floating type, ``mask`` bool. With r = e^(logprob - old_logprob), the objective is
-    weight * min(r A, clip(r, low, high) A), and at least weight * dual_clip * A where A < 0.
+    weight * min(r A, clip(r, low, high) A), and at least weight * dual_clip * A where A < 0. Equal log-probs have
+    r = 1, also where both are -inf. A product that its type cannot hold is the largest finite number of its sign.
 
     Returns objective [T]; derivative [T], which is weight * r A where the gate is open and 0 where a bound acts; counts
     int64 [6], the tokens clipped high (A > 0, r > high), clipped low (A < 0, r < low) and in the regions E1 to E4 (0
     without ``entropy``); gate uint8 [T], one of OPEN, CLIPPED_HIGH, CLIPPED_LOW and DUAL_CLIPPED. Masked tokens give 0
     and are not counted, whatever they hold.
     """
-    ratio = (logprob - old_logprob).exp()
+    log_ratio = torch.where(logprob == old_logprob, torch.zeros_like(logprob), logprob - old_logprob)
+    ratio = log_ratio.exp()
     kept = torch.ones_like(advantage, dtype=torch.bool) if mask is None else mask
     positive, negative = kept & (advantage > 0), kept & (advantage < 0)
     clipped_high, clipped_low = positive & (ratio > high), negative & (ratio < low)
     gate = torch.where(clipped_high, CLIPPED_HIGH, OPEN) + torch.where(clipped_low, CLIPPED_LOW, OPEN)
-    bounded = torch.where(clipped_high, high, torch.where(clipped_low, low, ratio))
+    # In float64, where a float32 ratio cannot overflow as long as its product with A and weight is finite in float32.
+    factor = torch.where(clipped_high, high, torch.where(clipped_low, low, log_ratio.double().exp()))
     if dual_clip is not None:
         dual_clipped = negative & ~clipped_low & (ratio > dual_clip)
         gate = torch.where(dual_clipped, DUAL_CLIPPED, gate)
-        bounded = torch.where(dual_clipped, dual_clip, bounded)
-    scale = advantage if weight is None else advantage * weight
+        factor = torch.where(dual_clipped, dual_clip, factor)
+    scale = advantage.double() if weight is None else advantage.double() * weight.double()
     active = positive | negative | (kept & torch.isnan(advantage))  # A = 0 gives 0 even where r overflows
-    zero = torch.zeros_like(ratio)
-    objective = torch.where(active, bounded * scale, zero)
-    derivative = torch.where(active & (gate == OPEN), ratio * scale, zero)
+    objective = torch.where(active, saturated_product(factor, scale, logprob.dtype), torch.zeros_like(logprob))
+    derivative = torch.where(gate == OPEN, objective, torch.zeros_like(objective))
     counts = [clipped_high.sum(), clipped_low.sum()]
     if entropy is None:
         counts += [torch.zeros_like(counts[0])] * 4
@@ -209,6 +211,16 @@ def bounded_objective(
         likely, unlikely = -logprob < entropy, -logprob >= entropy
         counts += [(sign & side).sum() for sign in (positive, negative) for side in (likely, unlikely)]
     return objective, derivative, torch.stack(counts), gate.to(torch.uint8)
+
+
+def saturated_product(factor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``factor`` * ``scale``, both float64, in ``dtype``: the largest finite number of its sign where it overflows.
+
+    NaN and an infinite ``scale`` remain what they are. A scale of 0 gives 0, also where the factor is infinite.
+    """
+    largest = torch.finfo(dtype).max
+    product = factor.clamp(max=torch.finfo(torch.float64).max) * scale
+    return torch.where(scale.isinf(), product, product.clamp(-largest, largest)).to(dtype)
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:

@@ -13,7 +13,7 @@ from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch
 from megatron_rlvr.megatron import device
 from megatron_rlvr.objectives import TokenInputs, UpdateObjective
-from megatron_rlvr.objectives.tokens import TokenOutputs
+from megatron_rlvr.objectives.tokens import TokenOutputs, log_ratio_of, saturated
 from megatron_rlvr.training.head import Head, TokenScores
 
 LOSS_SUMS = (
@@ -135,4 +135,5 @@ class MinibatchLoss:
         )
         self.sums += torch.stack([loss.double(), *(x.sum(dtype=torch.float64) for x in counted)])
         if len(token_index):
-            self.ratio_max = torch.maximum(self.ratio_max, (logprob - old_logprob).exp().max())
+            largest = saturated(log_ratio_of(logprob, old_logprob).exp().max())
+            self.ratio_max = torch.maximum(self.ratio_max, largest)

@@ -134,6 +134,32 @@ def test_an_overflowing_ratio_is_clipped(kernels: Kernels) -> None:
     assert objective.tolist() == [3.0] and gradient.tolist() == [0.0] and counts.tolist() == [1, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("dual_clip", [math.inf, 3.0])
+def test_value_and_gradient_are_finite_and_exact_at_any_log_ratio(kernels: Kernels, dual_clip: float) -> None:
+    """tests/unit/ops/test_extreme_ratios.py, for the CUDA kernel: saturated only where float32 holds no product."""
+    largest = torch.finfo(torch.float32).max
+    ratios = [s * x for x in (1e-3, 1.0, 87.0, 88.8, 100.0, 176.0, 1e4, 1e30, 3e38, math.inf) for s in (1, -1)]
+    advantages = [s * x for x in (1.0, 1e-30, 3e-39, 1e30, 3e38) for s in (1, -1)]
+    rows = [
+        (min(x, 0) - 0.5, -max(x, 0) - 0.5, a, w) for x in ratios for a in advantages for w in (1.0, 0.0, 1e-25, 2.0)
+    ]
+    rows += [(-math.inf, -math.inf, a, 1.0) for a in advantages]
+    logprob, old, advantage, weight = torch.tensor(rows).T.contiguous().unbind(0)
+    found = kernels.objective(logprob, old, advantage, DYNAMIC, dual_clip=dual_clip, weight=weight)
+    lower_intercept, lower_slope, upper_intercept, upper_slope = DYNAMIC
+    old_prob, a = old.double().exp(), advantage.double()
+    log_ratio = torch.where(logprob == old, 0.0, logprob.double() - old.double())
+    ratio = log_ratio.exp().clamp(max=1e300)
+    too_high = (a > 0) & (ratio > (high := (1 + upper_intercept) / (1 - upper_slope * old_prob)))
+    too_low = (a < 0) & (ratio < (low := (1 - lower_intercept) / (1 + lower_slope * old_prob)))
+    dual = (a < 0) & (ratio > dual_clip)
+    factor = torch.where(too_high, high, torch.where(too_low, low, torch.where(dual, dual_clip, ratio)))
+    objective = (factor * (a * weight.double())).clamp(-largest, largest)
+    gradient = torch.where(too_high | too_low | dual, 0.0, objective)
+    torch.testing.assert_close(found[0].double(), objective, rtol=1e-6, atol=3e-45)
+    torch.testing.assert_close(found[1].double(), gradient, rtol=1e-6, atol=3e-45)
+
+
 def test_nan_reaches_the_result(kernels: Kernels) -> None:
     nan, one = torch.tensor([torch.nan]), torch.tensor([1.0])
     for arguments in ((nan, -one, one), (-one, nan, one), (-one, -one, nan)):
