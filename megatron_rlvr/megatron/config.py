@@ -55,7 +55,7 @@ class OptimizerConfig:
     min_learning_rate: NonNegativeFloat | None = None
     """Learning rate at the last step, reached by cosine decay; null keeps the rate constant after warm-up."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay (AdamW)."""
+    """Decoupled weight decay (AdamW) of matrices; norms and biases do not decay."""
     beta1: Beta = 0.9
     """Decay rate of the first moment."""
     beta2: Beta = 0.95

@@ -47,7 +47,7 @@ def build_optimizer(
     *,
     distributed: bool,
 ) -> MegatronOptimizer:
-    """Build AdamW for the wrapped model chunks.
+    """Build AdamW for the wrapped model chunks. Weight decay applies to matrices, and not to norms and biases.
 
     Args:
         wrapped: result of `wrap_data_parallel`.
@@ -79,6 +79,7 @@ def build_optimizer(
         use_gloo_process_groups=distributed,
     )
     _fuse_adam(optimizer)
+    _exempt_from_weight_decay(optimizer, optimizer_config.weight_decay)
     model_config.grad_scale_func = optimizer.scale_loss if half_precision else None
     model_config.finalize_model_grads_func = finalize_model_grads
     return optimizer
@@ -90,9 +91,19 @@ def chained_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
-    """Set the learning rate of all parameters."""
+    """Set the learning rate of all parameters, times the ``lr_mult`` of their group as in megatron-core's scheduler."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("lr_mult", 1.0)
+
+
+def _exempt_from_weight_decay(optimizer: MegatronOptimizer, value: float) -> None:
+    """Set the weight decay of all parameters, times the ``wd_mult`` of their group: 0 for vectors and biases.
+
+    megatron-core only marks the groups. Its learning-rate scheduler, which this project does not use, would carry the
+    marks out.
+    """
+    for group in optimizer.param_groups:
+        group["weight_decay"] = value * group.get("wd_mult", 1.0)
 
 
 def _fuse_adam(optimizer: MegatronOptimizer) -> None:
