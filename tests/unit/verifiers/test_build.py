@@ -6,7 +6,7 @@ from megatron_rlvr.config import Config, resolve
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers import VerifierPool, build_pool, build_verifier, check_answers
 from megatron_rlvr.verifiers.config import VerifierConfig
-from megatron_rlvr.verifiers.math import final_answer
+from megatron_rlvr.verifiers.final_answer import final_answer
 
 
 @pytest.mark.parametrize(
