@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "operators.h"
+#include "kept_operators.h"
 
 namespace megatron_rlvr {
 namespace {
@@ -19,6 +19,8 @@ namespace {
 constexpr int64_t kLogitsPerThread = 32768;
 // Cost of a row of combine_statistics and of a token of clipped_objective, in logits: a few logarithms or exponentials.
 constexpr int64_t kCombineCost = 64, kTokenCost = 16;
+// Zeros that are written in the time of one logit of a gradient.
+constexpr int64_t kZeroCost = 8;
 
 // Runs `kernel` over all rows, in ranges on torch's threads.
 template <class Arguments>
@@ -60,8 +62,20 @@ struct CpuBackend {
   void launch(const LogitsGradientArguments& a) const {
     run_parallel(cpu::row_kernels().logits_gradient, a, a.rows, a.vocabulary);
   }
+  void launch(const KeptRowStatisticsArguments& a) const {
+    run_parallel(cpu::row_kernels().kept_row_statistics, a, a.row.rows, mean_kept(a));
+  }
+  void launch(const KeptLogitsGradientArguments& a) const {
+    // A zero costs a small part of a logit.
+    run_parallel(cpu::row_kernels().kept_logits_gradient, a, a.row.rows, mean_kept(a) + a.row.vocabulary / kZeroCost);
+  }
   void launch(const ClippedObjectiveArguments& a) const {
     run_parallel(cpu::clipped_objective, a, a.tokens, kTokenCost);
+  }
+
+  template <class Arguments>
+  static int64_t mean_kept(const Arguments& a) {
+    return a.row.rows ? a.kept.count / a.row.rows + 1 : 0;
   }
 
   // Checks every call: the results are in host memory already.
@@ -92,4 +106,7 @@ struct CpuBackend {
 }  // namespace
 }  // namespace megatron_rlvr
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_rlvr, CPU, m) { megatron_rlvr::register_operators<megatron_rlvr::CpuBackend>(m); }
+STABLE_TORCH_LIBRARY_IMPL(megatron_rlvr, CPU, m) {
+  megatron_rlvr::register_operators<megatron_rlvr::CpuBackend>(m);
+  megatron_rlvr::register_kept_operators<megatron_rlvr::CpuBackend>(m);
+}

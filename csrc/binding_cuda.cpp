@@ -12,7 +12,7 @@
 #include <cstring>
 
 #include "cuda/launchers.h"
-#include "operators.h"
+#include "kept_operators.h"
 
 namespace megatron_rlvr {
 namespace {
@@ -72,6 +72,12 @@ struct CudaBackend {
   void launch(const LogitsGradientArguments& a) const {
     check_status("logits_gradient", megatron_rlvr_logits_gradient(&a, multiprocessors));
   }
+  void launch(const KeptRowStatisticsArguments& a) const {
+    check_status("kept_row_statistics", megatron_rlvr_kept_row_statistics(&a));
+  }
+  void launch(const KeptLogitsGradientArguments& a) const {
+    check_status("kept_logits_gradient", megatron_rlvr_kept_logits_gradient(&a));
+  }
   void launch(const ClippedObjectiveArguments& a) const {
     check_status("clipped_objective", megatron_rlvr_clipped_objective(&a, multiprocessors));
   }
@@ -105,4 +111,7 @@ struct CudaBackend {
 }  // namespace
 }  // namespace megatron_rlvr
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_rlvr, CUDA, m) { megatron_rlvr::register_operators<megatron_rlvr::CudaBackend>(m); }
+STABLE_TORCH_LIBRARY_IMPL(megatron_rlvr, CUDA, m) {
+  megatron_rlvr::register_operators<megatron_rlvr::CudaBackend>(m);
+  megatron_rlvr::register_kept_operators<megatron_rlvr::CudaBackend>(m);
+}

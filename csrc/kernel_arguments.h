@@ -83,6 +83,25 @@ struct LogitsGradientArguments {
   void* stream;                    // CUDA: a cudaStream_t
 };
 
+// The ids to which each row's softmax is restricted: of row r, the ids [offsets[r], offsets[r + 1]) of `ids`. They ascend
+// strictly. The target of a row must be among them: otherwise every result of the row is NaN.
+struct KeptSets {
+  const int32_t* ids;      // [count], of the whole vocabulary
+  int64_t count;
+  const int64_t* offsets;  // [rows + 1]
+};
+
+// The operators under kept sets read the kept logits alone. Every logit gets its gradient, which is 0 outside the set.
+struct KeptRowStatisticsArguments {
+  RowStatisticsArguments row;  // the workspace is not used
+  KeptSets kept;
+};
+
+struct KeptLogitsGradientArguments {
+  LogitsGradientArguments row;
+  KeptSets kept;
+};
+
 // The four scalars of a step: thresholds intercept + slope p on the lower and the upper side of ratio 1. The caller has
 // checked that the bounds they imply exist for every p in [0, 1]: lower slope above -1, upper slope below 1.
 struct ClipScalars {

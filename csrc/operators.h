@@ -21,6 +21,23 @@
 
 namespace megatron_rlvr {
 
+inline RowStatisticsArguments row_arguments(const Tensor& logits, const Tensor& targets, int64_t vocab_start,
+                                            double inverse_temperature, bool second_moments, const Tensor& partials) {
+  RowStatisticsArguments a;
+  a.logits = logits.const_data_ptr();
+  a.logits_type = logits_type(logits);
+  a.rows = logits.size(0);
+  a.vocabulary = logits.size(1);
+  a.row_stride = logits.stride(0);
+  a.targets = ids(targets);
+  a.vocabulary_start = vocab_start;
+  a.inverse_temperature = inverse_temperature;
+  a.second_moments = second_moments;
+  a.partials = mutable_floats(partials);
+  a.workspace = nullptr;
+  return a;
+}
+
 template <class Backend>
 Tensor row_statistics(const Tensor logits, const Tensor targets, int64_t vocab_start, int64_t vocab_size,
                       double inverse_temperature, bool second_moments) {
@@ -32,17 +49,7 @@ Tensor row_statistics(const Tensor logits, const Tensor targets, int64_t vocab_s
   const int64_t scratch = backend.workspace_floats(rows, vocabulary, second_moments);
   std::optional<Tensor> workspace;
   if (scratch) workspace = new_floats(logits, {scratch});
-  RowStatisticsArguments a;
-  a.logits = logits.const_data_ptr();
-  a.logits_type = logits_type(logits);
-  a.rows = rows;
-  a.vocabulary = vocabulary;
-  a.row_stride = logits.stride(0);
-  a.targets = ids(targets);
-  a.vocabulary_start = vocab_start;
-  a.inverse_temperature = inverse_temperature;
-  a.second_moments = second_moments;
-  a.partials = mutable_floats(partials);
+  RowStatisticsArguments a = row_arguments(logits, targets, vocab_start, inverse_temperature, second_moments, partials);
   a.workspace = workspace ? mutable_floats(*workspace) : nullptr;
   a.stream = backend.stream;
   backend.launch(a);
@@ -78,12 +85,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> combine_statistics(const Tensor gathe
   return {logprob, entropy, state, moments};
 }
 
-template <class Backend>
-void write_logits_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& targets, const Tensor& state,
-                           const Tensor& grad_logprob, const Tensor& grad_entropy, int64_t vocab_start,
-                           double inverse_temperature) {
-  check_logits(logits, targets);
-  const Backend backend(logits);
+inline LogitsGradientArguments gradient_arguments(const Tensor& logits, const Tensor& gradient, const Tensor& targets,
+                                                  const Tensor& state, const Tensor& grad_logprob,
+                                                  const Tensor& grad_entropy, int64_t vocab_start,
+                                                  double inverse_temperature) {
   const int64_t rows = logits.size(0);
   LogitsGradientArguments a;
   a.logits = logits.const_data_ptr();
@@ -99,6 +104,17 @@ void write_logits_gradient(const Tensor& logits, const Tensor& gradient, const T
   a.state = floats("state", state, rows * kStateWidth);
   a.gradient_logprob = floats("grad_logprob", grad_logprob, rows);
   a.gradient_entropy = floats("grad_entropy", grad_entropy, rows);
+  return a;
+}
+
+template <class Backend>
+void write_logits_gradient(const Tensor& logits, const Tensor& gradient, const Tensor& targets, const Tensor& state,
+                           const Tensor& grad_logprob, const Tensor& grad_entropy, int64_t vocab_start,
+                           double inverse_temperature) {
+  check_logits(logits, targets);
+  const Backend backend(logits);
+  LogitsGradientArguments a = gradient_arguments(logits, gradient, targets, state, grad_logprob, grad_entropy,
+                                                 vocab_start, inverse_temperature);
   a.stream = backend.stream;
   backend.launch(a);
 }

@@ -7,11 +7,13 @@
 
 namespace megatron_rlvr::cpu {
 
-// The kernels that read every logit, for one instruction set.
+// The kernels that read logits, for one instruction set.
 struct RowKernels {
   const char* name;  // what ops.backend() reports
   void (*row_statistics)(const RowStatisticsArguments&, int64_t begin, int64_t end);
   void (*logits_gradient)(const LogitsGradientArguments&, int64_t begin, int64_t end);
+  void (*kept_row_statistics)(const KeptRowStatisticsArguments&, int64_t begin, int64_t end);
+  void (*kept_logits_gradient)(const KeptLogitsGradientArguments&, int64_t begin, int64_t end);
 };
 
 extern const RowKernels kAvx512Kernels, kAvx2Kernels, kBaselineKernels;

@@ -1,7 +1,9 @@
 #include "vector_avx512.h"
 
-#include "row_kernels.h"  // written in terms of the Vector above
+#include "row_kernels.h"   // written in terms of the Vector above
+#include "kept_kernels.h"  // written in terms of those
 
 namespace megatron_rlvr::cpu {
-const RowKernels kAvx512Kernels = {"cpu-avx512", row_statistics, logits_gradient};
+const RowKernels kAvx512Kernels = {"cpu-avx512", row_statistics, logits_gradient, kept_row_statistics,
+                                   kept_logits_gradient};
 }

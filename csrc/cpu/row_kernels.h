@@ -113,75 +113,105 @@ void add_block(const T* p, int64_t count, float inverse_temperature, formulas::R
   }
 }
 
+// Adds a block to the sums, whatever their maximum is.
+template <bool kMoments, class T>
+void add_logits(const T* p, int64_t count, float inverse_temperature, formulas::RowSums<double>& sums) {
+  const float largest = block_maximum(p, count);
+  if (largest > sums.maximum) {
+    formulas::raise_maximum<kMoments>(sums, double(largest), double(inverse_temperature));
+    add_block<kMoments, true>(p, count, inverse_temperature, sums);
+  } else {
+    add_block<kMoments, false>(p, count, inverse_temperature, sums);
+  }
+}
+
+template <bool kMoments>
+void store_partial(float* partial, const formulas::RowSums<double>& sums, float target_logit) {
+  partial[kMaximum] = float(sums.maximum);
+  partial[kExcess] = float(sums.excess);
+  partial[kExponentialX] = float(sums.exponential_x);
+  partial[kTargetLogit] = target_logit;
+  if (kMoments) {
+    partial[kSquaredExcess] = float(sums.squared_excess);
+    partial[kSquaredX] = float(sums.squared_x);
+  }
+}
+
+// The column of a row's target in this shard, or -1.
+template <class Arguments>
+int64_t target_column(const Arguments& a, int64_t row) {
+  const int64_t column = a.targets[row] - a.vocabulary_start;
+  return a.targets[row] >= 0 && column >= 0 && column < a.vocabulary ? column : -1;
+}
+
 template <bool kMoments, class T>
 void row_statistics_of(const RowStatisticsArguments& a, int64_t begin, int64_t end) {
+  constexpr int64_t width = kMoments ? kPartialWidthWithMoments : kPartialWidth;
   const float inverse_temperature = float(a.inverse_temperature);
   for (int64_t row = begin; row < end; row++) {
     const T* p = static_cast<const T*>(a.logits) + row * a.row_stride;
     formulas::RowSums<double> sums;
-    for (int64_t start = 0; start < a.vocabulary; start += kBlock) {
-      const int64_t count = a.vocabulary - start < kBlock ? a.vocabulary - start : kBlock;
-      const float largest = block_maximum(p + start, count);
-      if (largest > sums.maximum) {
-        formulas::raise_maximum<kMoments>(sums, double(largest), double(inverse_temperature));
-        add_block<kMoments, true>(p + start, count, inverse_temperature, sums);
-      } else {
-        add_block<kMoments, false>(p + start, count, inverse_temperature, sums);
-      }
-    }
-    const int64_t column = a.targets[row] - a.vocabulary_start;
-    const bool is_here = a.targets[row] >= 0 && column >= 0 && column < a.vocabulary;
-    float* partial = a.partials + row * (kMoments ? kPartialWidthWithMoments : kPartialWidth);
-    partial[kMaximum] = float(sums.maximum);
-    partial[kExcess] = float(sums.excess);
-    partial[kExponentialX] = float(sums.exponential_x);
-    partial[kTargetLogit] = is_here ? to_float(p[column]) : -INFINITY;
-    if (kMoments) {
-      partial[kSquaredExcess] = float(sums.squared_excess);
-      partial[kSquaredX] = float(sums.squared_x);
-    }
+    for (int64_t start = 0; start < a.vocabulary; start += kBlock)
+      add_logits<kMoments>(p + start, a.vocabulary - start < kBlock ? a.vocabulary - start : kBlock, inverse_temperature,
+                           sums);
+    const int64_t column = target_column(a, row);
+    store_partial<kMoments>(a.partials + row * width, sums, column >= 0 ? to_float(p[column]) : -INFINITY);
   }
 }
 
-template <class T>
-void logits_gradient_of(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
-  using Floats = Vector::Floats;
-  const float inverse_temperature = float(a.inverse_temperature);
-  for (int64_t row = begin; row < end; row++) {
-    const T* p = static_cast<const T*>(a.logits) + row * a.row_stride;
-    T* out = static_cast<T*>(a.gradient) + row * a.gradient_row_stride;
-    const bool has_target = a.targets[row] >= 0;
-    const float g = a.gradient_logprob && has_target ? a.gradient_logprob[row] : 0.0f;
+// What the logits of a row share in their gradients.
+struct RowGradient {
+  bool is_zero;  // no gradient flows into this row, and nothing below is set
+  Vector::Floats constant, linear, shift, scale;
+  float at_target;
+
+  RowGradient(const LogitsGradientArguments& a, int64_t row) {
+    const float g = a.gradient_logprob && a.targets[row] >= 0 ? a.gradient_logprob[row] : 0.0f;
     const float h = a.gradient_entropy ? a.gradient_entropy[row] : 0.0f;
-    if (g == 0.0f && h == 0.0f) {
-      memset(out, 0, size_t(a.vocabulary) * sizeof(T));
-      continue;
-    }
+    is_zero = g == 0.0f && h == 0.0f;
+    if (is_zero) return;
+    const float inverse_temperature = float(a.inverse_temperature);
     const float* state = a.state + row * kStateWidth;
     const float log_sum = state[kStateLogSum], entropy = state[kStateEntropy];
     const auto line = formulas::logit_gradient(g, h, log_sum, entropy, inverse_temperature);
     // p = e^x / S. Scaling both coefficients by 1 / S leaves one exponential and one line per logit.
     const double weight = exp(-double(log_sum));
-    const Floats constant = Vector::set(float(line.constant * weight));
-    const Floats linear = Vector::set(float(line.linear * weight));
-    const Floats shift = Vector::set(state[kStateMaximum]), scale = Vector::set(inverse_temperature);
-    const auto gradient = [&](Floats z) {
-      const Floats x = Vector::multiply(Vector::subtract(z, shift), scale);
-      return Vector::times_exponential(Vector::multiply_add(linear, x, constant), x);
-    };
+    constant = Vector::set(float(line.constant * weight));
+    linear = Vector::set(float(line.linear * weight));
+    shift = Vector::set(state[kStateMaximum]);
+    scale = Vector::set(inverse_temperature);
+    at_target = formulas::gradient_at_target(g, h, state[kStateLogprob], entropy, inverse_temperature);
+  }
+
+  Vector::Floats at(Vector::Floats z) const {
+    const Vector::Floats x = Vector::multiply(Vector::subtract(z, shift), scale);
+    return Vector::times_exponential(Vector::multiply_add(linear, x, constant), x);
+  }
+};
+
+template <class T>
+void logits_gradient_of(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; row++) {
+    const T* p = static_cast<const T*>(a.logits) + row * a.row_stride;
+    T* out = static_cast<T*>(a.gradient) + row * a.gradient_row_stride;
+    const RowGradient gradient(a, row);
+    if (gradient.is_zero) {
+      memset(out, 0, size_t(a.vocabulary) * sizeof(T));
+      continue;
+    }
     int64_t i = 0;
     for (; i + kUnroll * Vector::kLanes <= a.vocabulary; i += kUnroll * Vector::kLanes)
       for (int k = 0; k < kUnroll; k++)
-        Vector::store(out + i + k * Vector::kLanes, gradient(Vector::load(p + i + k * Vector::kLanes)));
-    for (; i + Vector::kLanes <= a.vocabulary; i += Vector::kLanes) Vector::store(out + i, gradient(Vector::load(p + i)));
+        Vector::store(out + i + k * Vector::kLanes, gradient.at(Vector::load(p + i + k * Vector::kLanes)));
+    for (; i + Vector::kLanes <= a.vocabulary; i += Vector::kLanes)
+      Vector::store(out + i, gradient.at(Vector::load(p + i)));
     if (i < a.vocabulary) {
       T buffer[Vector::kLanes];
-      Vector::store(buffer, gradient(load_tail(p + i, a.vocabulary - i)));
+      Vector::store(buffer, gradient.at(load_tail(p + i, a.vocabulary - i)));
       memcpy(out + i, buffer, size_t(a.vocabulary - i) * sizeof(T));
     }
-    const int64_t column = a.targets[row] - a.vocabulary_start;
-    if (has_target && column >= 0 && column < a.vocabulary)
-      assign(out[column], formulas::gradient_at_target(g, h, state[kStateLogprob], entropy, inverse_temperature));
+    const int64_t column = target_column(a, row);
+    if (column >= 0) assign(out[column], gradient.at_target);
   }
 }
 

@@ -52,4 +52,10 @@ inline RowLaunch gradient_launch(int64_t rows, int64_t width, int multiprocessor
   return cut_rows(rows, width, fill, kSliceQuantum);
 }
 
+// Kept sets: most hold a few ids, so a block has few threads.
+constexpr int kKeptThreads = 64;
+constexpr int kKeptIdsPerTile = 4;      // kept logits that a thread loads before it uses them
+constexpr int kKeptSliceBits = 15;      // the gradient of a row is cut into slices of at most 2^15 logits
+constexpr int kKeptGradientThreads = 256;
+
 }  // namespace megatron_rlvr

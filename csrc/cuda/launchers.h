@@ -17,5 +17,7 @@ int64_t megatron_rlvr_row_statistics_workspace(int64_t rows, int64_t vocabulary,
 int megatron_rlvr_row_statistics(const megatron_rlvr::RowStatisticsArguments* arguments, int multiprocessors);
 int megatron_rlvr_combine_statistics(const megatron_rlvr::CombineStatisticsArguments* arguments);
 int megatron_rlvr_logits_gradient(const megatron_rlvr::LogitsGradientArguments* arguments, int multiprocessors);
+int megatron_rlvr_kept_row_statistics(const megatron_rlvr::KeptRowStatisticsArguments* arguments);
+int megatron_rlvr_kept_logits_gradient(const megatron_rlvr::KeptLogitsGradientArguments* arguments);
 int megatron_rlvr_clipped_objective(const megatron_rlvr::ClippedObjectiveArguments* arguments, int multiprocessors);
 }

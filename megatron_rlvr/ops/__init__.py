@@ -3,12 +3,14 @@
 from .compiled import backend
 from .fused_linear import fused_linear_statistics, fused_linear_token_statistics
 from .fused_objective import FusedObjective, fused_linear_objective
+from .kept import KeptSets
 from .objective import ClippedObjective, bounded_objective, clipped_objective
 from .statistics import TokenStatistics, token_statistics
 
 __all__ = [
     "ClippedObjective",
     "FusedObjective",
+    "KeptSets",
     "TokenStatistics",
     "backend",
     "bounded_objective",

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .kept import KeptSets
 from .statistics import TokenStatistics, check_temperature, refuse_second_derivative
 from .vocab_parallel import VocabShard
 from .vocab_projection import (
@@ -40,6 +41,7 @@ def fused_linear_statistics(
     sequence_parallel: bool = False,
     chunk_bytes: int | None = None,
     vocabulary: int | None = None,
+    kept: KeptSets | None = None,
 ) -> TokenStatistics:
     """Log-prob and entropy of softmax(hidden weight^T / temperature), without gradient, one chunk of logits at a time.
 
@@ -56,6 +58,7 @@ def fused_linear_statistics(
             sequence_parallel=sequence_parallel,
             chunk_bytes=chunk_bytes,
             vocabulary=vocabulary,
+            kept=kept,
         )
 
 
@@ -70,6 +73,7 @@ def fused_linear_token_statistics(
     sequence_parallel: bool = False,
     chunk_bytes: int | None = None,
     vocabulary: int | None = None,
+    kept: KeptSets | None = None,
 ) -> TokenStatistics:
     """``token_statistics(hidden @ weight.T, ...)``, differentiable, with the logits of one chunk at a time.
 
@@ -86,7 +90,7 @@ def fused_linear_token_statistics(
             on consecutive ranks.
         weight: [V/tp, h] in the type of ``hidden``.
         targets: int64 [T], ids of the whole vocabulary, or -100 for a token without target.
-        temperature, group, second_moments, vocabulary: as in :func:`token_statistics`.
+        temperature, group, second_moments, vocabulary, kept: as in :func:`token_statistics`.
         sequence_parallel: whether ranks of the group hold different tokens of ``hidden``.
         chunk_bytes: most bytes of logits held at one time; None means 64 MiB on the CPU and 512 MiB on a GPU.
 
@@ -95,9 +99,9 @@ def fused_linear_token_statistics(
     """
     check_temperature(temperature)
     shard = VocabShard.of(group, weight.shape[0], vocabulary)
-    check_projection(hidden, weight, targets, shard, sequence_parallel, chunk_bytes)
+    check_projection(hidden, weight, targets, shard, sequence_parallel, chunk_bytes, kept)
     targets = targets.contiguous()
-    softmax = VocabSoftmax(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes)
+    softmax = VocabSoftmax(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes, kept)
     logprob, entropy, moments = _Statistics.apply(hidden, weight, targets, softmax, second_moments)
     return TokenStatistics(logprob, entropy, *(moments.unbind(0) if second_moments else (None, None)))
 
@@ -114,7 +118,7 @@ class _Statistics(torch.autograd.Function):
         moments = full.new_empty((2 if second_moments else 0, tokens), dtype=torch.float32)
         for chunk, logits in TokenChunks(full, weight, softmax.chunk_bytes):
             logprob[chunk], entropy[chunk], state[chunk], moments[:, chunk] = softmax.statistics(
-                logits, targets[chunk], second_moments
+                chunk, logits, targets, second_moments
             )
         if any(ctx.needs_input_grad[:2]):
             ctx.save_for_backward(hidden, weight, targets, state)
@@ -133,7 +137,7 @@ class _Statistics(torch.autograd.Function):
         gradients = ProjectionGradients(full, ctx.parameter, ctx.needs_input_grad[:2], into_main_grad=True)
         g, h = grad_logprob.contiguous(), grad_entropy.contiguous()
         for chunk, logits in TokenChunks(full, weight, softmax.chunk_bytes):
-            softmax.write_gradient(logits, targets[chunk], state[chunk], g[chunk], h[chunk])
+            softmax.write_gradient(chunk, logits, targets, state[chunk], g[chunk], h[chunk])
             gradients.add(chunk, logits, full)
         grad_hidden, grad_weight = None, None
         if gradients.hidden is not None:

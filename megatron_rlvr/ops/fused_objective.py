@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .kept import KeptSets, check_kept
 from .objective import GateMasks, Thresholds, check_token_tensors, four_scalars
 from .reference import NOT_A_TARGET
 from .statistics import check_temperature, refuse_second_derivative
@@ -65,6 +66,7 @@ def fused_linear_objective(
     chunk_bytes: int | None = None,
     vocabulary: int | None = None,
     loss_scale: float | None = None,
+    kept: KeptSets | None = None,
 ) -> FusedObjective:
     """loss = -sum_t w_t (clipped objective_t + entropy_coefficient * entropy_t), with its gradients, chunk by chunk.
 
@@ -78,7 +80,8 @@ def fused_linear_objective(
         mask: bool [T]. Tokens outside it, whatever their target, and tokens without target (-100) have weight 0 and are
             not counted.
         token_weight: w, float32 [T]; None for 1.
-        temperature, group, sequence_parallel, chunk_bytes, vocabulary: as in :func:`fused_linear_token_statistics`.
+        temperature, group, sequence_parallel, chunk_bytes, vocabulary, kept: as in
+            :func:`fused_linear_token_statistics`. The kept set of a token outside the mask need not hold its target.
         entropy_coefficient: weight of the entropy term.
         loss_scale: the gradient that will reach ``loss``, if it is known beforehand (1 / microbatches, a loss scale).
             The forward pass then adds the weight's gradient to ``weight.main_grad``, and the backward pass fails if
@@ -90,18 +93,20 @@ def fused_linear_objective(
     """
     check_temperature(temperature)
     shard = VocabShard.of(group, weight.shape[0], vocabulary)
-    check_projection(hidden, weight, targets, shard, sequence_parallel, chunk_bytes)
+    check_projection(hidden, weight, targets, shard, sequence_parallel, chunk_bytes, None)
     tokens = {"advantage": advantage, "mask": mask, "token_weight": token_weight}
     check_token_tensors(old_logprob, tokens, first="old_logprob")
     if old_logprob.shape != targets.shape:
         raise ValueError(f"old_logprob: must be [T] with T = {targets.shape[0]}, found {list(old_logprob.shape)}")
     targets = targets.contiguous()
     if mask is not None:  # the target of a masked token may be anything, for example a padding id
-        is_valid = (targets >= 0) & (targets < shard.vocabulary)
+        is_valid = (targets >= 0) & (targets < shard.vocabulary) & (kept is None)
         targets = torch.where(mask | is_valid, targets, torch.full_like(targets, NOT_A_TARGET))
+    if kept is not None:
+        check_kept(kept, targets, shard.vocabulary)
     has_target = targets != NOT_A_TARGET
     mask = has_target if mask is None else mask & has_target
-    softmax = VocabSoftmax(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes)
+    softmax = VocabSoftmax(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes, kept)
     loss, objective, logprob, entropy, gate, counts = _Objective.apply(
         hidden,
         weight,
@@ -138,7 +143,7 @@ class _Objective(torch.autograd.Function):
         scaled = per_token * assumed_gradient
         gradients = ProjectionGradients(full, weight, needs_gradient, into_main_grad) if any(needs_gradient) else None
         for chunk, logits in TokenChunks(full, weight, vocabulary.chunk_bytes):
-            logprob[chunk], entropy[chunk], state, _ = vocabulary.statistics(logits, targets[chunk])
+            logprob[chunk], entropy[chunk], state, _ = vocabulary.statistics(chunk, logits, targets)
             objective[chunk], derivative, counts_of_chunk, gate[chunk] = torch.ops.megatron_rlvr.clipped_objective(
                 logprob[chunk],
                 old_logprob[chunk],
@@ -151,7 +156,7 @@ class _Objective(torch.autograd.Function):
             counts += counts_of_chunk
             if gradients is not None:
                 g, h = -scaled[chunk] * derivative, -scaled[chunk] * entropy_coefficient
-                vocabulary.write_gradient(logits, targets[chunk], state, g, h)
+                vocabulary.write_gradient(chunk, logits, targets, state, g, h)
                 gradients.add(chunk, logits, full)
         total = objective if entropy_coefficient == 0.0 else objective + entropy_coefficient * entropy
         loss = -torch.where(per_token == 0, torch.zeros_like(total), per_token * total).sum()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .compiled import check_device
+from .kept import KeptSets, check_kept
 from .library import define
 from .vocab_parallel import VocabShard, gather_partials
 
@@ -45,8 +46,12 @@ def token_statistics(
     inplace: bool = True,
     second_moments: bool = False,
     vocabulary: int | None = None,
+    kept: KeptSets | None = None,
 ) -> TokenStatistics:
     """Log-prob of each target and entropy of each row's softmax(logits / temperature), exact over the whole vocabulary.
+
+    With ``kept``, exact over each row's kept set instead: the policy that samples under top-p or top-k. Then only the
+    kept logits are read, and the gradient with respect to all others is 0.
 
     Only four numbers per row are saved for the backward pass. Communication over ``group``: one all-gather of 4 float32
     per row (6 with ``second_moments``) in the forward pass, none in the backward pass.
@@ -65,15 +70,19 @@ def token_statistics(
         second_moments: return sum p^2 and sum p^2 ln p, too.
         vocabulary: size of the whole vocabulary, needed if the number of ranks does not divide it. The last shard is
             then shorter than ceil(V/tp).
+        kept: the ids that each row keeps, the same on every rank of the group; None keeps the whole vocabulary. It must
+            hold the target of every row that has one.
 
     Raises ValueError for a wrong type, shape or device, and for a parameter as logits with ``inplace``. On the CPU it
-    raises ValueError for a target outside the vocabulary and RuntimeError for rows with NaN, with +inf or with nothing
-    above -inf. On a GPU, where a check would wait for the device, these rows give NaN.
+    raises ValueError for a target outside the vocabulary or outside its row's kept set, and RuntimeError for rows with
+    NaN, with +inf or with nothing above -inf. On a GPU, where a check would wait for the device, these rows give NaN.
     """
     _check_arguments(logits, targets, temperature, inplace)
     check_device(logits.device)
     shard = VocabShard.of(group, logits.shape[1], vocabulary)
-    arguments = (logits, targets.contiguous(), 1.0 / temperature, shard, group, second_moments)
+    if kept is not None:
+        check_kept(kept, targets, shard.vocabulary)
+    arguments = (logits, targets.contiguous(), 1.0 / temperature, shard, group, second_moments, kept)
     if torch.compiler.is_compiling():
         logprob, entropy, moments = _traceable(*arguments)
     elif torch.is_grad_enabled() and logits.requires_grad:
@@ -142,18 +151,49 @@ def statistics_of_shard(
     shard: VocabShard,
     group: dist.ProcessGroup | None,
     second_moments: bool,
+    kept: KeptSets | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob, entropy, row state and second moments, without gradient: two kernels with one all-gather between."""
-    start, vocabulary = shard.start, shard.vocabulary
-    ops = torch.ops.megatron_rlvr
+    vocabulary = shard.vocabulary
     try:
-        partials = ops.row_statistics(logits, targets, start, vocabulary, inverse_temperature, second_moments)
+        partials = _row_statistics(logits, targets, kept, shard, inverse_temperature, second_moments)
         gathered = gather_partials(partials, shard, group, inverse_temperature)
-        return ops.combine_statistics(gathered, targets, vocabulary, inverse_temperature)
+        return torch.ops.megatron_rlvr.combine_statistics(gathered, targets, vocabulary, inverse_temperature)
     except RuntimeError as error:
         if str(error).startswith("targets:"):  # torch's stable ABI passes the message on, but not the type
             raise ValueError(str(error)) from None
         raise
+
+
+def _row_statistics(
+    logits: Tensor,
+    targets: Tensor,
+    kept: KeptSets | None,
+    shard: VocabShard,
+    inverse_temperature: float,
+    second_moments: bool,
+) -> Tensor:
+    """Partial statistics of a shard."""
+    ops, settings = torch.ops.megatron_rlvr, (shard.start, shard.vocabulary, inverse_temperature, second_moments)
+    if kept is None:
+        return ops.row_statistics(logits, targets, *settings)
+    return ops.kept_row_statistics(logits, targets, kept.ids, kept.offsets, *settings)
+
+
+def write_gradient(logits: Tensor, targets: Tensor, kept: KeptSets | None, *arguments: Any) -> None:
+    """Overwrite logits with their gradient; ``arguments`` are those of the operator from ``state`` on."""
+    ops = torch.ops.megatron_rlvr
+    if kept is None:
+        ops.logits_gradient_(logits, targets, *arguments)
+    else:
+        ops.kept_logits_gradient_(logits, targets, kept.ids, kept.offsets, *arguments)
+
+
+def _new_gradient(logits: Tensor, targets: Tensor, kept: KeptSets | None, *arguments: Any) -> Tensor:
+    ops = torch.ops.megatron_rlvr
+    if kept is None:
+        return ops.logits_gradient(logits, targets, *arguments)
+    return ops.kept_logits_gradient(logits, targets, kept.ids, kept.offsets, *arguments)
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -168,13 +208,15 @@ class _TokenStatistics(torch.autograd.Function):
         shard: VocabShard,
         group: dist.ProcessGroup | None,
         second_moments: bool,
+        kept: KeptSets | None,
         inplace: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         logprob, entropy, state, moments = statistics_of_shard(
-            logits, targets, inverse_temperature, shard, group, second_moments
+            logits, targets, inverse_temperature, shard, group, second_moments, kept
         )
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, targets, state)
+            ctx.kept = kept
             ctx.vocab_start, ctx.inverse_temperature = shard.start, inverse_temperature
             ctx.inplace, ctx.consumed = inplace, False
         ctx.mark_non_differentiable(moments)
@@ -196,17 +238,17 @@ class _TokenStatistics(torch.autograd.Function):
                 "backward pass of another token_statistics(inplace=True), after the forward pass; pass inplace=False "
                 f"there. torch says: {error}"
             ) from error
-        arguments = (targets, state, grad_logprob.contiguous(), grad_entropy.contiguous())
+        arguments = (targets, ctx.kept, state, grad_logprob.contiguous(), grad_entropy.contiguous())
         position = (ctx.vocab_start, ctx.inverse_temperature)
         if ctx.inplace:
-            torch.ops.megatron_rlvr.logits_gradient_(logits, *arguments, *position)
+            write_gradient(logits, *arguments, *position)
             # Another autograd node that saved these logits must raise instead of reading gradients in their place.
             torch.autograd.graph.increment_version(logits)
             ctx.consumed = True
             gradient = logits.detach()
         else:
-            gradient = torch.ops.megatron_rlvr.logits_gradient(logits, *arguments, *position)
-        return gradient, None, None, None, None, None, None
+            gradient = _new_gradient(logits, *arguments, *position)
+        return gradient, *([None] * 7)
 
 
 def _traceable(
@@ -216,15 +258,16 @@ def _traceable(
     shard: VocabShard,
     group: dist.ProcessGroup | None,
     second_moments: bool,
+    kept: KeptSets | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The statistics as registered operators only, whose autograd formula torch.compile can trace."""
-    start, vocabulary = shard.start, shard.vocabulary
-    ops = torch.ops.megatron_rlvr
-    partials = ops.row_statistics(logits.detach(), targets, start, vocabulary, inverse_temperature, second_moments)
+    partials = _row_statistics(logits.detach(), targets, kept, shard, inverse_temperature, second_moments)
     gathered = gather_partials(partials, shard, group, inverse_temperature)
-    logprob, entropy, _, moments = ops.token_statistics(
-        logits, targets, gathered, start, vocabulary, inverse_temperature
-    )
+    ops, settings = torch.ops.megatron_rlvr, (gathered, shard.start, shard.vocabulary, inverse_temperature)
+    if kept is None:
+        logprob, entropy, _, moments = ops.token_statistics(logits, targets, *settings)
+    else:
+        logprob, entropy, _, moments = ops.kept_token_statistics(logits, targets, kept.ids, kept.offsets, *settings)
     return logprob, entropy, moments
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .statistics import LOGIT_TYPES, statistics_of_shard
+from .kept import KeptSets, check_kept
+from .statistics import LOGIT_TYPES, statistics_of_shard, write_gradient
 from .vocab_parallel import VocabShard, all_reduce_sum
 
 # Per type of device. Large enough for a chunk's matrix products to run at full speed, and for the weight's gradient,
@@ -25,24 +26,29 @@ CPU_TILE = 2048
 
 @dataclass(frozen=True)
 class VocabSoftmax:
-    """The softmax that all chunks share: the shard of the vocabulary, the temperature and the parallel layout."""
+    """The softmax that all chunks share: vocabulary shard, temperature, parallel layout, kept sets of the rows."""
 
     shard: VocabShard
     group: dist.ProcessGroup | None
     inverse_temperature: float
     sequence_parallel: bool
     chunk_bytes: int | None
+    kept: KeptSets | None = None
 
     def statistics(
-        self, logits: Tensor, targets: Tensor, second_moments: bool = False
+        self, chunk: slice, logits: Tensor, targets: Tensor, second_moments: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-prob, entropy, row state and moments of a chunk, with one all-gather."""
-        return statistics_of_shard(logits, targets, self.inverse_temperature, self.shard, self.group, second_moments)
+        """Log-prob, entropy, row state and moments of a chunk, with one all-gather; ``targets`` of all rows."""
+        kept = None if self.kept is None else self.kept.rows(chunk)
+        settings = (self.inverse_temperature, self.shard, self.group, second_moments, kept)
+        return statistics_of_shard(logits, targets[chunk], *settings)
 
-    def write_gradient(self, logits: Tensor, targets: Tensor, state: Tensor, g: Tensor, h: Tensor) -> None:
-        """Overwrite a chunk's logits with their gradient."""
-        start = self.shard.start
-        torch.ops.megatron_rlvr.logits_gradient_(logits, targets, state, g, h, start, self.inverse_temperature)
+    def write_gradient(
+        self, chunk: slice, logits: Tensor, targets: Tensor, state: Tensor, g: Tensor, h: Tensor
+    ) -> None:
+        """Overwrite a chunk's logits with their gradient; ``state``, ``g`` and ``h`` are those of the chunk."""
+        kept = None if self.kept is None else self.kept.rows(chunk)
+        write_gradient(logits, targets[chunk], kept, state, g, h, self.shard.start, self.inverse_temperature)
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,13 @@ def reduce_hidden_gradient(
 
 
 def check_projection(
-    hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, sequence_parallel: bool, chunk_bytes: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    sequence_parallel: bool,
+    chunk_bytes: int | None,
+    kept: KeptSets | None,
 ) -> None:
     """Raise ValueError, naming the argument, unless the shapes, types and devices fit together."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -178,3 +190,5 @@ def check_projection(
         )
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes: must be positive, found {chunk_bytes}")
+    if kept is not None:
+        check_kept(kept, targets, shard.vocabulary)

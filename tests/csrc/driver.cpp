@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "cuda/clipped_objective.cu"
+#include "cuda/kept_gradient.cu"
+#include "cuda/kept_statistics.cu"
 #include "cuda/logits_gradient.cu"
 #include "cuda/logits_gradient_bfloat16.cu"
 #include "cuda/logits_gradient_float16.cu"
@@ -182,6 +184,73 @@ void check_logits_kernels(const Shape& s) {
   for (int64_t row = 0; row < s.rows; ++row) add_to_digest(gradient + row * gradient_stride, size_t(s.vocabulary));
 }
 
+// Kept sets of 1, a few and all ids, in two shards, the gradient in place. The logits that are not kept are NaN.
+template <class Logit>
+void check_kept_sets(int64_t shard_width) {
+  const int64_t rows = 4, vocabulary = 2 * shard_width, stride = vocabulary + 3, width = kPartialWidthWithMoments;
+  std::unique_ptr<Logit[]> logits(new Logit[size_t((rows - 1) * stride + vocabulary)]);
+  for (int64_t i = 0; i < (rows - 1) * stride + vocabulary; ++i) encode(logits[size_t(i)], NAN);
+  auto values = zeros<std::vector<float>>(rows);
+  std::vector<int32_t> ids;
+  std::vector<int64_t> offsets{0}, targets;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t id = 0; id < vocabulary; ++id) {
+      const bool is_kept = row == 0 ? id == shard_width : row == 1 || (row == 2 ? id % 5 == 2 : id < 9);
+      if (!is_kept) continue;
+      encode(logits[size_t(row * stride + id)], float(8 * (uniform() + uniform() + uniform() - 1.5)));
+      values[size_t(row)].push_back(decoded(logits[size_t(row * stride + id)]));
+      ids.push_back(int32_t(id));
+    }
+    offsets.push_back(int64_t(ids.size()));
+    targets.push_back(row == 3 ? kIgnoredTarget : ids.back());
+  }
+  const KeptSets kept{ids.data(), int64_t(ids.size()), offsets.data()};
+  auto partials = zeros<float>(2 * rows * width), logprob = zeros<float>(rows), entropies = zeros<float>(rows);
+  auto moments = zeros<float>(2 * rows);
+  auto state = zeros<float4>(rows);
+  const std::vector<float> g(size_t(rows), 0.7f), h(size_t(rows), -0.3f);
+  for (int64_t shard = 0; shard < 2; ++shard) {
+    const KeptRowStatisticsArguments arguments{
+        {logits.get() + shard * shard_width, type_of(Logit{}), rows, shard_width, stride, targets.data(),
+         shard * shard_width, kInverseTemperature, true, partials.data() + shard * rows * width, nullptr, nullptr},
+        kept};
+    megatron_rlvr_kept_row_statistics(&arguments);
+  }
+  const CombineStatisticsArguments combine{
+      partials.data(), 2, rows, true, targets.data(), vocabulary, kInverseTemperature, logprob.data(), entropies.data(),
+      &state[0].x, moments.data(), nullptr, nullptr};
+  megatron_rlvr_combine_statistics(&combine);
+  for (int64_t shard = 0; shard < 2; ++shard) {
+    Logit* of_shard = logits.get() + shard * shard_width;
+    const KeptLogitsGradientArguments arguments{
+        {of_shard, of_shard, type_of(Logit{}), rows, shard_width, stride, stride, targets.data(), shard * shard_width,
+         kInverseTemperature, &state[0].x, g.data(), h.data(), nullptr},
+        kept};
+    megatron_rlvr_kept_logits_gradient(&arguments);
+  }
+  const double rounding = type_of(Logit{}) == kBFloat16 ? 1.0 / 256 : 1e-5;
+  for (int64_t row = 0; row < rows; ++row) {
+    const Exact exact = exact_row(values[size_t(row)].data(), int64_t(values[size_t(row)].size()));
+    expect_near(logprob[size_t(row)], row == 3 ? 0 : exact.log_probability.back(), 2e-5, "log-prob", "kept sets");
+    expect_near(entropies[size_t(row)], exact.entropy, 1e-5, "entropy", "kept sets");
+    int64_t at = offsets[size_t(row)];
+    for (int64_t id = 0; id < vocabulary; ++id) {
+      double expected = 0, probability = 0;
+      if (at < offsets[size_t(row + 1)] && ids[size_t(at)] == id) {
+        const double log_probability = exact.log_probability[size_t(at - offsets[size_t(row)])];
+        probability = std::exp(log_probability);
+        expected = 0.7 * (row == 3 ? 0 : double(id == targets[size_t(row)]) - probability);
+        expected = kInverseTemperature * (expected + 0.3 * probability * (log_probability + exact.entropy));
+        ++at;
+      }
+      const double found = decoded(logits[size_t(row * stride + id)]);
+      expect_near(found, expected, rounding * std::abs(expected) + 4e-6 * probability, "gradient", "kept sets");
+    }
+  }
+  add_to_digest(logprob.data(), size_t(rows));
+  add_to_digest(entropies.data(), size_t(rows));
+}
+
 // A NaN, a +inf, nothing but -inf, and targets that do not exist: reported by row, and NaN in the results.
 void check_bad_rows() {
   const int64_t rows = 5, vocabulary = 600;
@@ -301,6 +370,10 @@ int main(int argument_count, char** arguments) {
   for (const Shape& shape : shapes) {
     check_logits_kernels<float>(shape);
     check_logits_kernels<__nv_bfloat16>(shape);
+  }
+  for (const int64_t shard_width : {7, 501, 33001}) {
+    check_kept_sets<float>(shard_width);
+    check_kept_sets<__nv_bfloat16>(shard_width);
   }
   check_bad_rows();
   for (const bool per_token : {false, true}) check_objective(per_token);

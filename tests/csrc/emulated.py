@@ -113,6 +113,46 @@ class Kernels:
             0 if gradient_entropy is None else gradient_entropy.data_ptr(), multiprocessors,
         )  # fmt: skip
 
+    def kept_partials(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        ids: Tensor,
+        offsets: Tensor,
+        *,
+        temperature: float = 1.0,
+        vocabulary_start: int = 0,
+    ) -> Tensor:
+        """Partial statistics with second moments, under kept sets: row r keeps ids[offsets[r]:offsets[r + 1]]."""
+        rows, vocabulary = logits.shape
+        partials = torch.full((rows, 6), torch.nan)
+        self.module.kept_row_statistics(
+            logits.data_ptr(), LOGITS_TYPES[logits.dtype], rows, vocabulary, logits.stride(0), targets.data_ptr(),
+            ids.data_ptr(), len(ids), offsets.data_ptr(), vocabulary_start, 1.0 / temperature, True,
+            partials.data_ptr(),
+        )  # fmt: skip
+        return partials
+
+    def kept_gradient(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        ids: Tensor,
+        offsets: Tensor,
+        state: Tensor,
+        gradient_logprob: Tensor,
+        gradient_entropy: Tensor,
+        *,
+        out: Tensor,
+        temperature: float = 1.0,
+        vocabulary_start: int = 0,
+    ) -> None:
+        self.module.kept_logits_gradient(
+            logits.data_ptr(), out.data_ptr(), LOGITS_TYPES[logits.dtype], *logits.shape, logits.stride(0),
+            out.stride(0), targets.data_ptr(), ids.data_ptr(), len(ids), offsets.data_ptr(), vocabulary_start,
+            1.0 / temperature, state.data_ptr(), gradient_logprob.data_ptr(), gradient_entropy.data_ptr(),
+        )  # fmt: skip
+
     def objective(
         self,
         logprob: Tensor,

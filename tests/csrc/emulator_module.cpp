@@ -63,6 +63,28 @@ void logits_gradient(uint64_t logits, uint64_t gradient, int type, int64_t rows,
   check(megatron_rlvr_logits_gradient(&arguments, multiprocessors));
 }
 
+void kept_row_statistics(uint64_t logits, int type, int64_t rows, int64_t vocabulary, int64_t row_stride,
+                         uint64_t targets, uint64_t ids, int64_t count, uint64_t offsets, int64_t vocabulary_start,
+                         double inverse_temperature, bool second_moments, uint64_t partials) {
+  const KeptRowStatisticsArguments arguments{
+      {pointer<void>(logits), type, rows, vocabulary, row_stride, pointer<int64_t>(targets), vocabulary_start,
+       inverse_temperature, second_moments, pointer<float>(partials), nullptr, nullptr},
+      {pointer<int32_t>(ids), count, pointer<int64_t>(offsets)}};
+  check(megatron_rlvr_kept_row_statistics(&arguments));
+}
+
+void kept_logits_gradient(uint64_t logits, uint64_t gradient, int type, int64_t rows, int64_t vocabulary,
+                          int64_t row_stride, int64_t gradient_row_stride, uint64_t targets, uint64_t ids, int64_t count,
+                          uint64_t offsets, int64_t vocabulary_start, double inverse_temperature, uint64_t state,
+                          uint64_t gradient_logprob, uint64_t gradient_entropy) {
+  const KeptLogitsGradientArguments arguments{
+      {pointer<void>(logits), pointer<void>(gradient), type, rows, vocabulary, row_stride, gradient_row_stride,
+       pointer<int64_t>(targets), vocabulary_start, inverse_temperature, pointer<float>(state),
+       pointer<float>(gradient_logprob), pointer<float>(gradient_entropy), nullptr},
+      {pointer<int32_t>(ids), count, pointer<int64_t>(offsets)}};
+  check(megatron_rlvr_kept_logits_gradient(&arguments));
+}
+
 void clipped_objective(uint64_t logprob, uint64_t old_logprob, uint64_t advantage, uint64_t mask, uint64_t weight,
                        uint64_t entropy, int64_t tokens, float lower_intercept, float lower_slope,
                        float upper_intercept, float upper_slope, uint64_t low, uint64_t high, float dual_clip,
@@ -97,6 +119,8 @@ PYBIND11_MODULE(emulated_kernels, module) {
   module.def("row_statistics_workspace", &megatron_rlvr_row_statistics_workspace);
   module.def("combine_statistics", &combine_statistics);
   module.def("logits_gradient", &logits_gradient);
+  module.def("kept_row_statistics", &kept_row_statistics);
+  module.def("kept_logits_gradient", &kept_logits_gradient);
   module.def("clipped_objective", &clipped_objective);
   module.def("statistics_launch", [](int64_t rows, int64_t width, int multiprocessors) {
     return as_tuple(statistics_launch(rows, width, multiprocessors, 2));

@@ -131,6 +131,22 @@ BUGS = [
         "check failed: bytes per logit",
     ),
     Bug(
+        "zeros over a kept logit's gradient",
+        "cuda/kept_gradient.cuh",
+        "if (!(kept >> j & 1u)) store",
+        "store",
+        "plain",
+        "check failed: gradient in kept sets",
+    ),
+    Bug(
+        "zeros before all kept logits are marked",
+        "cuda/kept_gradient.cuh",
+        "  __syncthreads();\n  write_zeros_between",
+        "  write_zeros_between",
+        "thread",
+        "data race",
+    ),
+    Bug(
         "a gate that ignores the sign of the advantage",
         "formulas.h",
         "if (advantage > 0.0f && ratio > bounds.high)",

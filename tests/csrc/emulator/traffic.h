@@ -55,3 +55,7 @@ inline int atomicMin(int* address, int value) {
   }
   return seen;
 }
+// Used on shared memory, whose bytes are not counted.
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+  return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+}
