@@ -93,10 +93,9 @@ def read_json(path: Path, *, limit: int = FILE_BYTES, remedy: str) -> dict[str, 
     """
     try:
         return parse_object(read_bytes(path, limit), limit=limit)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}") from error
-    except InvalidInputError as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+    except (OSError, InvalidInputError) as error:
+        reason = (error.strerror or error) if isinstance(error, OSError) else error
+        raise UserError(f"{path} cannot be read ({reason}): {remedy}") from error
 
 
 def read_bytes(path: Path, limit: int = FILE_BYTES) -> bytes:
@@ -123,9 +122,9 @@ def read_yaml(path: str | Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"no configuration file {path}: give the path of a YAML file as the first argument") from None
     except RecursionError:
-        raise UserError(f"{path} is not a configuration (it is nested deeper than {DEPTH} levels)") from None
+        raise UserError(f"{path} is not a configuration: it is nested deeper than {DEPTH} levels") from None
     except Exception as error:  # OmegaConf passes on whatever a constructor of a YAML value raises
-        raise UserError(f"{path} is not a configuration (it is not valid YAML: {one_line(error)})") from None
+        raise UserError(f"{path} is not valid YAML, so it is not a configuration: {one_line(error)}") from None
     if not OmegaConf.is_dict(tree):
         raise UserError(f"{path} holds a list: write keys and values, such as steps: 100")
     return tree

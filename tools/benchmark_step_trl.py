@@ -56,7 +56,7 @@ def main(job_file: str) -> None:
         args=config,
         reward_funcs=lambda completions, **_: [reward(text, None) for text in completions],
         train_dataset=Dataset.from_list([{"prompt": example["prompt"]} for example in examples]),
-        processing_class=AutoTokenizer.from_pretrained(job["model"]),
+        processing_class=AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False),
     )
     steps = timed(trainer, job)
     trainer.train()

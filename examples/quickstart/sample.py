@@ -29,8 +29,8 @@ def sample_texts(folder: Path, prompt: str, count: int, temperature: float, max_
         raise UserError(
             f"{folder}: no Hugging Face model there (no config.json); pass a folder with config.json and weights"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     inputs = tokenizer(prompt, return_tensors="pt")
     decoded = tokenizer.decode(inputs.input_ids[0], skip_special_tokens=True)
     if "".join(decoded.split()) != "".join(prompt.split()):

@@ -5,10 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_rlvr.checked_input import InvalidInputError, checked, describe, field, one_line, read_json
 from megatron_rlvr.errors import UserError
 
 SUPPORTED = ("qwen2", "qwen3", "llama", "qwen3_moe")
 """Model families that are tested against transformers. mbridge supports more."""
+
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob")
+_SIZES = {
+    "vocab_size": (2, 2**24),
+    "hidden_size": (1, 2**20),
+    "intermediate_size": (1, 2**22),
+    "moe_intermediate_size": (1, 2**22),
+    "num_hidden_layers": (1, 2**12),
+    "num_attention_heads": (1, 2**14),
+    "num_key_value_heads": (1, 2**14),
+    "head_dim": (1, 2**14),
+    "num_experts": (1, 2**14),
+    "num_experts_per_tok": (1, 2**14),
+    "max_position_embeddings": (1, 2**31),
+}
+_NUMBERS = {"rms_norm_eps": (1e-12, 1.0), "initializer_range": (0.0, 100.0), "router_aux_loss_coef": (0.0, 1e6)}
+_ROPE = {
+    "rope_theta": (1.0, 1e12),
+    "factor": (1.0, 1e6),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "original_max_position_embeddings": (1, 2**31),
+}
 
 
 def read_config(path: Path) -> Any:
@@ -25,13 +49,58 @@ def read_config(path: Path) -> Any:
         )
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder")
+    file = path / "config.json"
+    model_type = read_json(file, remedy="download the model again").get("model_type")
+    if not isinstance(model_type, str) or model_type not in SUPPORTED:
+        shown = describe(model_type).removeprefix("str ")
+        raise UserError(
+            f"{path}: model_type {shown} is not supported: use one of {', '.join(SUPPORTED)}. Python code "
+            "in a model folder is never run"
+        )
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the validators of transformers raise many types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}/config.json cannot be read: {reason}") from error
+        raise UserError(f"{file} cannot be read: {one_line(error)}") from error
+    try:
+        _check_values(config)
+    except InvalidInputError as error:
+        raise UserError(f"{file}: {error}: download the model again") from error
     _check_supported(path, config)
     return config
+
+
+def _check_values(config: Any) -> None:
+    """Refuse values that no model has. transformers accepts some of them, and building the model would fail or hang.
+
+    Raises:
+        InvalidInputError: for the first of them.
+    """
+    for name, (low, high) in _SIZES.items():
+        if getattr(config, name, None) is not None:
+            checked(getattr(config, name), int, name, at_least=low, at_most=high)
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        checked(getattr(config, name, None), int, name)
+    for name in _FLAGS:
+        if getattr(config, name, None) is not None:
+            checked(getattr(config, name), bool, name)
+    for names, values in (
+        (_NUMBERS, config.to_dict()),
+        (_ROPE, checked(config.rope_parameters, dict, "rope_parameters")),
+    ):
+        for name, (least, most) in names.items():
+            if values.get(name) is not None:
+                checked(values[name], float, name, at_least=least, at_most=most)
+    field(config.rope_parameters, "rope_theta", float)
+    field(config.rope_parameters, "rope_type", str)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise InvalidInputError(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
+    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        raise InvalidInputError(f"num_attention_heads={heads} does not divide hidden_size={config.hidden_size}")
+    if is_mixture(config) and config.num_experts_per_tok > config.num_experts:
+        raise InvalidInputError(
+            f"num_experts_per_tok={config.num_experts_per_tok} is more than num_experts={config.num_experts}"
+        )
 
 
 def is_tied(hf_config: Any) -> bool:
@@ -46,8 +115,6 @@ def is_mixture(hf_config: Any) -> bool:
 
 def _check_supported(path: Path, config: Any) -> None:
     """Refuse configurations that would load but compute a different model."""
-    if config.model_type not in SUPPORTED:
-        raise UserError(f"{path}: model_type {config.model_type!r} is not supported: use one of {', '.join(SUPPORTED)}")
     rope = config.rope_parameters
     settings: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "rope_type": (rope["rope_type"], ("default", "llama3")),

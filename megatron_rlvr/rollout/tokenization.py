@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from megatron_rlvr.checked_input import one_line
 from megatron_rlvr.data import Example
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.tokenizer_folder import end_of_sequence_tokens, load_tokenizer
 
 
 class Tokenization:
@@ -22,7 +23,7 @@ class Tokenization:
 
     Attributes:
         vocab_size, context: as given.
-        stop_token_ids: tokens that end a completion, from the tokenizer and from ``generation_config.json``.
+        stop_token_ids: tokens that end a completion, see `end_of_sequence_tokens`.
         padding: token id for padding. The loss ignores padding.
 
     Raises:
@@ -30,27 +31,16 @@ class Tokenization:
     """
 
     def __init__(self, model_path: str | Path, vocab_size: int, context: int | None = None):
-        from transformers import AutoTokenizer
-
         folder = Path(model_path)
         self.context, self.vocab_size = context, vocab_size
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder} has no tokenizer that can be loaded ({str(error).splitlines()[0]}): copy the files of the "
-                "model's tokenizer there"
-            ) from error
-        # Without tokenizer files, transformers returns an empty tokenizer.
-        if not list(folder.glob("tokenizer*")) or len(self.tokenizer) < 2:
-            raise UserError(f"{folder} has no tokenizer: save it there with tokenizer.save_pretrained({str(folder)!r})")
+        self.tokenizer = load_tokenizer(folder)
         largest = max(self.tokenizer.get_vocab().values(), default=-1)
         if largest >= vocab_size:
             raise UserError(
                 f"{folder}: the tokenizer has token id {largest} but the model's vocabulary ends at {vocab_size - 1}: "
                 "the folder's tokenizer belongs to another model"
             )
-        self.stop_token_ids = _end_of_sequence_tokens(folder, self.tokenizer)
+        self.stop_token_ids = end_of_sequence_tokens(folder, self.tokenizer, vocab_size)
         pad = self.tokenizer.pad_token_id
         self.padding: int = self.stop_token_ids[0] if pad is None else pad
 
@@ -74,18 +64,48 @@ class Tokenization:
     def encode(self, example: Example) -> list[int]:
         """Return the token ids of a prompt; chat messages go through the tokenizer's chat template.
 
+        A last message of the assistant is the beginning of the completion, which continues it. A text that already
+        begins with the beginning-of-sequence token, because a chat template was applied to it, gets no second one.
+
         Raises:
-            UserError: if the prompt is a list of chat messages and the tokenizer has no chat template.
+            UserError: if the prompt cannot be encoded, for example because the tokenizer has no chat template.
         """
-        if isinstance(example.prompt, str):
-            return self.tokenizer(example.prompt)["input_ids"]
-        if not self.tokenizer.chat_template:
+        where = f"example {example.index} of {example.source}"
+        if not isinstance(example.prompt, str) and not self.tokenizer.chat_template:
             raise UserError(
-                f"example {example.index} of {example.source} is a list of chat messages, but the tokenizer has no "
-                "chat template: use an instruct model, or prompts that are plain text"
+                f"{where} is a list of chat messages, but the tokenizer has no chat template: use an instruct model, "
+                "or prompts that are plain text"
             )
-        encoded = self.tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, return_dict=True)
+        try:
+            ids = self._encode_text(example.prompt) if isinstance(example.prompt, str) else self._chat(example.prompt)
+        except Exception as error:  # a chat template can raise anything
+            raise UserError(f"{where} cannot be encoded ({one_line(error)}): correct or remove it") from error
+        if ids and ids[-1] in self.stop_token_ids and not self._ends_with_stop(example.prompt):
+            raise UserError(
+                f"the tokenizer ends the prompt of {where} with an end-of-sequence token, so the model would begin "
+                "a new text instead of a completion: set add_eos_token to false in tokenizer_config.json, or correct "
+                "the chat template"
+            )
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        starts = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        ids = self.tokenizer(text)["input_ids"]
+        return ids[1:] if starts and ids[:2] == [self.tokenizer.bos_token_id] * 2 else ids
+
+    def _chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        continued = messages[-1]["role"] == "assistant"
+        if continued and not messages[-1]["content"].strip():  # there is nothing to continue, so the template begins it
+            messages, continued = messages[:-1], False
+        encoded = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=not continued, continue_final_message=continued, return_dict=True
+        )
         return encoded["input_ids"]
+
+    def _ends_with_stop(self, prompt: str | Sequence[Mapping[str, str]]) -> bool:
+        """Whether the prompt itself, not the tokenizer, ends with an end-of-sequence token."""
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        return text.rstrip().endswith(tuple(self.tokenizer.convert_ids_to_tokens(list(self.stop_token_ids))))
 
     def encode_all(self, examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
         """Return the token ids of every prompt.
@@ -93,16 +113,14 @@ class Tokenization:
         Raises:
             UserError: for the first prompt that is empty, longer than `max_tokens`, or not fully representable.
         """
-        texts = [e.prompt for e in examples]
-        all_plain = all(isinstance(t, str) for t in texts)
-        encoded = self.tokenizer(texts)["input_ids"] if all_plain else [self.encode(e) for e in examples]
+        encoded = [self.encode(example) for example in examples]
         for example, ids in zip(examples, encoded, strict=True):
             if not 0 < len(ids) <= max_tokens:
                 raise UserError(
                     f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens; it must have 1 "
                     f"to data.max_prompt_tokens={max_tokens}: raise that, or remove the example"
                 )
-        if all_plain:
+        if all(isinstance(example.prompt, str) for example in examples):
             self._check_round_trip(examples[:64], encoded[:64])
         return encoded
 
@@ -148,23 +166,6 @@ class Tokenization:
                 "server or recording belongs to another model; use one of the model in model.path"
             )
         return self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-
-
-def _end_of_sequence_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids of the tokens that end a sequence according to the tokenizer or ``generation_config.json``."""
-    from transformers import GenerationConfig
-
-    stops = {tokenizer.eos_token_id}
-    if (folder / "generation_config.json").is_file():
-        try:
-            configured = GenerationConfig.from_pretrained(folder).eos_token_id
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder}/generation_config.json cannot be read: {error}") from error
-        stops |= set(configured) if isinstance(configured, list) else {configured}
-    ids = tuple(sorted(s for s in stops if s is not None))
-    if not ids:
-        raise UserError(f"{folder}: neither the tokenizer nor generation_config.json names an end-of-sequence token")
-    return ids
 
 
 def _normalized(text: str) -> str:

@@ -18,7 +18,7 @@ from megatron_rlvr.megatron.loss_scale import LossScale
 from megatron_rlvr.objectives import UpdateObjective
 from megatron_rlvr.training.head import Head, TokenScores
 from megatron_rlvr.training.loss import MinibatchLoss
-from megatron_rlvr.weights.loading import load_folder
+from megatron_rlvr.weights.loading import check_folder, load_folder
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Policy:
         self.layout = layout
         self.microbatching = _microbatching(config, layout)
         self.bridge = PolicyBridge(config.model, config.parallel)
+        check_folder(self.bridge)
         self.model_chunks = self.bridge.build()
         load_folder(self.bridge, self.model_chunks)
         self._wrapped = optimizer.wrap_data_parallel(

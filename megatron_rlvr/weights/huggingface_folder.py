@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_rlvr.atomic_write import replace_folder
-from megatron_rlvr.checked_input import InvalidInputError, checked, field, read_json
+from megatron_rlvr.checked_input import InvalidInputError, checked, field, parse_object, read_bytes
 from megatron_rlvr.errors import UserError
 
 SHARD_BYTES = 4 * 1024**3
@@ -147,14 +147,13 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         UserError: if it cannot be read, or names anything but files of the folder.
     """
-    index = read_json(path, remedy="download the model again")
     try:
-        weight_map = field(index, "weight_map", dict)
+        weight_map = field(parse_object(read_bytes(path)), "weight_map", dict)
         for name, file in weight_map.items():
             # A path that leaves the folder would read, and later copy, files that do not belong to the model.
             if Path(checked(file, str, name)).name != file:
                 raise InvalidInputError(f"{name!r} is in {file!r}, which is not the name of a file")
-    except InvalidInputError as error:
+    except (OSError, InvalidInputError) as error:
         raise UserError(f"{path} is damaged ({error}): download the model again") from error
     return weight_map
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from megatron_rlvr.checked_input import one_line
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron import collectives
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.weights.huggingface_folder import tensor_files
@@ -26,8 +28,32 @@ def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folde
         UserError: if a tensor is missing or its shape differs from config.json, or a file cannot be read.
     """
     folder = folder or bridge.path
-    check_shapes(tensor_files(folder), bridge.hf_config)
+    check_folder(bridge, folder)
     try:
         bridge.read_weights(model_chunks, folder)
-    except (KeyError, ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"weights of {folder} cannot be read as {bridge.hf_config.model_type}: {error}") from error
+    except (KeyError, ValueError, TypeError, RuntimeError, AssertionError, OSError, SafetensorError) as error:
+        raise UserError(
+            f"weights of {folder} cannot be read as {bridge.hf_config.model_type}: {one_line(error)}"
+        ) from error
+    _check_finite(model_chunks, folder)
+
+
+def check_folder(bridge: PolicyBridge, folder: Path | None = None) -> None:
+    """Check from the headers of the files that `folder` has the weights that config.json describes.
+
+    Call this before building a model: one of other sizes may need more memory than there is.
+
+    Raises:
+        UserError: if a file cannot be read, or a shape differs.
+    """
+    check_shapes(tensor_files(folder or bridge.path), bridge.hf_config)
+
+
+def _check_finite(model_chunks: Sequence[PolicyModel], folder: Path) -> None:
+    """Refuse weights that are not finite in the dtype of the model. Collective over the job."""
+    bad = next(
+        (n for chunk in model_chunks for n, weight in chunk.named_parameters() if not weight.isfinite().all()), None
+    )
+    if collectives.any_rank(bad is not None):
+        which = f"the weight {bad} has" if bad is not None else "weights of another process have"
+        raise UserError(f"{folder}: {which} values that are NaN or infinite: download or save the model again")

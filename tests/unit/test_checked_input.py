@@ -120,7 +120,7 @@ def test_files(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        (b"a: [1", "is not a configuration (it is not valid YAML: "),
+        (b"a: [1", "is not valid YAML, so it is not a configuration: "),
         (b"- 1", "holds a list"),
         (b"a: \xff", "is not a configuration"),
         (b"a: &a [*a]", "nested deeper than"),

@@ -70,3 +70,8 @@ class SGLangConfig:
         for name in self.server:
             if name.replace("-", "_") in SET_BY_THE_TRAINER:
                 raise UserError(f"rollout.sglang.server.{name} is set by the trainer itself: leave it out")
+            if name.replace("-", "_") == "trust_remote_code" and self.server[name] not in (False, None):
+                raise UserError(
+                    f"rollout.sglang.server.{name} would run Python code of the model folder, which no supported model "
+                    "needs: leave it out"
+                )
