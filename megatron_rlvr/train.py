@@ -23,7 +23,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED
 from megatron_rlvr.lifecycle import StopSignal
-from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives import group_advantages
 from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
@@ -106,7 +106,8 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
 
         metrics = {"step": step, **measured.metrics, **rollout.metrics, "lr": rate}
         metrics |= update_metrics(updates, algorithm.epochs, layout.is_reporting_rank) | control.metrics()
-        stopping, finished = collectives.any_rank(stop.received is not None), step + 1 == config.steps
+        stopping = waiting.any_rank(stop.received is not None, f"the end of step {step}")
+        finished = step + 1 == config.steps
         if finished:
             evaluate(config.steps)
         # Metrics are written before the checkpoint: a resume can remove an extra line, but not restore a missing one.

@@ -1,14 +1,14 @@
 """Collectives of the training loop and of the local rollout engine.
 
 Each docstring names the processes that must call the function together and the messages that it sends. The backend is
-NCCL on a GPU and gloo on the CPU.
+NCCL on a GPU and gloo on the CPU. A process must not wait here for another that waits for a server, a verifier or a
+disk: see `waiting`.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,33 +17,7 @@ from torch import Tensor
 
 from megatron_rlvr.megatron import device
 
-T = TypeVar("T")
-
 # ---- the job: all processes ----
-
-
-def barrier() -> None:
-    """Wait until every process of the job has called this. One all-reduce of one float64 in the default group.
-
-    The host waits, too, because it reads the result. On a GPU, the wait is in an NCCL kernel.
-    """
-    any_rank(False)
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on any process of the job. One all-reduce of one float64."""
-    return max_over_job({"flag": float(flag)})["flag"] > 0
-
-
-def broadcast_from_main(value: T | None) -> T:
-    """Send the `value` of rank 0 (any picklable object) to every process of the job; returns it.
-
-    Other processes pass None. Two broadcasts, of the size and of the bytes; none if the job has one process.
-    """
-    objects = [value]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(objects, src=0, device=device.device())
-    return objects[0]  # type: ignore[return-value]
 
 
 def sum_over_job(sums: Mapping[str, float], contributes: bool) -> dict[str, float]:
@@ -77,64 +51,7 @@ def max_over_job(maxima: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def all_gather_over_job(value: T) -> list[T]:
-    """Return the value (any picklable object) of every process, by rank. Two all-gathers, of sizes and of bytes."""
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-# ---- the leaders of all data-parallel ranks ----
-
-
-def all_gather_over_leaders(values: Sequence[float]) -> list[list[float]]:
-    """Return the values of every leader, by data-parallel rank. One all-gather of len(values) float64.
-
-    Collective over leaders, which must all pass the same number of values.
-    """
-    group = parallel_state.get_data_parallel_group()  # the data-parallel group of a leader consists of all leaders
-    local = torch.tensor(values, dtype=torch.float64, device=device.device())
-    gathered = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(gathered, local, group=group)
-    return [row.tolist() for row in gathered]
-
-
-def all_to_all_over_leaders(objects: Sequence[T]) -> list[T]:
-    """Send ``objects[r]`` (any picklable object) to the leader of data-parallel rank r.
-
-    Two all-to-alls, of sizes and of bytes. Collective over leaders.
-
-    Returns:
-        the objects that the leaders sent to this process, by data-parallel rank.
-    """
-    group, target = parallel_state.get_data_parallel_group(), device.device()
-    packed = [pickle.dumps(item) for item in objects]
-    sizes_out = torch.tensor([len(data) for data in packed], device=target)
-    sizes_in = torch.empty_like(sizes_out)
-    dist.all_to_all_single(sizes_in, sizes_out, group=group)
-    sizes = sizes_in.tolist()
-    sent = torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8).to(target)
-    received = torch.empty(sum(sizes), dtype=torch.uint8, device=target)
-    dist.all_to_all_single(received, sent, sizes, sizes_out.tolist(), group=group)
-    return [pickle.loads(data.numpy().tobytes()) for data in received.cpu().split(sizes)]
-
-
 # ---- one model replica: the processes that work on the same sequences ----
-
-
-def broadcast_from_leader(value: T | None) -> T:
-    """Send the leader's `value` (any picklable object) to every process of its data-parallel rank; returns it.
-
-    Other processes pass None. One broadcast over the leader's context-parallel group, then one over the model-parallel
-    group of each of its members.
-    """
-    for group in (parallel_state.get_context_parallel_group(), parallel_state.get_model_parallel_group()):
-        if group.size() > 1:
-            objects = [value]
-            source = dist.get_process_group_ranks(group)[0]
-            dist.broadcast_object_list(objects, src=source, group=group, device=device.device())
-            value = objects[0]
-    return value  # type: ignore[return-value]
 
 
 def broadcast_from_last_stage(values: Tensor) -> None:

@@ -102,6 +102,10 @@ class ParallelConfig:
     """Modules to recompute with ``recompute: selective``, by megatron-core's names."""
     timeout_minutes: PositiveFloat = 30.0
     """Minutes that a collective may take before the job fails with an error that names it."""
+    wait_timeout_minutes: PositiveFloat = 720.0
+    """Minutes that a process may wait for others that are busy with servers, verifiers or disks, before the job fails
+    with an error that names what it waited for. The longest rollout or checkpoint must take less. These processes wait
+    outside NCCL, so `timeout_minutes` does not apply."""
 
     def check(self) -> None:
         """Refuse combinations of keys that cannot work."""

@@ -17,6 +17,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import cpu_shim, device
 from megatron_rlvr.megatron.config import ParallelConfig
 from megatron_rlvr.megatron.layout_checks import check_world_size
+from megatron_rlvr.megatron.waiting import waiting_groups
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def parallel_groups(config: ParallelConfig, seed: int) -> Iterator[Layout]:
         # The inference tracker's fork() and add() do nothing, so no CUDA generator is touched. RLVR has no dropout.
         model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)
         torch.manual_seed(seed)
-        yield _layout()
+        layout = _layout()
+        with waiting_groups(layout.data_rank, layout.is_leader, config.wait_timeout_minutes):
+            yield layout
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

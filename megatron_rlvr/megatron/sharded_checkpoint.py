@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import save as save_torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from megatron_rlvr.megatron import optimizer_state
+from megatron_rlvr.megatron import optimizer_state, waiting
 from megatron_rlvr.megatron.model import PolicyModel
 
 SAVE_ERRORS = (OSError, CheckpointException)
@@ -40,7 +40,7 @@ def save(
     Args:
         state: result of `training_state`.
         folder: an existing empty folder.
-        group: group for the exchange at the start and the end of a save; None means the default group.
+        group: group for the exchange at the start and the end of a save; None means the group of waiting processes.
         background: executor that writes copies of the tensors in host memory, while this function returns at once.
             `group` must then be used for nothing else, because its collectives run on another thread.
 
@@ -51,7 +51,8 @@ def save(
         SAVE_ERRORS: if files cannot be written.
     """
     strategy = _DirectSave(group, background)
-    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+    with waiting.as_default_group():
+        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
     return strategy.writing
 
 
@@ -68,7 +69,10 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         LOAD_ERRORS: if the checkpoint is damaged or incomplete.
     """
-    return dist_checkpointing.load(state, str(folder))
+    with waiting.as_default_group():
+        loaded = dist_checkpointing.load(state, str(folder))
+    waiting.barrier(f"every rank to read {folder}")
+    return loaded
 
 
 def training_state(

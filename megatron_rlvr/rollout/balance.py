@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron import waiting
 from megatron_rlvr.rollout.groups import Group
 from megatron_rlvr.rollout.prompts import PromptSet
 from megatron_rlvr.training.config import AlgorithmConfig
@@ -68,11 +68,12 @@ def balance(groups: Sequence[Group], prompts: PromptSet, algorithm: AlgorithmCon
     Returns:
         the groups that this rank trains on, in the order of its minibatches.
     """
-    costs = collectives.all_gather_over_leaders(
+    costs = waiting.all_gather_over_leaders(
         [
             group_cost(g, len(prompts.token_ids[g.example]), algorithm.epochs, algorithm.drop_zero_advantage)
             for g in groups
-        ]
+        ],
+        "the lengths of the rollouts of other leaders",
     )
     per_minibatch = len(groups) // algorithm.minibatches
     outgoing: list[list[tuple[int, Group]]] = [[] for _ in range(len(costs))]
@@ -82,5 +83,6 @@ def balance(groups: Sequence[Group], prompts: PromptSet, algorithm: AlgorithmCon
         for group, owner in zip(groups[members], owners, strict=True):
             outgoing[owner].append((minibatch, group))
     kept, outgoing[rank] = outgoing[rank], []
-    received = [entry for entries in collectives.all_to_all_over_leaders(outgoing) for entry in entries]
+    what = "groups that other leaders send to balance the load"
+    received = [entry for entries in waiting.all_to_all_over_leaders(outgoing, what) for entry in entries]
     return [group for _, group in sorted([*kept, *received], key=lambda entry: (entry[0], entry[1].slot))]

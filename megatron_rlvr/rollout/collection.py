@@ -13,7 +13,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.data import PromptSampler
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives.advantages import overlong_penalty
 from megatron_rlvr.rollout.balance import balance
@@ -96,10 +96,11 @@ class RolloutCollector:
         """
         began = time.perf_counter()
         self.source.report_progress = report_progress
-        result = run_on_leaders(lambda: self.prefetcher.take(step), self.engine, self.layout)
+        what = f"the rollout of step {step} on all data-parallel ranks"
+        result = run_on_leaders(lambda: self.prefetcher.take(step), self.engine, self.layout, what)
         if result is not None and self.layout.data_size > 1:
             result.groups = balance(result.groups, self.prompts, self.algorithm, self.layout.data_rank)
-        result = collectives.broadcast_from_leader(result)
+        result = waiting.broadcast_from_leader(result, f"the rollout of step {step} from its leader")
         self.engine.offload()
         seconds = time.perf_counter() - began
         if self.recording is not None and self.layout.is_leader:
@@ -143,7 +144,9 @@ class RolloutCollector:
             spans = [s for c in completions for s in c.version_spans or ((c.weight_version, len(c.token_ids)),)]
             sums |= {"stale": sum((step - version) * tokens for version, tokens in spans), "tokens": batch.token_count}
             sums["interrupted"] = sum(bool(c.version_spans) for c in completions)
-        total = collectives.sum_over_job(sums, contributes=self.layout.is_leader)
+        # A leader may still be writing its rollouts to the disk.
+        what = f"the metrics of the rollout of step {step}"
+        total = waiting.sum_over_job(sums, contributes=self.layout.is_leader, what=what)
         metrics = {"verifier/failed_fraction": total["failed"] / total["sequences"]}
         if rollout.dynamic_sampling:
             metrics["sampling/generated_groups"] = total["generated"] / total["groups"]

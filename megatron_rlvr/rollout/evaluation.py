@@ -6,7 +6,7 @@ import math
 import sys
 
 from megatron_rlvr.config import Config
-from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.rollout.engines.base import EngineLostError, GroupRequest, RolloutEngine, RolloutError
 from megatron_rlvr.rollout.grading import Grader
@@ -62,12 +62,20 @@ class Evaluator:
             for i in indices
         ]
         try:
-            groups = run_on_leaders(lambda: self.engine.generate(requests, self.sampling), self.engine, self.layout)
+            groups = run_on_leaders(
+                lambda: self.engine.generate(requests, self.sampling),
+                self.engine,
+                self.layout,
+                "an evaluation's completions",
+            )
         except (EngineLostError, RolloutError) as error:
             print(f"warning: no evaluation: {error}", file=sys.stderr)
             return {}
         graded = run_on_leaders(
-            lambda: self.grader.grade([examples[i] for i in indices], groups or []), self.engine, self.layout
+            lambda: self.grader.grade([examples[i] for i in indices], groups or []),
+            self.engine,
+            self.layout,
+            "an evaluation's rewards",
         )
         verdicts = [group for _, group in graded or []]
         solved = [sum(verdict.reward > 0.5 for verdict in group) for group in verdicts]
@@ -75,7 +83,7 @@ class Evaluator:
         sums = {f"pass@{k}": math.fsum(pass_at_k(samples, count, k) for count in solved) for k in ks}
         sums["reward"] = math.fsum(verdict.reward for group in verdicts for verdict in group) / samples
         sums["response_tokens"] = sum(len(c.token_ids) for group in groups or [] for c in group) / samples
-        totals = collectives.sum_over_job(sums, contributes=self.layout.is_leader)
+        totals = waiting.sum_over_job(sums, contributes=self.layout.is_leader, what="the scores of an evaluation")
         return {name: total / len(examples) for name, total in totals.items()}
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import collectives, optimizer_state, sharded_checkpoint
+from megatron_rlvr.megatron import optimizer_state, sharded_checkpoint, waiting
 from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy
 from megatron_rlvr.weights.checkpoint_folder import (
@@ -123,7 +123,8 @@ class Checkpoints:
         """Complete the checkpoint of a background save if it has ended on every process; raises like `save`."""
         if self._pending is None or self._pending.writing is None:
             return
-        if not collectives.any_rank(not self._pending.writing.done()):
+        what = "the state of a checkpoint that is written in the background"
+        if not waiting.any_rank(not self._pending.writing.done(), what):
             self.finish()
 
     def finish(self) -> None:
@@ -154,7 +155,7 @@ class Checkpoints:
 
     def _raise_if_any(self, error: BaseException | None, step: int) -> None:
         """Raise on every process and delete the partial checkpoint, if any process has an error."""
-        if not collectives.any_rank(error is not None):
+        if not waiting.any_rank(error is not None, f"checkpoint step_{step} to be written"):
             return
         if dist.get_rank() == 0:
             shutil.rmtree(self.folder / f"step_{step}.partial", ignore_errors=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
+from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.weights.huggingface_folder import write_folder
+
+_BYTES_PER_TURN = 2**30
 
 
 def export_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folder: Path, *, write: bool) -> None:
@@ -22,9 +27,33 @@ def export_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], fol
     Raises:
         UserError: if the folder cannot be written.
     """
-    tensors = bridge.export(model_chunks)
+    tensors = _in_turns(bridge.export(model_chunks), f"{folder} to be written", keep=write)
     if write:
         write_folder(folder, tensors, companions=bridge.path)
     else:
         for _ in tensors:  # every process must take part in gathering every tensor
             pass
+
+
+def _in_turns(tensors: Iterable[tuple[str, Tensor]], what: str, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+    """Gather up to 1 GiB of tensors, yield them from host memory, wait for the other processes, and so on.
+
+    So no process waits for the disk in a collective of the export, on a GPU in NCCL.
+
+    Args:
+        tensors: an export, which is collective.
+        what: what the processes wait for.
+        keep: whether this process writes the tensors; others yield none.
+    """
+    gathered: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        if keep:
+            gathered.append((name, tensor.detach().to("cpu", copy=True)))
+        size += tensor.nbytes
+        if size >= _BYTES_PER_TURN:
+            yield from gathered
+            gathered, size = [], 0
+            waiting.barrier(what)
+    yield from gathered
+    waiting.barrier(what)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from megatron_rlvr.checked_input import one_line
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.weights.huggingface_folder import tensor_files
@@ -54,6 +54,6 @@ def _check_finite(model_chunks: Sequence[PolicyModel], folder: Path) -> None:
     bad = next(
         (n for chunk in model_chunks for n, weight in chunk.named_parameters() if not weight.isfinite().all()), None
     )
-    if collectives.any_rank(bad is not None):
+    if waiting.any_rank(bad is not None, f"every process to read {folder}"):
         which = f"the weight {bad} has" if bad is not None else "weights of another process have"
         raise UserError(f"{folder}: {which} values that are NaN or infinite: download or save the model again")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
 from tests.processes import run_trainers
 from tests.small_model import make_small_model
+from tests.waiting_probe import computes, records, violations
 
 LAYOUTS = {
     "dp2": (2, []),
@@ -214,6 +215,26 @@ def agree(runs: Runs, layout: str, other: Path) -> None:
         # of nearly equal numbers, and 16 steps of Adam scale it to the size of the others.
         limit = 3e-5 if name.endswith("k_proj.bias") else 1e-5
         assert (theirs[name] - weight).norm() < limit * weight.norm(), name
+
+
+@pytest.mark.parametrize("name", LAYOUTS | MIXTURES | EIGHT)
+def test_no_process_enters_a_computing_group_while_another_waits(name: str, runs: Runs) -> None:
+    folder = runs.finished(name)
+    assert violations(folder) == []
+    groups = {group for record in records(folder) for _, _, group in record["collectives"]}
+    assert any(group.startswith("waiting") for group in groups) and any(map(computes, groups))
+    waits = {what for record in records(folder) for _, _, what in record["waits"]}
+    assert waits == {"a recording", "a verifier", "the disk"}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_no_process_enters_a_computing_group_while_another_loads(name: str, runs: Runs) -> None:
+    assert violations(runs.resumed(name)) == []
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_no_process_computes_while_another_verifies(name: str, runs: Runs) -> None:
+    assert violations(runs.generated(name)) == []
 
 
 @pytest.mark.parametrize("name", GENERATING)

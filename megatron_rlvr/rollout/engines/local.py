@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import collectives, cpu_shim, device
+from megatron_rlvr.megatron import collectives, cpu_shim, device, waiting
 from megatron_rlvr.megatron.attention import KeyValueCache, SDPAttention
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.pipeline_forward import pipeline_forward
@@ -21,6 +21,9 @@ from megatron_rlvr.rollout.sampling import SamplingSettings, draw, uniforms
 # Finished sequences are removed from the batch when a smaller share than this is still running. Removing them copies
 # the whole cache, so removing a few would cost more than it saves.
 COMPACT_BELOW = 0.85
+
+# The leader verifies completions between two of its calls, so the other processes wait outside NCCL.
+_NEXT_PROMPTS = "the leader's next prompts, or the end of its rollout"
 
 
 class LocalEngine:
@@ -58,17 +61,17 @@ class LocalEngine:
         self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. Broadcasts the requests to the replica's other processes."""
-        collectives.broadcast_from_leader((requests, sampling))
+        waiting.broadcast_from_leader((requests, sampling), _NEXT_PROMPTS)
         return self._generate(requests, sampling)
 
     def assist(self) -> None:
         """See `RolloutEngine.assist`. Computes this process's share of the model in the leader's calls."""
         shared: tuple[Sequence[GroupRequest], SamplingSettings] | None
-        while (shared := collectives.broadcast_from_leader(None)) is not None:
+        while (shared := waiting.broadcast_from_leader(None, _NEXT_PROMPTS)) is not None:
             self._generate(*shared)
 
     def dismiss(self) -> None:
-        collectives.broadcast_from_leader(None)
+        waiting.broadcast_from_leader(None, _NEXT_PROMPTS)
 
     @torch.no_grad()
     def _generate(self, requests: Sequence[GroupRequest], sampling: SamplingSettings) -> list[list[Completion]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron import waiting
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.sglang.client import Client
@@ -54,7 +54,7 @@ class SGLangEngine:
                 _check_reachable(self.config)
                 dtype = str(policy.bridge.dtype).removeprefix("torch.")
                 self.pool = resources.enter_context(ServerPool(self.config, model_folder, dtype, directory / "logs"))
-            urls = collectives.broadcast_from_main(self.pool.urls if self.pool else None)
+            urls = waiting.broadcast_from_main(self.pool.urls if self.pool else None, "the start of the SGLang servers")
         self.urls = urls
         self.weight_sync = WeightSync(self.config, policy, urls, self.state, directory / "weights", self.pool)
         resources.callback(self.weight_sync.close)
@@ -66,7 +66,7 @@ class SGLangEngine:
         if self.config.urls:  # these servers may hold any weights
             if self.layout.is_main:
                 self.weight_sync.load_first_weights()
-            collectives.barrier()
+            waiting.barrier("the first weights on the SGLang servers")
 
     def generate(
         self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None
@@ -105,7 +105,7 @@ class SGLangEngine:
         """See `RolloutEngine.offload`. Servers release their memory if ``rollout.sglang.release_memory`` is set."""
         if not self.config.release_memory:
             return
-        collectives.barrier()  # every rank has its rollout
+        waiting.barrier("the rollouts of all ranks, after which servers release their memory")
         self._offloaded = True
         if self.layout.is_main:
             if self.pool:

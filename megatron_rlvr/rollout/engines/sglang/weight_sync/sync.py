@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron import waiting
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
 from megatron_rlvr.rollout.engines.sglang.server_control import ServerControl
@@ -111,9 +111,10 @@ class WeightSync:
         self.state.expected_version = version
         has_folder = self.transport is None or self.config.recovery_copy
         self.state.folder = self.folders.folder(version) if has_folder else None
-        if self.state.max_staleness:
-            # After this, every rank knows of the update, so none mistakes a server that loads weights for a hung one.
-            collectives.barrier()
+        # Other ranks may still wait for completions in flight (`interrupt: finish`), and none may do so within a
+        # collective of the export. After this, every rank also knows of the update, so none mistakes a server that
+        # loads weights for a hung one.
+        waiting.barrier(f"the start of the update of the servers to the weights of step {version}")
         tensors = iter(()) if self.transport is None else self.policy.bridge.export(self.policy.model_chunks)
         outcome = UpdateOutcome()
         if is_main:
@@ -124,7 +125,9 @@ class WeightSync:
                 outcome = UpdateOutcome(user_error=str(error))
         for _ in tensors:  # the export is collective, so every rank must finish it even if the servers failed
             pass
-        outcome = collectives.broadcast_from_main(outcome if is_main else None)
+        outcome = waiting.broadcast_from_main(
+            outcome if is_main else None, f"the servers to load the weights of step {version}"
+        )
         self.state.updating = False
         return outcome
 
