@@ -1,8 +1,8 @@
 """A real Slurm on this machine, for tests: slurmctld, munge, and one slurmd per virtual node.
 
-Every virtual node has its own host name and /etc/hosts (UTS and mount namespaces). Its GPUs are only character devices.
-The cluster changes nothing outside `root`, a temporary folder, except the mode of the folders above it. Needs root and
-Debian's slurmctld, slurmd and munge.
+Every virtual node has its own host name, /etc/hosts and processes (UTS, mount and PID namespaces). Its GPUs are only
+character devices. The cluster changes nothing outside `root`, a temporary folder, except the mode of the folders above it.
+Needs root and Debian's slurmctld, slurmd and munge.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ class Cluster:
     root: Path
     size: int
     environment: dict[str, str] = field(default_factory=dict)
+    inits: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    """By node, the process whose only child is the first process of the node."""
 
     def run(self, *command: object, check: bool = True, timeout: float = 300) -> str:
         """Run a command against this cluster and return its output, both streams."""
@@ -167,22 +169,44 @@ class Cluster:
 
     def on_node(self, node: str, *command: object) -> str:
         """Run a command in a node's namespaces."""
-        pid = (self.root / "run" / f"slurmd-{node}.pid").read_text().strip()
-        return self.run("nsenter", "-t", pid, "--mount", "--uts", *command)
+        return self.run("nsenter", "-t", self.inits[node].pid, "--mount", "--uts", *command)
 
-    def power_off(self, node: str, job: str) -> None:
-        """Kill all processes of the job on a node and its slurmd at once, and mark the node as down."""
-        slurmd = int((self.root / "run" / f"slurmd-{node}.pid").read_text())
-        for pid in [slurmd, *self.processes(job, node=node)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    def power_off(self, node: str) -> None:
+        """End all processes of a node at once, as a power cut does, and mark the node as down."""
+        self.end_node(node)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
+    def end_node(self, node: str) -> None:
+        """Kill the first process of a node, and wait until no process of the node is left."""
+        # The kernel kills a PID namespace with its first process, before any other process of it can notice a death.
+        # Killed one by one, slurmstepd would report the end of what it watches, and a rank that of its peer.
+        unshare = self.inits.pop(node)
+        (init,) = Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text().split()
+        os.kill(int(init), signal.SIGKILL)
+        unshare.wait(60)  # it ends when no process of the namespace is left
+
     def start_node(self, node: str) -> None:
-        """Start a node's slurmd."""
+        """Start the first process of a node, which starts slurmd, ends with it, and reaps orphans."""
         (self.root / "spool" / node).mkdir(parents=True, exist_ok=True)
-        script = f"hostname {node}; mount --bind {self.root}/hosts /etc/hosts; exec slurmd -N {node}"
-        self.run("unshare", "--mount", "--uts", "--propagation", "private", "bash", "-c", script)
+        script = f"hostname {node}; mount --bind {self.root}/hosts /etc/hosts; slurmd -D -N {node} & wait $!"
+        namespaces = ["--mount", "--uts", "--pid", "--mount-proc", "--propagation", "private"]
+        self.inits[node] = subprocess.Popen(
+            ["unshare", *namespaces, "--fork", "--kill-child", "bash", "-c", script],
+            env=os.environ | self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def restore(self) -> None:
+        """Start the nodes that were powered off, and wait until every node is idle. Jobs that still run are cancelled."""
+        self.run("scancel", "--state=PENDING", "--state=RUNNING", "--user=root", check=False)
+        for node in [f"n{i}" for i in range(1, self.size + 1)]:
+            if node not in self.inits:
+                self.start_node(node)
+                self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        self.wait_for_nodes()
 
     def wait_for_nodes(self, timeout: float = 300) -> None:
         """Wait until every node is idle."""
@@ -231,7 +255,9 @@ def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
         deadline = time.monotonic() + 60
         while cluster.run("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
             time.sleep(0.1)
-        daemons = [int(file.read_text()) for file in (*(root / "run").glob("*.pid"), munge / "pid") if file.is_file()]
+        daemons = [int(file.read_text()) for file in (root / "run" / "slurmctld.pid", munge / "pid") if file.is_file()]
+        for node in list(cluster.inits):
+            cluster.end_node(node)
         for pid in daemons:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)

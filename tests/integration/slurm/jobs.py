@@ -110,7 +110,7 @@ class Job:
 
     def lose_node(self, node: str) -> None:
         """Cut the power of a node."""
-        self.cluster.power_off(node, self.id)
+        self.cluster.power_off(node)
 
     def _kill(self, pattern: str, node: str) -> None:
         wait_until(lambda: bool(self.cluster.processes(self.id, pattern, node)), f"a process that matches {pattern!r}")

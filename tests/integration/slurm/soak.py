@@ -55,16 +55,10 @@ def interrupt(cluster: Cluster, job: Job, kind: str, rng: random.Random) -> None
     else:
         job.wait_for_steps(steps, timeout=300)
         time.sleep(rng.random() / 2)
-    before = set(job.nodes())
     print(f"    at {'the beginning' if 'step ' not in cluster.output(job.id) else f'step {steps}'}: {kind}", flush=True)
     interruptions(job, rng)[kind]()
     state = job.finish(timeout=600)
     assert state == "COMPLETED", f"{state}\n{job.history()}\n{cluster.output(job.id)[-3000:]}"
-    for node in sorted(before):
-        if not Path(f"/proc/{(cluster.root / 'run' / f'slurmd-{node}.pid').read_text().strip()}").exists():
-            cluster.start_node(node)
-            cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
-    wait_until(lambda: cluster.run("sinfo", "-h", "-N", "-o", "%T").split().count("idle") == NODES, "idle nodes")
 
 
 def soak(cluster: Cluster, root: Path, count: int, seed: int, only: range) -> int:
@@ -97,7 +91,7 @@ def soak(cluster: Cluster, root: Path, count: int, seed: int, only: range) -> in
             verdict = "equal" if equal else "DIFFERENT"
         except (AssertionError, TimeoutError) as error:
             equal, verdict = False, f"FAILED: {error}"
-            cluster.run("scancel", one.id, check=False)
+        cluster.restore()
         failed += not equal
         attempts = one.history().count(": try ")
         seconds = time.monotonic() - began

@@ -56,7 +56,7 @@ def test_signal_then_a_lost_node_equal_the_uninterrupted_run(uninterrupted: Job,
     quickstart.wait_for_steps_after_resuming(2)
     quickstart.lose_node(first[1])
     assert quickstart.finish() == "COMPLETED"
-    quickstart.cluster.start_node(first[1])
+    quickstart.cluster.restore()
     assert quickstart.metrics() == uninterrupted.metrics()
     history = quickstart.history()
     assert "stopped (USR1); the newest checkpoint is step_" in history
