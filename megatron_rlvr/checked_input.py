@@ -17,7 +17,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,11 +104,15 @@ def read_bytes(path: Path, limit: int = FILE_BYTES) -> bytes:
         return file.read(limit + 1)
 
 
-def read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path, parse: Callable[[str], Any] | None = None) -> Any:
     """Read the keys and values of a YAML file with OmegaConf, with ``${...}`` as it stands.
 
+    Args:
+        path: the file.
+        parse: returns the values of a YAML document; None means OmegaConf's own reading.
+
     Raises:
-        UserError: if the file does not exist, is too large, is not YAML, or holds a list.
+        UserError: if the file does not exist, is too large, is not YAML, or does not hold keys and values.
     """
     from omegaconf import OmegaConf  # here, because programs on login nodes do without it
 
@@ -118,7 +122,9 @@ def read_yaml(path: str | Path) -> Any:
             raise InvalidInputError(f"it has more than {YAML_BYTES} bytes")
         text = data.decode("utf-8-sig")
         _check_yaml_size(text)
-        tree = OmegaConf.load(io.StringIO(text))
+        tree = OmegaConf.load(io.StringIO(text)) if parse is None else parse(text)
+        if parse is not None and not isinstance(tree, list | str):
+            tree = OmegaConf.create({} if tree is None else tree)
     except FileNotFoundError:
         raise UserError(f"no configuration file {path}: give the path of a YAML file as the first argument") from None
     except RecursionError:
@@ -126,7 +132,8 @@ def read_yaml(path: str | Path) -> Any:
     except Exception as error:  # OmegaConf passes on whatever a constructor of a YAML value raises
         raise UserError(f"{path} is not valid YAML, so it is not a configuration: {one_line(error)}") from None
     if not OmegaConf.is_dict(tree):
-        raise UserError(f"{path} holds a list: write keys and values, such as steps: 100")
+        kind = "a list" if isinstance(tree, list) or OmegaConf.is_list(tree) else "a single value"
+        raise UserError(f"{path} holds {kind}: write keys and values, such as steps: 100")
     return tree
 
 

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.checked_input import one_line, read_yaml
 from megatron_rlvr.config_reader import merge, read
 from megatron_rlvr.config_schema import REQUIRED, Bounds, NonNegativeInt, PositiveInt, check_values, to_dict
+from megatron_rlvr.config_yaml import read_document, read_overrides
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.data.config import DataConfig
 from megatron_rlvr.errors import UserError, as_user_error
@@ -57,14 +57,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one line that names the file or override, what was found, and what to write instead.
     """
-    tree = read_yaml(path)
+    tree = read_config_file(path)
     merged = merge(to_dict(Config()), OmegaConf.to_container(tree))
     for section in ("schedule", "objective"):
         if any(text.startswith(f"algorithm.{section}.name=") for text in overrides):
             # The parameters in the file belong to the schedule or objective that is replaced.
             merged = merge(merged, {"algorithm": {section: None}})
-    merged = merge(merged, OmegaConf.to_container(_overrides(overrides)))
     try:
+        merged = merge(merged, OmegaConf.to_container(read_overrides(overrides, Config)))
         values: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:
         place = f"configuration key {error.full_key}" if error.full_key else str(path)
@@ -74,15 +74,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _overrides(texts: Sequence[str]) -> Any:
-    for text in texts:
-        try:
-            if text.find("=") < 1:
-                raise UserError(f"override {text!r} is not key=value: write for example optimizer.learning_rate=1e-6")
-            OmegaConf.from_dotlist([text])
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise UserError(f"override {text!r}: its value is not valid YAML: {one_line(error)}") from None
-    return OmegaConf.from_dotlist(list(texts))
+def read_config_file(path: str | Path) -> Any:
+    """Read the keys and values of a configuration file, with ``${...}`` as it stands.
+
+    Raises:
+        UserError: if the file does not exist, is too large, is not YAML, or does not hold keys and values.
+    """
+    return read_yaml(path, parse=lambda text: read_document(text, Config))
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -13,12 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ParamSpec
+from typing import TYPE_CHECKING
 
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.errors import UserError
 
-P = ParamSpec("P")
+if TYPE_CHECKING:
+    from typing import ParamSpec  # Python 3.10, and a login node may have an older one
+
+    P = ParamSpec("P")
 
 EXIT_DONE = 0
 EXIT_USER_ERROR = UserError.exit_status

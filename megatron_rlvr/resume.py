@@ -9,8 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_rlvr.checked_input import read_yaml
-from megatron_rlvr.config import Config
+from megatron_rlvr.config import Config, read_config_file
 from megatron_rlvr.config_reader import read
 from megatron_rlvr.errors import UserError
 
@@ -33,7 +32,7 @@ def check_same_run(config: Config, path: Path) -> None:
     """
     if not path.is_file():
         return
-    values: Any = OmegaConf.to_container(read_yaml(path))
+    values: Any = OmegaConf.to_container(read_config_file(path))
     try:
         saved = read(Config, values)
     except UserError as error:

@@ -40,6 +40,9 @@ python -m megatron_rlvr.train run.yaml optimizer.learning_rate=1e-6 algorithm.sc
 ```
 
 - An override is `key=value` with a dotted key and wins over the file. Its value is YAML, such as `rollout.stop=[END]`.
+  The value of a key that takes text is everything after the equals sign, as it is written: `name=0123`, `name=a #1`.
+  Only `null` and text in quotes are special there. Numbers and truth values follow YAML 1.2, also in files: `0123` is
+  not octal, and `on` is text where text is expected.
 - A key that is not set has its default. Unknown keys and impossible values are refused before anything starts.
 - `${{section.key}}` in a value is replaced by the value of that key.
 - `auto` is resolved when a program starts. The run's `config.yaml` keeps `auto`, so that a run on GPUs can be evaluated

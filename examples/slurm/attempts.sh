@@ -40,7 +40,8 @@ on_error() {
 # Sleep between two checks. Slurm's TERM also ends a sleep, which must not fail this script.
 pause() { sleep "$1" || true; }
 
-# Start srun with these arguments in the background; in a dry run, print the command instead.
+# Start srun with these arguments in the background, with its output appended to `step_output` if that is set. In a dry run,
+# print the command instead.
 start_step() {
     local command=(srun "${step_options[@]}" "$@")
     if [ -n "$RLVR_DRY_RUN" ]; then
@@ -48,7 +49,11 @@ start_step() {
         printf '\n\n'
         return
     fi
-    "${command[@]}" &
+    if [ -n "$step_output" ]; then
+        "${command[@]}" >> "$step_output" 2>&1 &
+    else
+        "${command[@]}" &
+    fi
     step=$!
 }
 
@@ -81,7 +86,7 @@ wait_step() {
 # --- Attempts: RUN_DIRECTORY/slurm/history records how each of them ended ----------------------------------------------
 record() {
     say "$*"
-    echo "$(date +%FT%T) job $SLURM_JOB_ID attempt $restart: $*" >> "$RUN_DIRECTORY/slurm/history"
+    printf '%s\n' "$(date +%FT%T) job $SLURM_JOB_ID attempt $restart: $*" >> "$RUN_DIRECTORY/slurm/history"
 }
 
 begin_attempt() {
@@ -95,7 +100,7 @@ begin_attempt() {
     checkpoint=$(newest_checkpoint)
     if [ -f "$RUN_DIRECTORY/slurm/tries" ]; then
         read -r tries before < "$RUN_DIRECTORY/slurm/tries"
-        [ "$before" = "$checkpoint" ] || tries=0
+        [[ $before = "$checkpoint" && $tries =~ ^[0-9]{1,9}$ ]] || tries=0
     fi
     if [ "$tries" -ge "$RLVR_MAX_TRIES" ]; then
         record "gave up: $tries attempts from $checkpoint ended without a new checkpoint, the last because of:" \
@@ -104,11 +109,11 @@ begin_attempt() {
         rm -f "$RUN_DIRECTORY/slurm/tries"
         end_attempt 1
     fi
-    tries=$((tries + 1))
+    tries=$((10#$tries + 1))
     set_tries "$tries" "$checkpoint"
     record "try $tries from $checkpoint on $SLURM_JOB_NODELIST"
     srun --overlap --mem=0 --cpus-per-task=1 --nodes=1 --ntasks=1 --nodelist="$head" --gres=none \
-        bash -c "$(declare -f guard); guard '$attempt' '$job'" >> "$attempt/guard.log" 2>&1 &
+        bash -c "$(declare -f guard job_field)"$'\n''guard "$@"' guard "$attempt" "$job" >> "$attempt/guard.log" 2>&1 &
     guard_step=$!
 }
 
@@ -125,7 +130,7 @@ guard() {
     wait $!
     for _ in $(seq 20); do
         [ ! -e "$1/ended" ] || exit 0
-        if scontrol show job -o "$2" | grep -q ' ExitCode=0:[1-9]'; then
+        if [[ $(scontrol show job "$2" | job_field ExitCode) = 0:[1-9]* ]]; then
             echo "the batch script was killed; asking for another attempt"
             exec scontrol requeue "$2"
         fi
@@ -143,10 +148,19 @@ end_attempt() {
 # element.
 job_record() {
     for _ in $(seq 150); do
-        if scontrol show job -o "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "; then return; fi
+        if scontrol show job "$SLURM_JOB_ID" |
+            awk -v first="JobId=$SLURM_JOB_ID" '/^JobId=/ { own = $1 == first; found += own } own; END { exit !found }'; then
+            return
+        fi
         pause 2
     done
     return 1
+}
+
+# job_field NAME: a field of the record in stdin. The job's name, the script and its folders can hold any text, also that of
+# a field. So this reads only the lines that begin with fields of Slurm's own, and of several the last.
+job_field() {
+    sed -n "/^   \(JobState\|Requeue\|ReqNodeList\)=/s/^ *\(.* \)\{0,1\}$1=\([^ (]*\).*/\2/p" | tail -n 1
 }
 
 # Ask Slurm for another attempt, without the nodes in $1. Only the attempt that Slurm knows as the current one may do so:
@@ -154,11 +168,11 @@ job_record() {
 requeue() {
     local slurm_record excluded
     slurm_record=$(job_record)
-    if [[ $slurm_record != *" Restarts=$restart "* ]]; then
+    if [ "$(job_field Restarts <<< "$slurm_record")" != "$restart" ]; then
         record "Slurm has started another attempt already"
         end_attempt 75
     fi
-    if [[ $slurm_record != *" Requeue=1 "* ]]; then
+    if [ "$(job_field Requeue <<< "$slurm_record")" != 1 ]; then
         record "this job may not be requeued (--no-requeue): submit it again to continue"
         end_attempt 75
     fi
@@ -167,7 +181,7 @@ requeue() {
     scontrol requeue "$job" || true
     # Nodes can be excluded only while the job waits for its next attempt.
     if [ -n "$1" ]; then
-        excluded=$(sed -n 's/.* ExcNodeList=\([^ (]*\).*/\1/p' <<< "$slurm_record")
+        excluded=$(job_field ExcNodeList <<< "$slurm_record")
         for _ in $(seq 100); do
             if scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$1"; then
                 record "the next attempt leaves out ${excluded:+$excluded,}$1"
@@ -181,7 +195,7 @@ requeue() {
 }
 
 fail() { # STATUS REASON: end this attempt; the line that gives up names the last reason
-    echo "${*:2}" > "$RUN_DIRECTORY/slurm/reason"
+    printf '%s\n' "${*:2}" > "$RUN_DIRECTORY/slurm/reason"
     case $1 in
         2)
             record "refused: ${*:2}"
@@ -214,9 +228,9 @@ stopped() {
                 reason="the time limit came before a step was finished and saved: raise the seconds of --signal"
             ;;
     esac
-    [ -z "$reason" ] || echo "$reason" > "$RUN_DIRECTORY/slurm/reason"
+    [ -z "$reason" ] || printf '%s\n' "$reason" > "$RUN_DIRECTORY/slurm/reason"
     record "stopped (${asked:-by itself}${reason:+: $reason}); the newest checkpoint is $(newest_checkpoint)"
-    if [ "$asked" = TERM ] && [[ $(job_record) != *Reason=TimeLimit* ]]; then
+    if [ "$asked" = TERM ] && [ "$(job_record | job_field Reason)" != TimeLimit ]; then
         end_attempt 75 # cancelled, preempted or a lost node: Slurm decides whether there is another attempt
     fi
     requeue ""

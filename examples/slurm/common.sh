@@ -22,7 +22,8 @@ set -Eeuo pipefail
 # read from a shared file system for the first time.
 : "${RLVR_PREFLIGHT_SECONDS:=300}"
 : "${RLVR_SERVER_SECONDS:=900}"
-# 1: print the exact command of every step and rank, start nothing. RLVR_DRY_RUN=1 bash examples/slurm/X.sbatch
+# 1: check the configuration, print the exact command of every step and one line per node, start nothing. With `ranks`, one
+# line per rank. RLVR_DRY_RUN=1 bash examples/slurm/X.sbatch
 : "${RLVR_DRY_RUN:=}"
 
 # --- Network -----------------------------------------------------------------------------------------------------------
@@ -53,10 +54,20 @@ raise_limit -n 65536
 raise_limit -l unlimited
 
 # --- The job: what Slurm allocated, or in a dry run what the script requests -------------------------------------------
-say() { echo "[$(date +%T)] $*"; }
+say() { printf '%s\n' "[$(date +%T)] $*"; }
+
+refuse() { # REASON: a user error that is found before the first attempt begins
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# Refuse a setting that is not a positive whole number. Bash would evaluate it as an expression, which can hold commands.
+check_number() { # NAME
+    [[ ${!1} =~ ^[1-9][0-9]{0,8}$ ]] || refuse "$1 must be a positive whole number, found '${!1}'"
+}
 
 describe_job() {
-    local count gpus
+    local count gpus setting
     if [ -n "$RLVR_DRY_RUN" ]; then # what the script requests, even if this shell runs within a job
         count=$(sed -n 's/^#SBATCH --nodes=//p' "$0")
         gpus=$(sed -n 's/^#SBATCH --gpus-per-node=//p' "$0")
@@ -69,26 +80,30 @@ describe_job() {
         read_record
         : "${RLVR_PROCESSES_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
     else
-        echo "error: this is a batch script: sbatch $0, or RLVR_DRY_RUN=1 bash $0 to see its commands" >&2
-        exit 2
+        refuse "this is a batch script: sbatch $0, or RLVR_DRY_RUN=1 bash $0 to see its commands"
     fi
     server_nodes=0
     case $RLVR_SERVERS in
         none | colocated) ;;
-        nodes:[1-9]*) server_nodes=$((${RLVR_SERVERS#nodes:})) ;;
-        *) echo "error: RLVR_SERVERS must be none, colocated or nodes:N, found '$RLVR_SERVERS'" >&2; exit 2 ;;
+        *)
+            [[ $RLVR_SERVERS =~ ^nodes:([1-9][0-9]{0,5})$ ]] ||
+                refuse "RLVR_SERVERS must be none, colocated or nodes:N, found '$RLVR_SERVERS'"
+            server_nodes=${BASH_REMATCH[1]}
+            ;;
     esac
+    for setting in RLVR_PROCESSES_PER_NODE RLVR_MAX_TRIES RLVR_PREFLIGHT_SECONDS RLVR_SERVER_SECONDS; do
+        check_number "$setting"
+    done
     train_nodes=$((${#nodes[@]} - server_nodes))
     if [ "$train_nodes" -lt 1 ]; then
-        echo "error: RLVR_SERVERS=$RLVR_SERVERS leaves none of ${#nodes[@]} nodes to train: request more nodes" >&2
-        exit 2
+        refuse "RLVR_SERVERS=$RLVR_SERVERS leaves none of ${#nodes[@]} nodes to train: request more nodes"
     fi
     # torchrun numbers nodes in this order, so rank 0 is on the head.
     mapfile -t trainers < <(printf '%s\n' "${nodes[@]:0:train_nodes}" | LC_ALL=C sort)
     nodes=("${trainers[@]}" "${nodes[@]:train_nodes}")
     head=${nodes[0]}
     # A different port for every attempt, because a leftover process of the previous one may still hold its port.
-    port=$((20000 + (${SLURM_JOB_ID//[!0-9]/0} * 7 + restart * 3) % 12000))
+    port=$((20000 + (10#${SLURM_JOB_ID//[!0-9]/0} * 7 + restart * 3) % 12000))
 }
 
 # Read the job's identity and attempt from Slurm's record rather than from the environment. sbatch passes its environment
@@ -99,14 +114,14 @@ read_record() {
     local record name version
     version=$(srun --version | sed -n 's/.* \([0-9]*\)\.\([0-9]*\).*/\1\2/p')
     if [ "${version:-9999}" -lt 2205 ]; then
-        echo "error: $(srun --version) is too old: before 22.05 the steps of a job cannot share its memory and GPUs" >&2
-        exit 2
+        refuse "$(srun --version) is too old: before 22.05 the steps of a job cannot share its memory and GPUs"
     fi
     record=$(job_record)
-    [[ ! $record =~ ' Restarts='([0-9]+) ]] || restart=${BASH_REMATCH[1]}
+    restart=$(job_field Restarts <<< "$record")
     job=$SLURM_JOB_ID
     # For scontrol, the id of an array element may name the whole array.
-    [[ ! $record =~ ' ArrayJobId='([0-9]+)' ArrayTaskId='([0-9]+)' ' ]] || job=${BASH_REMATCH[1]}_${BASH_REMATCH[2]}
+    [[ ! $record =~ ^JobId=[0-9]+' ArrayJobId='([0-9]+)' ArrayTaskId='([0-9]+)' JobName=' ]] ||
+        job=${BASH_REMATCH[1]}_${BASH_REMATCH[2]}
     # Cores per node, of the smallest node if they differ.
     cpus=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
     # SLURM_EXPORT_ENV comes from sbatch --export and would hide this script's variables from its steps.
@@ -116,14 +131,18 @@ read_record() {
         unset "SLURM_$name"
     done
     # In a job that requested GPUs or whole nodes, these variables are its own.
-    [[ $record =~ gres[:/]gpu|OverSubscribe=NO ]] ||
+    grep -q '^   \(OverSubscribe=NO\|[A-Za-z]*T[Rr][Ee][Ss].*gres[:/]gpu\)' <<< "$record" ||
         unset SLURM_GPUS SLURM_GPUS_ON_NODE SLURM_GPUS_PER_NODE SLURM_JOB_GPUS
 }
 
 # Set `step_options`, the options of every srun, and `python`, the command that starts Python on a node.
 describe_environment() {
-    local kind=${RLVR_ENVIRONMENT%%:*} value=${RLVR_ENVIRONMENT#*:} modules folder mounts=$PWD:$PWD
-    for folder in "$RUN_DIRECTORY" ${RLVR_MOUNTS//,/ }; do mounts+=,$folder:$folder; done
+    local kind=${RLVR_ENVIRONMENT%%:*} value=${RLVR_ENVIRONMENT#*:} modules folder folders mounts=$PWD:$PWD
+    IFS=, read -ra folders <<< "$RLVR_MOUNTS"
+    for folder in "$RUN_DIRECTORY" ${folders[0]+"${folders[@]}"}; do mounts+=,$folder:$folder; done
+    case $kind:$PWD$RUN_DIRECTORY in
+        pyxis:*[:,]* | apptainer:*[:,]*) refuse "a container cannot mount a path with a colon or comma: $PWD, $RUN_DIRECTORY" ;;
+    esac
     # Steps share all resources of the job. By default a step gets one core, and the memory that belongs to it.
     step_options=(--overlap --mem=0 --cpus-per-task="$cpus")
     case $kind in
@@ -138,12 +157,10 @@ describe_environment() {
             step_options+=(--container-image="$value" --container-workdir="$PWD" --container-mounts="$mounts")
             ;;
         apptainer) python=(apptainer exec --nv --pwd "$PWD" --bind "$mounts" "$value" python3) ;;
-        *) echo "error: RLVR_ENVIRONMENT must begin with venv:, module:, pyxis: or apptainer:, found '$kind'" >&2; exit 2 ;;
+        *) refuse "RLVR_ENVIRONMENT must begin with venv:, module:, pyxis: or apptainer:, found '$kind'" ;;
     esac
-    if [ "$kind" = venv ] && [ ! -x "${python[0]}" ]; then
-        echo "error: no ${python[0]}: run \`make setup\` in $PWD, or set RLVR_ENVIRONMENT to another environment" >&2
-        exit 2
-    fi
+    [ "$kind" != venv ] || [ -x "${python[0]}" ] ||
+        refuse "no ${python[0]}: run \`make setup\` in $PWD, or set RLVR_ENVIRONMENT to another environment"
 }
 
 # A batch script is not a login shell, and the submitting shell need not be bash, so the definition of `module` must be
@@ -161,9 +178,8 @@ load_modules() {
     status=$?
     set -Eeu
     if [ "$status" != 0 ] || ! command -v "${python[0]}" > /dev/null; then
-        echo "error: \`module load $*\` on $(uname -n) ended with status $status and gave no python3:" \
-            "set RLVR_ENVIRONMENT=module:NAME,NAME... to modules that the nodes have" >&2
-        exit 2
+        refuse "\`module load $*\` on $(uname -n) ended with status $status and gave no python3:" \
+            "set RLVR_ENVIRONMENT=module:NAME,NAME... to modules that the nodes have"
     fi
 }
 
@@ -184,7 +200,7 @@ preflight() {
     [ -z "$RLVR_DRY_RUN" ] && [ "$code" != 0 ] || return 0
     if [ ! -s "$verdict" ]; then
         # The head writes the verdict. If only the other nodes have left reports, the head is the bad node.
-        if compgen -G "$attempt/preflight/*.json" > /dev/null && [ ! -f "$attempt/preflight/$head.json" ]; then
+        if [ -n "$(find "$attempt/preflight" -name '*.json' 2> /dev/null)" ] && [ ! -f "$attempt/preflight/$head.json" ]; then
             echo "69 $head did not run the preflight, other nodes did" > "$verdict"
             echo "$head" > "$attempt/preflight/bad_nodes"
         else
@@ -195,7 +211,7 @@ preflight() {
     read -r code reason < "$verdict"
     [ "$code" != 0 ] || return 0
     if [ "$code" = 69 ]; then
-        echo "preflight: $reason" > "$RUN_DIRECTORY/slurm/reason"
+        printf '%s\n' "preflight: $reason" > "$RUN_DIRECTORY/slurm/reason"
         record "preflight: $reason"
         requeue "$(paste -sd, "$attempt/preflight/bad_nodes")"
     fi
@@ -208,18 +224,21 @@ start_servers() {
     [ "$RLVR_SERVERS" != none ] || return 0
     local count=$train_nodes first=0 deadline urls
     [ "$server_nodes" = 0 ] || count=$server_nodes first=$train_nodes
+    # Not --output, in which a percent sign of the run directory would be a pattern.
+    step_output=$attempt/servers.log
     start_step --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --relative="$first" \
-        --output="$attempt/servers-%N.log" "${python[@]}" -m megatron_rlvr.cluster.serve --folder="$attempt/servers" "$@"
+        "${python[@]}" -m megatron_rlvr.cluster.serve --folder="$attempt/servers" -- "$@"
+    step_output=''
     if [ -n "$RLVR_DRY_RUN" ]; then
-        training+=(rollout.engine=sglang "rollout.sglang.urls=[http://HOST:PORT,...]")
+        training+=(rollout.engine=sglang "rollout.sglang.urls=[http://HOST:PORT]")
         return
     fi
     server_step=$step step=''
     deadline=$((SECONDS + RLVR_SERVER_SECONDS))
-    until [ "$(find "$attempt" -path "*/servers/*.urls" | wc -l)" = "$count" ]; do
+    until [ "$(find "$attempt/servers" -maxdepth 1 -name "*.urls" 2> /dev/null | wc -l)" = "$count" ]; do
         [ -z "$asked" ] || stopped
         kill -0 "$server_step" 2> /dev/null ||
-            fail 1 "the SGLang servers ended: $(cat "$attempt"/servers-*.log | tail -n 1)"
+            fail 1 "the SGLang servers ended: $(tail -n 1 "$attempt/servers.log")"
         [ $SECONDS -lt $deadline ] ||
             fail 1 "the SGLang servers did not answer in RLVR_SERVER_SECONDS=$RLVR_SERVER_SECONDS s"
         pause 0.5
@@ -236,15 +255,7 @@ launch() {
     [ -z "$asked" ] || stopped
     start_step --nodes="$train_nodes" --ntasks="$train_nodes" --ntasks-per-node=1 --relative=0 --kill-on-bad-exit=1 \
         "${python[@]}" "${program[@]}" -- "$@"
-    if [ -n "$RLVR_DRY_RUN" ]; then # with the Python of this machine, which may have no container
-        if ! "${python[@]: -1}" -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
-            echo "error: ${python[*]: -1} on $(uname -n) is older than Python 3.9: put a newer one first in PATH" >&2
-            exit 2
-        fi
-        PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "${python[@]: -1}" "${program[@]}" \
-            --dry-run="$(IFS=, && echo "${trainers[*]}")" -- "$@"
-        exit 0
-    fi
+    if [ -n "$RLVR_DRY_RUN" ]; then describe_ranks "$@"; fi
     wait_step || true
     # srun exits with the largest status, which is not always the cause. A user error counts first, then a rank that was
     # killed (except by SIGABRT, 134, which can end a rank that lost another), then any other crash, then a stop. Of nodes
@@ -269,6 +280,16 @@ launch() {
     fi
 }
 
+# Check the configuration and print the commands of a dry run, with the Python of this machine, which may have no container.
+describe_ranks() {
+    local interpreter=${python[${#python[@]} - 1]} status=0
+    "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
+        refuse "$interpreter on $(uname -n) is older than Python 3.9: put a newer one first in PATH"
+    PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$interpreter" -m megatron_rlvr.cluster.dry_run --detail="$RLVR_DRY_RUN" \
+        --nodes="$(IFS=, && echo "${trainers[*]}")" --processes-per-node="$RLVR_PROCESSES_PER_NODE" -- "$@" || status=$?
+    exit "$status"
+}
+
 train() { # CONFIG key=value...
     begin_attempt
     training=("$@" "run_directory=$RUN_DIRECTORY")
@@ -281,7 +302,12 @@ train() { # CONFIG key=value...
 # Evaluate a run on the training nodes, with servers as the run had them. It is requeued and resumed like training, but has
 # no preflight.
 evaluate() { # RUN [--initial] key=value...
-    local word settings=("${1:?the directory of a run}/config.yaml")
+    local word settings
+    case ${1:-} in
+        '' | -*) refuse "no run to evaluate: sbatch examples/slurm/evaluate.sbatch RUN [--initial] [key=value ...]" ;;
+    esac
+    settings=("$1/config.yaml")
+    [ -n "$RLVR_DRY_RUN" ] || [ -f "${settings[0]}" ] || refuse "no run in $1: it has no config.yaml"
     begin_attempt
     for word in "${@:2}"; do
         case $word in *=*) settings+=("$word") ;; esac
@@ -322,12 +348,28 @@ finish() {
     esac
 }
 
-# run_directory=... among the arguments of the job script replaces the script's own.
-for argument in "$@"; do
-    case $argument in run_directory=*) RUN_DIRECTORY=${argument#run_directory=} ;; esac
-done
-# The same path on all nodes and in containers.
-RUN_DIRECTORY=$(realpath -m "${RUN_DIRECTORY:?the job script sets it before it sources common.sh}")
-server_step='' training=()
+# run_directory=... among the arguments of the job script replaces the script's own. The value is the text after the equals
+# sign, as the trainer reads it (megatron_rlvr/config_yaml.py). What the two would read differently is refused.
+choose_run_directory() {
+    local argument
+    for argument in "$@"; do
+        case $argument in run_directory=*) RUN_DIRECTORY=${argument#*=} ;; esac
+    done
+    case ${RUN_DIRECTORY:-} in
+        '' | '~' | null | Null | NULL) refuse "run_directory has no value: write run_directory=FOLDER" ;;
+        [\'\"]*) refuse "run_directory=$(printf %q "$RUN_DIRECTORY") begins with a quotation mark: leave it out" ;;
+    esac
+    # The same path on all nodes and in containers.
+    RUN_DIRECTORY=$(realpath -m -- "$RUN_DIRECTORY" && echo .)
+    RUN_DIRECTORY=${RUN_DIRECTORY%??}
+    # shellcheck disable=SC2016
+    case $RUN_DIRECTORY in
+        *[[:cntrl:]]*) refuse "run_directory=$(printf %q "$RUN_DIRECTORY") holds a control character: choose another name" ;;
+        *'${'*) refuse "run_directory=$RUN_DIRECTORY holds \${, which begins a reference: a job script needs the path itself" ;;
+    esac
+}
+
+server_step='' step_output='' training=()
+choose_run_directory "$@"
 describe_job
 [ -n "$RLVR_DRY_RUN" ] || handle_signals

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,11 +24,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from megatron_rlvr.bound_to_parent import exit_with_parent
 from megatron_rlvr.cluster import node_name
 from megatron_rlvr.cluster.outcome import Outcome, await_outcomes
 from megatron_rlvr.cluster.rank_exit import STOP_SIGNALS, RankExit, first_failure, log_path, read_exit
-from megatron_rlvr.cluster.rank_supervisor import rank_command, supervisor_command
+from megatron_rlvr.cluster.rank_supervisor import supervisor_command
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED
 from megatron_rlvr.log_tail import last_error
 
@@ -40,8 +41,6 @@ class StopRequest:
     """Passes stop signals on to the ranks. Before there are ranks, a stop signal ends this process as stopped."""
 
     def __init__(self) -> None:
-        import psutil  # here, because the Python of a login node, where a dry run happens, may not have it
-
         self.received: int | None = None
         self._this = psutil.Process()
         for number in STOP_SIGNALS:
@@ -135,17 +134,6 @@ def rendezvous_kept(options: argparse.Namespace) -> Iterator[None]:
     del store
 
 
-def print_commands(options: argparse.Namespace, command: Sequence[str]) -> None:
-    """Print the command of every rank of the job."""
-    nodes = options.dry_run.split(",")
-    size, local = len(nodes) * options.nproc_per_node, options.nproc_per_node
-    words = shlex.join(rank_command(command))
-    for rank in range(size):
-        node = nodes[rank // local]
-        variables = f"RANK={rank} LOCAL_RANK={rank % local} WORLD_SIZE={size} LOCAL_WORLD_SIZE={local}"
-        print(f"rank {rank} on {node}: {variables} MASTER_ADDR={nodes[0]} {words}")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,13 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rdzv-id", required=True)
     parser.add_argument("--rdzv-endpoint", required=True, help="HOST:PORT on the first node")
     parser.add_argument("--logs", type=Path, required=True, help="folder of the ranks' logs and this node's outcome")
-    parser.add_argument("--dry-run", metavar="NODE,NODE...", help="print the command of every rank, start nothing")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and Python's arguments")
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    if options.dry_run:
-        print_commands(options, command)
-        return EXIT_DONE
     stop = StopRequest()
     exit_with_parent()
     options.logs.mkdir(parents=True, exist_ok=True)

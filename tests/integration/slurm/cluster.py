@@ -1,8 +1,8 @@
 """A real Slurm on this machine, for tests: slurmctld, munge, and one slurmd per virtual node.
 
 Every virtual node has its own host name, /etc/hosts and processes (UTS, mount and PID namespaces). Its GPUs are only
-character devices. The cluster changes nothing outside `root`, a temporary folder, except the mode of the folders above it.
-Needs root and Debian's slurmctld, slurmd and munge.
+character devices. The cluster changes nothing outside `root`, a temporary folder, except the mode of the folders above
+it. Needs root and Debian's slurmctld, slurmd and munge.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class Cluster:
         )
 
     def restore(self) -> None:
-        """Start the nodes that were powered off, and wait until every node is idle. Jobs that still run are cancelled."""
+        """Cancel all jobs, start the nodes that were powered off, and wait until every node is idle."""
         self.run("scancel", "--state=PENDING", "--state=RUNNING", "--user=root", check=False)
         for node in [f"n{i}" for i in range(1, self.size + 1)]:
             if node not in self.inits:

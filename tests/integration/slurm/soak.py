@@ -22,7 +22,7 @@ import pytest
 
 from tests.integration.slurm.cluster import Cluster, virtual_cluster, why_not
 from tests.integration.slurm.conftest import NODES, set_job_environment
-from tests.integration.slurm.jobs import Job, Settings, wait_until, with_stand_in_servers
+from tests.integration.slurm.jobs import Job, Settings, with_stand_in_servers
 from tests.processes import ROOT
 from tests.small_model import make_small_model, write_problems
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,11 +25,14 @@ def _name(script: Path) -> str:
     return script.stem
 
 
+def environment(**variables: str) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RLVR_"))}
+    return own | {"RLVR_DRY_RUN": "1", "RLVR_ENVIRONMENT": f"venv:{sys.prefix}", "PYTHONPATH": str(ROOT), **variables}
+
+
 def dry_run(script: Path, *arguments: str, **variables: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RLVR_"))}
-    environment |= {"RLVR_DRY_RUN": "1", "RLVR_ENVIRONMENT": f"venv:{sys.prefix}", "PYTHONPATH": str(ROOT), **variables}
     command = ["bash", str(script), *arguments]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -53,7 +57,7 @@ def test_shellcheck() -> None:
 
 @pytest.mark.parametrize("script", TRAINING, ids=_name)
 def test_dry_run_prints_the_command_of_every_rank(script: Path) -> None:
-    text = dry_run(script, "optimizer.learning_rate=2e-6")
+    text = dry_run(script, "optimizer.learning_rate=2e-6", RLVR_DRY_RUN="ranks")
     nodes = int(re.search(r"--nodes=(\d+)", script.read_text())[1])  # type: ignore[index]
     train = 8 if "split" in script.stem else nodes
     ranks = re.findall(
@@ -77,10 +81,45 @@ def test_dry_run_prints_the_command_of_every_rank(script: Path) -> None:
 def test_the_configuration_of_a_dry_run_is_accepted(script: Path) -> None:
     from megatron_rlvr.config import load_config
 
-    last = dry_run(script).splitlines()[-1]
-    config, *overrides = last.split(" -m megatron_rlvr.train ")[1].replace("'", "").split()
-    overrides = [word for word in overrides if not word.startswith("rollout.sglang.urls")]
+    *_, last, verdict = dry_run(script).splitlines()
+    config, *overrides = shlex.split(last.split(" -m megatron_rlvr.train ")[1])
     assert load_config(ROOT / config, overrides).parallel.tensor in (4, 8)
+    assert verdict == f"{config} and the overrides are valid"
+
+
+def test_a_dry_run_prints_a_line_per_node() -> None:
+    lines = dry_run(FOLDER / "llama3.3-70b-16nodes-split.sbatch").splitlines()
+    ranks = [line for line in lines if line.startswith("rank")]
+    expected = [f"ranks {8 * node} to {8 * node + 7} on node-{node}: WORLD_SIZE=64 " for node in range(8)]
+    assert [line[: len(start)] for line, start in zip(ranks, expected, strict=True)] == expected
+
+
+def refused(script: Path, *arguments: str, **variables: str) -> str:
+    """Run a script that must end with status 2 and one line on stderr; return the line."""
+    command = ["bash", str(script), *arguments]
+    done = subprocess.run(command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_a_dry_run_refuses_what_training_refuses() -> None:
+    assert "did you mean optimizer.learning_rate?" in refused(TRAINING[0], "optimizer.lerning_rate=1")
+    assert "steps must be greater than 0" in refused(FOLDER / "quickstart-cpu.sbatch", "steps=0")
+    assert "is not key=value" in refused(FOLDER / "quickstart-cpu.sbatch", "here")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("evaluate", [], "no run to evaluate: sbatch examples/slurm/evaluate.sbatch RUN"),
+        ("evaluate", ["--initial", "runs/m"], "no run to evaluate"),
+        ("convert", [], "nothing to convert: sbatch examples/slurm/convert.sbatch to-megatron"),
+        ("convert", ["to-megatron", "here"], "nothing to convert"),
+    ],
+)
+def test_a_script_without_its_arguments_says_what_it_needs(script: str, arguments: list[str], message: str) -> None:
+    assert message in refused(FOLDER / f"{script}.sbatch", *arguments)
 
 
 def test_dry_run_of_the_other_gpu_scripts_and_within_a_job() -> None:
@@ -89,9 +128,11 @@ def test_dry_run_of_the_other_gpu_scripts_and_within_a_job() -> None:
     rank = r"(?m)^rank (\d) on node-0: .* tools/convert_checkpoint\.py to-megatron models/m checkpoints/m --verify$"
     assert re.findall(rank, text) == ["0"]
     text = dry_run(FOLDER / "evaluate.sbatch", "runs/m", "--initial", "evaluation.prompts=4")
-    assert re.search(r"(?m)^srun .* megatron_rlvr\.cluster\.serve .* runs/m/config\.yaml evaluation\.prompts=4 $", text)
-    rank = r"(?m)^rank (\d) .* tools/evaluate\.py runs/m --initial evaluation\.prompts=4 rollout\.engine=sglang "
-    assert re.findall(rank, text) == list("01234567")
+    assert re.search(
+        r"(?m)^srun .* megatron_rlvr\.cluster\.serve .* -- runs/m/config\.yaml evaluation\.prompts=4 $", text
+    )
+    rank = r"(?m)^ranks 0 to 7 .* tools/evaluate\.py runs/m --initial evaluation\.prompts=4 rollout\.engine=sglang "
+    assert len(re.findall(rank, text)) == 1
 
 
 @pytest.mark.parametrize(
@@ -117,6 +158,12 @@ def test_environments(environment: str, expected: str) -> None:
         ({"RLVR_ENVIRONMENT": "venv:/nowhere"}, "error: no /nowhere/bin/python: run `make setup`"),
         ({"RLVR_SERVERS": "some"}, "error: RLVR_SERVERS must be none, colocated or nodes:N"),
         ({"RLVR_SERVERS": "nodes:2"}, "leaves none of 2 nodes to train"),
+        ({"RLVR_SERVERS": "nodes:1+a[$(touch CREATED)]"}, "error: RLVR_SERVERS must be none, colocated or nodes:N"),
+        ({"RLVR_SERVERS": "nodes:08"}, "error: RLVR_SERVERS must be none, colocated or nodes:N"),
+        ({"RLVR_PREFLIGHT_SECONDS": "a[$(touch CREATED)]"}, "RLVR_PREFLIGHT_SECONDS must be a positive whole number"),
+        ({"RLVR_SERVER_SECONDS": "a[$(touch CREATED)]"}, "RLVR_SERVER_SECONDS must be a positive whole number"),
+        ({"RLVR_MAX_TRIES": "0"}, "RLVR_MAX_TRIES must be a positive whole number"),
+        ({"RLVR_PROCESSES_PER_NODE": "8 "}, "RLVR_PROCESSES_PER_NODE must be a positive whole number"),
         ({"RLVR_DRY_RUN": ""}, "error: this is a batch script: sbatch"),
     ],
 )
@@ -124,6 +171,7 @@ def test_wrong_settings_are_refused(variables: dict[str, str], message: str) -> 
     with pytest.raises(AssertionError) as caught:
         dry_run(FOLDER / "quickstart-cpu.sbatch", "model.path=x", **variables)
     assert message in str(caught.value)
+    assert not (ROOT / "CREATED").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=_name)

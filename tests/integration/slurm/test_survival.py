@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 import time
@@ -98,11 +99,13 @@ def test_evaluation_of_a_checkpoint(uninterrupted: Job, tmp_path: Path, job_envi
 
 FAKE_PYTHON = """#!/bin/bash
 # The preflight succeeds, or runs $PREFLIGHT. Everything else runs $PROGRAM, a launcher with $logs set.
+logs=''
+for word in "$@"; do
+    case $word in --report=*) report=${word#*=} ;; --logs=*) logs=${word#*=} ;; esac
+done
 case "$*" in
-    *cluster.preflight*)
-        report=$(tr ' ' '\\n' <<< "$*" | sed -n 's/^--report=//p')
-        mkdir -p "$report" && eval "${PREFLIGHT:-echo 0 fine > $report/verdict}" ;;
-    *) logs=$(tr ' ' '\\n' <<< "$*" | sed -n 's/^--logs=//p'); eval "$PROGRAM" ;;
+    *cluster.preflight*) mkdir -p "$report" && eval "${PREFLIGHT:-echo 0 fine > \\"\\$report\\"/verdict}" ;;
+    *) eval "$PROGRAM" ;;
 esac
 """
 
@@ -117,8 +120,8 @@ def fake_job(cluster: Cluster, tmp_path: Path, job_environment: None, monkeypatc
 
 
 # Write the outcome of a launcher. Wait for the outcomes of several nodes: the first launcher to end may end the others.
-OUTCOME = '[ -z "$logs" ] || echo "$outcome" > $logs/outcome.$SLURMD_NODENAME'
-AWAIT_OUTCOMES = 'until [ "$(cat $logs/outcome.* | wc -l)" -ge %d ]; do sleep 0.1; done'
+OUTCOME = '[ -z "$logs" ] || echo "$outcome" > "$logs"/outcome.$SLURMD_NODENAME'
+AWAIT_OUTCOMES = 'until [ "$(cat "$logs"/outcome.* | wc -l)" -ge %d ]; do sleep 0.1; done'
 
 
 def test_crash_loop_ends_with_the_reason(fake_job: Job) -> None:
@@ -244,3 +247,55 @@ def test_a_time_limit_that_leaves_no_time_does_not_loop_forever(fake_job: Job) -
     reason = "asked before a step was finished: the time limit must be longer than the seconds of --signal"
     assert f"attempt 1: stopped (USR1: {reason})" in fake_job.history()
     assert fake_job.history().rstrip().endswith(f"ended without a new checkpoint, the last because of: {reason}")
+
+
+# What a name can do to a script that splits, expands, evaluates or prints it.
+_FRAGMENTS = [
+    *("it's", '"', " ", "  ", "$(touch CREATED)", "`touch CREATED`", "a[$(touch CREATED)]", "*", "?", "[a]", "{a,b}"),
+    *("%j", "%N", "\\", "\\n", ";", "&", "|", ">", "#", "!", "~", ":", ",", "=", "0123", "-rf", "--", "Restarts=7"),
+    *("über", "漢"),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hostile_run_directory_is_only_a_name(fake_job: Job, tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    name = "".join(rng.sample(_FRAGMENTS, 12)).replace("${", "$")
+    fake_job.run = tmp_path / ("-" * (seed == 1) + name)
+    # A name with words like those of scontrol, in the place where scontrol prints it.
+    options = [f"--job-name={name} Restarts=7 Requeue=0 ExitCode=0:0\n   Requeue=0 Restarts=7 BatchFlag=1"]
+    # The batch script of the first attempt is killed, so the guard acts; the second attempt fails, the third ends.
+    outcome = 'outcome="0 "; [ "${SLURM_RESTART_COUNT:-0}" != 1 ] || outcome="1 -n broken"'
+    killed = '[ -n "${SLURM_RESTART_COUNT:-}" ] || { touch "$logs/started.$SLURM_PROCID"; sleep 1000; }'
+    fake_job.submit(
+        options=options, PROGRAM=f"{killed}; {outcome}; {OUTCOME}; {AWAIT_OUTCOMES % 2}; exit ${{outcome%% *}}"
+    )
+    wait_until(lambda: len(list((fake_job.run / "slurm").glob("*.0/started.*"))) == 2, "the first attempt")
+    fake_job.kill_batch_script()
+    assert fake_job.finish() == "COMPLETED", fake_job.cluster.output(fake_job.id)
+    history = fake_job.history()
+    assert re.findall(r"attempt (\d): try", history) == ["0", "1", "2"], history
+    assert "attempt 1: failed: -n broken" in history
+    assert not list(tmp_path.rglob("CREATED")) and not (ROOT / "CREATED").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a\nb", "holds a control character"),
+        ("ends\n", "holds a control character"),
+        ("a\x1b[31m", "holds a control character"),
+        ("a${name}", "begins a reference"),
+        ("'quoted'", "begins with a quotation mark"),
+        ("", "run_directory has no value"),
+        ("null", "run_directory has no value"),
+    ],
+)
+def test_a_run_directory_that_the_trainer_would_read_differently_is_refused(
+    fake_job: Job, name: str, message: str
+) -> None:
+    fake_job.id = fake_job.cluster.submit(SCRIPT, "model.path=none", f"run_directory={name}", PROGRAM="exit 3")
+    assert fake_job.finish() == "FAILED"
+    assert fake_job.cluster.job(fake_job.id)["ExitCode"] == "2:0"
+    output = fake_job.cluster.output(fake_job.id)
+    assert output.startswith("error: ") and message in output and output.count("\n") == 1, output
