@@ -10,19 +10,19 @@ from megatron_rlvr.verifiers.exact import ExactMatch
 from megatron_rlvr.verifiers.math import MathAnswer
 from megatron_rlvr.verifiers.user import load_user_verifier
 
-Verifier = Callable[[str, Any], float]
+Verifier = Callable[[str, Any], Any]
 
 VERIFIERS: dict[str, Callable[..., Verifier]] = {"countdown": Countdown, "exact": ExactMatch, "math": MathAnswer}
 
 
-def check_answers(verifier: Verifier, answers: Iterable[Any], source: str = "the data set") -> None:
+def check_answers(verifier: object, answers: Iterable[Any], source: str = "the data set") -> None:
     """Check that a verifier can read every answer of a data set.
 
     A run does this at its start, because an unreadable answer would otherwise end it hours later. Verifiers without a
     ``check_answer(answer)`` method, such as user functions, are not checked.
 
     Args:
-        verifier: that will read the answers.
+        verifier: that will read the answers, or the `VerifierSource` of a user's function.
         answers: one per example, in the order of the data set.
         source: name of the data set for the error.
 

@@ -10,7 +10,7 @@ four workers on two cores:
     private memory of a worker                     9 MiB                 285 MiB
     1,024 trivial verifications                    8 to 11 ms            46 to 99 ms
     1,024 verifications by math-verify             70 to 110 ms          190 to 220 ms
-    a worker is killed while idle                  its next item fails   the pool breaks
+    a worker is killed while idle                  it is replaced        the pool breaks
     child processes of an item that timed out      killed                survive
     a hung worker when the trainer is killed       ended by its timer    survives
     =============================================  ====================  ================
@@ -23,25 +23,37 @@ import collections
 import logging
 import math
 import pickle
+import select
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import connection
 from typing import Any
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers.build import build_verifier
+from megatron_rlvr.verifiers.channel import Reply
 from megatron_rlvr.verifiers.config import VerifierConfig
+from megatron_rlvr.verifiers.source import VerifierSource
 from megatron_rlvr.verifiers.verdict import STATUSES, Verdict, judge
-from megatron_rlvr.verifiers.worker_process import WorkerProcess
+from megatron_rlvr.verifiers.worker_process import WorkerFailure, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
 # Items sent to a worker at once: enough to keep it busy while its replies travel, few enough that all workers finish at
 # about the same time.
 _LARGEST_CHUNK = 64
-_LONGEST_WAIT_S = 3600.0
+# How often the pool looks for workers that have died without closing their socket.
+_LONGEST_WAIT_S = 1.0
+_STARTS = 3
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A verification that failed: its verdict, and the traceback if the verifier raised."""
+
+    verdict: Verdict
+    traceback: str = ""
 
 
 @dataclass
@@ -62,23 +74,30 @@ class VerifierPool:
     if it has one, is called once in each worker before the first item.
 
     An item that exceeds a limit, raises, or kills its worker gets reward 0.0 and a status that says so. The worker is
-    replaced and the rest of the batch continues.
+    replaced and the rest of the batch continues. An item is given to a second worker once if the first died or was
+    stopped before it began the item, or sent something that is no reply.
 
     Args:
-        verifier: called as ``verifier(completion, answer)``; returns the reward.
+        verifier: called as ``verifier(completion, answer)``; returns the reward, or a dictionary whose ``score`` is the
+            reward. It must be finite as a float32. A VerifierSource is built by the workers alone; it needs some.
         workers: number of worker processes; 0 for none.
         timeout_s: time limit of one item, in seconds. Time in which the worker waits for a processor does not count.
         memory_mb: limit of a worker's data memory, including the interpreter, in MiB.
 
     Attributes:
         counts: number of items so far, by status.
+        first_failure: the first item without a reward, None if there was none.
 
     Raises:
         UserError: if a limit is out of range, or the verifier cannot be sent to another process.
     """
 
     def __init__(
-        self, verifier: Callable[[str, Any], float], workers: int = 0, timeout_s: float = 10.0, memory_mb: int = 2048
+        self,
+        verifier: Callable[[str, Any], Any] | VerifierSource,
+        workers: int = 0,
+        timeout_s: float = 10.0,
+        memory_mb: int = 2048,
     ) -> None:
         if workers < 0:
             raise UserError(f"verifier workers must be 0 (in this process) or more, found {workers}")
@@ -88,12 +107,18 @@ class VerifierPool:
             raise UserError(f"the verifier's memory limit must be at least 64 MiB, found {memory_mb}")
         self.verifier = verifier
         self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(STATUSES, 0))
+        self.first_failure: Failure | None = None
         self._timeout_s = timeout_s
+        self._issued = 0
+        self._failed_starts = 0
         self._warned: set[str] = set()
         self._waiting: list[_Request] = []
         self._waiting_lock = threading.Lock()
         self._verifying_lock = threading.Lock()
-        self._setup = _pickled_setup(verifier, timeout_s, memory_mb) if workers else b""
+        self._setup = b""
+        if workers:
+            source = verifier if isinstance(verifier, VerifierSource) else VerifierSource.of(verifier)
+            self._setup = pickle.dumps((memory_mb, timeout_s, source))
         self._workers = [WorkerProcess(self._setup, timeout_s) for _ in range(workers)]
         self._closed = False
 
@@ -105,7 +130,8 @@ class VerifierPool:
 
         Raises:
             UserError: if the verifier raises it, which means that an answer of the data set has the wrong form.
-            RuntimeError: if workers cannot be started, or the pool is closed.
+                Also if workers cannot load it.
+            RuntimeError: if the pool is closed.
         """
         if len(completions) != len(answers):
             raise ValueError(f"{len(completions)} completions but {len(answers)} answers")
@@ -120,6 +146,30 @@ class VerifierPool:
         if request.error is not None:
             raise request.error
         return request.verdicts
+
+    @property
+    def name(self) -> str:
+        """What error messages call the verifier."""
+        if isinstance(self.verifier, VerifierSource):
+            return f"verifier {self.verifier.name}"
+        function = getattr(self.verifier, "func", self.verifier)
+        if module := getattr(function, "__module__", ""):
+            return f"verifier {module}:{getattr(function, '__qualname__', type(function).__qualname__)}"
+        return "the verifier"
+
+    def wait_until_loaded(self) -> None:
+        """Wait until one worker has loaded the verifier.
+
+        Raises:
+            UserError: if workers cannot load it.
+        """
+        while self._workers and not any(worker.ready for worker in self._workers):
+            readable = self._wait()
+            for slot, worker in enumerate(self._workers):
+                if worker.socket.fileno() in readable:
+                    self._receive(worker)
+                if failure := worker.failure():
+                    self._replace(slot, failure)
 
     def close(self) -> None:
         """Kill the workers. The pool cannot be used afterwards."""
@@ -158,7 +208,7 @@ class VerifierPool:
                 self.close()
                 raise
         else:
-            verdicts = [judge(self.verifier, completion, answer) for completion, answer in items]
+            verdicts = self._verify_here(items)
         self.counts.update(verdict.status for verdict in verdicts)
         for verdict in verdicts:
             if verdict.status != "ok" and verdict.status not in self._warned:
@@ -171,38 +221,91 @@ class VerifierPool:
                 )
         return verdicts
 
+    def _verify_here(self, items: list[tuple[str, Any]]) -> list[Verdict]:
+        assert not isinstance(self.verifier, VerifierSource)
+        verdicts = []
+        for completion, answer in items:
+            verdict, traceback = judge(self.verifier, completion, answer)
+            self._note(verdict, traceback)
+            verdicts.append(verdict)
+        return verdicts
+
     def _verify_in_workers(self, items: list[tuple[str, Any]]) -> list[Verdict]:
-        verdicts: list[Verdict | None] = [None] * len(items)
-        unfinished = len(items)
+        first = self._issued  # items are numbered over the life of the pool, so a late reply cannot be another's
+        self._issued += len(items)
+        verdicts: dict[int, Verdict] = {}
+        retried: set[int] = set()
         size = max(1, min(_LARGEST_CHUNK, math.ceil(len(items) / (4 * len(self._workers)))))
-        chunks = collections.deque(list(range(i, min(i + size, len(items)))) for i in range(0, len(items), size))
-        while unfinished:
+        chunks = collections.deque(
+            list(range(first + i, first + min(i + size, len(items)))) for i in range(0, len(items), size)
+        )
+        while len(verdicts) < len(items):
             for worker in self._workers:
-                if worker.ready and not worker.pending and chunks:
+                if worker.ready and not worker.pending and chunks and worker.failure() is None:
                     chunk = chunks.popleft()
-                    worker.send(chunk, [items[index] for index in chunk])
-            wait_s = min(worker.deadline for worker in self._workers) - time.monotonic()
-            readable = connection.wait(
-                [worker.socket for worker in self._workers], max(0.0, min(wait_s, _LONGEST_WAIT_S))
-            )
+                    worker.send(chunk, [items[index - first] for index in chunk])
+            readable = self._wait()
             for slot, worker in enumerate(self._workers):
-                if worker.socket in readable:
-                    for index, verdict in worker.receive():
-                        verdicts[index] = verdict
-                        unfinished -= 1
+                if worker.socket.fileno() in readable:
+                    for reply in self._receive(worker):
+                        verdicts[reply.index] = reply.verdict
                 failure = worker.failure()
                 if failure is None:
                     continue
-                # Only the item in progress failed.
                 if worker.pending:
-                    verdicts[worker.pending.popleft()] = failure
-                    unfinished -= 1
+                    index = worker.pending[0]
+                    if failure.item_is_suspect or index in retried:
+                        verdicts[index] = failure.verdict
+                        self._note(failure.verdict)
+                        worker.pending.popleft()
+                    retried.add(index)
                 # The items after it are often samples of the same prompt and may fail in the same way. They go back to
                 # the queue one by one, so that the workers share their timeouts.
                 chunks.extendleft([index] for index in reversed(worker.pending))
-                worker.kill()
-                self._workers[slot] = WorkerProcess(self._setup, self._timeout_s)
-        return [verdict for verdict in verdicts if verdict is not None]
+                self._replace(slot, failure)
+        return [verdicts[first + position] for position in range(len(items))]
+
+    def _wait(self) -> set[int]:
+        """Wait for replies, for room in a socket, or for a deadline; returns the descriptors that can be read."""
+        poll = select.poll()
+        for worker in self._workers:
+            poll.register(worker.socket, select.POLLIN | (select.POLLOUT if worker.sending else 0))
+        wait_s = min(worker.deadline for worker in self._workers) - time.monotonic()
+        events = dict(poll.poll(1000 * max(0.0, min(wait_s, _LONGEST_WAIT_S))))
+        for worker in self._workers:
+            if worker.sending and events.get(worker.socket.fileno(), 0) & select.POLLOUT:
+                worker.send_more()
+        return {descriptor for descriptor, event in events.items() if event & ~select.POLLOUT}
+
+    def _receive(self, worker: WorkerProcess) -> list[Reply]:
+        replies = worker.receive()
+        if worker.ready:
+            self._failed_starts = 0
+        for reply in replies:
+            self._note(reply.verdict, reply.traceback)
+        return replies
+
+    def _replace(self, slot: int, failure: WorkerFailure) -> None:
+        """Replace a worker that failed.
+
+        Raises:
+            UserError: if workers do not load the verifier.
+        """
+        worker = self._workers[slot]
+        worker.kill()
+        if failure.while_starting:
+            self._failed_starts += 1
+            if failure.verdict.status == "timeout" or self._failed_starts >= _STARTS:
+                raise UserError(
+                    f"{self.name} cannot be loaded: {self._failed_starts} worker processes failed while they loaded it "
+                    f"({failure.verdict.detail}, exit status {worker.process.returncode}); import it in a fresh Python "
+                    "to see why"
+                )
+        self._workers[slot] = WorkerProcess(self._setup, self._timeout_s)
+
+    def _note(self, verdict: Verdict, traceback: str = "") -> None:
+        if verdict.status != "ok" and self.first_failure is None:
+            self.first_failure = Failure(verdict, traceback)
 
 
 def build_pool(config: VerifierConfig, start_workers: bool = True) -> VerifierPool:
@@ -215,23 +318,16 @@ def build_pool(config: VerifierConfig, start_workers: bool = True) -> VerifierPo
     Raises:
         UserError: if `build_verifier` or `VerifierPool` refuses the configuration.
     """
-    verifier = build_verifier(config.name, **config.options)
     assert config.workers is not None  # `megatron_rlvr.config.resolve` replaces it
-    return VerifierPool(verifier, config.workers if start_workers else 0, config.timeout_seconds, config.memory_mb)
-
-
-def _pickled_setup(verifier: Callable[[str, Any], float], timeout_s: float, memory_mb: int) -> bytes:
-    """Return the first message to a worker: its limits and the verifier.
-
-    Raises:
-        UserError: if the verifier cannot be unpickled in another process.
-    """
-    function = getattr(verifier, "func", verifier)
-    if getattr(function, "__module__", None) == "__main__":
-        raise UserError("a verifier defined in the main script cannot be sent to worker processes; move it to a module")
+    workers = config.workers if start_workers else 0
+    limits = (config.timeout_seconds, config.memory_mb)
+    if ":" not in config.name or config.workers == 0:
+        return VerifierPool(build_verifier(config.name, **config.options), workers, *limits)
+    # A module of the user is imported by the workers alone: nothing that it does can reach the trainer.
+    pool = VerifierPool(VerifierSource(config.name, config.options), workers, *limits)
     try:
-        return pickle.dumps((memory_mb, timeout_s, pickle.dumps(verifier)))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"the verifier cannot be sent to worker processes ({error}); use a module-level function, or workers=0"
-        ) from error
+        pool.wait_until_loaded()
+    except BaseException:
+        pool.close()
+        raise
+    return pool

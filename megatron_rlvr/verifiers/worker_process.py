@@ -6,24 +6,45 @@ import math
 import os
 import pickle
 import select
-import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.verifiers.channel import FrameReader, send_frame
+from megatron_rlvr.verifiers.channel import LONGEST_REPLY, FrameReader, ProtocolError, Reply, decoded, frame
+from megatron_rlvr.verifiers.descendants import MARK_VARIABLE, kill_descendants
 from megatron_rlvr.verifiers.verdict import Verdict
 
 # A worker imports its verifier in a second or two on an idle machine, but takes longer if a node starts 64 at once.
 _START_TIMEOUT_S = 120.0
+_END_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """How a worker failed.
+
+    Attributes:
+        verdict: of the item that it worked on.
+        item_is_suspect: whether that item may be the cause. It is not if the worker had not begun it, was stopped, or
+            sent something that is no reply; then the item is worth another try.
+        while_starting: whether the worker had not loaded the verifier yet.
+    """
+
+    verdict: Verdict
+    item_is_suspect: bool
+    while_starting: bool
 
 
 class WorkerProcess:
     """One worker process: a fresh Python interpreter that runs ``megatron_rlvr.verifiers.worker``.
+
+    Nothing here blocks, whatever the process does.
 
     Attributes:
         ready: whether the worker has loaded the verifier.
@@ -35,10 +56,13 @@ class WorkerProcess:
     def __init__(self, setup: bytes, timeout_s: float) -> None:
         """Start the process without waiting for it. ``timeout_s`` is the time limit of one item."""
         self.socket, workers_socket = socket.socketpair()
+        self.socket.setblocking(False)
+        self._mark = uuid.uuid4().hex
         environment = dict(os.environ)
         # Modules, the user's own included, must be importable in the worker from the same places.
         environment["PYTHONPATH"] = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
         environment["OMP_NUM_THREADS"] = "1"
+        environment[MARK_VARIABLE] = self._mark
         with workers_socket:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_rlvr.verifiers.worker", str(workers_socket.fileno())],
@@ -47,68 +71,106 @@ class WorkerProcess:
                 # Output of verifiers goes to stderr: on stdout it would break the trainer's progress display.
                 stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else subprocess.DEVNULL,
                 env=environment,
-                # In its own process group, child processes of a verifier are killed with it, and Ctrl-C reaches only
-                # the trainer.
+                # In its own session, Ctrl-C reaches only the trainer.
                 start_new_session=True,
             )
         self.ready = False
         self.pending: collections.deque[int] = collections.deque()
+        self._accepted = False
         self._timeout_s = timeout_s
-        self._reader = FrameReader(self.socket)
+        self._reader = FrameReader(self.socket, LONGEST_REPLY)
+        self._unsent = memoryview(b"")
         self._gone = False
-        self.deadline = time.monotonic() + _START_TIMEOUT_S
+        self._violation = ""
         self._queued_s = 0.0
-        self.socket.settimeout(_START_TIMEOUT_S)
-        send_frame(self.socket, setup)
+        self.deadline = time.monotonic() + _START_TIMEOUT_S
+        self._send(setup)
+
+    @property
+    def sending(self) -> bool:
+        """Whether part of a message waits for the worker to read."""
+        return len(self._unsent) > 0
 
     def send(self, indices: list[int], items: list[tuple[str, Any]]) -> None:
-        """Send items to a worker that is ready and idle; ``indices`` are their positions in the batch."""
+        """Send items to a worker that is ready and idle; ``indices`` number the items of the pool."""
         self.pending.extend(indices)
+        self._accepted = False
         self._start_limit()
+        self._send(pickle.dumps((indices, items)))
+
+    def send_more(self) -> None:
+        """Send as much of the message as the worker has room for."""
         try:
-            send_frame(self.socket, pickle.dumps(items))
+            sent = self.socket.send(self._unsent)
+        except BlockingIOError:
+            return
         except OSError:
             self._gone = True
+            self._unsent = memoryview(b"")
+            return
+        self._unsent = self._unsent[sent:]
+        if self.ready:  # a long message takes its time as long as the worker reads
+            self._start_limit()
 
-    def receive(self) -> list[tuple[int, Verdict]]:
-        """Read from the socket once and return the verdicts that have arrived, with their indices.
+    def receive(self) -> list[Reply]:
+        """Read from the socket once and return the verdicts that have arrived.
 
         Raises:
             UserError: if the worker reports one.
         """
-        frames = self._reader.read_available()
-        self._gone = self._reader.ended
-        results = []
-        for frame in frames:
-            reply = pickle.loads(frame)
-            if isinstance(reply, UserError):
-                raise reply
-            if reply is None:
-                self.ready = True
-            else:
-                results.append((self.pending.popleft(), Verdict(*reply)))
-            self._start_limit()
+        verdicts: list[Reply] = []
+        if self._violation:
+            return verdicts
+        try:
+            for payload in self._reader.read_available():
+                reply = decoded(payload)
+                if reply.kind == "refused":
+                    raise UserError(" ".join(reply.detail.split()))
+                self._check_order(reply)
+                if reply.kind == "ready":
+                    self.ready = True
+                elif reply.kind == "accepted":
+                    self._accepted = True
+                else:
+                    verdicts.append(reply)
+                    self.pending.popleft()
+                self._start_limit()
+        except ProtocolError as error:
+            self._violation = str(error)
+        self._gone = self._gone or self._reader.ended
         if self.ready and not self.pending:
             self.deadline = math.inf
-        return results
+        return verdicts
 
-    def failure(self) -> Verdict | None:
-        """Return the verdict of the item in progress if the worker has died or exceeded its time limit, else None.
+    def _check_order(self, reply: Reply) -> None:
+        if reply.kind == "ready":
+            expected = not self.ready
+        elif reply.kind == "accepted":
+            expected = bool(self.pending) and not self._accepted and reply.index == self.pending[0]
+        else:
+            expected = bool(self.pending) and self._accepted and reply.index == self.pending[0]
+        if not expected:
+            raise ProtocolError(f"an unexpected reply of kind {reply.kind} for item {reply.index}")
 
-        Raises:
-            RuntimeError: if the worker died, or exceeded the time limit of its start, before it was ready.
-        """
-        if not (self._gone or self._expired()):
+    def failure(self) -> WorkerFailure | None:
+        """Return how the worker has failed, if it has died, broken the protocol, or exceeded its time limit."""
+        if self._violation:
+            verdict = Verdict(0.0, "crash", f"the worker process sent {self._violation}")
+            return WorkerFailure(verdict, item_is_suspect=False, while_starting=not self.ready)
+        # If a process that the verifier forked holds the socket open, the death of the worker does not close it.
+        if self._gone or (self.process.poll() is not None and not self._readable()):
+            verdict = Verdict(0.0, "crash", "the worker process died")
+            return WorkerFailure(verdict, item_is_suspect=self._accepted, while_starting=not self.ready)
+        if not self._expired():
             return None
-        if not self.ready:
-            raise RuntimeError(
-                "a verifier worker died while starting"
-                if self._gone
-                else f"a verifier worker did not start within {_START_TIMEOUT_S:.0f} s"
-            )
-        if self._gone:
-            return Verdict(0.0, "crash", "the worker process died")
-        return Verdict(0.0, "timeout", f"no verdict within {self._timeout_s:g} s")
+        limit = self._timeout_s if self.ready else _START_TIMEOUT_S
+        verdict = Verdict(0.0, "timeout", f"no verdict within {limit:g} s")
+        suspect = self._accepted and not self._stopped()
+        return WorkerFailure(verdict, item_is_suspect=suspect, while_starting=not self.ready)
+
+    def _send(self, payload: bytes) -> None:
+        self._unsent = memoryview(frame(payload))
+        self.send_more()
 
     def _start_limit(self) -> None:
         """Start the time limit of the next item."""
@@ -122,15 +184,28 @@ class WorkerProcess:
         queued_s = _queued_seconds(self.process.pid)
         self.deadline += queued_s - self._queued_s
         self._queued_s = queued_s
-        return time.monotonic() >= self.deadline and not select.select([self.socket], [], [], 0)[0]
+        return time.monotonic() >= self.deadline and not self._readable()
+
+    def _readable(self) -> bool:
+        poll = select.poll()  # unlike select, it takes descriptors above 1023
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _stopped(self) -> bool:
+        """Whether a signal has stopped the process, such as SIGSTOP."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in "Tt"
 
     def kill(self) -> None:
-        """Kill the process and the child processes that its verifier started, and wait for the process to end."""
+        """Kill the process and all processes that its verifier started, and wait for the process to end."""
         self.socket.close()
-        # The group no longer exists if the worker has died and left no children.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        kill_descendants(self.process.pid, self._mark, including_ancestor=self.process.returncode is None)
+        # A process that is stuck in the kernel does not end; it must not hold up the others.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_END_TIMEOUT_S)
 
 
 def _queued_seconds(pid: int) -> float:

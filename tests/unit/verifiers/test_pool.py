@@ -133,8 +133,8 @@ def test_a_worker_killed_between_batches_is_replaced():
         os.kill(first, signal.SIGKILL)
         pool._workers[0].process.wait()
         verdicts = pool.verify(["a", "b", "c"], [0, 0, 0])
-        assert sum(verdict.status == "crash" for verdict in verdicts) <= 1
-        assert verdicts[-1].status == "ok" and verdicts[-1].reward != first
+        assert [verdict.status for verdict in verdicts] == ["ok"] * 3  # a correct answer does not lose its reward
+        assert verdicts[-1].reward != first
 
 
 def test_verdicts_are_in_order_with_many_workers_and_batches():
