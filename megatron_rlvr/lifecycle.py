@@ -32,7 +32,8 @@ def open_run_directory(config: Config) -> Iterator[None]:
         for line in warnings_of(config):
             print(f"warning: {line}", file=sys.stderr)
         with locked_run_directory(directory):
-            if (directory / "checkpoints" / "latest").is_file():
+            # Not only `latest`: the checkpoint is chosen without it.
+            if any((directory / "checkpoints").glob("step_*")) or os.path.lexists(directory / "checkpoints" / "latest"):
                 check_same_run(config, directory / "config.yaml")
             save_config(config, directory / "config.yaml")
             yield

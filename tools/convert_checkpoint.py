@@ -13,7 +13,6 @@ conversion between layouts.
 """
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bridge = _bridge(options.input, _dtype_of_folder(options.input))
             compared = conversion.to_megatron(bridge, options.output, report, options.verify)
         else:
-            bridge = _bridge(options.model, _dtype_of_checkpoint(options.input))
+            bridge = _bridge(options.model, conversion.checkpoint_dtype(options.input))
             shard_bytes = int(options.shard_gib * 1024**3)
             compared = conversion.to_huggingface(
                 bridge, options.input, options.output, report, options.verify, shard_bytes
@@ -93,16 +92,6 @@ def _dtype_of_folder(folder: Path) -> str:
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"{folder}/config.json: dtype must be float32 or bfloat16, found {dtype}")
     return dtype
-
-
-def _dtype_of_checkpoint(folder: Path) -> str:
-    try:
-        return json.loads((folder / "run.json").read_text())["model"]["dtype"].removeprefix("torch.")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder} is not a complete checkpoint ({error}): give a folder with run.json, such as "
-            "RUN/checkpoints/step_100"
-        ) from error
 
 
 if __name__ == "__main__":

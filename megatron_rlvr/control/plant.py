@@ -102,6 +102,10 @@ class EntropyPlant:
         return {"mean": list(self.mean), "covariance": [list(row) for row in self.covariance], "score": self.score}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        rows = [state["mean"], *state["covariance"]]
+        started = [len(row) for row in rows if isinstance(row, list)] == [SIZE] * (SIZE + 1)
+        if not (started or rows == [[]]) or not all(isinstance(value, int | float) for row in rows for value in row):
+            raise ValueError(f"filter state: a mean and a covariance of size {SIZE} are needed, found {rows}")
         self.mean, self.covariance = list(state["mean"]), [list(row) for row in state["covariance"]]
         self.score = state["score"]
 

@@ -39,10 +39,10 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], loa
         model_state: sharded state dicts of the model chunks.
         loading: whether a checkpoint will be loaded into the state.
     """
-    if loading:
-        for single in chained_optimizers(optimizer):
-            if _is_distributed_over_torch(single):
-                _create_state(single)
+    for single in chained_optimizers(optimizer):
+        # A run may stop, and save, before its first update. megatron-core creates this state itself for other cases.
+        if _is_over_torch(single) and (not loading or isinstance(single, DistributedOptimizer)):
+            _create_state(single)
     return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=_METADATA)
 
 
@@ -66,9 +66,11 @@ def load(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
             group |= {"params": stored["params"]} if "params" in stored else {}
             group |= {"step": step} if distributed and step is not None else {}
         inner["param_groups"] = groups
+        if not distributed and step is None and _is_over_torch(single):
+            step = torch.tensor(0.0)  # megatron-core stores no step count of 0
         if not distributed and step is not None:
             inner["state"]["common_step"] = step
-        if _is_distributed_over_torch(single):
+        if distributed and _is_over_torch(single):
             _load_over_torch(single, loaded)
         else:
             single.load_state_dict(loaded)
@@ -140,11 +142,11 @@ def _first_value(state: Any, name: str) -> Any:
     return next((value for child in children if (value := _first_value(child, name)) is not None), None)
 
 
-def _is_distributed_over_torch(single: MegatronOptimizer) -> bool:
-    return isinstance(single, DistributedOptimizer) and type(single.optimizer).__module__.startswith("torch.")
+def _is_over_torch(single: MegatronOptimizer) -> bool:
+    return type(single.optimizer).__module__.startswith("torch.")
 
 
-def _create_state(single: DistributedOptimizer) -> None:
+def _create_state(single: MegatronOptimizer) -> None:
     """Create the state that torch's Adam otherwise creates in its first step."""
     for group in single.optimizer.param_groups:
         for parameter in group["params"]:

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
+from megatron_rlvr.checksums import hashing_file
 from megatron_rlvr.megatron import optimizer_state, waiting
 from megatron_rlvr.megatron.model import PolicyModel
 
 SAVE_ERRORS = (OSError, CheckpointException)
 """Exceptions of `save`, and of the future that it returns, if files cannot be written."""
-LOAD_ERRORS = (OSError, CheckpointingException, CheckpointException, KeyError)
-"""Exceptions of `load` if files are missing or damaged."""
+LOAD_ERRORS = (Exception, CheckpointException)
+"""Exceptions of `load` if files are missing or damaged: of damaged pickles and archives, any kind."""
 
 
 def save(
@@ -34,7 +37,7 @@ def save(
     *,
     group: dist.ProcessGroup | None = None,
     background: Executor | None = None,
-) -> Future | None:
+) -> Future[dict[str, str]]:
     """Write a sharded state dict. Collective over the job.
 
     Args:
@@ -45,7 +48,8 @@ def save(
             `group` must then be used for nothing else, because its collectives run on another thread.
 
     Returns:
-        the future of the write; None without `background`.
+        the future of the write; without `background`, it is done. Its result are the checksums of the files that this
+        process has written, by name.
 
     Raises:
         SAVE_ERRORS: if files cannot be written.
@@ -107,14 +111,42 @@ def root_cause(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:297]}..."
+
+
+class _HashingFileSystem(FileSystem):
+    """torch's access to files, with the checksum of every file of tensors that is written."""
+
+    def __init__(self) -> None:
+        self.digests: dict[str, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with hashing_file(Path(path)) as file:
+            yield file
+        if Path(path).suffix == ".distcp":  # torch writes the metadata under another name first
+            self.digests[Path(path).name] = file.digest()
 
 
 class DiskWriter(FileSystemWriter):
-    """torch's writer of checkpoint files, but with the original OSError.
+    """torch's writer of checkpoint files, with their checksums, and with the original OSError.
 
     torch.save converts "No space left on device" to an error about positions in its archive.
+
+    Attributes:
+        digests: checksums of the files that `write_data` has completed, by name.
     """
+
+    def __init__(self, folder: str | Path, **options: Any):
+        super().__init__(folder, **options)
+        self.fs = _HashingFileSystem()
+
+        self.digests = self.fs.digests
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
         try:
@@ -136,7 +168,7 @@ class _DirectSave(torch_dist.TorchDistSaveShardedStrategy):
     def __init__(self, group: dist.ProcessGroup | None, background: Executor | None):
         super().__init__("torch_dist", 1, thread_count=1)
         self.group, self.background = group, background
-        self.writing: Future | None = None
+        self.writing: Future[dict[str, str]] = Future()
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
         flat, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
@@ -147,15 +179,21 @@ class _DirectSave(torch_dist.TorchDistSaveShardedStrategy):
                 for shard in shards:
                     is_tensor = torch.is_tensor(shard.data)
                     shard.data = shard.data.detach().to("cpu", copy=True) if is_tensor else copy.deepcopy(shard.data)
+        writer = DiskWriter(checkpoint_dir, thread_count=self.thread_count, sync_files=True)
         arguments = {
-            "storage_writer": DiskWriter(checkpoint_dir, thread_count=self.thread_count, sync_files=True),
+            "storage_writer": writer,
             "planner": torch_dist.MCoreSavePlanner(
                 dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
             ),
             "process_group": self.group,
         }
         state = torch_dist.mcore_to_pyt_state_dict(flat, False)
-        if self.background is None:
+
+        def write() -> dict[str, str]:
             save_torch(state, **arguments)
+            return writer.digests
+
+        if self.background is None:
+            self.writing.set_result(write())
         else:
-            self.writing = self.background.submit(save_torch, state, **arguments)
+            self.writing = self.background.submit(write)

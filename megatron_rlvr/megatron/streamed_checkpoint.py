@@ -7,12 +7,14 @@ location of each tensor. The file of a layer counts as complete once the record 
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import logging
 import math
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(log
 
 def save_streamed(
     state: Mapping[str, ShardedBase], folder: Path, pieces: Pieces, report: Callable[[int, int], None]
-) -> None:
+) -> dict[str, str]:
     """Write the weights of a model with one weight in memory at a time; skips files that an earlier call completed.
 
     Args:
@@ -60,11 +62,15 @@ def save_streamed(
         pieces: returns the data of a weight; called once per weight, in order.
         report: called with the number of complete files and the total number of files.
 
+    Returns:
+        the checksums of the files of weights, by name.
+
     Raises:
         OSError: if a file cannot be written.
     """
     strategy = _StreamedSave(pieces, report)
     dist_checkpointing.save({"model": dict(state)}, str(folder), sharded_strategy=strategy)
+    return strategy.digests
 
 
 def split_into_pieces(entry: ShardedBase, weight: Tensor) -> list[ShardedTensor]:
@@ -83,6 +89,7 @@ class _StreamedSave(TorchDistSaveShardedStrategy):
     def __init__(self, pieces: Pieces, report: Callable[[int, int], None]):
         super().__init__("torch_dist", 1, thread_count=1)
         self.pieces, self.report = pieces, report
+        self.digests: dict[str, str] = {}
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
         folder = Path(checkpoint_dir)
@@ -98,17 +105,34 @@ class _StreamedSave(TorchDistSaveShardedStrategy):
         written = []
         for layer_number, item_numbers in enumerate(items_of_layer.values()):
             record = folder / _RECORD.format(layer_number)
-            if not record.is_file():
+            completed = _read_record(record)
+            if completed is None:
                 layer_items = [plan.items[i] for i in item_numbers]
                 planner = _OneByOne(self.pieces, {plan.items[i].index: names[i] for i in item_numbers}, state)
                 layer_plan = SavePlan(layer_items, storage_data=_StoragePrefix(f"__{layer_number}_"))
-                results = writer.write_data(layer_plan, planner).wait()
-                write_bytes(record, pickle.dumps(results))
-            written.append(pickle.loads(record.read_bytes()))
+                writer.digests.clear()
+                completed = writer.write_data(layer_plan, planner).wait(), dict(writer.digests)
+                _write_record(record, completed)
+            written.append(completed[0])
+            self.digests |= completed[1]
             self.report(layer_number + 1, len(items_of_layer))
         writer.finish(metadata, written)
         for layer_number in range(len(items_of_layer)):
             (folder / _RECORD.format(layer_number)).unlink()
+
+
+def _write_record(path: Path, record: tuple[Any, dict[str, str]]) -> None:
+    data = pickle.dumps(record)
+    write_bytes(path, hashlib.sha256(data).digest() + data)
+
+
+def _read_record(path: Path) -> tuple[Any, dict[str, str]] | None:
+    """Return torch's results and the checksums of a complete file; None if there is no intact record of it."""
+    with suppress(FileNotFoundError):
+        content = path.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            return pickle.loads(content[32:])
+    return None
 
 
 def _write_items(entry: Any) -> list[WriteItem]:
@@ -162,7 +186,7 @@ class StreamedLoad:
         self.folder, self.reader = folder, FileSystemReader(folder)
         try:
             self.metadata = self.reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # of a damaged pickle, any kind
             raise UserError(f"{folder} cannot be read: {root_cause(error)}") from error
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
@@ -187,7 +211,7 @@ class StreamedLoad:
                 )
             try:
                 self.reader.read_data(LoadPlan(items), _ReadInto(piece.data.view(chunk.sizes)))
-            except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            except Exception as error:  # of a damaged archive or pickle, any kind
                 raise UserError(f"{self.folder} cannot be read: {root_cause(error)}") from error
 
 

@@ -1,8 +1,8 @@
-"""The checkpoints of a run: written under a temporary name, renamed when complete, deleted by age and score.
+"""The checkpoints of a run: written and loaded by all processes together, verified before they are loaded.
 
 ``checkpoints/step_N/`` contains weights and optimizer state in megatron-core's torch_dist format, which other parallel
-layouts can load, and ``run.json`` with the state of the schedule and of the run. The folder is named ``step_N.partial``
-until every file is complete, so a name without ``.partial`` is a complete checkpoint. ``latest`` names the newest one.
+layouts can load, ``run.json`` with the state of the schedule and of the run, and the checksums of all files. A
+checkpoint that is damaged is never loaded: the one before it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,20 +20,21 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr import checksums
+from megatron_rlvr.checksums import DamagedError
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import optimizer_state, sharded_checkpoint, waiting
+from megatron_rlvr.training.checkpoints_folder import faults, place, remove_leftovers, steps
 from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy
 from megatron_rlvr.weights.checkpoint_folder import (
     check_same_model,
     fingerprint,
-    is_complete,
-    read_record,
+    open_folder,
     write_record,
 )
 
-_NAME = re.compile(r"step_(\d+)")
+_WRITER = re.compile(r"__([0-9]+)_[0-9]+\.distcp")
 
 
 @dataclass
@@ -41,7 +43,7 @@ class _Pending:
 
     step: int
     record: dict[str, Any]
-    writing: Future | None
+    writing: Future[dict[str, str]]
 
 
 class Checkpoints:
@@ -59,6 +61,8 @@ class Checkpoints:
         self.folder, self.config = folder, config
         self.on_complete: Callable[[int], None] = lambda _step: None
         self._pending: _Pending | None = None
+        self._held: int | None = None  # step of the checkpoint that holds the present state
+        self._damaged: dict[int, str] = {}
         self._group: dist.ProcessGroup | None = None
         self._background: ThreadPoolExecutor | None = None
         if config.asynchronous:
@@ -67,7 +71,9 @@ class Checkpoints:
             self._background = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, step: int, policy: Policy, state: dict[str, Any], metrics: Mapping[str, float]) -> None:
-        """Write the state after `step` steps. This first waits for an unfinished background save.
+        """Write the state after `step` steps, unless the newest checkpoint holds it.
+
+        This first waits for an unfinished background save.
 
         Args:
             step: number of completed steps.
@@ -79,6 +85,8 @@ class Checkpoints:
             UserError: if files cannot be written, or no metric has that name. Earlier checkpoints are unchanged.
         """
         self.finish()
+        if self._held == step:  # written again, it could be lost in between
+            return
         record = {
             "step": step,
             "model": fingerprint(policy.bridge.hf_config, policy.bridge.dtype),
@@ -91,13 +99,12 @@ class Checkpoints:
         error: BaseException | None = None
         try:
             if policy.layout.is_main:
-                for leftover in self.folder.glob("step_*.partial"):  # from a run that was killed or filled the disk
-                    shutil.rmtree(leftover, ignore_errors=True)
+                remove_leftovers(self.folder)
                 partial.mkdir(parents=True)
         except OSError as failure:
             error = failure
         self._raise_if_any(error, step)
-        writing: Future | None = None
+        writing: Future[dict[str, str]] = Future()
         try:
             sharded = sharded_checkpoint.training_state(policy.model_chunks, policy.optimizer, loading=False)
             writing = sharded_checkpoint.save(sharded, partial, group=self._group, background=self._background)
@@ -105,7 +112,7 @@ class Checkpoints:
             error = failure
         self._raise_if_any(error, step)
         self._pending = _Pending(step, record, writing)
-        if writing is None:
+        if self._background is None:
             self.finish()
 
     def _score(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -117,11 +124,11 @@ class Checkpoints:
         known = [name for name in metrics if name.startswith("evaluation/") == best.startswith("evaluation/")]
         if known and best not in known:
             raise UserError(f"checkpoint.keep_best={best} is not a metric of this run: use one of {', '.join(known)}")
-        return {"score": metrics[best]} if known else {}
+        return {"score": metrics[best]} if known and math.isfinite(metrics[best]) else {}
 
     def poll(self) -> None:
         """Complete the checkpoint of a background save if it has ended on every process; raises like `save`."""
-        if self._pending is None or self._pending.writing is None:
+        if self._pending is None:
             return
         what = "the state of a checkpoint that is written in the background"
         if not waiting.any_rank(not self._pending.writing.done(), what):
@@ -132,25 +139,23 @@ class Checkpoints:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        target, partial = self.folder / f"step_{pending.step}", self.folder / f"step_{pending.step}.partial"
+        partial = self.folder / f"step_{pending.step}.partial"
         error: BaseException | None = None
+        digests: dict[str, str] = {}
         try:
-            if pending.writing is not None:
-                pending.writing.result()
+            digests = pending.writing.result()
         except sharded_checkpoint.SAVE_ERRORS as failure:
             error = failure
         self._raise_if_any(error, pending.step)
+        written = waiting.all_gather_over_job(digests, f"the files of checkpoint step_{pending.step}")
         try:
             if dist.get_rank() == 0:
-                write_record(partial, pending.record)
-                shutil.rmtree(target, ignore_errors=True)
-                partial.rename(target)
-                write_text(self.folder / "latest", target.name)
-                for step in self._expired():
-                    shutil.rmtree(self.folder / f"step_{step}")
+                write_record(partial, pending.record, {name: text for files in written for name, text in files.items()})
+                place(partial, pending.step, self._damaged, self.config)
         except OSError as failure:
             error = failure
         self._raise_if_any(error, pending.step)
+        self._held, self._damaged = pending.step, {}
         self.on_complete(pending.step)
 
     def _raise_if_any(self, error: BaseException | None, step: int) -> None:
@@ -165,27 +170,48 @@ class Checkpoints:
             "space and start again"
         ) from error
 
-    def _expired(self) -> list[int]:
-        """Return the steps of the checkpoints that `config` does not keep."""
-        return expired({step: read_record(self.folder / f"step_{step}") for step in self.steps()}, self.config)
-
     def load_newest(self, policy: Policy) -> dict[str, Any] | None:
-        """Load the newest complete checkpoint into `policy`; returns its record, or None if there is no checkpoint.
+        """Load the newest checkpoint that is not damaged into `policy`, and warn of damaged ones.
+
+        Returns:
+            its record, which contains the run's state; None if no checkpoint has been written yet.
 
         Raises:
-            UserError: see `load`.
+            UserError: see `load`; also if every checkpoint is damaged or missing.
         """
-        steps = self.steps()
-        return self.load(steps[-1], policy) if steps else None
+        found = (steps(self.folder), faults(self.folder)) if dist.get_rank() == 0 else None
+        candidates, other = waiting.broadcast_from_main(found, f"rank 0 to list {self.folder}")
+        record = None
+        while candidates and record is None:
+            step = candidates.pop()
+            try:
+                record = self.load(step, policy)
+            except DamagedError as error:
+                self._damaged[step] = str(error)
+        problems = [f"step_{step} is damaged ({reason})" for step, reason in self._damaged.items()]
+        problems += [text for name, text in other.items() if record is None or name == "latest"]
+        if record is None and problems:
+            raise UserError(
+                f"no checkpoint of {self.folder} can be used: {'; '.join(problems)}: restore a checkpoint from a copy, "
+                "or remove this folder to start from step 0"
+            )
+        if record is not None and problems and dist.get_rank() == 0:
+            text = f"{self.folder}: {'; '.join(problems)}: continuing from step_{record['step']}"
+            print(f"warning: {text}", file=sys.stderr)
+        return record
 
     def load(self, step: int, policy: Policy) -> dict[str, Any]:
-        """Load the complete checkpoint of `step` into `policy`; returns its record, which contains the run's state.
+        """Load the checkpoint of `step` into `policy`; returns its record, which contains the run's state.
 
         Raises:
-            UserError: if it belongs to another model, has optimizer state of another format, or cannot be read.
+            DamagedError: on every process, if it is not what was written.
+            UserError: if it belongs to another model, has optimizer state of another format, or cannot be loaded.
         """
         folder = self.folder / f"step_{step}"
-        record = read_record(folder)
+        opened = _open(folder, step) if dist.get_rank() == 0 else None
+        record, listed, damage = waiting.broadcast_from_main(opened, f"rank 0 to open {folder}")
+        if damage:
+            raise DamagedError(damage)
         check_same_model(
             record["model"],
             fingerprint(policy.bridge.hf_config, policy.bridge.dtype),
@@ -198,40 +224,54 @@ class Checkpoints:
                 f"{folder} was written with parallel.distributed_optimizer={str(not distributed).lower()}, whose state "
                 "has another format: set it back"
             )
+        if listed is not None:
+            _check_files(folder, listed)
+        elif dist.get_rank() == 0:
+            print(f"warning: {folder} has no checksums: if it is damaged, that may go unnoticed", file=sys.stderr)
+        sharded = sharded_checkpoint.training_state(policy.model_chunks, policy.optimizer, loading=True)
         try:
-            sharded = sharded_checkpoint.training_state(policy.model_chunks, policy.optimizer, loading=True)
             loaded = sharded_checkpoint.load(sharded, folder)
         except sharded_checkpoint.LOAD_ERRORS as error:
+            reason = sharded_checkpoint.root_cause(error)
+            if listed is None:
+                raise DamagedError(f"it cannot be read: {reason}") from error
             raise UserError(
-                f"{folder} cannot be read ({sharded_checkpoint.root_cause(error)}): remove it to resume from the "
-                "previous checkpoint"
+                f"{folder} cannot be loaded although its files are intact ({reason}): load it with the versions of "
+                "torch and megatron-core that wrote it"
             ) from error
         sharded_checkpoint.load_training_state(policy.model_chunks, policy.optimizer, loaded)
+        self._held = step
         return record
 
-    def steps(self) -> list[int]:
-        """Return the steps of the complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        matches = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if is_complete(entry))
-        return sorted(int(match.group(1)) for match in matches if match)
+
+def _open(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, str] | None, str | None]:
+    """Return record and checksums of a checkpoint, and what is wrong with it, if anything."""
+    try:
+        record, listed = open_folder(folder)
+    except DamagedError as error:
+        return {}, None, str(error)
+    return record, listed, None if record["step"] == step else f"its run.json is of step {record['step']}"
 
 
-def expired(records: Mapping[int, Mapping[str, Any]], config: CheckpointConfig) -> list[int]:
-    """Return the steps of the checkpoints to delete: neither among the newest, nor kept by time or score.
+def _check_files(folder: Path, listed: Mapping[str, str]) -> None:
+    """Compare the files of a checkpoint with their checksums. Collective over the job, whose ranks divide the files.
 
-    Args:
-        records: ``run.json`` of every checkpoint by step, oldest first.
-        config: which checkpoints to keep.
+    A rank reads the file that the same rank wrote, because it needs most of it in this layout: loading then finds it in
+    the page cache of its node.
+
+    Raises:
+        DamagedError: on every process, for a file that differs.
     """
-    steps = list(records)
-    kept = set(steps[-config.keep :])
-    if config.keep_hours:
-        last_kept_at = -math.inf
-        for step in steps:
-            if (saved_at := records[step].get("saved_at", 0.0)) - last_kept_at >= 3600 * config.keep_hours:
-                kept.add(step)
-                last_kept_at = saved_at
-    if config.keep_best and (scored := [step for step in steps if "score" in records[step]]):
-        kept.add(max(scored, key=lambda step: (records[step]["score"], step)))
-    return [step for step in steps if step not in kept]
+    world, mine = dist.get_world_size(), []
+    for number, name in enumerate(listed):
+        writer = _WRITER.fullmatch(name)
+        if (int(writer[1]) if writer else number) % world == dist.get_rank():
+            mine.append(name)
+    damage = None
+    try:
+        checksums.check_files(folder, listed, mine)
+    except DamagedError as error:
+        damage = str(error)
+    for found in waiting.all_gather_over_job(damage, f"the checksums of {folder}"):
+        if found:
+            raise DamagedError(found)

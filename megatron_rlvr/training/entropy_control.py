@@ -6,8 +6,9 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
+from megatron_rlvr.checked_input import InvalidInputError, checked
 from megatron_rlvr.control import build_schedule
-from megatron_rlvr.errors import as_user_error
+from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.megatron.config import OptimizerConfig
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives import UpdateObjective, build_objective
@@ -104,9 +105,40 @@ class EntropyControl:
         """Restore the state of `state_dict`.
 
         Raises:
-            UserError: if another schedule saved the state, or it lacks an entropy bonus that this run has.
+            UserError: if another schedule saved the state, it lacks an entropy bonus that this run has, or it is not a
+                state at all.
         """
+        try:
+            _check_alike({"tokens_seen": 0, "schedule": {"schedule": ""}, "objective": {}}, state, "run.json")
+            if state["schedule"]["schedule"] == self._schedule.name:
+                _check_alike(self._schedule.state_dict(), state["schedule"], "schedule")
+            if "entropy_bonus" in state["objective"]:
+                _check_alike(self.objective.state_dict(), state["objective"], "objective")
+        except InvalidInputError as error:
+            raise UserError(
+                f"run.json of the checkpoint holds no state of this run ({error}): remove this checkpoint to continue "
+                "from the one before"
+            ) from error
         self.tokens_seen = state["tokens_seen"]
         with as_user_error():
             self._schedule.load_state_dict(state["schedule"])
             self.objective.load_state_dict(state["objective"])
+
+
+def _check_alike(present: Any, saved: Any, name: str) -> None:
+    """Raise InvalidInputError if a saved state lacks an entry of the present one, or has another type there."""
+    if isinstance(present, dict):
+        checked(saved, dict, name)
+        for key, value in present.items():
+            if key not in saved:
+                raise InvalidInputError(f"no {key!r} in {name!r}")
+            _check_alike(value, saved[key], key)
+    elif isinstance(present, list):
+        if present and len(checked(saved, list, name)) != len(present):
+            raise InvalidInputError(f"{name!r} has {len(saved)} entries instead of {len(present)}")
+        for number, value in enumerate(checked(saved, list, name)):  # an empty list is filled when a filter starts
+            _check_alike(present[number] if present else [] if isinstance(value, list) else 0.0, value, name)
+    elif present is not None:
+        checked(saved, type(present) if isinstance(present, bool | str) else float, name)
+    elif saved is not None:  # measured in the first steps of a run
+        checked(saved, float, name)

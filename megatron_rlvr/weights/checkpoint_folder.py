@@ -1,7 +1,7 @@
-"""A checkpoint folder: files in megatron-core's torch_dist format, and ``run.json``, which describes them.
+"""A checkpoint folder: files in megatron-core's torch_dist format, ``run.json``, which describes them, and checksums.
 
-``run.json`` is written last. It holds a fingerprint of the model, the size of every file, and entries of the writer:
-the state of a run, or the source of a conversion.
+``run.json`` holds a fingerprint of the model, the size of every file, and entries of the writer: the state of a run, or
+the source of a conversion. It is written after the other files, and ``SHA256SUMS`` after it.
 """
 
 from __future__ import annotations
@@ -13,34 +13,79 @@ from typing import Any
 
 import torch
 
+from megatron_rlvr import checksums
 from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr.checked_input import InvalidInputError, checked, field, parse_object, read_bytes
+from megatron_rlvr.checksums import DamagedError
 from megatron_rlvr.errors import UserError
 
 _RECORD = "run.json"
+_LARGEST_STEP = 2**53
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write ``run.json`` with `record` and the size of every file. Call this when all other files are complete."""
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    write_text(folder / _RECORD, json.dumps({**record, "files": sizes}, indent=1))
+def write_record(folder: Path, record: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Write ``run.json`` with `record` and the size of every file, and the checksums of all. The last act of a writer.
+
+    Args:
+        folder: the folder, whose other files are complete.
+        record: the entries of ``run.json``; no number may be NaN or infinite.
+        digests: checksums of files by name, as far as they were hashed when they were written. Others are read.
+
+    Raises:
+        OSError: if a file cannot be read or written.
+    """
+    sizes = {name: (folder / name).stat().st_size for name in checksums.file_names(folder)}
+    described = {**record, "checksums": checksums.LIST, "files": sizes}
+    write_text(folder / _RECORD, json.dumps(described, indent=1, allow_nan=False))
+    checksums.write_list(folder, digests)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """Read ``run.json``: the record that `write_record` wrote, with the file sizes under ``files``.
 
+    Only the types of ``step``, ``model``, ``files``, ``saved_at`` and ``score`` are checked.
+
     Raises:
-        OSError, ValueError: if ``run.json`` is missing or damaged.
+        DamagedError: if ``run.json`` is missing or is not such a record.
     """
-    return json.loads((folder / _RECORD).read_text())
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether every file of a checkpoint exists and has the size that ``run.json`` records."""
     try:
-        sizes = read_record(folder).get("files", {})
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+        record = parse_object(read_bytes(folder / _RECORD))
+        field(record, "step", int, at_least=0, at_most=_LARGEST_STEP)
+        field(record, "model", dict)
+        for name, size in field(record, "files", dict, default={}).items():
+            checked(size, int, name, at_least=0)
+        field(record, "saved_at", float, default=0.0)
+        field(record, "score", float, default=0.0)
+    except OSError as error:
+        raise DamagedError(f"{_RECORD} cannot be read ({error.strerror or error})") from error
+    except InvalidInputError as error:
+        raise DamagedError(f"{_RECORD} is damaged ({error})") from error
+    return record
+
+
+def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """Return the record of a checkpoint and its checksums by file name, or None for the checksums of an old checkpoint.
+
+    This compares the names and sizes of all files and the checksum of ``run.json``. The caller has still to compare the
+    other files, with `checksums.check_files`.
+
+    Raises:
+        DamagedError: if a file is missing or has another size, or ``run.json`` or the list of checksums is damaged.
+    """
+    listed = checksums.read_list(folder)
+    if listed is not None:
+        checksums.check_files(folder, listed, [_RECORD] if _RECORD in listed else [])
+    record = read_record(folder)
+    if listed is None and "checksums" in record:
+        raise DamagedError(f"{checksums.LIST} is missing")
+    for name, size in record.get("files", {}).items():
+        try:
+            found = (folder / name).stat().st_size
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{name} is missing") from error
+        if found != size:
+            raise DamagedError(f"{name} has {found} bytes instead of {size}")
+    return record, listed
 
 
 def fingerprint(hf_config: Any, dtype: torch.dtype) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr.checked_input import InvalidInputError, field
+from megatron_rlvr.checksums import DamagedError, check_files
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.sharded_checkpoint import root_cause
@@ -24,7 +26,7 @@ from megatron_rlvr.megatron.streamed_checkpoint import StreamedLoad, save_stream
 from megatron_rlvr.weights.checkpoint_folder import (
     check_same_model,
     fingerprint,
-    is_complete,
+    open_folder,
     read_record,
     write_record,
 )
@@ -65,7 +67,7 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
     partial = _begin(target, {"folder": str(bridge.path.resolve()), "files": _sizes(set(files.values()))}, report)
     report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
     try:
-        save_streamed(
+        digests = save_streamed(
             weights.state,
             partial,
             pieces=lambda name: weights.pieces(name, weights.from_huggingface(name, files)),
@@ -77,7 +79,7 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
             compared = _compare(weights, StreamedLoad(partial), bridge.path)
         (partial / _INPUT).unlink()
         model = fingerprint(bridge.hf_config, bridge.dtype)
-        write_record(partial, {"step": 0, "model": model, "source": str(bridge.path)})
+        write_record(partial, {"step": 0, "model": model, "source": str(bridge.path)}, digests)
         partial.rename(target)
     except UserError:  # the input is wrong, so the output is of no use
         shutil.rmtree(partial, ignore_errors=True)
@@ -113,7 +115,7 @@ def to_huggingface(
         UserError: if the checkpoint is damaged or belongs to another model, the target cannot be written, or a tensor
             differs.
     """
-    loaded = open_checkpoint(bridge, checkpoint)
+    loaded = open_checkpoint(bridge, checkpoint, report)
     weights = WholeWeights(bridge)
     described = weights.huggingface_tensors()
     source = {"checkpoint": str(checkpoint.resolve()), "files": _sizes(set(checkpoint.iterdir())), "shard": shard_bytes}
@@ -144,24 +146,42 @@ def to_huggingface(
     return compared
 
 
-def open_checkpoint(bridge: PolicyBridge, checkpoint: Path) -> StreamedLoad:
+def open_checkpoint(bridge: PolicyBridge, checkpoint: Path, report: Report) -> StreamedLoad:
     """Open a Megatron checkpoint of any layout, from a conversion or from training.
 
     Raises:
         UserError: if the checkpoint is missing or damaged, or does not belong to the bridge's model.
     """
     try:
-        record = read_record(checkpoint)
-    except (OSError, ValueError) as error:
+        record, listed = open_folder(checkpoint)
+        model = fingerprint(bridge.hf_config, bridge.dtype)
+        check_same_model(record["model"], model, checkpoint, remedy="name its model as the one to convert")
+        if listed is None:
+            report(f"warning: {checkpoint} has no checksums: if it is damaged, that may go unnoticed")
+        else:
+            report(f"comparing {checkpoint} with its checksums")
+            check_files(checkpoint, listed)
+    except DamagedError as error:
+        raise UserError(f"{checkpoint} cannot be read: {error}; use another checkpoint") from error
+    return StreamedLoad(checkpoint)
+
+
+def checkpoint_dtype(checkpoint: Path) -> str:
+    """Return the dtype of the weights of a checkpoint, ``float32`` or ``bfloat16``.
+
+    Raises:
+        UserError: if the folder is not a checkpoint.
+    """
+    try:
+        name = field(read_record(checkpoint)["model"], "dtype", str).removeprefix("torch.")
+        if name not in ("float32", "bfloat16"):
+            raise DamagedError(f"its dtype is {name[:40]}")
+    except (DamagedError, InvalidInputError) as error:
         raise UserError(
-            f"{checkpoint} is not a complete checkpoint ({root_cause(error)}): give a folder with run.json, such as "
+            f"{checkpoint} is not a complete checkpoint ({error}): give a folder with run.json, such as "
             "RUN/checkpoints/step_100"
         ) from error
-    model = fingerprint(bridge.hf_config, bridge.dtype)
-    check_same_model(record["model"], model, checkpoint, remedy="name its model as the one to convert")
-    if not is_complete(checkpoint):
-        raise UserError(f"{checkpoint} cannot be read: files are missing or truncated; use another checkpoint")
-    return StreamedLoad(checkpoint)
+    return name
 
 
 def _tensors(weights: WholeWeights, loaded: StreamedLoad) -> Callable[[str], Tensor]:

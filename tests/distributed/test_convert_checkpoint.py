@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_rlvr.checksums import LIST, check_files, read_list
 from megatron_rlvr.weights.huggingface_folder import INDEX, read_tensor, tensor_files
 from tests.families import FAMILIES, MIXTURES, make_family
 from tests.processes import ROOT, launch, run_trainer
@@ -135,8 +136,12 @@ def test_a_killed_conversion_resumes(
     if direction == "to-megatron":
         assert len(requested) < 17 + 33  # not all of the 33 weights are requested again
     for file in (tmp_path / "uninterrupted").iterdir():
-        if file.name not in ("common.pt", "run.json", ".metadata"):
+        if file.name not in ("common.pt", "run.json", ".metadata", LIST):
             assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+    if direction == "to-megatron":
+        listed = read_list(tmp_path / "out")
+        assert listed is not None and any(name in listed for name in kept)
+        check_files(tmp_path / "out", listed)
     assert not list(tmp_path.glob("*.partial"))
 
 

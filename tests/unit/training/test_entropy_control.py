@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from megatron_rlvr.control import ClipThresholds, SteeringResponse
+from megatron_rlvr.control import SCHEDULE_PARAMETERS, ClipThresholds, SteeringResponse
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.config import OptimizerConfig
+from megatron_rlvr.objectives import OBJECTIVE_PARAMETERS
 from megatron_rlvr.training import entropy_control
 from megatron_rlvr.training.config import AlgorithmConfig
 from megatron_rlvr.training.entropy_control import EntropyControl
@@ -88,3 +91,47 @@ def test_the_predicted_entropy_change_is_that_of_the_mean_steering_in_one_miniba
     for update in updates:
         control.after_update(update)
     assert control.metrics()["entropy_change/predicted"] == pytest.approx(RESPONSE.predicted(0.15) / 2)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values in nested dicts and lists, containers included."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(leaf for key, item in items for leaf in leaves(item, (*path, key)))]
+
+
+def changed(state: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    """A copy of the state with another value at a path; without it if the value is ``...``."""
+    copy = json.loads(json.dumps(state))
+    container = copy
+    for key in path[:-1]:
+        container = container[key]
+    if value is ...:
+        del container[path[-1]]
+    else:
+        container[path[-1]] = value
+    return copy
+
+
+@pytest.mark.parametrize("name", SCHEDULE_PARAMETERS)
+def test_a_malformed_state_is_a_user_error(name: str) -> None:
+    """Every entry of the state in turn is missing or of another type, as in a checkpoint that was edited."""
+
+    def control() -> EntropyControl:
+        layout: Any = type("Layout", (), {"is_reporting_rank": True})()
+        bonus = OBJECTIVE_PARAMETERS["clip"](entropy_coefficient=0.1, entropy_target=0.5)
+        settings = AlgorithmConfig(schedule=SCHEDULE_PARAMETERS[name](), objective=bonus)
+        return EntropyControl(settings, OptimizerConfig(), 10, layout)
+
+    first = control()
+    first.begin_step(0, measure(100), OptimizerConfig().learning_rate)
+    state = json.loads(json.dumps(first.state_dict()))
+    control().load_state_dict(state)
+    for path in leaves(state)[1:]:
+        for value in ("text", [], {}, [1.0] * 7, ...):
+            if path == ("schedule", "schedule") and value == "text":
+                continue  # the name of another schedule is another error
+            with pytest.raises(UserError) as error:
+                control().load_state_dict(changed(state, path, value))
+            text = str(error.value)
+            right = "holds no state of this run (" in text or text.startswith(("filter state: ", "objective state: "))
+            assert right and "\n" not in text, (path, value, text)
