@@ -222,11 +222,16 @@ def float_or_inf(value: float) -> float:
 
 def describe(value: Any) -> str:
     """Return the type and the beginning of a value on one line, for errors."""
+    return f"{type(value).__name__} {shown(value, 40)}"
+
+
+def shown(value: Any, length: int = 200) -> str:
+    """Return the beginning of the repr of a value on one line, for errors."""
     try:
         text = repr(value).replace("\n", " ")
     except (ValueError, RecursionError):  # an integer of thousands of digits, or deep nesting
         text = "..."
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 _WORDS: dict[type, str] = {

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.checked_input import one_line, read_yaml
 from megatron_rlvr.config_reader import merge, read
-from megatron_rlvr.config_schema import REQUIRED, Bounds, NonNegativeInt, PositiveInt, check_values, to_dict
+from megatron_rlvr.config_schema import REQUIRED, Bounds, PositiveInt, check_values, to_dict
 from megatron_rlvr.config_yaml import read_document, read_overrides
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.data.config import DataConfig
@@ -37,7 +37,7 @@ class Config:
     """Steps of the run: each is one rollout and the updates on it."""
     run_directory: str = REQUIRED
     """Folder that the run writes to. Starting it again with the same folder resumes from its newest checkpoint."""
-    threads: NonNegativeInt = 0
+    threads: Annotated[int, Bounds(at_least=0, cap=1024)] = 0
     """CPU threads per process; 0 leaves the choice to torch."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

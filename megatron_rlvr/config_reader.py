@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from megatron_rlvr.checked_input import shown
 from megatron_rlvr.config_schema import KeyType, key_types, keys
 from megatron_rlvr.errors import UserError
 
@@ -57,7 +58,7 @@ class _Reader:
         if not expected.is_section:
             return _convert_key(expected, key, value)
         if not isinstance(value, Mapping):
-            raise UserError(f"{key}={value!r}: {key} must be {_words(expected, key, value)}")
+            raise UserError(f"{key}={shown(value)}: {key} must be {_words(expected, key, value)}")
         if expected.by_name is None:
             return self.section(expected.type, value, f"{key}.")
         (default,) = (field.default_factory for field in fields(section) if field.name == name)
@@ -65,7 +66,7 @@ class _Reader:
         if not isinstance(chosen, str) or chosen not in expected.by_name:
             close = difflib.get_close_matches(str(chosen), expected.by_name, n=1)
             hint = f": did you mean {close[0]}?" if close else ""
-            raise UserError(f"{key}.name must be one of {', '.join(expected.by_name)}, not {chosen!r}{hint}")
+            raise UserError(f"{key}.name must be one of {', '.join(expected.by_name)}, not {shown(chosen)}{hint}")
         return self.section(expected.by_name[chosen], value, f"{key}.", chosen)
 
     def _hint(self, name: str, known: list[str], prefix: str, chosen: str) -> str:
@@ -92,7 +93,7 @@ def _convert_key(expected: KeyType, key: str, value: Any) -> Any:
     try:
         return convert(expected, value)
     except (ValueError, OverflowError):
-        raise UserError(f"{key}={value!r}: {key} must be {_words(expected, key, value)}") from None
+        raise UserError(f"{key}={shown(value)}: {key} must be {_words(expected, key, value)}") from None
 
 
 def convert(expected: KeyType, value: Any) -> Any:

@@ -19,6 +19,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
+from megatron_rlvr.checked_input import shown
 from megatron_rlvr.errors import UserError
 
 REQUIRED = "???"
@@ -26,7 +27,7 @@ REQUIRED = "???"
 
 
 class Limits(Protocol):
-    """The allowed range of a number, in ``Annotated[float, limits]``; ``str(limits)`` completes "must be ...".
+    """The allowed range of a number, in ``Annotated[float, limits]``.
 
     There are two implementations: `Bounds` below, and ``Within`` in `megatron_rlvr.control`, which imports no other
     package of this project.
@@ -36,30 +37,47 @@ class Limits(Protocol):
         """Whether ``value`` is in the range."""
         ...
 
+    def requirement(self, value: float) -> str:
+        """Complete "must be ..." for a ``value`` outside the range."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
     """A range from ``at_least`` or ``above`` to ``at_most`` or ``below``; infinity is allowed only if ``infinite``.
 
-    ``reason`` ends the error for a value outside the range.
+    Values above ``cap`` are refused as well: nobody means them, and they overflow timers, tensors or memory. ``reason``
+    ends the error for a value outside the range.
     """
 
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    cap: float | None = None
     infinite: bool = False
     reason: str = ""
 
     def allow(self, value: float) -> bool:
         """Whether ``value`` is within the bounds; NaN is not."""
         return (
-            not math.isnan(value)
+            value == value  # NaN is not; math.isnan overflows for integers of hundreds of digits
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
+            and (self.cap is None or value <= self.cap or (self.infinite and value == math.inf))
         )
+
+    def requirement(self, value: float) -> str:
+        """Complete "must be ..." for a ``value`` outside the bounds."""
+        too_large = self.cap is not None and value > self.cap
+        return self.cap_words if too_large else str(self)
+
+    @property
+    def cap_words(self) -> str:
+        """``at most CAP``, for errors and documentation."""
+        return f"at most {_number(self.cap)}"
 
     def __str__(self) -> str:
         lower = self.at_least if self.above is None else self.above
@@ -71,15 +89,22 @@ class Bounds:
 
 
 def _number(value: float | None) -> str:
-    if isinstance(value, int) and value >= 2**31 and value & (value - 1) == 0:
+    if isinstance(value, int) and value >= 2**16 and value & (value - 1) == 0:
         return f"2**{value.bit_length() - 1}"
-    return f"{value:g}"
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
-PositiveInt = Annotated[int, Bounds(above=0)]
-NonNegativeInt = Annotated[int, Bounds(at_least=0)]
-PositiveFloat = Annotated[float, Bounds(above=0)]
-NonNegativeFloat = Annotated[float, Bounds(at_least=0)]
+LARGEST_INT = 2**31 - 1
+"""Cap of whole numbers: counts and sizes become 32-bit integers in libraries."""
+
+PositiveInt = Annotated[int, Bounds(above=0, cap=LARGEST_INT)]
+NonNegativeInt = Annotated[int, Bounds(at_least=0, cap=LARGEST_INT)]
+PositiveFloat = Annotated[float, Bounds(above=0, cap=1e6)]
+NonNegativeFloat = Annotated[float, Bounds(at_least=0, cap=1e6)]
+Seconds = Annotated[float, Bounds(at_least=1e-3, cap=30 * 86400)]
+"""A deadline. Timers round shorter ones to 0, which disables some of them, and overflow with much longer ones."""
+Temperature = Annotated[float, Bounds(at_least=1e-3, cap=1e3)]
+"""A divisor of logits. Smaller ones overflow in float32 and half precision."""
 Fraction = Annotated[float, Bounds(at_least=0, at_most=1)]
 
 
@@ -120,13 +145,13 @@ class KeyType:
         if value is None:
             return None
         if self.choices and value not in self.choices:
-            return f"be one of {', '.join(self.choices)}, not {value!r}"
+            return f"be one of {', '.join(self.choices)}, not {shown(value)}"
         if self.limits is not None:
+            if isinstance(value, float) and math.isinf(value) and not getattr(self.limits, "infinite", False):
+                return f"be a finite number, not {value}"
             if not self.limits.allow(value):
                 reason = getattr(self.limits, "reason", "")
-                return f"be {self.limits}, not {value}" + (f": {reason}" if reason else "")
-            if math.isinf(value) and not getattr(self.limits, "infinite", False):
-                return f"be a finite number, not {value}"
+                return f"be {self.limits.requirement(value)}, not {shown(value)}" + (f": {reason}" if reason else "")
         if self.type is list and self.element is not None:
             return next((problem for item in value if (problem := self.element.problem(item))), None)
         return None

@@ -15,7 +15,7 @@ import document_api
 from field_docstrings import field_docstring
 
 from megatron_rlvr.config import Config
-from megatron_rlvr.config_schema import REQUIRED, KeyType, key_types
+from megatron_rlvr.config_schema import LARGEST_INT, REQUIRED, Bounds, KeyType, key_types
 from megatron_rlvr.control.build import SCHEDULES
 from megatron_rlvr.objectives import OBJECTIVES
 from megatron_rlvr.resume import IDENTITY, MAY_CHANGE
@@ -50,6 +50,8 @@ python -m megatron_rlvr.train run.yaml optimizer.learning_rate=1e-6 algorithm.sc
 - Starting the same command again resumes the run. {listed(IDENTITY)}
   must then be unchanged, except {listed(MAY_CHANGE)}.
   Everything else may change.
+- Every number has an upper bound. Where the tables name none, it is 2**31 - 1 for a whole number and 10**6 for another
+  number.
 - The keys of the first table are at the top level of the file, outside sections.
 """
 DISCARDS = "Overriding `{0}.name` discards the parameters in the file, which belong to the {1} that is replaced."
@@ -162,6 +164,10 @@ def takes(expected: KeyType) -> str:
         words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}[expected.type]
     if expected.limits is not None:
         words += f" {expected.limits}"
+        cap = getattr(expected.limits, "cap", None)
+        if cap not in (None, LARGEST_INT, 1e6) and not str(expected.limits).startswith("in "):
+            words += f", {expected.limits.cap_words}" if isinstance(expected.limits, Bounds) else f", at most {cap:g}"
+            words += " or `.inf`" if getattr(expected.limits, "infinite", False) else ""
     return words + (" or `null`" if expected.optional else "")
 
 

@@ -10,15 +10,23 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class Within:
-    """The numbers between ``low`` and ``high``, without the two; with ``low`` itself if ``includes_low``."""
+    """The numbers between ``low`` and ``high``, without the two; with ``low`` itself if ``includes_low``.
+
+    Numbers above ``cap`` are not meant by anyone, and would overflow somewhere.
+    """
 
     low: float
     high: float = math.inf
     includes_low: bool = False
+    cap: float = 1e6
 
     def allow(self, value: float) -> bool:
         """Whether ``value`` is within the bounds; NaN is not."""
-        return self.low < value < self.high or (self.includes_low and value == self.low)
+        return value <= self.cap and (self.low < value < self.high or (self.includes_low and value == self.low))
+
+    def requirement(self, value: float) -> str:
+        """Complete "must be ..." for a ``value`` that is not allowed."""
+        return f"at most {self.cap:g}" if self.cap < value < self.high else str(self)
 
     def __str__(self) -> str:
         if math.isinf(self.high):
@@ -40,7 +48,11 @@ def check_bounds(parameters: Any, subject: str) -> None:
             kind = "a whole number" if number is int else "a number"
             raise ValueError(f"{subject}: {name} must be {kind} {within}, found {value!r}")
         if not within.allow(value):
-            raise ValueError(f"{subject}: {name} must be {within}, found {value!r}")
+            raise ValueError(f"{subject}: {name} must be {within.requirement(value)}, found {value!r}")
+
+
+ThresholdParameter = Annotated[float, Within(-1e6)]
+"""Slope or intercept of a clip threshold; a large one disables the threshold."""
 
 
 @functools.cache

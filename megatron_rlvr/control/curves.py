@@ -16,6 +16,9 @@ CurveName = Literal["constant", "linear", "cosine", "piecewise", "file"]
 CURVES: tuple[str, ...] = get_args(CurveName)
 
 
+CurveNumber = Annotated[float, Within(0.0, includes_low=True)]
+
+
 @dataclass(frozen=True)
 class EntropyCurve:
     """A target entropy over progress x from 0 to 1, in multiples of the entropy at step 0 or in nats per token.
@@ -32,7 +35,7 @@ class EntropyCurve:
     """Target at the start of the run."""
     end: Annotated[float, Within(0.0)] | None = None
     """Target at the end of the run, for ``linear`` and ``cosine``."""
-    points: Sequence[Sequence[float]] | None = None
+    points: Sequence[Sequence[CurveNumber]] | None = None
     """Pairs [progress, entropy] for ``piecewise``, with increasing progress from 0 to 1. The target is constant before
     the first and after the last."""
     file: str | None = None
@@ -123,7 +126,7 @@ def _interpolate(points: Sequence[Sequence[float]], x: float) -> float:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e6
 
 
 def _positive(value: object) -> bool:

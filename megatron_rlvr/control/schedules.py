@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from megatron_rlvr.control.base import ClipSchedule, Observation, check_step
-from megatron_rlvr.control.bounds import Within, check_bounds
+from megatron_rlvr.control.bounds import ThresholdParameter, Within, check_bounds
 from megatron_rlvr.control.thresholds import AffineThreshold, ClipThresholds
 
 
@@ -31,13 +31,13 @@ class Constant(ClipSchedule):
     """The same thresholds at every step: static clipping, or DAPO's clip-higher with an upper intercept of 0.28."""
 
     name: ClassVar[str] = "constant"
-    lower_intercept: float = 0.2
+    lower_intercept: ThresholdParameter = 0.2
     """Lower threshold for a token of probability 0."""
-    lower_slope: float = 0.0
+    lower_slope: ThresholdParameter = 0.0
     """Change of the lower threshold from probability 0 to 1."""
-    upper_intercept: float = 0.2
+    upper_intercept: ThresholdParameter = 0.2
     """Upper threshold for a token of probability 0."""
-    upper_slope: float = 0.0
+    upper_slope: ThresholdParameter = 0.0
     """Change of the upper threshold from probability 0 to 1."""
 
     def __post_init__(self) -> None:
@@ -55,19 +55,19 @@ class Constant(ClipSchedule):
 class DynamicSchedule(ClipSchedule):
     """Base class of the dynamic schedules: the thresholds eps, H and M that they mix, and the progress of the run."""
 
-    total_steps: Annotated[int, Within(1, includes_low=True)]
+    total_steps: Annotated[int, Within(1, includes_low=True, cap=2**31 - 1)]
     """T, the steps of the run."""
     eps: Annotated[float, Within(0.0, 1.0)] = 0.2
     """The static threshold."""
-    upper_intercept: float = 0.5
+    upper_intercept: ThresholdParameter = 0.5
     """Dynamic upper threshold H(p) at p = 0."""
-    upper_slope: float = -0.25
+    upper_slope: ThresholdParameter = -0.25
     """Slope of H(p)."""
-    lower_intercept: float = 0.3
+    lower_intercept: ThresholdParameter = 0.3
     """Dynamic lower threshold M(p) at p = 0."""
-    lower_slope: float = -0.13
+    lower_slope: ThresholdParameter = -0.13
     """Slope of M(p)."""
-    total_tokens: Annotated[int, Within(1, includes_low=True)] | None = None
+    total_tokens: Annotated[int, Within(1, includes_low=True, cap=2**62)] | None = None
     """Count progress in response tokens, of which the run has this many; null counts it in steps."""
     _tokens: int | None = field(default=None, init=False, repr=False)
 

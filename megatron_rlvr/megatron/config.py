@@ -11,12 +11,12 @@ from megatron_rlvr.config_schema import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
 )
 from megatron_rlvr.errors import UserError
 
 Beta = Annotated[float, Bounds(at_least=0, below=1)]
+LearningRate = Annotated[float, Bounds(above=0, cap=1e3)]
+Ranks = Annotated[int, Bounds(above=0, cap=2**16)]
 
 
 @dataclass
@@ -48,21 +48,21 @@ class ModelConfig:
 class OptimizerConfig:
     """Adam and its learning-rate schedule."""
 
-    learning_rate: PositiveFloat = 1.0e-6
+    learning_rate: LearningRate = 1.0e-6
     """Peak learning rate."""
     warmup_steps: NonNegativeInt = 0
     """Steps of the run over which the learning rate rises linearly to its peak."""
-    min_learning_rate: NonNegativeFloat | None = None
+    min_learning_rate: Annotated[float, Bounds(at_least=0, cap=1e3)] | None = None
     """Learning rate at the last step, reached by cosine decay; null keeps the rate constant after warm-up."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Annotated[float, Bounds(at_least=0, cap=1e3)] = 0.0
     """Decoupled weight decay (AdamW) of matrices; norms and biases do not decay."""
     beta1: Beta = 0.9
     """Decay rate of the first moment."""
     beta2: Beta = 0.95
     """Decay rate of the second moment."""
-    epsilon: NonNegativeFloat = 1.0e-8
+    epsilon: Annotated[float, Bounds(at_least=0, cap=1)] = 1.0e-8
     """Added to the square root of the second moment."""
-    clip_grad: Annotated[float, Bounds(above=0, infinite=True)] = 1.0
+    clip_grad: Annotated[float, Bounds(above=0, cap=1e20, infinite=True)] = 1.0
     """Largest norm of the gradient; larger gradients are scaled down to it. ``inf`` disables clipping."""
     cpu_offload: Fraction = 0.0
     """Fraction of the optimizer state that is stored and updated in host memory; a value above 0 needs a GPU."""
@@ -72,18 +72,18 @@ class OptimizerConfig:
 class ParallelConfig:
     """How the model, its sequences and its memory are divided over the processes of a job."""
 
-    tensor: PositiveInt = 1
+    tensor: Ranks = 1
     """Tensor-parallel size: ranks that every matrix of the model is split over."""
-    pipeline: PositiveInt = 1
+    pipeline: Ranks = 1
     """Pipeline-parallel size: stages that the layers are divided into."""
-    virtual_pipeline: PositiveInt = 1
+    virtual_pipeline: Ranks = 1
     """Model chunks per pipeline stage; more than 1 selects the interleaved schedule, which has a smaller bubble."""
-    context: PositiveInt = 1
+    context: Ranks = 1
     """Context-parallel size: ranks that every sequence is split over."""
-    expert: PositiveInt = 1
+    expert: Ranks = 1
     """Expert-parallel size: ranks that the experts of a layer are distributed over. They are taken from the tensor,
     context and data ranks of a pipeline stage."""
-    expert_tensor: PositiveInt = 1
+    expert_tensor: Ranks = 1
     """Ranks that the matrices of every expert are split over: 1 or the tensor-parallel size."""
     sequence: bool = False
     """Sequence parallelism: outside tensor-parallel regions, divide activations by sequence; needs `tensor` > 1."""
@@ -100,9 +100,9 @@ class ParallelConfig:
         default_factory=lambda: ["core_attn"]
     )
     """Modules to recompute with ``recompute: selective``, by megatron-core's names."""
-    timeout_minutes: PositiveFloat = 30.0
+    timeout_minutes: Annotated[float, Bounds(at_least=0.01, cap=43200)] = 30.0
     """Minutes that a collective may take before the job fails with an error that names it."""
-    wait_timeout_minutes: PositiveFloat = 720.0
+    wait_timeout_minutes: Annotated[float, Bounds(at_least=0.01, cap=43200)] = 720.0
     """Minutes that a process may wait for others that are busy with servers, verifiers or disks, before the job fails
     with an error that names what it waited for. The longest rollout or checkpoint must take less. These processes wait
     outside NCCL, so `timeout_minutes` does not apply."""

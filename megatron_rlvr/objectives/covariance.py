@@ -35,11 +35,11 @@ class CovarianceClip:
 
     share: Annotated[float, Within(0.0, 1.0)] = 2e-4
     """Share of the tokens of a microbatch that are left out."""
-    lower: float = 1.0
+    lower: Annotated[float, Within(-1e6)] = 1.0
     """Smallest covariance of a token that may be left out."""
-    upper: float = 5.0
+    upper: Annotated[float, Within(-1e6)] = 5.0
     """Largest covariance of a token that may be left out, greater than `lower`."""
-    seed: int = 0
+    seed: Annotated[int, Within(0, includes_low=True, cap=2**62)] = 0
     """Seed of the draw."""
     _generator: torch.Generator = field(default_factory=torch.Generator, init=False, repr=False, compare=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megatron_rlvr.config_schema import Bounds, NonNegativeInt, PositiveFloat, PositiveInt
+from megatron_rlvr.config_schema import Bounds, NonNegativeInt, PositiveInt, Temperature
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 
@@ -20,13 +20,15 @@ class RolloutConfig:
     """What generates completions: the training processes themselves (``local``), SGLang servers (``sglang``), or a
     recording of an earlier run (``recorded``, see `recording`)."""
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
-    prompts_per_step: PositiveInt = 64
+    prompts_per_step: Annotated[int, Bounds(above=0, cap=2**20)] = 64
     """Prompts per step, over all data-parallel ranks; divisible by `algorithm.minibatches`."""
-    samples_per_prompt: Annotated[int, Bounds(at_least=2, reason="advantages compare the samples of a prompt")] = 16
+    samples_per_prompt: Annotated[
+        int, Bounds(at_least=2, cap=2**16, reason="advantages compare the samples of a prompt")
+    ] = 16
     """Completions per prompt: the group within which advantages are computed, so at least 2."""
-    max_tokens: PositiveInt = 1024
+    max_tokens: Annotated[int, Bounds(above=0, cap=2**24)] = 1024
     """Longest response, in tokens, including the end-of-sequence token."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Divisor of the logits, both in sampling and in training."""
     top_p: TopP = 1.0
     """Sample from the most probable tokens whose probabilities sum to this; 1 keeps the whole vocabulary."""
@@ -36,24 +38,24 @@ class RolloutConfig:
     """Texts that end a completion besides the end-of-sequence token. Each must be a single token."""
     dynamic_sampling: bool = False
     """Train only on groups whose rewards differ: drop the others and draw more prompts instead (DAPO)."""
-    over_sampling: Annotated[float, Bounds(at_least=1)] = 1.0
+    over_sampling: Annotated[float, Bounds(at_least=1, cap=1000)] = 1.0
     """Prompts drawn per group that dynamic sampling still needs. With SGLang, groups that are no longer needed are
     cancelled, which favours short responses."""
-    refill_rounds: NonNegativeInt = 3
+    refill_rounds: Annotated[int, Bounds(at_least=0, cap=10_000)] = 3
     """How often dynamic sampling draws again; after that, groups whose rewards are equal fill the batch."""
     overlong_buffer: NonNegativeInt = 0
     """Length penalty (DAPO): over the last this many tokens before `max_tokens`, a penalty on the reward grows from 0
     to 1. It affects only the advantages, not the reported reward. 0 disables it."""
-    max_staleness: NonNegativeInt = 0
+    max_staleness: Annotated[int, Bounds(at_least=0, cap=1000)] = 0
     """How many versions old the weights of a rollout may be. 0 generates each rollout with the current weights; n lets
     SGLang generate the rollouts of the next n steps during training."""
-    mismatch_alarm: Annotated[float, Bounds(at_least=0, infinite=True)] = 0.1
+    mismatch_alarm: Annotated[float, Bounds(at_least=0, cap=1e6, infinite=True)] = 0.1
     """KL(rollout || train), in nats per token, above which a step prints a warning; 0 disables the alarm."""
     mismatch_patience: PositiveInt = 3
     """Consecutive steps above `mismatch_alarm` after which the run writes a checkpoint and ends."""
     ignore_eos: bool = False
     """Always generate `max_tokens` tokens, past any end-of-sequence token; for benchmarks."""
-    local_batch: PositiveInt = 1024
+    local_batch: Annotated[int, Bounds(above=0, cap=2**20)] = 1024
     """Sequences that the local engine decodes at once."""
     record: bool = False
     """Store the completions of every step in ``rollouts/`` of the run directory."""
@@ -95,13 +97,13 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates only before the first step and after the last."""
     prompts: PositiveInt = 200
     """Held-out problems per evaluation, from the start of the file."""
-    samples: PositiveInt = 16
+    samples: Annotated[int, Bounds(above=0, cap=2**16)] = 16
     """Completions per problem; pass@k is estimated for k = 1, 2, 4 ... up to this."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Divisor of the logits in sampling."""
     top_p: TopP = 1.0
     """Sample from the most probable tokens whose probabilities sum to this; 1 keeps the whole vocabulary."""
     top_k: NonNegativeInt = 0
     """Sample from this many of the most probable tokens; 0 keeps the whole vocabulary."""
-    max_tokens: PositiveInt | None = None
+    max_tokens: Annotated[int, Bounds(above=0, cap=2**24)] | None = None
     """Longest response, in tokens; null means `rollout.max_tokens`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from megatron_rlvr.config_schema import ByName, NonNegativeFloat, NonNegativeInt, PositiveInt
+from megatron_rlvr.config_schema import Bounds, ByName, NonNegativeFloat, NonNegativeInt, PositiveInt
 from megatron_rlvr.control import SCHEDULE_PARAMETERS, ScheduleParameters
 from megatron_rlvr.errors import as_user_error
 from megatron_rlvr.objectives import (
@@ -33,9 +33,9 @@ class AlgorithmConfig:
         default_factory=SCHEDULE_PARAMETERS["constant"]
     )
     """Schedule of clip thresholds: its ``name`` and its parameters."""
-    minibatches: PositiveInt = 8
+    minibatches: Annotated[int, Bounds(above=0, cap=2**20)] = 8
     """Minibatches that each pass over a rollout is divided into, with one optimizer step each."""
-    epochs: PositiveInt = 1
+    epochs: Annotated[int, Bounds(above=0, cap=2**16)] = 1
     """Passes over each rollout."""
     fused_linear: bool = False
     """Compute logits in chunks inside the loss instead of storing them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_rlvr.config_schema import Bounds, NonNegativeInt, PositiveFloat
+from megatron_rlvr.config_schema import Bounds, Seconds
 
 DEFAULT_WORKERS = 4
 NEED_NO_WORKERS = ("countdown", "exact")
@@ -18,13 +18,13 @@ class VerifierConfig:
 
     name: str = "math"
     """``math``, ``exact``, ``countdown``, or ``module:function`` for a Python function."""
-    workers: NonNegativeInt | None = None
+    workers: Annotated[int, Bounds(at_least=0, cap=1024)] | None = None
     """Worker processes per data-parallel rank; 0 verifies in the training process, for verifiers that cannot hang.
     null means 0 for ``countdown`` and ``exact``, and 4 for the others."""
-    timeout_seconds: PositiveFloat = 10.0
+    timeout_seconds: Seconds = 10.0
     """Longest time for one completion in a worker, without the time that the worker waits for a processor. A completion
     that takes longer has reward 0 and is counted."""
-    memory_mb: Annotated[int, Bounds(at_least=64)] = 2048
+    memory_mb: Annotated[int, Bounds(at_least=64, cap=2**24)] = 2048
     """MiB of data memory per worker."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the verifier."""

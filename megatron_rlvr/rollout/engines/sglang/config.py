@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from megatron_rlvr.config_schema import PositiveFloat, PositiveInt
+from megatron_rlvr.config_schema import Bounds, PositiveInt, Seconds
 from megatron_rlvr.errors import UserError
 
 SET_BY_THE_TRAINER = ("model_path", "model", "port", "weight_version", "skip_tokenizer_init")
@@ -18,7 +18,7 @@ class SGLangConfig:
 
     urls: list[str] = field(default_factory=list)
     """URLs of running servers, ``http://host:port``; if empty, the trainer starts as many servers as `servers` says."""
-    servers: PositiveInt = 1
+    servers: Annotated[int, Bounds(above=0, cap=1024)] = 1
     """Servers that the trainer starts on the machine of its main process."""
     python: str | None = None
     """Python executable of the environment that SGLang is installed in; null means the trainer's Python."""
@@ -34,7 +34,7 @@ class SGLangConfig:
     process's machine. ``distributed``: broadcasts in a process group with the servers (NCCL, or gloo on a CPU).
     ``disk``: a Hugging Face folder in the run directory, which the servers must see under the same path. ``auto``:
     tensor for servers that the trainer starts, disk for `urls`."""
-    bucket_mb: PositiveInt = 256
+    bucket_mb: Annotated[int, Bounds(above=0, cap=2**20)] = 256
     """MiB of weights that ``tensor`` and ``distributed`` send at once."""
     recovery_copy: bool = True
     """With ``tensor`` and ``distributed``, also write the weights to disk in the background. A server that is lost and
@@ -48,13 +48,13 @@ class SGLangConfig:
     ``server.enable_memory_saver: true``."""
     check_weights: bool = False
     """After ``tensor`` and ``distributed``, compare checksums of norm weights with the servers (CPU only)."""
-    start_timeout_seconds: PositiveFloat = 900.0
+    start_timeout_seconds: Seconds = 900.0
     """Longest wait for a server to become ready, and for any server to come back if all are lost."""
-    request_timeout_seconds: PositiveFloat = 1800.0
+    request_timeout_seconds: Seconds = 1800.0
     """Longest wait for the completions of one prompt."""
-    update_timeout_seconds: PositiveFloat = 600.0
+    update_timeout_seconds: Seconds = 600.0
     """Longest wait for one server to load new weights."""
-    health_timeout_seconds: PositiveFloat = 10.0
+    health_timeout_seconds: Seconds = 10.0
     """A server that answers no health check for this long counts as hung; its requests go to other servers."""
     attempts: PositiveInt = 10
     """The run ends with an error after this many servers were lost while they worked on the same prompt."""
