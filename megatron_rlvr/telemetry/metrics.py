@@ -100,6 +100,11 @@ class MetricsWriter:
                     stacklevel=2,
                 )
         self.sinks: list[Sink] = [TensorBoard(directory / "tensorboard", resume_step)] if tensorboard else []
+        if tensorboard and resume_step is not None and self.evaluations_path.is_file():
+            # TensorBoard drops what was logged from this step on, but this evaluation is kept and not repeated.
+            for kept, _ in _records(self.evaluations_path):
+                if kept["step"] == resume_step:
+                    self.sinks[0].write(_evaluation_names(kept))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append the record of a step, on disk when this returns. Tensors and NumPy scalars become plain numbers.
@@ -121,7 +126,7 @@ class MetricsWriter:
         _truncate(self.evaluations_path, plain["step"])
         _append(self.evaluations_path, plain)
         for sink in self.sinks:
-            sink.write({name if name == "step" else f"evaluation/{name}": value for name, value in plain.items()})
+            sink.write(_evaluation_names(plain))
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -133,6 +138,11 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _evaluation_names(record: Mapping[str, Any]) -> Record:
+    """An evaluation as sinks receive it, beside the metrics of training."""
+    return {name if name == "step" else f"evaluation/{name}": value for name, value in record.items()}
 
 
 def _plain(record: Mapping[str, Any]) -> Record:

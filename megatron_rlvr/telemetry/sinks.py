@@ -67,8 +67,16 @@ class TensorBoard:
 class WeightsAndBiases:
     """Logs to a W&B run. A resumed run continues the W&B run of the same run directory.
 
+    W&B drops what is logged at a step below the last one, and a resumed W&B run begins after its last row. Therefore
+
+    - an evaluation waits for the metrics of its step, and both become one row. The evaluation at the end of a run comes
+      before the metrics of the last step and becomes a row of its own, after them.
+    - if such a run is continued, the metrics of that step cannot be added to this row: they and all later rows move by
+      one. ``wandb_evaluation_rows`` in the run directory lists the steps that have a row with an evaluation alone.
+    - rows that an interrupted process logged after the checkpoint are logged again; W&B drops the repetition.
+
     Args:
-        run_directory: holds ``wandb_run_id``, the id of the W&B run.
+        run_directory: holds ``wandb_run_id``, the id of the W&B run, and ``wandb_evaluation_rows``.
         settings: keyword arguments of ``wandb.init``.
 
     Raises:
@@ -87,8 +95,28 @@ class WeightsAndBiases:
             id_file.write_text(uuid.uuid4().hex[:16])
         self._run = wandb.init(**{"dir": str(run_directory), "id": id_file.read_text(), "resume": "allow", **settings})
 
+        self._alone_file = run_directory / "wandb_evaluation_rows"
+        lines = self._alone_file.read_text().split() if self._alone_file.is_file() else []
+        self._alone = {int(line) for line in lines if line.isdecimal()}
+        self._waiting: dict[int, dict[str, Any]] = {}
+
     def write(self, record: Mapping[str, Any]) -> None:
-        self._run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+        step, values = record["step"], {name: value for name, value in record.items() if name != "step"}
+        if all(name.startswith("evaluation/") for name in values):
+            self._waiting[step] = values
+            return
+        self._run.log(self._waiting.pop(step, {}) | values, step=step + sum(other <= step for other in self._alone))
+        self._log_waiting(after=step)
+
+    def _log_waiting(self, after: int) -> None:
+        """Log the evaluations that wait for metrics of steps beyond `after` as rows of their own."""
+        for step in sorted(step for step in self._waiting if step > after):
+            values = self._waiting.pop(step)
+            if step not in self._alone:
+                self._alone.add(step)
+                self._alone_file.write_text("".join(f"{other}\n" for other in sorted(self._alone)))
+            self._run.log(values, step=step + sum(other < step for other in self._alone))
 
     def close(self) -> None:
+        self._log_waiting(after=-1)
         self._run.finish()
