@@ -12,7 +12,7 @@ import torch
 from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.config_schema import describe_sections, key_types
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR, failure_recorded
+from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR, failure_recorded, status_is_returned
 from megatron_rlvr.lifecycle import open_run_directory, print_error
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.parallel import Layout, parallel_groups
@@ -41,6 +41,7 @@ def usage() -> str:
     return USAGE.format(keys=", ".join(keys), sections=describe_sections(Config))
 
 
+@status_is_returned
 def run_command(train: Callable[[Config, Layout, ExitStack], int], arguments: Sequence[str] | None) -> int:
     """Run the command line ``CONFIG [key=value ...]``.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_rlvr.components import build_components
 from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.exit_status import EXIT_DONE, failure_recorded
+from megatron_rlvr.exit_status import EXIT_DONE, failure_recorded, status_is_returned
 from megatron_rlvr.lifecycle import print_error
 from megatron_rlvr.megatron import device, parallel
 
@@ -49,6 +49,7 @@ def evaluate(config: Config, run: Path, initial: bool, layout: parallel.Layout, 
     return {"step": step, **scores}
 
 
+@status_is_returned
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Exit status: 0 done, 2 after a user error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

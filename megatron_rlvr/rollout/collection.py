@@ -26,6 +26,7 @@ from megatron_rlvr.rollout.prompts import load_prompts
 from megatron_rlvr.rollout.recording import record_group
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.rollout.tokenization import Tokenization
+from megatron_rlvr.rollout.verifier_alarm import VerifierAlarm, stop_if_broken
 from megatron_rlvr.verifiers import VerifierPool
 
 
@@ -65,6 +66,7 @@ class RolloutCollector:
         rollout = config.rollout
         self.rollout, self.algorithm, self.layout, self.engine = rollout, config.algorithm, layout, engine
         self.padding = tokenization.padding
+        self.verifiers, self.failure_alarm = verifiers, VerifierAlarm(layout.is_main)
         self.recording = Path(config.run_directory) / "rollouts" if rollout.record else None
         sampling = SamplingSettings.for_training(rollout, tokenization.stops(rollout.stop))
         self.prompts = load_prompts(config.data, rollout, tokenization, verifiers)
@@ -93,6 +95,7 @@ class RolloutCollector:
         Raises:
             EngineLostError: on every process, if the engine of one of them cannot generate any more.
             RolloutError: on every process, if a user error occurred on one of them.
+            UserError: on every process, if no completion of the job has been verified so far.
         """
         began = time.perf_counter()
         self.source.report_progress = report_progress
@@ -135,6 +138,7 @@ class RolloutCollector:
         rollout, completions = self.rollout, [c for group in result.groups for c in group.completions]
         failed = sum(verdict.status != "ok" for group in result.groups for verdict in group.verdicts)
         sums: dict[str, float] = {"failed": failed, "sequences": len(batch.rewards)}
+        sums["verified"] = self.verifiers.counts["ok"]
         if rollout.dynamic_sampling:
             sums |= {"generated": result.generated, "reward": result.reward, "groups": len(result.groups)}
             sums["unfilled"] = sum(not group.informative for group in result.groups)
@@ -147,7 +151,9 @@ class RolloutCollector:
         # A leader may still be writing its rollouts to the disk.
         what = f"the metrics of the rollout of step {step}"
         total = waiting.sum_over_job(sums, contributes=self.layout.is_leader, what=what)
+        stop_if_broken(self.verifiers, total["verified"], total["failed"], self.layout.is_main)
         metrics = {"verifier/failed_fraction": total["failed"] / total["sequences"]}
+        self.failure_alarm.observe(step, metrics["verifier/failed_fraction"])
         if rollout.dynamic_sampling:
             metrics["sampling/generated_groups"] = total["generated"] / total["groups"]
             metrics["sampling/unfilled_fraction"] = total["unfilled"] / total["groups"]

@@ -14,6 +14,7 @@ from megatron_rlvr.rollout.leaders import run_on_leaders
 from megatron_rlvr.rollout.prompts import load_prompts
 from megatron_rlvr.rollout.sampling import SamplingSettings, sample_seed
 from megatron_rlvr.rollout.tokenization import Tokenization
+from megatron_rlvr.rollout.verifier_alarm import stop_if_broken
 from megatron_rlvr.verifiers import VerifierPool
 
 # Takes the place of the step in seeds. No training step has this number, so no evaluation repeats a training sample.
@@ -39,6 +40,7 @@ class Evaluator:
     ):
         rollout, evaluation = config.rollout, config.evaluation
         self.seed, self.layout, self.engine = config.seed, layout, engine
+        self.verifiers = verifiers
         self.grader = Grader(tokenization, verifiers)
         self.sampling = SamplingSettings.for_evaluation(evaluation, rollout, tokenization.stops(rollout.stop))
         self.prompts = load_prompts(config.data, rollout, tokenization, verifiers, evaluation=evaluation)
@@ -53,6 +55,7 @@ class Evaluator:
 
         Raises:
             RolloutError: on every process, if the verifier refuses the data.
+            UserError: on every process, if no completion of the job has been verified so far.
         """
         examples, prompts = self.prompts.examples, self.prompts.token_ids
         samples = self.sampling.samples
@@ -83,7 +86,10 @@ class Evaluator:
         sums = {f"pass@{k}": math.fsum(pass_at_k(samples, count, k) for count in solved) for k in ks}
         sums["reward"] = math.fsum(verdict.reward for group in verdicts for verdict in group) / samples
         sums["response_tokens"] = sum(len(c.token_ids) for group in groups or [] for c in group) / samples
+        sums["failed"] = sum(verdict.status != "ok" for group in verdicts for verdict in group)
+        sums["verified"] = self.verifiers.counts["ok"]
         totals = waiting.sum_over_job(sums, contributes=self.layout.is_leader, what="the scores of an evaluation")
+        stop_if_broken(self.verifiers, totals.pop("verified"), totals.pop("failed"), self.layout.is_main)
         return {name: total / len(examples) for name, total in totals.items()}
 
 

@@ -17,7 +17,9 @@ class VerifierConfig:
     """What computes the reward of a completion."""
 
     name: str = "math"
-    """``math``, ``exact``, ``countdown``, or ``module:function`` for a Python function."""
+    """``math``, ``exact``, ``countdown``, or ``module:function`` for a Python function. The function returns a number
+    that is finite as a float32, or a dictionary whose ``score`` is one. If it fails for every completion of the first
+    step, the run stops."""
     workers: Annotated[int, Bounds(at_least=0, cap=1024)] | None = None
     """Worker processes per data-parallel rank; 0 verifies in the training process, for verifiers that cannot hang.
     null means 0 for ``countdown`` and ``exact``, and 4 for the others."""
