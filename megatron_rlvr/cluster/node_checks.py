@@ -16,7 +16,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.weights.huggingface_folder import INDEX, read_index
 
-_PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "numpy", "transformer-engine")
+_PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
 _NVIDIA_SMI_TIMEOUT_S = 20
 
 

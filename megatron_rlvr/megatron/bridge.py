@@ -6,7 +6,6 @@ The bridge handles tensors and names. `megatron_rlvr.weights` reads and writes f
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,11 +20,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rlvr.megatron import device, fusions, layer_spec
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
+from megatron_rlvr.megatron.families import family_of
 from megatron_rlvr.megatron.huggingface_config import is_tied, read_config
 from megatron_rlvr.megatron.layout_checks import check_layout
-from megatron_rlvr.megatron.mbridge_patches import grouped_expert_name, open_mbridge, with_mbridge_names
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.transformer_settings import transformer_settings
+from megatron_rlvr.megatron.weight_export import WeightExport
+from megatron_rlvr.megatron.weight_loading import EMBEDDING, OUTPUT, TensorReader, load_weights
+from megatron_rlvr.megatron.weight_shards import local_name
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,8 @@ class PolicyBridge:
         layer_spec.check_installed(self.spec_name)
         settings = transformer_settings(self.hf_config, model, parallel, self.spec_name)
         fusions.check_fusions(settings)
-        self._mbridge = open_mbridge(self.hf_config, self.dtype, self.spec_name, settings)
-        # mbridge pads the vocabulary of the weights that it reads, and removes the padding from those that it writes.
-        self._mbridge.make_vocab_size_divisible_by = parallel.tensor
-        self._mbridge.vocab_size, self._mbridge.padded_vocab_size = self.vocab_size, self.padded_vocabulary
-
-    @property
-    def config(self) -> TransformerConfig:
-        """megatron-core's configuration of the model."""
-        return self._mbridge.config
+        self.family = family_of(self.hf_config)
+        self.config = TransformerConfig(**settings)
 
     @property
     def vocab_size(self) -> int:
@@ -128,33 +123,34 @@ class PolicyBridge:
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         return model if shapes_only else model.to(device.device())
 
-    def read_weights(self, model_chunks: Sequence[PolicyModel], folder: Path) -> None:
-        """Load the weights of a folder into the chunks of `build`. Collective over the job.
+    def read_weights(self, model_chunks: Sequence[PolicyModel], reader: TensorReader) -> None:
+        """Load the weights that `reader` reads into the chunks of `build`. Each rank reads its own shards.
 
         Callers use `megatron_rlvr.weights.loading.load_folder`, which first checks the folder and raises user errors.
+
+        Raises:
+            KeyError: if a tensor is missing.
+            WeightShapeError: if a tensor has another shape than config.json describes.
         """
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            chunks = [with_mbridge_names(chunk) for chunk in model_chunks]
-            self._mbridge.load_weights(chunks, str(folder), memory_efficient=True)
+        load_weights(model_chunks, self.family, self.hf_config, reader)
+
+    def weight_export(self, model_chunks: Sequence[PolicyModel]) -> WeightExport:
+        """Prepare exports of the weights of `model_chunks`. Collective over the job."""
+        return WeightExport(model_chunks, self.family, self.hf_config)
 
     def export(self, model_chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
         """Yield every complete Hugging Face tensor on every process, one at a time. Collective over the job."""
-        seen = set()
-        with torch.no_grad():
-            for name, tensor in self._mbridge.export_weights([with_mbridge_names(chunk) for chunk in model_chunks]):
-                if name not in seen:  # both the first and the last stage export a tied embedding
-                    seen.add(name)
-                    yield name, tensor
+        yield from self.weight_export(model_chunks).tensors()
 
     def weight_format(self, name: str) -> WeightFormat:
         """Return how the weight `name`, which must not be split over ranks, maps to Hugging Face tensors."""
-        mbridge_name = grouped_expert_name(name)
+        tied = name == OUTPUT and is_tied(self.hf_config)
+        entry, names = self.family.table.find(EMBEDDING if tied else local_name(name))
 
         def to_huggingface(weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-            yield from zip(*self._mbridge._weight_to_hf_format(mbridge_name, weight), strict=True)
+            yield from zip(names, entry.to_huggingface(weight, self.hf_config), strict=True)
 
         def to_megatron(tensors: list[Tensor]) -> Tensor:
-            return self._mbridge._weight_to_mcore_format(mbridge_name, tensors)
+            return entry.to_megatron(tensors, self.hf_config)
 
-        return WeightFormat(self._mbridge._weight_name_mapping_mcore_to_hf(mbridge_name), to_megatron, to_huggingface)
+        return WeightFormat(names, to_megatron, to_huggingface)

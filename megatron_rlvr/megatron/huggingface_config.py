@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.checked_input import InvalidInputError, checked, describe, field, one_line, read_json
 from megatron_rlvr.errors import UserError
-
-SUPPORTED = ("qwen2", "qwen3", "llama", "qwen3_moe")
-"""Model families that are tested against transformers. mbridge supports more."""
+from megatron_rlvr.megatron.families import FAMILIES, family_of
 
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob")
 _SIZES = {
@@ -51,11 +50,12 @@ def read_config(path: Path) -> Any:
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder")
     file = path / "config.json"
     model_type = read_json(file, remedy="download the model again").get("model_type")
-    if not isinstance(model_type, str) or model_type not in SUPPORTED:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         shown = describe(model_type).removeprefix("str ")
+        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
         raise UserError(
-            f"{path}: model_type {shown} is not supported: use one of {', '.join(SUPPORTED)}. Python code "
-            "in a model folder is never run"
+            f"{path}: model_type {shown} is not supported{f' (the nearest is {near[0]})' if near else ''}: use one of "
+            f"{', '.join(FAMILIES)}. Python code in a model folder is never run"
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -110,7 +110,7 @@ def is_tied(hf_config: Any) -> bool:
 
 def is_mixture(hf_config: Any) -> bool:
     """Whether the feed-forward layers are mixtures of experts."""
-    return hf_config.model_type.endswith("_moe")
+    return family_of(hf_config).mixture
 
 
 def _check_supported(path: Path, config: Any) -> None:
@@ -120,16 +120,8 @@ def _check_supported(path: Path, config: Any) -> None:
         "rope_type": (rope["rope_type"], ("default", "llama3")),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
         "hidden_act": (config.hidden_act, ("silu",)),
-        "use_sliding_window": (getattr(config, "use_sliding_window", False), (False,)),
-        "attention_bias": (getattr(config, "attention_bias", False), (False,)),
-        "mlp_bias": (getattr(config, "mlp_bias", False), (False,)),
+        **family_of(config).supported(config),
     }
-    if is_mixture(config):
-        settings |= {
-            "norm_topk_prob": (config.norm_topk_prob, (True,)),
-            "decoder_sparse_step": (config.decoder_sparse_step, (1,)),
-            "mlp_only_layers": (config.mlp_only_layers, ([], None)),
-        }
     for key, (value, supported) in settings.items():
         if value not in supported:
             raise UserError(

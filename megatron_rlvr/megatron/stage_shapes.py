@@ -140,7 +140,7 @@ def _count(index: int, model_chunks: Sequence[PolicyModel], parallel: ParallelCo
         parameters=tuple(p.numel() for name, p in reversed(named) if name not in experts),
         experts=tuple(p.numel() for name, p in reversed(named) if name in experts),
         shared_embedding=shared[0] if shared else 0,
-        # mbridge gathers one megatron-core tensor at a time: the embedding, gate and up projection together, or one
+        # An export gathers one megatron-core tensor at a time: the embedding, gate and up projection together, or one
         # expert per expert rank.
         largest_tensor=max(p.numel() * ranks[name] for name, p in named),
     )

@@ -1,12 +1,17 @@
-"""Settings of megatron-core's TransformerConfig that follow from the configuration, not from the model family."""
+"""Settings of megatron-core's TransformerConfig: those of the model, its family, its layers and the parallel layout."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch.nn.functional import silu
+
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
+from megatron_rlvr.megatron.families import family_of
+from megatron_rlvr.megatron.families.weight_map import head_size_of
 from megatron_rlvr.megatron.fusions import fusion_settings
 from megatron_rlvr.megatron.huggingface_config import is_mixture
 
@@ -14,7 +19,7 @@ from megatron_rlvr.megatron.huggingface_config import is_mixture
 def transformer_settings(
     hf_config: Any, model: ModelConfig, parallel: ParallelConfig, spec_name: str
 ) -> dict[str, Any]:
-    """Return fields of TransformerConfig, by name, that take precedence over those of the model family.
+    """Return fields of TransformerConfig, by name.
 
     Args:
         hf_config: transformers configuration of the model.
@@ -24,7 +29,31 @@ def transformer_settings(
     Raises:
         UserError: if the model or its layers do not support a setting of `model`.
     """
+    dtype = getattr(torch, model.dtype)
     settings: dict[str, Any] = {
+        "num_layers": hf_config.num_hidden_layers,
+        "hidden_size": hf_config.hidden_size,
+        "num_attention_heads": hf_config.num_attention_heads,
+        "num_query_groups": hf_config.num_key_value_heads,
+        "kv_channels": head_size_of(hf_config),
+        "ffn_hidden_size": hf_config.intermediate_size,
+        "layernorm_epsilon": hf_config.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "activation_func": silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        # Also of dense models: megatron-core checks it against variable_seq_lengths.
+        "moe_token_dispatcher_type": "alltoall",
+        **family_of(hf_config).settings(hf_config),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
         "sequence_parallel": parallel.sequence,
         # Microbatches have different lengths, so stages send shapes as well. This costs a message, so it is off without
         # a pipeline.

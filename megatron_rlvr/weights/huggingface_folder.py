@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -162,6 +164,41 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
     """Read one tensor of a safetensors file to the CPU."""
     with safe_open(file, framework="pt", device="cpu") as opened:
         return opened.get_tensor(name)
+
+
+class FolderReader:
+    """Reads tensors, or parts of them, from the safetensors files of a folder. Files stay open until it is closed.
+
+    Args:
+        files: the file of every tensor, from `tensor_files`.
+    """
+
+    def __init__(self, files: Mapping[str, Path]):
+        self._files = files
+        self._opened: dict[Path, Any] = {}
+        self._stack = ExitStack()
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor. Raises KeyError if the folder does not have it."""
+        return self._slice(name).get_shape()
+
+    def read(self, name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
+        """The part from `start` to `stop` of dimension `dim` (0 or 1) of a tensor; all of it if `dim` is None."""
+        if dim is None:
+            return self._slice(name)[:]
+        return self._slice(name)[start:stop] if dim == 0 else self._slice(name)[:, start:stop]
+
+    def _slice(self, name: str) -> Any:
+        file = self._files[name]
+        if file not in self._opened:
+            self._opened[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        return self._opened[file].get_slice(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
 
 
 def _names(file: Path) -> set[str]:

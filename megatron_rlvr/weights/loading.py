@@ -12,12 +12,13 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.model import PolicyModel
-from megatron_rlvr.weights.huggingface_folder import tensor_files
+from megatron_rlvr.megatron.weight_loading import WeightShapeError
+from megatron_rlvr.weights.huggingface_folder import FolderReader, tensor_files
 from megatron_rlvr.weights.shape_checks import check_shapes
 
 
 def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folder: Path | None = None) -> None:
-    """Load the weights of `folder` into model chunks. Collective over the job.
+    """Load the weights of `folder` into model chunks; each rank reads its own shards. Collective over the job.
 
     Args:
         bridge: the bridge that built the chunks.
@@ -30,8 +31,15 @@ def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folde
     folder = folder or bridge.path
     check_folder(bridge, folder)
     try:
-        bridge.read_weights(model_chunks, folder)
-    except (KeyError, ValueError, TypeError, RuntimeError, AssertionError, OSError, SafetensorError) as error:
+        with FolderReader(tensor_files(folder)) as reader:
+            bridge.read_weights(model_chunks, reader)
+    except KeyError as error:
+        raise UserError(
+            f"{folder} lacks {error.args[0]}, which {bridge.hf_config.model_type} needs: download the model again"
+        ) from None
+    except WeightShapeError as error:
+        raise UserError(f"{folder}: {error}: the weights belong to another model; download both again") from None
+    except (TypeError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(
             f"weights of {folder} cannot be read as {bridge.hf_config.model_type}: {one_line(error)}"
         ) from error

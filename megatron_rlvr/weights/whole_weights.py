@@ -72,7 +72,7 @@ class WholeWeights:
             tensors.append(read_tensor(files[key], key))
         try:
             weight = weight_format.to_megatron(tensors)
-        except (AssertionError, RuntimeError):  # mbridge raises these for wrong shapes
+        except (ValueError, RuntimeError):  # torch raises these for wrong shapes
             weight = None
         if weight is None or weight.shape != self._shapes[name]:
             shapes = ", ".join(

@@ -33,7 +33,7 @@ def test_one_package_imports_megatron_core() -> None:
     importers = {
         str(file.relative_to(ROOT))
         for file in files
-        if any(re.match(r"(megatron|mbridge)(\.|$)", module) for module in imported_modules(file))
+        if any(re.match(r"megatron(\.|$)", module) for module in imported_modules(file))
     }
     assert importers
     assert {name for name in importers if not name.startswith("megatron_rlvr/megatron/")} == set()

@@ -1,0 +1,17 @@
+"""Model families: how a Hugging Face model is built from megatron-core's layers, one declarative table per family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_rlvr.megatron.families.dense import LLAMA, QWEN2, QWEN3
+from megatron_rlvr.megatron.families.family import Family
+from megatron_rlvr.megatron.families.qwen3_moe import QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {"qwen2": QWEN2, "qwen3": QWEN3, "llama": LLAMA, "qwen3_moe": QWEN3_MOE}
+"""Families by the ``model_type`` of config.json. Each is tested against transformers."""
+
+
+def family_of(hf_config: Any) -> Family:
+    """Return the family of a model that `megatron_rlvr.megatron.huggingface_config.read_config` has accepted."""
+    return FAMILIES[hf_config.model_type]
