@@ -22,6 +22,7 @@ from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device
+from megatron_rlvr.rollout.engines.sglang.kept_sets import with_kept_sets
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 
 _WATCH_PERIOD_S = 0.5
@@ -29,8 +30,9 @@ _WATCH_PERIOD_S = 0.5
 
 def node_pool(config: Config, logs: Path) -> ServerPool:
     """Return the servers of this node, not started yet. Other nodes can reach them, and each has its own GPUs."""
+    folder = Path(config.model.path).resolve()
     sglang = replace(
-        config.rollout.sglang,
+        with_kept_sets(config.rollout, folder),
         server={"host": "0.0.0.0", **config.rollout.sglang.server},
         # This process does not know when the trainer has a server load weights, and a server may be silent as long as
         # an update takes. The trainer's clients notice a server that hangs earlier, and send its prompts to another.
@@ -40,7 +42,7 @@ def node_pool(config: Config, logs: Path) -> ServerPool:
     )
     return ServerPool(
         sglang,
-        Path(config.model.path).resolve(),
+        folder,
         config.model.dtype,
         logs,
         # A machine's host name can differ from the name by which other nodes reach it.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.ops import KeptSets
 
 
 @dataclass
@@ -29,6 +30,7 @@ class RolloutBatch:
         penalty: float32 [N], added to the rewards before advantages are computed (overlong shaping).
         slots: int64 [N / G], the places of the rank's prompts in the step; None unless prompts are stratified.
         strata: float64 [N / G], the number by which each prompt is stratified; None unless prompts are stratified.
+        kept: kept sets of the T response tokens, to which the policy is restricted; None if it is not.
     """
 
     tokens: Tensor
@@ -41,6 +43,7 @@ class RolloutBatch:
     penalty: Tensor
     slots: Tensor | None = None
     strata: Tensor | None = None
+    kept: KeptSets | None = None
 
     @classmethod
     def from_completions(
@@ -75,6 +78,7 @@ class RolloutBatch:
             truncated=torch.tensor([c.finish_reason == "length" for c in completions]),
             group_size=group_size,
             penalty=torch.zeros(len(rewards)),
+            kept=_kept_sets(completions),
         )
 
     @property
@@ -112,3 +116,14 @@ class RolloutBatch:
             return list(minibatches)
         kept = [sequences[only[sequences]] for sequences in minibatches]
         return [some if len(some) else sequences[:1] for some, sequences in zip(kept, minibatches, strict=True)]
+
+
+def _kept_sets(completions: Sequence[Completion]) -> KeptSets | None:
+    """Return the kept sets of all tokens; None if they were drawn from the whole vocabulary."""
+    sets = [completion.kept for completion in completions if completion.kept is not None]
+    if not sets:
+        return None
+    if len(sets) < len(completions):
+        raise ValueError(f"{len(sets)} of {len(completions)} completions have kept sets; one policy drew all of them")
+    counts, ids = (np.concatenate([getattr(kept, name) for kept in sets]) for name in ("counts", "ids"))
+    return KeptSets.of(torch.from_numpy(counts), torch.from_numpy(ids))

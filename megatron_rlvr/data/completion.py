@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_rlvr.checked_input import InvalidInputError, checked, describe
+from megatron_rlvr.data.kept_tokens import KeptTokens, checked_kept_tokens
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,13 @@ class Completion:
 
     Attributes:
         token_ids: token ids of the response, including the stop token.
-        logprobs: log-prob (natural logarithm) of each token at the sampling temperature.
+        logprobs: log-prob (natural logarithm) of each token at the sampling temperature, under the distribution from
+            which it was drawn: that of its kept set if there is one.
         finish_reason: ``stop`` after a stop token, ``length`` at the maximum length.
         weight_version: version of the weights that generated the last token: the number of training steps before them.
         version_spans: (version, number of tokens) in the order of the tokens if the weights changed during generation;
             otherwise empty.
+        kept: the kept set of each token; None if tokens were drawn from the whole vocabulary.
     """
 
     token_ids: list[int]
@@ -26,6 +29,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     weight_version: int
     version_spans: tuple[tuple[int, int], ...] = ()
+    kept: KeptTokens | None = None
 
     @property
     def oldest_version(self) -> int:
@@ -41,7 +45,14 @@ ROUNDING = 1e-3
 
 
 def checked_completion(
-    token_ids: Any, logprobs: Any, finish_reason: Any, weight_version: int, spans: Any, *, max_tokens: int
+    token_ids: Any,
+    logprobs: Any,
+    finish_reason: Any,
+    weight_version: int,
+    spans: Any,
+    *,
+    max_tokens: int,
+    kept: Any = None,
 ) -> Completion:
     """Build a completion from values that a server sent or a file holds.
 
@@ -49,10 +60,12 @@ def checked_completion(
         token_ids, logprobs, finish_reason, weight_version: see `Completion`.
         spans: pairs (version, number of tokens); empty if the weights did not change during generation.
         max_tokens: maximum length of a completion.
+        kept: one list of token ids per token, from which it was drawn; None if that is the whole vocabulary.
 
     Raises:
         InvalidInputError: if there are no or too many tokens, not one log-prob for each, a token id or log-prob that is
-            impossible, an unknown finish reason, or spans of another number of tokens.
+            impossible, an unknown finish reason, spans of another number of tokens, or a token that is not in its kept
+            set.
     """
     tokens = checked(token_ids, list, "token_ids")
     if not 0 < len(tokens) <= max_tokens:
@@ -69,4 +82,5 @@ def checked_completion(
     pairs = tuple((version, length) for version, length in spans)
     if pairs and sum(length for _, length in pairs) != len(tokens):
         raise InvalidInputError(f"{len(tokens)} tokens with weight versions of another number of tokens: {pairs}")
-    return Completion(tokens, floats, finish_reason, weight_version, pairs)
+    sets = None if kept is None else checked_kept_tokens(kept, tokens, largest_id=LARGEST_TOKEN_ID)
+    return Completion(tokens, floats, finish_reason, weight_version, pairs, sets)

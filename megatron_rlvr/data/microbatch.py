@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.ops import KeptSets
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Microbatch:
         positions: int64 [s], the positions of the tokens in their sequences; None means 0 .. s-1.
         boundaries: int32 [n + 1], where the packed sequences begin and end in the full width; None if padded.
         padding: bool [b, s], which tokens are padding; None unless `MicrobatchConfig.mark_padding` is set.
+        kept: kept sets of the R targets that this rank predicts; None if the policy is not restricted to kept sets.
     """
 
     tokens: Tensor
@@ -68,6 +70,7 @@ class Microbatch:
     positions: Tensor | None = None
     boundaries: Tensor | None = None
     padding: Tensor | None = None
+    kept: KeptSets | None = None
 
 
 def zigzag(boundaries: Sequence[int], size: int, rank: int) -> Tensor:
@@ -152,6 +155,9 @@ def build_microbatch(batch: RolloutBatch, sequences: Tensor, config: MicrobatchC
         _pad(microbatch, is_token, config)
     if config.context_size > 1:
         _keep_local_positions(microbatch, config)
+    if batch.kept is not None:
+        index, local = microbatch.token_index, microbatch.local_targets
+        microbatch.kept = batch.kept.select(index if local is None else index[local])
     return microbatch
 
 

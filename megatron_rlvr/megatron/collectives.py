@@ -64,6 +64,19 @@ def broadcast_from_last_stage(values: Tensor) -> None:
         dist.broadcast(values, src=dist.get_process_group_ranks(group)[-1], group=group)
 
 
+def object_from_last_stage(value: Any) -> Any:
+    """Return the `value` (any picklable object) of the last rank of the model-parallel group, on every rank of it.
+
+    Two broadcasts, of the size and of the bytes; none if the group has one member.
+    """
+    group = parallel_state.get_model_parallel_group()
+    objects = [value]
+    if group.size() > 1:
+        source = dist.get_process_group_ranks(group)[-1]
+        dist.broadcast_object_list(objects, src=source, group=group, device=device.device())
+    return objects[0]
+
+
 def receive_from_previous_stage(buffer: Tensor) -> None:
     """Fill `buffer` with the tensor that the previous pipeline stage sends. One point-to-point message."""
     source = parallel_state.get_pipeline_model_parallel_prev_rank()

@@ -142,6 +142,8 @@ class RolloutCollector:
         if rollout.dynamic_sampling:
             sums |= {"generated": result.generated, "reward": result.reward, "groups": len(result.groups)}
             sums["unfilled"] = sum(not group.informative for group in result.groups)
+        if batch.kept is not None:
+            sums |= {"kept": len(batch.kept.ids), "tokens": batch.token_count}
         if rollout.overlong_buffer:
             sums["penalty"] = float(batch.penalty.sum())
         if rollout.max_staleness:
@@ -158,6 +160,8 @@ class RolloutCollector:
             metrics["sampling/generated_groups"] = total["generated"] / total["groups"]
             metrics["sampling/unfilled_fraction"] = total["unfilled"] / total["groups"]
             metrics["sampling/reward"] = total["reward"] / (total["generated"] * batch.group_size)
+        if batch.kept is not None:
+            metrics["sampling/kept_tokens"] = total["kept"] / total["tokens"]
         if rollout.overlong_buffer:
             metrics["overlong_penalty"] = total["penalty"] / total["sequences"]
         if rollout.max_staleness:

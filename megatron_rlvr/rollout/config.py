@@ -29,11 +29,14 @@ class RolloutConfig:
     max_tokens: Annotated[int, Bounds(above=0, cap=2**24)] = 1024
     """Longest response, in tokens, including the end-of-sequence token."""
     temperature: Temperature = 1.0
-    """Divisor of the logits, both in sampling and in training."""
+    """Divisor of the logits, both in sampling and in training. It is applied before `top_p` and `top_k`."""
     top_p: TopP = 1.0
-    """Sample from the most probable tokens whose probabilities sum to this; 1 keeps the whole vocabulary."""
+    """Sample from the most probable tokens whose probabilities sum to this; 1 keeps the whole vocabulary. The policy
+    that is trained is the same distribution: the kept tokens of each position are recorded with the completion."""
     top_k: NonNegativeInt = 0
-    """Sample from this many of the most probable tokens; 0 keeps the whole vocabulary."""
+    """Sample from this many of the most probable tokens, and train that distribution; 0 keeps the whole vocabulary.
+    With `top_p`, a token must pass both cuts of the whole distribution. With SGLang, also the most tokens that a
+    server returns per position: set it if `top_p` is set and the vocabulary is large."""
     stop: list[str] = field(default_factory=list)
     """Texts that end a completion besides the end-of-sequence token. Each must be a single token."""
     dynamic_sampling: bool = False
@@ -67,6 +70,11 @@ class RolloutConfig:
         if self.overlong_buffer >= self.max_tokens:
             raise UserError(
                 f"rollout.overlong_buffer={self.overlong_buffer} must be less than rollout.max_tokens={self.max_tokens}"
+            )
+        if self.top_k == 1:
+            raise UserError(
+                "rollout.top_k=1 always draws the most probable token, so that no update changes the policy: "
+                "set rollout.top_k to 0 or at least 2"
             )
         if self.engine == "recorded" and not self.recording:
             raise UserError(

@@ -37,6 +37,8 @@ def record_group(folder: Path, step: int, group: Group, prompt: Any) -> None:
         }
         if completion.version_spans:
             row["version_spans"] = completion.version_spans
+        if completion.kept is not None:
+            row["kept"] = completion.kept.sets()
         lines.append(json.dumps(row))
     path.write_text("\n".join(lines) + "\n")
 
@@ -82,4 +84,5 @@ def _completion(row: dict[str, Any], max_tokens: int) -> Completion:
             for version, tokens in spans
         ],
         max_tokens=max_tokens,
+        kept=row.get("kept"),
     )

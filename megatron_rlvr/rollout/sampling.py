@@ -28,9 +28,10 @@ class SamplingSettings:
         samples: completions per prompt.
         max_tokens: maximum length of a completion, in tokens, including the stop token.
         temperature: divisor of the logits. Log-probs are computed from the divided logits.
-        top_p, top_k: sample only from the most probable tokens; 1 and 0 disable them. Log-probs are still normalized
-            over the full vocabulary.
+        top_p, top_k: sample only from the most probable tokens, see `kept_tokens`; 1 and 0 disable them. Log-probs are
+            those of the distribution over these tokens.
         stop_token_ids: a completion ends with the first of these; if empty, only `max_tokens` ends it.
+        returns_kept: whether completions come with their kept sets, which training under `top_p` or `top_k` needs.
     """
 
     samples: int
@@ -39,6 +40,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    returns_kept: bool = False
 
     @classmethod
     def for_training(cls, config: RolloutConfig, stop_token_ids: Sequence[int]) -> SamplingSettings:
@@ -50,6 +52,7 @@ class SamplingSettings:
             top_p=config.top_p,
             top_k=config.top_k,
             stop_token_ids=() if config.ignore_eos else tuple(stop_token_ids),
+            returns_kept=config.top_p < 1.0 or config.top_k > 0,
         )
 
     @classmethod
@@ -64,6 +67,7 @@ class SamplingSettings:
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
+            returns_kept=False,
         )
 
 
@@ -93,7 +97,30 @@ def uniforms(seeds: np.ndarray, position: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+def kept_tokens(probability: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Return which tokens a cut keeps, as SGLang does: the intersection of both cuts of the same distribution.
+
+    A token is kept if fewer than `top_k` tokens are more probable and their probabilities sum to less than `top_p`. Of
+    tokens with equal probabilities, the one with the lower id comes first. A token of probability 0 is never kept.
+
+    Args:
+        probability: float64 [n, V], over the whole vocabulary, after the temperature.
+        top_p, top_k: see `SamplingSettings`.
+
+    Returns:
+        bool [n, V].
+    """
+    ordered, order = probability.sort(dim=-1, descending=True, stable=True)
+    total = ordered.sum(-1, keepdim=True)  # 1, but for the rounding of float32 probabilities
+    kept = (ordered.cumsum(-1) - ordered < top_p * total) & (ordered > 0)
+    if top_k:
+        kept[:, top_k:] = False
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def draw(
+    logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Draw one token per row by inverting the cumulative distribution.
 
     Args:
@@ -102,22 +129,18 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_
         temperature, top_p, top_k: see `SamplingSettings`.
 
     Returns:
-        the tokens, int64 [n], and their log-probs over the full vocabulary at this temperature, float32 [n].
+        the tokens, int64 [n]; their log-probs at this temperature, over the kept tokens, float32 [n]; and the kept
+        tokens, bool [n, V], None if nothing is cut.
     """
-    logprob = torch.log_softmax(logits.float() / temperature, dim=-1)
-    probability = logprob.exp().double()
-    if top_k and top_k < probability.size(-1):
-        smallest = probability.topk(top_k, dim=-1).values[:, -1:]
-        probability = probability.where(probability >= smallest, 0.0)
-    if top_p < 1.0:
-        ordered, order = probability.sort(dim=-1, descending=True, stable=True)
-        total = ordered.sum(-1, keepdim=True)
-        mass_before = ordered.cumsum(-1) - ordered
-        kept = ordered.where(mass_before < top_p * total, 0.0)
-        probability = torch.zeros_like(probability).scatter(-1, order, kept)
-    cumulative = probability.cumsum(-1)
+    scaled = logits.float() / temperature
+    logprob = torch.log_softmax(scaled, dim=-1)
+    kept = None
+    if top_p < 1.0 or 0 < top_k < logits.size(-1):
+        kept = kept_tokens(logprob.exp().double(), top_p, top_k)
+        logprob = torch.log_softmax(scaled.masked_fill(~kept, -torch.inf), dim=-1)
+    cumulative = logprob.exp().double().cumsum(-1)
     threshold = uniform.unsqueeze(-1) * cumulative[:, -1:]
     # right=True finds the first entry whose cumulative mass exceeds the threshold, so a token of probability 0 is never
     # drawn.
     token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.size(-1) - 1)
-    return token[:, 0], logprob.gather(1, token)[:, 0]
+    return token[:, 0], logprob.gather(1, token)[:, 0], kept

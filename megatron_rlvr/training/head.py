@@ -66,20 +66,24 @@ class Head:
             second_moments: also compute the sums that the scores need.
         """
         if microbatch.local_targets is None:
-            return self._local_statistics(output, microbatch.targets.to(output.device), second_moments)
-        local_targets = microbatch.targets[microbatch.local_targets].to(output.device)
-        statistics = self._local_statistics(output, local_targets, second_moments)
+            return self._local_statistics(output, microbatch.targets, microbatch.kept, second_moments)
+        local_targets = microbatch.targets[microbatch.local_targets]
+        statistics = self._local_statistics(output, local_targets, microbatch.kept, second_moments)
         values = [value for field in fields(statistics) if (value := getattr(statistics, field.name)) is not None]
         index = microbatch.local_targets.to(output.device)
         shared = collectives.all_gather_tokens(torch.stack(values), index, len(microbatch.targets))
         return ops.TokenStatistics(*shared)
 
-    def _local_statistics(self, output: Tensor, targets: Tensor, second_moments: bool) -> ops.TokenStatistics:
+    def _local_statistics(
+        self, output: Tensor, targets: Tensor, kept: ops.KeptSets | None, second_moments: bool
+    ) -> ops.TokenStatistics:
+        targets = targets.to(output.device)
         settings: dict[str, Any] = {
             "temperature": self.temperature,
             "group": self.group,
             "second_moments": second_moments,
             "vocabulary": self.model.vocabulary,
+            "kept": None if kept is None else kept.to(output.device),
         }
         if not self.fused:
             return ops.token_statistics(output, targets, **settings)

@@ -69,8 +69,7 @@ class MinibatchLoss:
         # Context-parallel ranks exchange token statistics before the loss, so the loss cannot be part of the operator.
         if self.head.fused and self.objective.policy_objective.is_plain_clip and microbatch.local_targets is None:
             token_weight = weight if steering is None else weight * steering
-            targets = microbatch.targets.to(output_device)
-            loss, logprob, entropy, outputs = self._fused(output, targets, old_logprob, advantage, token_weight)
+            loss, logprob, entropy, outputs = self._fused(output, microbatch, old_logprob, advantage, token_weight)
         else:
             statistics = self.head.statistics(output, microbatch)
             logprob, entropy = statistics.logprob, statistics.entropy
@@ -92,13 +91,13 @@ class MinibatchLoss:
         return loss
 
     def _fused(
-        self, hidden: Tensor, targets: Tensor, old_logprob: Tensor, advantage: Tensor, token_weight: Tensor
+        self, hidden: Tensor, microbatch: Microbatch, old_logprob: Tensor, advantage: Tensor, token_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, TokenOutputs]:
         """Compute loss, log-probs, entropies and outputs of the plain clipped objective from hidden states [T, h]."""
         fused = ops.fused_linear_objective(
             hidden,
             self.head.model.output_weight(),
-            targets,
+            microbatch.targets.to(hidden.device),
             old_logprob,
             advantage,
             self.objective.thresholds,
@@ -107,6 +106,7 @@ class MinibatchLoss:
             group=self.head.group,
             vocabulary=self.head.model.vocabulary,
             loss_scale=self.backward_scale,
+            kept=None if microbatch.kept is None else microbatch.kept.to(hidden.device),
         )
         return fused.loss, fused.logprob, fused.entropy, TokenOutputs.of(fused)
 

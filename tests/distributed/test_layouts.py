@@ -51,6 +51,14 @@ MIXTURES = {
     "moe-pp2": (2, ["parallel.pipeline=2"]),
     "moe-tp2-ep2": (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"]),
 }
+# Under top-p and top-k, so that kept sets travel between processes.
+CUT = ["rollout.top_p=0.8", "rollout.top_k=50"]
+CUTS = {
+    "cut-dp2-packed": (2, ["parallel.microbatch_tokens=70", *CUT]),
+    "cut-tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true", *CUT]),
+    "cut-pp2-fused": (2, ["parallel.pipeline=2", "algorithm.fused_linear=true", *CUT]),
+    "cut-cp2": (2, ["parallel.context=2", *CUT]),
+}
 # Tensor, pipeline and data parallelism combined, and layouts with every option.
 EIGHT = {
     "tp2-pp2-dp2": (8, ["parallel.tensor=2", "parallel.pipeline=2"]),
@@ -84,8 +92,10 @@ RESUMED = {
     "tp2-pp2": [],
     "dp2-zero": ["parallel.distributed_optimizer=true"],
     "pp2-dp2-zero": ["parallel.tensor=2", "parallel.distributed_optimizer=true"],
+    "cut-dp2-packed": CUTS["cut-dp2-packed"][1],
+    "cut-pp2-fused": ["parallel.tensor=2", *CUT],
 }
-GENERATING = ("dp2", "tp2-sp", "pp2-interleaved", "cp2")
+GENERATING = ("dp2", "tp2-sp", "pp2-interleaved", "cp2", *CUTS)
 EXACT = ("reward", "tokens", "lr")
 CLOSE = (
     *("loss", "grad_norm", "entropy", "entropy_standard_error", "entropy_change/predicted", "entropy_change/measured"),
@@ -94,7 +104,7 @@ CLOSE = (
 
 
 class Runs:
-    """The runs in one folder. ``one`` and ``moe-one`` record their rollouts, and the layouts replay them.
+    """The runs in one folder. ``one``, ``moe-one`` and ``cut-one`` record their rollouts, and the layouts replay them.
 
     One torchrun trains all layouts of a group that have the same number of processes, when the first is requested.
     """
@@ -117,13 +127,14 @@ telemetry: {{tensorboard: false, plots: false}}
 checkpoint: {{every: 3, keep: 9}}
 """
         )
-        self.models = {"one": model, "moe-one": make_small_model(folder / "mixture", mixture=True)}
-        run_trainers([self.run(name, "rollout.record=true", self.model(name)) for name in self.models])
+        self.models = {"one": model, "cut-one": model, "moe-one": make_small_model(folder / "mixture", mixture=True)}
+        settings = {"cut-one": CUT}
+        run_trainers([self.run(n, "rollout.record=true", self.model(n), *settings.get(n, [])) for n in self.models])
 
     @staticmethod
     def single(layout: str) -> str:
         """The one-process run that a layout replays."""
-        return "moe-one" if layout.startswith("moe") else "one"
+        return next((f"{kind}-one" for kind in ("moe", "cut") if layout.startswith(kind)), "one")
 
     def model(self, layout: str) -> str:
         return f"model.path={self.models[self.single(layout)]}"
@@ -137,7 +148,7 @@ checkpoint: {{every: 3, keep: 9}}
 
     def finished(self, name: str) -> Path:
         """The finished run of a layout."""
-        group = next(group for group in (LAYOUTS, MIXTURES, EIGHT, HALF) if name in group)
+        group = next(group for group in (LAYOUTS, MIXTURES, CUTS, EIGHT, HALF) if name in group)
         processes = group[name][0]
         if not (self.folder / name).exists():
             chosen = {n: overrides for n, (count, overrides) in group.items() if count == processes}
@@ -159,7 +170,8 @@ checkpoint: {{every: 3, keep: 9}}
         """A run of one step in a layout that generates its own rollouts."""
         if not (self.folder / f"{name}-generated").exists():
             settings = ("rollout.record=true", "steps=1")
-            run_trainers([self.run(f"{n}-generated", *settings, *LAYOUTS[n][1]) for n in GENERATING], processes=2)
+            all_layouts = LAYOUTS | CUTS
+            run_trainers([self.run(f"{n}-generated", *settings, *all_layouts[n][1]) for n in GENERATING], processes=2)
         return self.folder / f"{name}-generated"
 
 
@@ -168,7 +180,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_model: Path, problems: 
     return Runs(tmp_path_factory.mktemp("layouts"), small_model, problems)
 
 
-@pytest.mark.parametrize("name", LAYOUTS | MIXTURES | EIGHT)
+@pytest.mark.parametrize("name", LAYOUTS | MIXTURES | CUTS | EIGHT)
 def test_layout_equals_one_process(name: str, runs: Runs) -> None:
     agree(runs, name, runs.finished(name))
 
@@ -187,7 +199,7 @@ def test_bfloat16_is_close(name: str, runs: Runs) -> None:
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.1) and theirs["loss"] != ours["loss"]
 
 
-@pytest.mark.parametrize("name", ["dp2-zero", *HALF])
+@pytest.mark.parametrize("name", ["dp2-zero", "cut-dp2-packed", *HALF])
 def test_resumed_in_the_same_layout_is_bit_equal(name: str, runs: Runs) -> None:
     uninterrupted, resumed = read_metrics(runs.finished(name)), read_metrics(runs.resumed(name))
     assert [deterministic(r) for r in resumed] == [deterministic(r) for r in uninterrupted]
@@ -239,12 +251,23 @@ def test_no_process_computes_while_another_verifies(name: str, runs: Runs) -> No
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_layout_generates_what_one_process_generates(name: str, runs: Runs) -> None:
-    ours, theirs = runs.generated(name) / "rollouts", runs.folder / "one" / "rollouts" / "step_000000"
+    single = runs.folder / runs.single(name)
+    ours, theirs = runs.generated(name) / "rollouts", single / "rollouts" / "step_000000"
     files = sorted(ours.rglob("*.jsonl"))
     assert len(files) == 8
     # The random numbers are equal, but logits differ in the last bits, so in rare cases a draw differs.
     equal = sum(a == b for f in files for a, b in zip(_token_ids(f), _token_ids(theirs / f.name), strict=True))
     assert equal >= 31
+
+
+def test_a_cut_policy_is_the_one_that_is_trained(runs: Runs) -> None:
+    """KL(rollout || train) is rounding, and the entropy is that of at most 50 tokens."""
+    whole, cut = read_metrics(runs.folder / "one"), read_metrics(runs.folder / "cut-one")
+    assert all(abs(r["kl_rollout"]) < 1e-9 and r["mismatch/max"] < 1e-5 for r in cut)
+    assert all(r["entropy"] < 3.92 < entire["entropy"] for r, entire in zip(cut, whole, strict=True))
+    for file in (runs.folder / "cut-one" / "rollouts").rglob("*.jsonl"):
+        for row in map(json.loads, file.read_text().splitlines()):
+            assert all(token in kept for token, kept in zip(row["token_ids"], row["kept"], strict=True))
 
 
 def _token_ids(path: Path) -> list[list[int]]:

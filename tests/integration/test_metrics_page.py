@@ -17,7 +17,7 @@ SETTINGS = {
         "rollout.dynamic_sampling=true",
         "rollout.overlong_buffer=4",
     ],
-    "oscillatory-decay": ["algorithm.schedule.name=oscillatory-decay"],
+    "oscillatory-decay": ["algorithm.schedule.name=oscillatory-decay", "rollout.top_p=0.9"],
 }
 # Recorded by features that need SGLang servers.
 NOT_RECORDED_HERE = {"staleness/mean", "staleness/interrupted_fraction"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.data.kept_tokens import KeptTokens
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import collectives, cpu_shim, device, waiting
 from megatron_rlvr.megatron.attention import KeyValueCache, SDPAttention
@@ -123,9 +124,13 @@ class LocalEngine:
         stopped = torch.zeros(len(rows), dtype=torch.bool)
         # Indices of the sequences in the batch. Finished ones stay in it until enough of them can be removed at once.
         batch = torch.arange(len(rows))
+        kept_sets: list[list[np.ndarray]] = [[] for _ in rows]  # filled on the last pipeline stage
         for t in range(sampling.max_tokens):
-            token, logprob = self._draw(logits, uniforms(seeds[batch.numpy()], t), sampling)
+            token, logprob, kept = self._draw(logits, uniforms(seeds[batch.numpy()], t), sampling)
             running = ~stopped[batch]
+            if kept is not None:
+                for sequence, ids in zip(batch[running].tolist(), _ids_of_rows(kept[running]), strict=True):
+                    kept_sets[sequence].append(ids)
             tokens[batch[running], t], logprobs[batch[running], t] = token[running], logprob[running]
             ends = batch[running & torch.isin(token, stop)]
             lengths[ends] = t + 1
@@ -141,10 +146,13 @@ class LocalEngine:
             logits = self._decode(token, padding, width + t)
         for attention in self.attentions:
             attention.cache = None
+        kept_tokens: list[KeptTokens | None] = [None] * len(rows)
+        if sampling.returns_kept:
+            kept_tokens = collectives.object_from_last_stage([_kept_tokens(sets) for sets in kept_sets])
         return [
-            Completion(ids[:n], values[:n], "stop" if done else "length", self.version)
-            for ids, values, n, done in zip(
-                tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), strict=True
+            Completion(ids[:n], values[:n], "stop" if done else "length", self.version, kept=kept)
+            for ids, values, n, done, kept in zip(
+                tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), kept_tokens, strict=True
             )
         ]
 
@@ -185,16 +193,38 @@ class LocalEngine:
         mask = (keys < padding[:, None])[:, None, None] if bool(padding.any()) else None
         return pipeline_forward(self.model_chunks, token[:, None], (position - padding)[:, None], mask, None)
 
-    def _draw(self, logits: Tensor | None, uniform: np.ndarray, sampling: SamplingSettings) -> tuple[Tensor, Tensor]:
+    def _draw(
+        self, logits: Tensor | None, uniform: np.ndarray, sampling: SamplingSettings
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draw a token per sequence on the last pipeline stage and send them to every process of the replica.
 
         Returns:
-            tokens int64 [n] and log-probs float32 [n], on the CPU.
+            tokens int64 [n] and log-probs float32 [n]; and, on the last stage, if `sampling` asks for them, the kept
+            tokens, bool [n, V]. All on the CPU.
         """
         drawn = torch.empty(2, len(uniform), dtype=torch.float64, device=device.device())
+        kept = None
         if logits is not None:
             threshold = torch.from_numpy(uniform).to(logits.device)
-            drawn[0], drawn[1] = draw(logits, threshold, sampling.temperature, sampling.top_p, sampling.top_k)
+            drawn[0], drawn[1], kept = draw(logits, threshold, sampling.temperature, sampling.top_p, sampling.top_k)
+            if sampling.returns_kept and kept is None:  # top_k is at least the vocabulary
+                kept = torch.ones_like(logits, dtype=torch.bool)
         collectives.broadcast_from_last_stage(drawn)
         token, logprob = drawn.cpu()
-        return token.long(), logprob.float()
+        returned = kept.cpu() if kept is not None and sampling.returns_kept else None
+        return token.long(), logprob.float(), returned
+
+
+def _ids_of_rows(mask: Tensor) -> list[np.ndarray]:
+    """Return the columns that are true in each row of `mask`, bool [n, V]: int32 arrays."""
+    if not len(mask):
+        return []
+    ends = mask.sum(-1).cumsum(0).numpy()
+    return np.split(mask.nonzero()[:, 1].int().numpy(), ends[:-1])
+
+
+def _kept_tokens(sets: Sequence[np.ndarray]) -> KeptTokens | None:
+    """Join the kept sets of a completion's tokens; None on a stage that has none."""
+    if not sets:
+        return None
+    return KeptTokens(np.array([len(ids) for ids in sets], np.int32), np.concatenate(sets))

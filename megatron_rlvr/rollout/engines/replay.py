@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.local import LocalEngine
 from megatron_rlvr.rollout.recording import read_recorded_group
@@ -34,14 +35,21 @@ class ReplayEngine:
         """See `RolloutEngine.generate`.
 
         Raises:
-            UserError: if a recording is missing or has a different number of completions.
+            UserError: if a recording is missing, has a different number of completions, or lacks the kept tokens of
+                sampling under top-p or top-k.
         """
         places = [request.place for request in requests if request.place is not None]
         if not places and self.evaluation is not None:
             return self.evaluation.generate(requests, sampling)
-        return [
+        groups = [
             read_recorded_group(self.folder, step, slot, sampling.samples, sampling.max_tokens) for step, slot in places
         ]
+        if sampling.returns_kept and any(completion.kept is None for group in groups for completion in group):
+            raise UserError(
+                f"the rollouts in {self.folder} were recorded without the tokens that rollout.top_p and rollout.top_k "
+                "keep: record them again with the same rollout.top_p and rollout.top_k, or set these to 1 and 0"
+            )
+        return groups
 
     def assist(self) -> None:
         if self.evaluation is not None:

@@ -31,6 +31,8 @@ LAYOUTS = {
     "dp2": (2, []),
     "tp2": (2, ["parallel.tensor=2", "rollout.sglang.weight_sync=tensor"]),
     "pp2": (2, ["parallel.pipeline=2", "rollout.sglang.weight_sync=distributed"]),
+    "top-p": (1, ["rollout.top_p=0.8", "rollout.temperature=0.7"]),
+    "top-k-tp2": (2, ["parallel.tensor=2", "rollout.top_k=3"]),
 }
 
 
@@ -48,6 +50,9 @@ def test_three_steps(name: str, run_yaml: Path, servers, tmp_path: Path) -> None
     assert all(r["ratio_max"] > 1.001 for r in metrics)
     assert all(r["mismatch/max"] < 1e-4 for r in metrics)
     _check_rollouts(run, 3)
+    rows = [json.loads(line) for file in (run / "rollouts").rglob("*.jsonl") for line in file.read_text().splitlines()]
+    sizes = {len(kept) for row in rows for kept in row.get("kept", [])}
+    assert sizes == {3} if name == "top-k-tp2" else bool(sizes) == (name == "top-p")
     assert (run / "huggingface" / "model.safetensors").is_file()
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_rlvr.checked_input import InvalidInputError
 from megatron_rlvr.data.batch import RolloutBatch
-from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.data.completion import Completion, checked_completion
+from megatron_rlvr.data.kept_tokens import KeptTokens
 from megatron_rlvr.data.microbatch import MicrobatchConfig, build_microbatch, partition, zigzag
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
@@ -55,6 +57,54 @@ def test_flat_arrays_and_flags(batch: RolloutBatch) -> None:
     assert batch.truncated.tolist() == [True, False, True, False]
     assert batch.group_size == 2
     assert [m.tolist() for m in batch.minibatches(2)] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("config", [MicrobatchConfig(), MicrobatchConfig(tokens=30), MicrobatchConfig(context_size=2)])
+def test_kept_sets_follow_their_tokens(config: MicrobatchConfig) -> None:
+    sets = [[[token, token % 3, 90 - position] for position, token in enumerate(ids)] for ids in RESPONSES]
+    sets[1][2] = [13]
+    completions = [
+        Completion(ids, [-1.0] * len(ids), "stop", 0, kept=KeptTokens.of(kept))
+        for ids, kept in zip(RESPONSES, sets, strict=True)
+    ]
+    batch = RolloutBatch.from_completions(PROMPTS, completions, [0.0, 1.0, 0.0, 1.0], padding=99)
+    flat = [sorted(ids) for of_sequence in sets for ids in of_sequence]
+    for chosen in ([3, 0, 1], [2], []):
+        microbatch = build_microbatch(batch, torch.tensor(chosen, dtype=torch.int64), config)
+        local = (
+            range(len(microbatch.targets)) if microbatch.local_targets is None else microbatch.local_targets.tolist()
+        )
+        kept = microbatch.kept
+        assert kept is not None and len(kept) == len(local)
+        for row, target in enumerate(local):
+            ids = kept.ids[kept.offsets[row] : kept.offsets[row + 1]].tolist()
+            assert ids == flat[microbatch.token_index[target]] and int(microbatch.targets[target]) in ids
+
+
+def test_completions_with_and_without_kept_sets_do_not_mix() -> None:
+    completions = [Completion([10], [-1.0], "stop", 0, kept=KeptTokens.of([[10]])), Completion([10], [-1.0], "stop", 0)]
+    with pytest.raises(ValueError, match="1 of 2 completions have kept sets"):
+        RolloutBatch.from_completions([[1]], completions, [0.0, 1.0], padding=99)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ([[5, 6]], "2 tokens with 1 kept sets"),
+        ([[5, 6], []], "the kept set of token 1 is not a list"),
+        ([[5, 6], [7.0]], "the kept set of token 1 is not a list"),
+        ([[5, 6], 7], "the kept set of token 1 is not a list"),
+        ([[5, 6], [7, True]], "the kept set of token 1 is not a list"),
+        ([[5, 6], [7, 7]], "an id twice"),
+        ([[5, 6], [7, -1]], "an impossible id"),
+        ([[5, 6], [7, 2**31]], "an impossible id"),
+        ([[5, 6], [8]], "token 1, 7, is not in its kept set"),
+        ("all", "kept sets"),
+    ],
+)
+def test_kept_sets_of_a_file_or_a_server_are_checked(sets: object, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        checked_completion([5, 7], [-1.0, -1.0], "stop", 0, [], max_tokens=9, kept=sets)
 
 
 def test_zigzag_shares_the_causal_triangle() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from scripted_engine import ScriptedEngine
 
 from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.data.kept_tokens import KeptTokens
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import GroupRequest
 from megatron_rlvr.rollout.engines.replay import ReplayEngine
@@ -25,6 +27,10 @@ RECORDED = {
     ]
     for slot in (0, 5)
 }
+CUT = [
+    Completion([7, 8], [-0.1, -0.2], "stop", 3, kept=KeptTokens.of([[7, 1], [8]])),
+    Completion([9], [-0.3], "stop", 3, kept=KeptTokens.of([[2, 9, 4]])),
+]
 
 
 @pytest.fixture
@@ -42,6 +48,22 @@ def _request(slot: int, step: int = 3) -> GroupRequest:
 def test_a_recorded_group_comes_back_exactly(folder: Path) -> None:
     engine = ReplayEngine(folder, evaluation=None)
     assert engine.generate([_request(5), _request(0)], SAMPLING) == [RECORDED[3, 5], RECORDED[3, 0]]
+
+
+def test_kept_sets_come_back_exactly(tmp_path: Path) -> None:
+    group = Group(0, 11, CUT, [Verdict(1.0, "ok"), Verdict(0.0, "ok")], ["one", "two"])
+    record_group(tmp_path, 3, group, prompt="1")
+    assert ReplayEngine(tmp_path, evaluation=None).generate([_request(0)], SAMPLING) == [CUT]
+    path = recording_path(tmp_path, 3, 0)
+    path.write_text(path.read_text().replace("[[7, 1], [8]]", "[[7, 1], [1]]"))
+    with pytest.raises(UserError, match=r"is not a recorded rollout \(token 1, 8, is not in its kept set\)"):
+        ReplayEngine(tmp_path, evaluation=None).generate([_request(0)], SAMPLING)
+
+
+def test_a_recording_of_the_whole_vocabulary_cannot_be_trained_under_a_cut(folder: Path) -> None:
+    engine = ReplayEngine(folder, evaluation=None)
+    with pytest.raises(UserError, match=r"were recorded without the tokens that rollout.top_p and rollout.top_k keep"):
+        engine.generate([_request(0)], replace(SAMPLING, returns_kept=True))
 
 
 def test_evaluations_are_generated(folder: Path) -> None:

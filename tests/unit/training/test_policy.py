@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.data.kept_tokens import KeptTokens
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.objectives import UpdateObjective, build_objective
@@ -53,12 +56,24 @@ def reference(small_model: Path):
     return Qwen2ForCausalLM.from_pretrained(small_model).double()
 
 
-@pytest.fixture
-def batch() -> RolloutBatch:
+@pytest.fixture(params=["all", "kept"])
+def batch(request: pytest.FixtureRequest) -> RolloutBatch:
+    """Tokens drawn from the whole vocabulary, and from kept sets of 1 to all 110 tokens."""
     generator = torch.Generator().manual_seed(1)
     # In transformers the pad token (109) gets no embedding gradient, so no response contains it.
     responses = [torch.randint(0, 108, (n,), generator=generator).tolist() for n in (4, 1, 7, 3, 6, 2, 5, 5)]
-    completions = [Completion(r, [-1.0] * len(r), "stop", 0) for r in responses]
+    sizes = itertools.cycle([1, 2, 5, 30, 110])
+
+    def kept(token: int) -> list[int]:
+        others = [i for i in torch.randperm(110, generator=generator).tolist() if i != token]
+        return [token, *others[: next(sizes) - 1]]
+
+    completions = [
+        Completion(r, [-1.0] * len(r), "stop", 0, kept=KeptTokens.of([kept(token) for token in r]))
+        if request.param == "kept"
+        else Completion(r, [-1.0] * len(r), "stop", 0)
+        for r in responses
+    ]
     return RolloutBatch.from_completions(PROMPTS, completions, [0, 1, 1, 0, 0, 0, 0, 1], padding=109)
 
 
@@ -72,7 +87,10 @@ def _reference_logprobs(model, batch: RolloutBatch) -> torch.Tensor:
         end = prompt + response
         logits = model(tokens[None, :end]).logits[0, prompt - 1 : end - 1]
         rows.append((logits / TEMPERATURE).log_softmax(-1))
-    return torch.cat(rows)
+    logprobs = torch.cat(rows)
+    if batch.kept is not None:
+        logprobs = logprobs.masked_fill(~batch.kept.mask(0, logprobs.shape[1]), -torch.inf).log_softmax(-1)
+    return logprobs
 
 
 def _targets(batch: RolloutBatch) -> torch.Tensor:
@@ -86,6 +104,7 @@ def test_score_is_exact(policy, reference, batch: RolloutBatch) -> None:
         logprobs = _reference_logprobs(reference, batch)
     taken = logprobs.gather(1, _targets(batch)[:, None])[:, 0]
     prob = logprobs.exp()
+    logprobs = logprobs.masked_fill(prob == 0, 0.0)  # 0 ln 0 is 0
     entropy = -(prob * logprobs).sum(1)
     assert (scores.logprob - taken).abs().max() < 5e-6
     assert (scores.entropy - entropy).abs().max() < 5e-6
@@ -151,5 +170,30 @@ def test_local_engine_reports_the_policy_s_own_logprobs(policy, reference) -> No
             logits = reference(torch.tensor([head + ids])).logits[0, len(head) - 1 : -1]
         expected = (logits / TEMPERATURE).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
         assert (torch.tensor(completion.logprobs) - expected).abs().max() < 5e-6
+        assert completion.kept is None
     alone = generate(LocalEngine(policy.model_chunks, batch=1000), PROMPTS[1:], sampling, first_seed=4)
     assert [c.token_ids for c in alone] == [c.token_ids for c in completions[4:]]
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.8, 0), (1.0, 2), (0.9, 7), (1.0, 500)])
+def test_the_scoring_pass_has_the_logprobs_of_the_cut_that_the_local_engine_drew_from(policy, top_p, top_k) -> None:
+    from megatron_rlvr.rollout.engines.local import LocalEngine
+
+    engine = LocalEngine(policy.model_chunks, batch=5)
+    sampling = SamplingSettings(
+        samples=4, max_tokens=9, temperature=TEMPERATURE, top_p=top_p, top_k=top_k, stop_token_ids=tuple(range(30)),
+        returns_kept=True,
+    )  # fmt: skip
+    completions = generate(engine, PROMPTS, sampling)
+    batch = RolloutBatch.from_completions(PROMPTS, completions, [0.0] * 8, padding=109)
+    assert batch.kept is not None and len(batch.kept) == batch.token_count
+    sizes = batch.kept.offsets.diff()
+    if top_p == 1.0:
+        assert (sizes == min(top_k, 112)).all()
+    else:
+        assert 1 < sizes.float().mean() < 80
+    scores = policy.score(batch, ADVANTAGE)
+    assert (scores.logprob - batch.rollout_logprob).abs().max() < 5e-6
+    assert (scores.entropy <= sizes.float().log() + 1e-5).all()
+    without = generate(engine, PROMPTS, dataclasses.replace(sampling, returns_kept=False))
+    assert [c.token_ids for c in without] == [c.token_ids for c in completions] and without[0].kept is None

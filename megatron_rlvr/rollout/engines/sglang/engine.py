@@ -6,7 +6,8 @@ import asyncio
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_rlvr.data.completion import Completion
@@ -16,6 +17,8 @@ from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.endpoint import ServerLostError
+from megatron_rlvr.rollout.engines.sglang.kept_sets import check_server, is_cut, requested_top_k, with_kept_sets
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.engines.sglang.weight_sync.sync import UpdateOutcome, WeightSync
@@ -53,11 +56,14 @@ class SGLangEngine:
             if self.layout.is_main:
                 _check_reachable(self.config)
                 dtype = str(policy.bridge.dtype).removeprefix("torch.")
-                self.pool = resources.enter_context(ServerPool(self.config, model_folder, dtype, directory / "logs"))
+                servers = with_kept_sets(rollout, model_folder)
+                self.pool = resources.enter_context(ServerPool(servers, model_folder, dtype, directory / "logs"))
             urls = waiting.broadcast_from_main(self.pool.urls if self.pool else None, "the start of the SGLang servers")
         self.urls = urls
         self.weight_sync = WeightSync(self.config, policy, urls, self.state, directory / "weights", self.pool)
         resources.callback(self.weight_sync.close)
+        if is_cut(rollout) and self.layout.is_main:
+            asyncio.run(self._check_kept_sets(rollout.top_k))
         self._outcome = UpdateOutcome()
         self._generating = 0  # calls of `generate` that have not returned
         self._generation_ended = threading.Condition()
@@ -82,6 +88,9 @@ class SGLangEngine:
                 f"of {context_length} tokens: lower rollout.max_tokens or data.max_prompt_tokens"
             )
 
+        if sampling.returns_kept:
+            sampling = replace(sampling, top_k=requested_top_k(sampling.top_k, self.policy.bridge.vocab_size))
+
         async def ask() -> list[list[Completion]]:
             async with Client(self.urls, self.config, self.state, self._unavailable) as client:
                 return await client.generate(requests, sampling, on_group)
@@ -94,6 +103,13 @@ class SGLangEngine:
             with self._generation_ended:
                 self._generating -= 1
                 self._generation_ended.notify_all()
+
+    async def _check_kept_sets(self, top_k: int) -> None:
+        """Refuse servers that cannot return the kept sets of tokens. Servers that do not answer are skipped."""
+        needed = requested_top_k(top_k, self.policy.bridge.vocab_size)
+        for endpoint in self.weight_sync.control.endpoints():
+            with suppress(ServerLostError):
+                await check_server(endpoint, needed)
 
     def assist(self) -> None:
         """See `RolloutEngine.assist`. Only the leader talks to the servers, so there is nothing to do."""

@@ -18,7 +18,10 @@ UNKNOWN_VERSION = -1
 
 
 def sampling_parameters(sampling: SamplingSettings, seed: int) -> dict[str, Any]:
-    """Return SGLang's sampling parameters. Servers use the seed only with ``enable_deterministic_inference``."""
+    """Return SGLang's sampling parameters. Servers use the seed only with ``enable_deterministic_inference``.
+
+    If `sampling` asks for kept sets, its ``top_k`` must be set: servers refuse to return them without it.
+    """
     parameters: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -41,15 +44,17 @@ def generate_body(prompt: Sequence[int], sampling: SamplingSettings, seeds: Sequ
     """
     prompts = ",".join([json.dumps(list(prompt))] * len(seeds))
     parameters = json.dumps([sampling_parameters(sampling, seed) for seed in seeds])
-    return f'{{"input_ids":[{prompts}],"sampling_params":{parameters},"return_logprob":true}}'.encode()
+    kept = ',"return_sampling_mask":true' if sampling.returns_kept else ""
+    return f'{{"input_ids":[{prompts}],"sampling_params":{parameters},"return_logprob":true{kept}}}'.encode()
 
 
 def largest_reply(sampling: SamplingSettings) -> int:
     """Return the maximum size of a reply of ``/generate``, in bytes; larger ones are not read.
 
-    A token takes about 40 bytes: its id twice, and its log-prob with up to 20 digits.
+    A token takes about 40 bytes: its id twice, and its log-prob with up to 20 digits. Each id of its kept set takes 8.
     """
-    return LARGEST_REPLY + 256 * sampling.samples * sampling.max_tokens
+    kept = 12 * sampling.top_k if sampling.returns_kept else 0
+    return min(LARGEST_REPLY + (256 + kept) * sampling.samples * sampling.max_tokens, 2**32)
 
 
 def read_completions(url: str, reply: Reply, sampling: SamplingSettings) -> list[Completion] | None:
@@ -92,13 +97,23 @@ def _read_completion(
         if end <= start or "version" not in span:
             raise InvalidInputError(f"the span {describe(span)} of a weight version")
         spans.append((_version(span["version"]), end - start))
+    logprobs: Any = [entry[0] for entry in entries]
+    kept = None
+    if sampling.returns_kept:
+        # The log-probs above are those of the whole vocabulary.
+        if "output_token_sampling_mask" not in meta:
+            raise InvalidInputError(
+                "no 'output_token_sampling_mask', the tokens that rollout.top_p and rollout.top_k kept"
+            )
+        kept, logprobs = meta["output_token_sampling_mask"], meta.get("output_token_sampling_logprobs")
     completion = checked_completion(
         token_ids=tokens,
-        logprobs=[entry[0] for entry in entries],
+        logprobs=logprobs,
         finish_reason=reason,
         weight_version=_version(meta["weight_version"]),
         spans=spans,
         max_tokens=sampling.max_tokens,
+        kept=kept,
     )
     return completion if len(spans) > 1 else replace(completion, version_spans=())
 
