@@ -130,6 +130,12 @@ def check(config: Config) -> None:
         )
     if (config.checkpoint.keep_best or "").startswith("evaluation/") and not data.heldout:
         raise UserError(f"checkpoint.keep_best={config.checkpoint.keep_best} needs data.heldout: set it")
+    best = config.checkpoint.keep_best or ""
+    if best.startswith("evaluation/") and best not in config.evaluation.metrics:
+        raise UserError(
+            f"checkpoint.keep_best={best} is not a metric of evaluations with evaluation.samples="
+            f"{config.evaluation.samples}: use one of {', '.join(config.evaluation.metrics)}"
+        )
     if config.optimizer.cpu_offload and not parallel.distributed_optimizer:
         raise UserError("optimizer.cpu_offload needs parallel.distributed_optimizer=true: set it, or offload nothing")
     with as_user_error():
@@ -149,6 +155,18 @@ def warnings_of(config: Config) -> list[str]:
         warnings.append(
             "algorithm.minibatches x algorithm.epochs = 1: with one update per rollout the importance ratio is 1 and "
             "every clip threshold is inert; raise one of the two to let a schedule act"
+        )
+    objective, aggregation = config.algorithm.objective.name, config.algorithm.aggregation
+    if objective == "gspo" and aggregation != "sequence-mean":
+        warnings.append(
+            f"algorithm.objective.name=gspo with algorithm.aggregation={aggregation}: GSPO gives every sequence the "
+            "same weight, but this aggregation weighs a sequence by its length; set algorithm.aggregation=sequence-mean"
+        )
+    best = config.checkpoint.keep_best or ""
+    if best.startswith("evaluation/") and not config.evaluation.every:
+        warnings.append(
+            f"checkpoint.keep_best={best} with evaluation.every=0: the policy is evaluated only before the first step "
+            "and after the last, so no checkpoint in between is compared; set evaluation.every"
         )
     if config.rollout.max_staleness and config.algorithm.objective.importance_cap is None:
         warnings.append(

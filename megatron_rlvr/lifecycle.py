@@ -15,6 +15,7 @@ from types import FrameType
 from megatron_rlvr.config import Config, save_config, warnings_of
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.resume import check_same_run
+from megatron_rlvr.run_inputs import record_inputs
 
 
 @contextmanager
@@ -33,8 +34,11 @@ def open_run_directory(config: Config) -> Iterator[None]:
             print(f"warning: {line}", file=sys.stderr)
         with locked_run_directory(directory):
             # Not only `latest`: the checkpoint is chosen without it.
-            if any((directory / "checkpoints").glob("step_*")) or os.path.lexists(directory / "checkpoints" / "latest"):
+            checkpoints = directory / "checkpoints"
+            resumes = any(checkpoints.glob("step_*")) or os.path.lexists(checkpoints / "latest")
+            if resumes:
                 check_same_run(config, directory / "config.yaml")
+            record_inputs(config, resumes)
             save_config(config, directory / "config.yaml")
             yield
 

@@ -112,6 +112,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
             evaluate(config.steps)
         # Metrics are written before the checkpoint: a resume can remove an extra line, but not restore a missing one.
         report.step(metrics)
+        checkpoints.check_keep_best(report.newest)
         checkpoints.poll()
         if stopping or finished or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
             save(step + 1, wait=stopping or finished)

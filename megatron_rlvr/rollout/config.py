@@ -115,3 +115,13 @@ class EvaluationConfig:
     """Sample from this many of the most probable tokens; 0 keeps the whole vocabulary."""
     max_tokens: Annotated[int, Bounds(above=0, cap=2**24)] | None = None
     """Longest response, in tokens; null means `rollout.max_tokens`."""
+
+    @property
+    def pass_at(self) -> list[int]:
+        """The k for which pass@k is estimated: 1, 2, 4 ... up to `samples`."""
+        return [2**exponent for exponent in range(self.samples.bit_length())]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that an evaluation records, as other sections name them."""
+        return [f"evaluation/{name}" for name in (*(f"pass@{k}" for k in self.pass_at), "reward", "response_tokens")]

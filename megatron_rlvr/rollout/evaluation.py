@@ -42,6 +42,7 @@ class Evaluator:
         self.seed, self.layout, self.engine = config.seed, layout, engine
         self.verifiers = verifiers
         self.grader = Grader(tokenization, verifiers)
+        self.pass_at = evaluation.pass_at
         self.sampling = SamplingSettings.for_evaluation(evaluation, rollout, tokenization.stops(rollout.stop))
         self.prompts = load_prompts(config.data, rollout, tokenization, verifiers, evaluation=evaluation)
 
@@ -82,8 +83,7 @@ class Evaluator:
         )
         verdicts = [group for _, group in graded or []]
         solved = [sum(verdict.reward > 0.5 for verdict in group) for group in verdicts]
-        ks = [2**exponent for exponent in range(samples.bit_length())]
-        sums = {f"pass@{k}": math.fsum(pass_at_k(samples, count, k) for count in solved) for k in ks}
+        sums = {f"pass@{k}": math.fsum(pass_at_k(samples, count, k) for count in solved) for k in self.pass_at}
         sums["reward"] = math.fsum(verdict.reward for group in verdicts for verdict in group) / samples
         sums["response_tokens"] = sum(len(c.token_ids) for group in groups or [] for c in group) / samples
         sums["failed"] = sum(verdict.status != "ok" for group in verdicts for verdict in group)

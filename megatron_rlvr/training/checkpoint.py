@@ -82,7 +82,7 @@ class Checkpoints:
             metrics: the latest metrics, one of which ``checkpoint.keep_best`` may name.
 
         Raises:
-            UserError: if files cannot be written, or no metric has that name. Earlier checkpoints are unchanged.
+            UserError: if files cannot be written. Earlier checkpoints are unchanged.
         """
         self.finish()
         if self._held == step:  # written again, it could be lost in between
@@ -115,16 +115,24 @@ class Checkpoints:
         if self._background is None:
             self.finish()
 
+    def check_keep_best(self, metrics: Mapping[str, float]) -> None:
+        """Refuse a ``checkpoint.keep_best`` that names no metric of this run; called after every step.
+
+        Args:
+            metrics: the latest metrics. There are none before the first evaluation.
+
+        Raises:
+            UserError: if they do not include the metric.
+        """
+        best = self.config.keep_best or ""
+        known = [name for name in metrics if name.startswith("evaluation/") == best.startswith("evaluation/")]
+        if best and known and best not in known:
+            raise UserError(f"checkpoint.keep_best={best} is not a metric of this run: use one of {', '.join(known)}")
+
     def _score(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the value of the metric that ``checkpoint.keep_best`` names, as an entry of ``run.json``."""
-        best = self.config.keep_best
-        if not best:
-            return {}
-        # There is no score before the first evaluation, or before the first step of a resumed run.
-        known = [name for name in metrics if name.startswith("evaluation/") == best.startswith("evaluation/")]
-        if known and best not in known:
-            raise UserError(f"checkpoint.keep_best={best} is not a metric of this run: use one of {', '.join(known)}")
-        return {"score": metrics[best]} if known and math.isfinite(metrics[best]) else {}
+        score = metrics.get(self.config.keep_best or "")  # none before the first step of a resumed run
+        return {} if score is None or not math.isfinite(score) else {"score": score}
 
     def poll(self) -> None:
         """Complete the checkpoint of a background save if it has ended on every process; raises like `save`."""

@@ -72,6 +72,11 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("parallel.virtual_pipeline=2", "needs parallel.pipeline > 1"),
         ("parallel.recompute=some", "parallel.recompute must be one of none, selective, full"),
         ("checkpoint.keep_best=evaluation/pass@1 data.heldout=null", "keep_best=evaluation/pass@1 needs data.heldout"),
+        (
+            "checkpoint.keep_best=evaluation/pass@8",
+            "evaluation/pass@1, evaluation/pass@2, evaluation/pass@4,",
+        ),
+        ("checkpoint.keep_best=evaluation/entropy", "is not a metric of evaluations with evaluation.samples=4"),
         ("rollout.dynamic_sampling=true data.stratify_key=kind", "data.stratify_key chose: set only one"),
         ("rollout.overlong_buffer=10", "rollout.overlong_buffer=10 must be less than rollout.max_tokens=10"),
         ("rollout.max_staleness=1", "rollout.max_staleness=1 needs rollout.engine=sglang"),
@@ -265,3 +270,24 @@ def test_one_update_per_rollout_warns(run_yaml: Path, capsys: pytest.CaptureFixt
     inert = ["algorithm.minibatches=1", "algorithm.epochs=1", "data.train=nowhere.jsonl"]
     assert main([str(run_yaml), *inert]) == 2
     assert "every clip threshold is inert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["algorithm.objective.name=gspo"], "GSPO gives every sequence the same weight"),
+        (
+            ["algorithm.objective.name=gspo", "algorithm.aggregation=constant"],
+            "set algorithm.aggregation=",
+        ),
+        (["algorithm.objective.name=gspo", "algorithm.aggregation=sequence-mean"], None),
+        (["checkpoint.keep_best=evaluation/pass@1"], "set evaluation.every"),
+        (["checkpoint.keep_best=evaluation/pass@1", "evaluation.every=1"], None),
+    ],
+)
+def test_settings_that_are_probably_not_meant_warn(
+    overrides: list[str], expected: str | None, run_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run_yaml), *overrides, "data.train=nowhere.jsonl"]) == 2
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [expected in line for line in warnings] == [True] if expected else warnings == []

@@ -1,0 +1,94 @@
+"""Fingerprints of the files that a run reads, so that a file that was exchanged between two starts is noticed.
+
+``inputs.json`` of the run directory holds the SHA-256 of every file that determines what the run trains on: the data,
+and the tokenizer and settings of the model folder. Weights are not among them: a resumed run has its own in the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr.checked_input import read_json
+from megatron_rlvr.config import Config
+from megatron_rlvr.errors import UserError
+
+INPUTS_FILE = "inputs.json"
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def record_inputs(config: Config, resumes: bool) -> None:
+    """Write the fingerprints of a new run, or compare those of a resumed run with its ``inputs.json``.
+
+    The file of a user's verifier may change, with a warning: its author may have corrected it.
+
+    Args:
+        config: the configuration.
+        resumes: whether the run directory has a checkpoint.
+
+    Raises:
+        UserError: for the first file that differs; names it.
+    """
+    path = Path(config.run_directory) / INPUTS_FILE
+    now = fingerprints(config)
+    if not resumes or not path.is_file():
+        write_text(path, json.dumps(now, indent=1) + "\n")
+        return
+    before = read_json(path, remedy="remove it, if you know that data and tokenizer have not changed")
+    for key in {**before, **now}:
+        if before.get(key) == now.get(key):
+            continue
+        change = "is new" if before.get(key) is None else "is missing" if now.get(key) is None else "has changed"
+        if key.startswith("verifier.name"):
+            print(f"warning: {key} {change} since this run began: rewards may mean something else", file=sys.stderr)
+            write_text(path, json.dumps(before | {key: now.get(key)}, indent=1) + "\n")
+        else:
+            raise UserError(
+                f"{key} {change} since the run in {path.parent} began: restore the file, or choose another "
+                "run_directory"
+            )
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """Return the SHA-256 of every input that exists, by the key of the configuration that leads to it."""
+    model = Path(config.model.path)
+    files = {"data.train": Path(config.data.train)}
+    if config.data.heldout is not None:
+        files["data.heldout"] = Path(config.data.heldout)
+    named = {f"{key} ({file.name})": file for key, file in files.items()}
+    named |= {f"{name} in model.path": model / name for name in _MODEL_FILES}
+    if ":" in config.verifier.name and (source := _source(config.verifier.name.partition(":")[0])):
+        named[f"verifier.name ({source.name})"] = source
+    return {key: digest for key, file in named.items() if (digest := _digest(file)) is not None}
+
+
+def _digest(path: Path) -> str | None:
+    """Return the SHA-256 of a file; None if it cannot be read, which whoever needs it will report."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):
+        return None
+
+
+def _source(module: str) -> Path | None:
+    """Return the file of a module; None if there is none, or a package above it cannot be imported."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except Exception:  # importing a package runs its code
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
