@@ -15,6 +15,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else torch.device("cpu")
 
 
+def return_cached_memory() -> None:
+    """Return the memory that torch's allocator caches to the driver, so that other processes on the GPU can use it."""
+    if on_gpu():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
 def collective_backend() -> str:
     """Return the name of the torch.distributed backend: ``nccl`` on a GPU, ``gloo`` on the CPU."""
     return "nccl" if on_gpu() else "gloo"

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -237,9 +238,18 @@ def _running(url: str) -> int:
 
 
 def test_memory_is_released_and_resumed(policy, engine) -> None:
-    """On the CPU both commands have no effect but must be answered; log-probs match afterwards."""
+    """On the CPU both commands have no effect but must be answered; log-probs match afterwards.
+
+    A request that still runs is aborted first: releasing the memory under it would end the scheduler.
+    """
     engine.config.release_memory = True
-    engine.offload()
+    body = {"input_ids": [PROMPTS[0]] * 4, "sampling_params": {"max_new_tokens": 58, "ignore_eos": True}}
+    with ThreadPoolExecutor(1) as other:
+        request = other.submit(httpx.post, f"{engine.urls[0]}/generate", json=body, timeout=200.0)
+        while not _running(engine.urls[0]) and not request.done():
+            pass
+        engine.offload()
+        assert request.result().status_code == 200
     _perturb(policy, seed=4)
     engine.update_weights(3)
     completions = generate(engine, PROMPTS, SAMPLING)

@@ -22,8 +22,10 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.log_tail import last_error
 from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.gpu_share import fraction_after_restart, free_gib
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout, command_line, normalized
 
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _TRAINER_ONLY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 
 
@@ -44,6 +46,7 @@ class Server:
     Attributes:
         arguments: arguments of ``sglang.launch_server``, without those that change from start to start.
         environment: environment variables of the process.
+        gpus: the GPUs that the process uses, in the notation of CUDA_VISIBLE_DEVICES; empty on the CPU.
         url: URL under which the trainer reaches the server.
         process: the running process; None if it is not running.
         ready: whether it has passed a health check since it was last started.
@@ -51,6 +54,7 @@ class Server:
         started_at: time of the last start, on the monotonic clock.
         starts: how many times it was started.
         failed_starts: how many times in a row it ended by itself, or hung, before it was ready.
+        died_at: since when it could not be started again, on the monotonic clock; None if it could.
     """
 
     def __init__(
@@ -75,13 +79,16 @@ class Server:
             defaults |= {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 65536}
             defaults["sleep_on_idle"] = True  # otherwise an idle server keeps a core busy
             self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+        without_expandable_segments(self.environment)
         self.environment |= config.environment
         self.arguments = defaults | normalized(config.server)
+        self.gpus: list[str] = []
         if device.on_gpu():
             count = ServerLayout.from_arguments(config.server).gpus
             first = int(self.arguments.get("base_gpu_id") or 0) + number * count
+            self.gpus = visible_gpus(config)[first : first + count]
             if hide_other_gpus:
-                self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus(config)[first : first + count])
+                self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
                 first = 0
             self.arguments["base_gpu_id"] = first
         self.host = str(self.arguments["host"])
@@ -94,6 +101,9 @@ class Server:
         self.started_at = 0.0
         self.starts = 0
         self.failed_starts = 0
+        self.died_at: float | None = None
+        self._first_free_gib: float | None = None
+        self._memory_fraction: float | None = None
 
     def start(self, folder: Path, version: int) -> None:
         """Start the process without waiting until it is ready.
@@ -103,7 +113,8 @@ class Server:
             version: version of the weights.
 
         Raises:
-            UserError: if ``rollout.sglang.python`` is not a program.
+            UserError: if ``rollout.sglang.python`` is not a program, or a restarted server would find too little
+            memory.
         """
         python = shutil.which(self.config.python or sys.executable)
         if python is None:
@@ -113,7 +124,12 @@ class Server:
             )
         self.ready, self.folder, self.started_at = False, folder, time.monotonic()
         command = [python, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(self.port)]
-        command += ["--weight-version", str(version), "--skip-tokenizer-init", *command_line(self.arguments)]
+        command += [
+            "--weight-version",
+            str(version),
+            "--skip-tokenizer-init",
+            *command_line(self.arguments | self._memory_share()),
+        ]
         # A trainer that is killed with SIGKILL cannot stop its servers, so the kernel does. SGLang binds its workers to
         # the server in the same way, so all processes end.
         with self.log.open("ab") as log:
@@ -127,10 +143,38 @@ class Server:
             )
         self.starts += 1
 
+    def _memory_share(self) -> dict[str, Any]:
+        """Return the arguments that give a restarted server the GPU memory that it had after its first start."""
+        if not self.gpus:
+            return {}
+        free = free_gib(self.gpus)
+        if self._first_free_gib is None:
+            self._first_free_gib = free
+        if self._memory_fraction is None:
+            return {}
+        return {"mem_fraction_static": fraction_after_restart(self._memory_fraction, self._first_free_gib, free)}
+
+    def became_ready(self) -> None:
+        """Note that the server passed a health check after a start, and the share of memory that SGLang chose."""
+        self.ready, self.failed_starts, self.died_at = True, 0, None
+        if self.gpus and self._memory_fraction is None:
+            reply = httpx.get(f"{self.url}/server_info", timeout=60.0, trust_env=False, verify=False)
+            self._memory_fraction = float(reply.json()["mem_fraction_static"])
+
+    def answers(self, timeout: float) -> bool:
+        """Whether the server's scheduler reports its state within `timeout` seconds.
+
+        This generates nothing, so it costs a GPU that the server shares with the trainer nothing either.
+        """
+        return self._gets("/server_info", timeout)
+
     def passes_health_check(self, timeout: float) -> bool:
         """Whether the server generates a token within `timeout` seconds."""
+        return self._gets("/health_generate", timeout)
+
+    def _gets(self, path: str, timeout: float) -> bool:
         try:
-            reply = httpx.get(f"{self.url}/health_generate", timeout=timeout, trust_env=False, verify=False)
+            reply = httpx.get(f"{self.url}{path}", timeout=timeout, trust_env=False, verify=False)
             return reply.status_code == 200
         except httpx.HTTPError:
             return False
@@ -153,6 +197,21 @@ def visible_gpus(config: SGLangConfig) -> list[str]:
     """Return the GPUs that servers on this machine may use, in the notation of CUDA_VISIBLE_DEVICES."""
     visible = config.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
     return visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
+def without_expandable_segments(environment: dict[str, str]) -> None:
+    """Remove ``expandable_segments`` from the settings of torch's allocator, which servers inherit from the trainer.
+
+    With it, torch_memory_saver switches itself off (version 0.0.10: ``TorchMemorySaver is disabled``), so a server
+    would answer that it has released its memory and keep it.
+    """
+    for name in ALLOCATOR_VARIABLES:
+        if name in environment:
+            settings = environment[name].split(",")
+            kept = [setting for setting in settings if setting.partition(":")[0].strip() != "expandable_segments"]
+            environment[name] = ",".join(kept)
+            if not kept:
+                del environment[name]
 
 
 def _free_port(host: str) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
+
+_FLUSH_PERIOD_S = 0.1
 
 
 class ServerControl:
@@ -38,16 +42,42 @@ class ServerControl:
         await self._command_all("/continue_generation", {}, "continue generation")
 
     async def release_memory(self) -> None:
-        """Release the servers' memory for weights, caches and CUDA graphs."""
-        await self._command_all("/release_memory_occupation", {}, "release its memory")
+        """Abort what the servers still generate, and release their memory for weights, caches and CUDA graphs.
+
+        SGLang's scheduler dies if it is asked to release memory that a request uses. Requests of cancelled groups may
+        still run, because a server notices a closed connection late. So each server is paused, which aborts all
+        requests, until `continue_generation`, and releases its memory once it flushed its cache, which it refuses while
+        it is busy.
+
+        Raises:
+            UserError: if a server is still busy after ``update_timeout_seconds``.
+        """
+
+        async def release(endpoint: Endpoint) -> None:
+            await endpoint.command("/pause_generation", {"mode": "abort"}, "abort its requests")
+            deadline = time.monotonic() + self.config.update_timeout_seconds
+            while (await endpoint.request("POST", "/flush_cache", self.config.health_timeout_seconds)).status != 200:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{endpoint.url} is still busy after rollout.sglang.update_timeout_seconds="
+                        f"{self.config.update_timeout_seconds:g}, so it cannot release its memory: check that no other "
+                        "run uses this server"
+                    )
+                await asyncio.sleep(_FLUSH_PERIOD_S)
+            await endpoint.command("/release_memory_occupation", {}, "release its memory")
+
+        await self._on_all(release)
 
     async def resume_memory(self, *tags: str) -> None:
         """Allocate memory again; `tags` are ``weights``, ``kv_cache`` and ``cuda_graph``."""
         await self._command_all("/resume_memory_occupation", {"tags": list(tags)}, "resume its memory")
 
     async def _command_all(self, path: str, body: dict[str, Any], action: str) -> None:
-        async def command(endpoint: Endpoint) -> None:
-            with suppress(ServerLostError):
-                await endpoint.command(path, body, action)
+        await self._on_all(lambda endpoint: endpoint.command(path, body, action))
 
-        await asyncio.gather(*[command(endpoint) for endpoint in self.endpoints()])
+    async def _on_all(self, work: Callable[[Endpoint], Awaitable[None]]) -> None:
+        async def attempt(endpoint: Endpoint) -> None:
+            with suppress(ServerLostError):
+                await work(endpoint)
+
+        await asyncio.gather(*[attempt(endpoint) for endpoint in self.endpoints()])

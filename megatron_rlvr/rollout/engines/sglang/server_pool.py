@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 
 from megatron_rlvr.errors import UserError
@@ -21,7 +24,9 @@ _MAX_FAILED_STARTS = 3
 class ServerPool:
     """Starts servers, and restarts servers that die or hang with the current weights.
 
-    A thread watches the processes, so a server that dies is restarted even while its clients wait for it.
+    A thread watches the processes, so a server that dies is restarted even while its clients wait for it. It asks all
+    servers at once and without holding a lock, so one that is silent delays neither the others nor an update of
+    weights. A server that is ready need not generate anything for it; only one that starts must.
 
     Args:
         config: section ``rollout.sglang`` of the configuration.
@@ -57,6 +62,8 @@ class ServerPool:
         self.failure: str | None = None
         self._start_weights: tuple[Path, int] = (folder, 0)
         self._health_checks = threading.RLock()
+        self._interruptions = 0  # how often health checks were switched off
+        self._probes = ThreadPoolExecutor(len(self.servers), "sglang-probe")
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="sglang-watcher", daemon=True)
 
@@ -87,16 +94,20 @@ class ServerPool:
         self.failure = self.failure or "the run is over"
         if self._watcher.is_alive():
             self._watcher.join(timeout=self.config.health_timeout_seconds + 5.0)
+        self._probes.shutdown(wait=False)
         for server in self.servers:
             server.kill()
 
-    def without_health_checks(self) -> AbstractContextManager[object]:
-        """Return a context in which no server is checked or restarted.
+    @contextmanager
+    def without_health_checks(self) -> Iterator[None]:
+        """Return a context in which no server is restarted, and after which no earlier check counts.
 
         Enter it while servers load weights or have released their memory, because they may not answer then. A thread
         may enter it more than once.
         """
-        return self._health_checks
+        with self._health_checks:
+            self._interruptions += 1
+            yield
 
     def start_with(self, folder: Path, version: int) -> set[Path]:
         """Set the weights that servers start with from now on.
@@ -115,7 +126,7 @@ class ServerPool:
         while not server.passes_health_check(self.config.health_timeout_seconds):
             self._check_start(server)
             time.sleep(_WATCH_PERIOD_S)
-        server.ready = True
+        server.became_ready()
 
     def _check_start(self, server: Server) -> None:
         assert server.process is not None
@@ -135,24 +146,39 @@ class ServerPool:
         while not self._stopping.wait(_WATCH_PERIOD_S):
             check_health = time.monotonic() - checked_at > _HEALTH_CHECK_PERIOD_S
             try:
+                with self._health_checks:  # wait until they are on
+                    interruptions = self._interruptions
+                answers = list(self._probes.map(self._probe, self.servers, repeat(check_health)))
                 with self._health_checks:
-                    for server in self.servers:
-                        if not self._stopping.is_set():
-                            self._supervise(server, check_health)
+                    # A server that loads weights or has released its memory may have been asked, and need not answer.
+                    if interruptions == self._interruptions and not self._stopping.is_set():
+                        for server, answer in zip(self.servers, answers, strict=True):
+                            self._supervise(server, answer)
             except Exception as error:  # nobody joins this thread, but whoever waits for a server reads `failure`
                 self.failure = f"watching the SGLang servers failed: {error}"
                 raise
             if check_health:
                 checked_at = time.monotonic()
 
-    def _supervise(self, server: Server, check_health: bool) -> None:
-        """Check a server once, and restart it if it died or hangs."""
+    def _probe(self, server: Server, check_health: bool) -> bool | None:
+        """Ask a server that is ready for its state, and one that starts to generate; returns None if it was not
+        asked."""
+        process = server.process
+        if process is None or process.poll() is not None:
+            return None
+        if server.ready:
+            return server.answers(self.config.health_timeout_seconds) if check_health else None
+        return server.passes_health_check(timeout=2.0)
+
+    def _supervise(self, server: Server, answer: bool | None) -> None:
+        """Restart a server that died or hangs, given what `_probe` returned."""
         if server.process is None:
+            if server.died_at is not None:  # there was too little memory to restart it
+                self._restart(server)
             return
         dead = server.process.poll() is not None
         if server.ready:
-            timeout = self.config.health_timeout_seconds
-            if dead or (check_health and not server.passes_health_check(timeout)):
+            if dead or answer is False:
                 self._restart(server)
         elif dead or time.monotonic() - server.started_at > self.config.start_timeout_seconds:
             # If a signal killed the server, the next start may well succeed, so this does not count as a failed start.
@@ -164,12 +190,20 @@ class ServerPool:
             else:
                 self.failure = f"an SGLang server could not be started again: {server.where_to_look()}"
                 server.kill()
-        elif server.passes_health_check(timeout=2.0):
-            server.ready, server.failed_starts = True, 0
+        elif answer:
+            server.became_ready()
 
     def _restart(self, server: Server) -> None:
+        """Start a server again. If its GPUs have too little free memory, the next call of `_supervise` tries again."""
         server.kill()
-        server.start(*self._start_weights)
+        try:
+            server.start(*self._start_weights)
+            server.died_at = None
+        except UserError as error:
+            now = time.monotonic()
+            server.died_at = server.died_at or now
+            if now - server.died_at > self.config.start_timeout_seconds:
+                self.failure, server.died_at = f"an SGLang server could not be started again: {error}", None
 
 
 def _check_gpus(config: SGLangConfig) -> None:

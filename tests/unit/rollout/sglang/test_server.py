@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
+from megatron_rlvr.rollout.engines.sglang import server_pool
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.server import Server
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
@@ -103,8 +108,123 @@ def test_server_that_dies_while_it_starts_is_restarted(body: str, given_up: bool
         for _ in range(6):
             if pool.servers[0].process is not None:
                 pool.servers[0].process.wait()
-            pool._supervise(pool.servers[0], check_health=False)
+            pool._supervise(pool.servers[0], answer=None)
         assert (pool.failure is not None) == given_up and pool.servers[0].starts == (3 if given_up else 7)
+    finally:
+        pool.__exit__()
+
+
+def test_silent_server_delays_neither_another_nor_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All servers are asked at once, outside the lock, and what was asked before an update counts no more after it."""
+    together, silent, later = threading.Barrier(3, timeout=200), threading.Event(), threading.Event()
+    generated: list[Server] = []
+
+    def answers(self: Server, timeout: float) -> bool:
+        if silent.is_set():
+            later.set()
+            return True
+        together.wait()
+        silent.wait(200)
+        return False
+
+    monkeypatch.setattr(server_pool, "_WATCH_PERIOD_S", 0.01)
+    monkeypatch.setattr(server_pool, "_HEALTH_CHECK_PERIOD_S", 0.0)
+    monkeypatch.setattr(Server, "answers", answers)
+    monkeypatch.setattr(Server, "passes_health_check", lambda self, timeout: generated.append(self) is None)
+    config = SGLangConfig(python=_program(tmp_path, "exec sleep 1000"), servers=2)
+    with ServerPool(config, tmp_path, "float32", tmp_path) as pool:
+        together.wait()  # both servers are being asked
+        with pool.without_health_checks():  # an update of the weights, which need not wait for an answer
+            silent.set()
+        assert later.wait(200)
+        assert [server.starts for server in pool.servers] == [1, 1]
+        assert len(generated) == 2, "a server that is ready was asked to generate"
+
+
+@pytest.mark.parametrize(
+    ("inherited", "left"),
+    [
+        ("expandable_segments:True", None),
+        ("max_split_size_mb:128,expandable_segments:True", "max_split_size_mb:128"),
+        (" expandable_segments : True ,garbage_collection_threshold:0.8", "garbage_collection_threshold:0.8"),
+        ("max_split_size_mb:128", "max_split_size_mb:128"),
+    ],
+)
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_servers_do_not_inherit_expandable_segments(
+    variable: str, inherited: str, left: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, inherited)
+    assert Server(SGLangConfig(), "float32", tmp_path / "log").environment.get(variable) == left
+
+
+class Driver:
+    """A nvidia-smi that reports ``free`` MiB for the GPUs that it is asked about."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.file = folder / "free"
+        program = folder / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\necho $1 >> {folder}/asked\ncat {self.file}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        monkeypatch.setattr(device, "on_gpu", lambda: True)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+
+    def reports(self, *free_mib: int) -> None:
+        self.file.write_text("".join(f"{mib}\n" for mib in free_mib))
+
+
+def test_restarted_server_gets_the_memory_of_its_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's fraction is one of the memory that is free at the start, and the trainer has taken most since."""
+    driver = Driver(tmp_path, monkeypatch)
+    log = tmp_path / "arguments"
+    config = SGLangConfig(python=_program(tmp_path, f'echo "$@" >> {log}; exec sleep 1000'), server={"tp": 2})
+    server = Server(config, "bfloat16", tmp_path / "log", number=1)
+    info = httpx.Response(200, json={"mem_fraction_static": 0.3})
+    monkeypatch.setattr(httpx, "get", lambda *_, **__: info)
+
+    def start(starts: int) -> str:
+        server.start(tmp_path, 0)
+        while not log.exists() or len(lines := log.read_text().splitlines()) < starts:
+            time.sleep(0.01)
+        return lines[-1]
+
+    try:
+        driver.reports(140 * 1024, 139 * 1024)
+        assert "--mem-fraction-static" not in start(1)
+        server.became_ready()
+        server.kill()
+        driver.reports(60 * 1024, 70 * 1024)
+        assert "--mem-fraction-static 0.695" in start(2)  # 0.3 * 139 GiB of 60 GiB
+        assert (tmp_path / "asked").read_text().splitlines() == ["--id=6,7"] * 2
+    finally:
+        server.kill()
+
+
+def test_server_waits_for_memory_to_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(tmp_path, monkeypatch)
+    config = SGLangConfig(python=_program(tmp_path, "exec sleep 1000"), start_timeout_seconds=1e6)
+    pool = ServerPool(config, tmp_path, "bfloat16", tmp_path)
+    server = pool.servers[0]
+    server._first_free_gib, server._memory_fraction, server.ready = 140.0, 0.5, True
+    try:
+        driver.reports(200 * 1024)
+        server.start(tmp_path, 0)
+        driver.reports(70 * 1024)
+        server.kill()
+        pool._restart(server)
+        for _ in range(3):
+            pool._supervise(server, None)
+        assert server.process is None and server.starts == 1 and pool.failure is None
+        driver.reports(80 * 1024)
+        pool._supervise(server, None)
+        assert server.starts == 2 and server.died_at is None
+        server.kill()
+        driver.reports(70 * 1024)
+        config.start_timeout_seconds = -1.0
+        pool._restart(server)
+        needs = r"needs 70.0 GiB of each .* \(mem_fraction_static=0.5 of the 140.0 GiB .* only 70.0 GiB are free"
+        assert re.search(needs, pool.failure or "")
     finally:
         pool.__exit__()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import waiting
+from megatron_rlvr.megatron import device, waiting
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
 from megatron_rlvr.rollout.engines.sglang.server_control import ServerControl
@@ -111,6 +111,8 @@ class WeightSync:
         self.state.expected_version = version
         has_folder = self.transport is None or self.config.recovery_copy
         self.state.folder = self.folders.folder(version) if has_folder else None
+        if offloaded:  # the servers' memory comes from what the trainers on their GPUs return
+            device.return_cached_memory()
         # Other ranks may still wait for completions in flight (`interrupt: finish`), and none may do so within a
         # collective of the export. After this, every rank also knows of the update, so none mistakes a server that
         # loads weights for a hung one.
@@ -152,6 +154,7 @@ class WeightSync:
                 runner.run(self.control.continue_generation())
         if offloaded:
             runner.run(self.control.resume_memory("kv_cache", "cuda_graph"))
+            runner.run(self.control.continue_generation())  # `release_memory` paused it
         return outcome
 
     def _stream(
