@@ -32,7 +32,7 @@ WAITS = {
     "the disk": [
         "megatron_rlvr.megatron.sharded_checkpoint:DiskWriter.write_data",
         "megatron_rlvr.training.checkpoint:write_record",
-        "megatron_rlvr.training.checkpoint:write_text",
+        "megatron_rlvr.training.checkpoints_folder:write_text",
         "megatron_rlvr.weights.huggingface_folder:save_file",
         "megatron_rlvr.telemetry.metrics:MetricsWriter.write",
     ],

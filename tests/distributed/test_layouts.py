@@ -93,7 +93,7 @@ RESUMED = {
     "dp2-zero": ["parallel.distributed_optimizer=true"],
     "pp2-dp2-zero": ["parallel.tensor=2", "parallel.distributed_optimizer=true"],
     "cut-dp2-packed": CUTS["cut-dp2-packed"][1],
-    "cut-pp2-fused": ["parallel.tensor=2", *CUT],
+    "cut-pp2-fused": ["parallel.tensor=2", "algorithm.fused_linear=true", *CUT],
 }
 GENERATING = ("dp2", "tp2-sp", "pp2-interleaved", "cp2", *CUTS)
 EXACT = ("reward", "tokens", "lr")
