@@ -199,6 +199,8 @@ def _certainly_unequal(gold: list[Any], candidate: list[Any]) -> bool:
     if not gold or not candidate:
         return False
     first, second = gold[0], candidate[0]
+    if first == second:
+        return False
     for value in (first, second):
         if not isinstance(value, sympy.Expr) or not value.is_number or value.has(sympy.UnevaluatedExpr):
             return False

@@ -23,3 +23,14 @@ def test_a_user_error_of_one_rank_reaches_all_of_them(run_yaml: Path, tmp_path: 
     # The two steps before the failure are kept, so the run can resume once the recording is complete.
     assert len(read_metrics(run)) == 2
     assert (run / "checkpoints" / "step_2" / "run.json").is_file()
+
+
+def test_a_verifier_that_verifies_nothing_stops_all_ranks(run_yaml: Path, tmp_path: Path) -> None:
+    broken = ["verifier.name=tests.rewards:divides_by_zero", "verifier.workers=1", "parallel.tensor=2"]
+    done = run_trainer(run_yaml, *broken, processes=2, check=False)
+    assert done.returncode != 0
+    reason = "verifier tests.rewards:divides_by_zero failed for all 32 completions, so there is nothing to learn: "
+    assert f"\nerror: {reason}ZeroDivisionError: division by zero" in f"\n{done.stderr}"
+    assert f"\nerror (rank 1): {reason}" in f"\n{done.stderr}"  # which verifies nothing itself
+    assert done.stderr.count("return 1 / 0") == 1  # the traceback, once
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not read_metrics(tmp_path / "run")
