@@ -14,7 +14,7 @@ export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sglang slurm slurm-soak checkpoint-soak quickstart study docs test lint format clean
+.PHONY: help setup sglang slurm slurm-soak checkpoint-soak fuzz quickstart study docs test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ slurm:  ## install Debian's Slurm and shellcheck, for tests/integration/slurm; n
 
 slurm-soak: $(STAMP) slurm  ## interrupt a job on a virtual cluster at 10 random moments (about 10 minutes)
 	PYTHONPATH=.:examples/quickstart $(BIN)/python -m tests.integration.slurm.soak $(ARGS)
+
+fuzz: $(STAMP)  ## 500 seeded mutations of each thing that a run reads (about 10 minutes)
+	MUTATIONS=500 $(BIN)/python -m pytest tests/unit/test_mutated_input.py -s -p no:warnings $(ARGS)
 
 checkpoint-soak: $(STAMP)  ## 50 random kills of a run and 50 flipped bytes of its checkpoints (about 10 minutes)
 	PYTHONPATH=.:examples/quickstart $(BIN)/python -m tests.integration.checkpoint_soak $(ARGS)

@@ -46,7 +46,7 @@ class _Reader:
         for name in values:
             if name not in known:
                 hint = self._hint(str(name), list(known), prefix, chosen)
-                raise UserError(f"unknown configuration key {prefix}{name}: {hint}")
+                raise UserError(f"unknown configuration key {prefix}{str(name)[:100]}: {hint}")
         return section(**{str(name): self._value(section, str(name), value, prefix) for name, value in values.items()})
 
     def _value(self, section: type, name: str, value: Any, prefix: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from megatron_rlvr.checked_input import one_line, shown
 from megatron_rlvr.config_schema import KeyType, key_types
 from megatron_rlvr.errors import UserError
 
@@ -54,11 +55,11 @@ def read_overrides(texts: Iterable[str], root: type) -> Any:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(f"override {text!r} is not key=value: write for example optimizer.learning_rate=1e-6")
+            raise UserError(f"override {shown(text)} is not key=value: write for example optimizer.learning_rate=1e-6")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError(f"override {text!r} is not UTF-8: choose another name") from None
+            raise UserError(f"override {shown(text)} is not UTF-8: choose another name") from None
         OmegaConf.update(tree, key, _read_value(text, value, _type_of(key, root)))
     return tree
 
@@ -74,10 +75,10 @@ def _read_value(text: str, value: str, expected: KeyType) -> Any:
         # What differs is a comment, which would silently take the rest of the value with it.
         commented = [text.replace("#", _NO_COMMENT) for text in _scalars(node)] != list(_scalars(whole))
     except (yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"override {text!r}: its value is not valid YAML: {reason}") from None
+        reason = one_line(error)
+        raise UserError(f"override {shown(text)}: its value is not valid YAML: {reason}") from None
     if commented:
-        raise UserError(f"override {text!r} holds a YAML comment: put the text with # in quotes, or leave it out")
+        raise UserError(f"override {shown(text)} holds a YAML comment: put the text with # in quotes, or leave it out")
     return read
 
 

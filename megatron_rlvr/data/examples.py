@@ -223,4 +223,5 @@ def _missing_key(where: str, what: str, key: str, row: dict[str, Any]) -> str:
 
 
 def _keys(row: dict[str, Any]) -> str:
-    return ", ".join(repr(key) for key in row) or "(none)"
+    text = ", ".join(repr(key) for key in row) or "(none)"
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -130,7 +130,7 @@ def read_status(run_directory: Path) -> Status:
     except FileNotFoundError:
         raise UserError(f"no {STATUS_FILE} in {run_directory}: give the directory of a run that has started") from None
     except (OSError, InvalidInputError, TypeError) as error:  # TypeError: it has other fields
-        raise UserError(f"{path} is not the status of a run ({error})") from error
+        raise UserError(f"{path} is not the status of a run ({str(error)[:200]})") from error
 
 
 def _finite(value: float | None) -> float | None:
