@@ -1,14 +1,14 @@
 """Compute, before anything starts, whether a training configuration fits, what it needs, and how long a step takes.
 
-    python tools/plan.py examples/configs/qwen2.5-math-7b.yaml --nodes 1 \\
-        --architecture examples/configs/architectures/qwen2.5-math-7b.json
-    python tools/plan.py run.yaml --nodes 16 --suggest parallel.tensor=8 parallel.pipeline=4
+    python tools/plan.py examples/configs/qwen2.5-32b.yaml --nodes 4 --suggest
+    python tools/plan.py run.yaml --nodes 16 --servers nodes:8 parallel.tensor=8 parallel.pipeline=4
 
 megatron-core builds the model of one rank of every pipeline stage on the meta device, under a fake process group.
 Weights, gradients and optimizer state are therefore counted; activations, logits, cache and times are formulas. Of the
-model, only config.json is read: the one in model.path, or --architecture.
+model, only config.json is read: the one in model.path, --architecture, or architectures/NAME.json next to CONFIG,
+where NAME is that of CONFIG.
 
-Exit status: 0 when the configuration fits, 1 when it does not, 2 when it is refused.
+Exit status: 0 when the configuration fits, 1 when it does not, 2 when training would refuse it.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from pathlib import Path
 from megatron_rlvr.config import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import user_errors_reported
-from megatron_rlvr.planning.memory import GIB
-from megatron_rlvr.planning.plan import make_plan, suggest
-from megatron_rlvr.planning.report import describe, layout_name
-from megatron_rlvr.planning.roofline import Hardware
+from megatron_rlvr.planning.job import Hardware
+from megatron_rlvr.planning.plan import make_plan
+from megatron_rlvr.planning.report import describe, describe_suggestions
+from megatron_rlvr.planning.servers import Servers
+from megatron_rlvr.planning.suggestions import suggest
 
 
 @user_errors_reported
@@ -35,8 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file of a training configuration")
     parser.add_argument("overrides", nargs="*", help="key=value, as for training")
-    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--nodes", type=int, required=True, help="nodes of the job, those with servers included")
     parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument(
+        "--servers",
+        help="SGLang servers as in RLVR_SERVERS: colocated, or nodes:N for the last N nodes; by default those of "
+        "rollout.sglang",
+    )
     parser.add_argument("--architecture", type=Path, help="config.json of a model, instead of the one in model.path")
     parser.add_argument("--gpu-gb", type=float, default=80.0, help="memory of a GPU in 10^9 bytes")
     parser.add_argument(
@@ -52,28 +58,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config(options.config, options.overrides)
     if options.nodes < 1 or options.gpus_per_node < 1:
         raise UserError("--nodes and --gpus-per-node must be at least 1")
+    servers = Servers.of_job(config, options.servers)
+    nodes = options.nodes - servers.nodes
+    if nodes < 1:
+        raise UserError(f"--servers {options.servers} leaves none of --nodes {options.nodes} to train: raise --nodes")
+    architecture = options.architecture or find_architecture(config.model.path, Path(options.config))
     with tempfile.TemporaryDirectory() as folder:
-        if options.architecture is not None:
-            if not options.architecture.is_file():
-                raise UserError(f"--architecture {options.architecture} is not a file: give a model's config.json")
-            shutil.copyfile(options.architecture, Path(folder) / "config.json")
+        if architecture is not None:
+            if not architecture.is_file():
+                raise UserError(f"--architecture {architecture} is not a file: give a model's config.json")
+            print(f"architecture: {architecture}")
+            shutil.copyfile(architecture, Path(folder) / "config.json")
             config.model.path = folder
-        elif not (Path(config.model.path) / "config.json").is_file():
-            raise UserError(
-                f"model.path={config.model.path} has no config.json: correct it, or name one with --architecture, such "
-                "as those in examples/configs/architectures"
-            )
-        plan = make_plan(config, options.nodes, options.gpus_per_node, hardware, options.response_share)
-        print(describe(plan))
-        if options.suggest:
-            print("\nlayouts that fit, the fastest first:")
-            others = suggest(config, options.nodes, options.gpus_per_node, hardware, options.response_share)
-            for other in others:
-                needs = other.stage_bytes(other.worst) / GIB
-                print(f"  {other.time.total:7.0f} s  {needs:6.1f} GiB  {layout_name(other)}, microbatches of 1")
-            if not others:
-                print("  none: use more nodes, shorter responses, or servers on other nodes (rollout.sglang.urls)")
+        job = (config, nodes, options.gpus_per_node, hardware, options.response_share, servers)
+        try:
+            plan = make_plan(*job)
+            print(describe(plan))
+        finally:  # also where this layout is refused
+            if options.suggest:
+                print(f"\n{describe_suggestions(suggest(*job))}")
     return 0 if plan.fits else 1
+
+
+def find_architecture(model_path: str, config: Path) -> Path | None:
+    """Return the config.json to plan with if the model is not on this machine; None if it is.
+
+    Raises:
+        UserError: if there is no such file next to the configuration.
+    """
+    if (Path(model_path) / "config.json").is_file():
+        return None
+    found = config.parent / "architectures" / f"{config.stem}.json"
+    if not found.is_file():
+        raise UserError(
+            f"model.path={model_path} has no config.json, and there is no {found}: correct model.path, or name a file "
+            "with --architecture, such as those in examples/configs/architectures"
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from dataclasses import replace
 from megatron_rlvr.cluster.node_checks import NodeReport
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.rollout.engines.sglang.launch_arguments import normalized
 
 
 def check_plan(config: Config, reports: Sequence[NodeReport], nodes: int, processes: int, servers: str = "none") -> str:
@@ -26,37 +25,24 @@ def check_plan(config: Config, reports: Sequence[NodeReport], nodes: int, proces
             generate. The environment variable RLVR_IGNORE_PLAN turns off the check of memory.
     """
     # Imported here, in the process that plans, because megatron-core looks at the GPU when it is imported.
+    from megatron_rlvr.planning.job import Hardware
     from megatron_rlvr.planning.plan import make_plan
     from megatron_rlvr.planning.report import describe, verdict
-    from megatron_rlvr.planning.roofline import Hardware
+    from megatron_rlvr.planning.servers import Servers, memory_fraction
 
-    rollout = config.rollout
     memory = [mebibytes for report in reports[:nodes] for _, mebibytes in report.gpus]
     hardware = replace(Hardware(), memory_bytes=min(memory) * 2.0**20) if memory else Hardware()
-    with_servers = ""
-    if servers != "none":  # a plan with server URLs does not count the servers' memory
-        sglang = replace(rollout.sglang, urls=["http://not.yet"])
-        config = replace(config, rollout=replace(rollout, engine="sglang", sglang=sglang))
-    elif memory and rollout.engine == "local" and config.model.layer_spec != "local":
+    placement = Servers.of_job(config, servers)
+    if memory and servers != "none" and memory_fraction(config) is None:
         raise UserError(
-            "rollout.engine=local needs model.layer_spec=local: set RLVR_SERVERS=colocated or nodes:N to generate on "
-            "SGLang servers"
+            f"RLVR_SERVERS={servers} needs rollout.sglang.server.mem_fraction_static: set it to the share of each "
+            "GPU's memory that the servers keep; tools/plan.py prints the largest that fits"
         )
-    if memory and servers == "colocated":
-        fraction = normalized(rollout.sglang.server).get("mem_fraction_static")
-        if fraction is None:
-            raise UserError(
-                "RLVR_SERVERS=colocated needs rollout.sglang.server.mem_fraction_static: set it to the share of each "
-                "GPU's memory that the servers keep"
-            )
-        hardware = replace(hardware, memory_bytes=hardware.memory_bytes * (1 - float(fraction)))
-        with_servers = f" next to servers that keep {float(fraction):.0%} of each GPU"
-    plan = make_plan(config, nodes, processes, hardware)
+    plan = make_plan(config, nodes, processes, hardware, servers=placement, on_gpu=bool(memory))
     if not memory:
         return f"layout: {plan.data_parallel} data-parallel ranks on {nodes} x {processes} processes, no GPUs"
     if not plan.fits and not os.environ.get("RLVR_IGNORE_PLAN"):
         raise UserError(
-            f"by the plan (computed) the configuration {verdict(plan)}{with_servers}; set RLVR_IGNORE_PLAN=1 to train "
-            "anyway"
+            f"by the plan (computed) the configuration {verdict(plan)}; set RLVR_IGNORE_PLAN=1 to train anyway"
         )
     return describe(plan)

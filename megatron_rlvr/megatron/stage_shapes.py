@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -97,8 +98,25 @@ def model_stages(
         UserError: if the layout does not divide the job or the model.
     """
     check_world_size(parallel, world_size, "GPUs", "change --nodes")
-    # Transformer Engine may be missing on this machine. The parameters of local layers have the same shapes.
+    # Transformer Engine may be missing on this machine. The parameters of local layers have the same shapes. What
+    # decides about activations alone is left out, so that a search over layouts counts each model once.
     model = replace(model, layer_spec="local", fp8="none")
+    defaults = ParallelConfig()
+    neutral = {name: getattr(defaults, name) for name in _OF_ACTIVATIONS}
+    parallel = replace(parallel, **neutral)
+    key = f"{(Path(model.path) / 'config.json').read_text()} {model} {parallel} {world_size}"
+    if key not in _counted:
+        _counted[key] = _count_stages(model, parallel, world_size)
+    return _counted[key]
+
+
+_OF_ACTIVATIONS = ("microbatch_sequences", "microbatch_tokens", "recompute", "recompute_modules")
+_counted: dict[str, tuple[ModelShape, torch.dtype, list[Stage]]] = {}
+
+
+def _count_stages(
+    model: ModelConfig, parallel: ParallelConfig, world_size: int
+) -> tuple[ModelShape, torch.dtype, list[Stage]]:
     totals = _Totals()
     stages = []
     for index in range(parallel.pipeline):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,10 +15,9 @@ from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage
 from megatron_rlvr.ops.vocab_projection import DEFAULT_CHUNK_BYTES
 from megatron_rlvr.planning.activations import activation_bytes, feed_forward_gradient_bytes
 from megatron_rlvr.planning.batch import local_batch, longest_sequence, microbatches
+from megatron_rlvr.planning.servers import GIB, SERVER_RUNTIME_BYTES, Servers, memory_fraction, weight_bytes
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
 
-GIB = 1024**3
 CONTEXT_BYTES = 4 * GIB
 """Assumed, not computed: CUDA context, NCCL's buffers, cuBLAS workspace and fragmentation."""
 
@@ -44,7 +44,9 @@ class PhaseMemory:
         head: logits, and what their operators need in addition.
         feed_forward: gradients in the backward pass of one feed-forward layer; those of the head are freed by then.
         cache: key/value cache of the local engine.
-        server_weights: weights of an SGLang server on the same GPU.
+        server: what an SGLang server on the same GPU keeps for weights and cache, or its weights alone if
+            ``mem_fraction_static`` is not set.
+        server_runtime: what the server's process takes besides, all the time.
         export: the tensor that an export or a weight update gathers, and the buckets that take it to the servers.
     """
 
@@ -52,7 +54,8 @@ class PhaseMemory:
     head: int
     feed_forward: int
     cache: int
-    server_weights: int
+    server: int
+    server_runtime: int
     export: int
 
     @property
@@ -61,7 +64,36 @@ class PhaseMemory:
 
     @property
     def generation(self) -> int:
-        return self.cache + self.server_weights + self.export
+        return self.cache + self.server + self.export
+
+
+class StageMemory(NamedTuple):
+    """Bytes of a rank of one pipeline stage."""
+
+    static: StaticMemory
+    phases: PhaseMemory
+
+
+def peak_bytes(stage: StageMemory, released: bool) -> int:
+    """Peak bytes of a rank and of the server on its GPU.
+
+    Args:
+        stage: memory of the rank's stage.
+        released: whether the server releases its memory for the update (`rollout.sglang.release_memory`).
+    """
+    static, phases = stage
+    update = phases.update + (0 if released else phases.server)
+    return static.total + max(update, phases.generation) + CONTEXT_BYTES + phases.server_runtime
+
+
+def server_room(stages: Sequence[StageMemory], gpu_bytes: float, released: bool) -> float:
+    """Bytes that a server may keep on a GPU for weights and cache, next to training; arguments as in `peak_bytes`."""
+    rooms = []
+    for static, phases in stages:
+        exporting = phases.cache + phases.export
+        busy = exporting if released else max(phases.update, exporting)
+        rooms.append(gpu_bytes - static.total - busy - CONTEXT_BYTES - phases.server_runtime)
+    return min(rooms)
 
 
 def static_memory(
@@ -111,7 +143,15 @@ def _round_up(number: int, divisor: int) -> int:
     return -(-number // divisor) * divisor
 
 
-def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int, data_parallel: int) -> PhaseMemory:
+def phase_memory(
+    shape: ModelShape,
+    stage: Stage,
+    config: Config,
+    itemsize: int,
+    data_parallel: int,
+    servers: Servers | None = None,
+    gpu_bytes: float = 80e9,
+) -> PhaseMemory:
     """Bytes that a step adds if every sequence has the greatest length that the configuration allows.
 
     Args:
@@ -120,6 +160,8 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
         config: the resolved configuration.
         itemsize: bytes per element of weights and activations.
         data_parallel: number of data-parallel ranks.
+        servers: where SGLang servers run; none by default.
+        gpu_bytes: memory of a GPU.
     """
     parallel, rollout = config.parallel, config.rollout
     local_layers = config.model.layer_spec == "local"
@@ -128,13 +170,15 @@ def phase_memory(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
     response_tokens = micro.tokens * rollout.max_tokens // longest_sequence(config) // parallel.context
     last = stage.index == parallel.pipeline - 1
     served = rollout.engine == "sglang"
+    shared = servers is not None and servers.placement == "colocated"
     fused = config.algorithm.fused_linear
     return PhaseMemory(
         activations=activation_bytes(shape, stage, parallel, tokens, micro.count, itemsize, local_layers),
         head=_head_bytes(shape, parallel, tokens, response_tokens, itemsize, fused, local_layers) if last else 0,
         feed_forward=feed_forward_gradient_bytes(shape, parallel, tokens, itemsize, local_layers),
         cache=0 if served else _cache_bytes(shape, stage, config, itemsize, data_parallel),
-        server_weights=_server_weight_bytes(shape, rollout.sglang, itemsize) if served else 0,
+        server=_server_bytes(shape, config, itemsize, gpu_bytes) if shared else 0,
+        server_runtime=SERVER_RUNTIME_BYTES if shared else 0,
         export=_export_bytes(stage, rollout.sglang if served else None, itemsize),
     )
 
@@ -172,11 +216,10 @@ def _cache_bytes(shape: ModelShape, stage: Stage, config: Config, itemsize: int,
     return cache
 
 
-def _server_weight_bytes(shape: ModelShape, sglang: SGLangConfig, itemsize: int) -> int:
-    """Bytes of an SGLang server's weights on one of its GPUs; 0 when the servers run on other machines."""
-    if sglang.urls:
-        return 0
-    return shape.parameters * itemsize // ServerLayout.from_arguments(sglang.server).gpus_per_replica
+def _server_bytes(shape: ModelShape, config: Config, itemsize: int, gpu_bytes: float) -> int:
+    """Bytes that a server keeps on a GPU for weights and cache."""
+    fraction = memory_fraction(config)
+    return weight_bytes(shape, config, itemsize) if fraction is None else int(fraction * gpu_bytes)
 
 
 def _export_bytes(stage: Stage, sglang: SGLangConfig | None, itemsize: int) -> int:
@@ -185,7 +228,7 @@ def _export_bytes(stage: Stage, sglang: SGLangConfig | None, itemsize: int) -> i
     gathered = 2 * tensor
     if sglang is None or sglang.weight_sync == "disk" or stage.index > 0:
         return gathered
-    # The main process, which is on the first stage, sends buckets. A bucket is allocated before the last one is freed,
-    # and a tensor that is larger than a bucket has one of its own.
+    # The first stage sends buckets. A bucket is allocated before the last one is freed, and a tensor that is larger
+    # than a bucket has one of its own.
     bucket = sglang.bucket_mb * 1024**2
     return gathered + bucket + max(bucket, tensor)

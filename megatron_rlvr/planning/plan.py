@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-from megatron_rlvr.config import Config, check, resolve
-from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron.config import ParallelConfig
+from megatron_rlvr.config import Config, resolve
 from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage, model_stages
-from megatron_rlvr.planning.memory import CONTEXT_BYTES, PhaseMemory, StaticMemory, phase_memory, static_memory
-from megatron_rlvr.planning.roofline import Hardware, Job, StepTime, step_time
-
-
-class StageMemory(NamedTuple):
-    """Bytes of a rank of one pipeline stage."""
-
-    static: StaticMemory
-    phases: PhaseMemory
+from megatron_rlvr.planning.generation import ServerLoad, server_load
+from megatron_rlvr.planning.job import ASSUMED_UTILISATION, Hardware, Job
+from megatron_rlvr.planning.memory import StageMemory, peak_bytes, phase_memory, server_room, static_memory
+from megatron_rlvr.planning.roofline import StepTime, step_time
+from megatron_rlvr.planning.servers import SERVER_RUNTIME_BYTES, Servers, cached_tokens, memory_fraction
+from megatron_rlvr.rollout.requirements import check_context, check_engine, check_groups
 
 
 @dataclass(frozen=True)
@@ -27,28 +21,33 @@ class Plan:
 
     Attributes:
         config: the planned configuration, with every ``auto`` resolved for GPUs.
+        nodes: nodes that train.
+        servers: where the SGLang servers run.
         data_parallel: number of data-parallel ranks.
         itemsize: bytes per element of weights and activations.
         memory: bytes of a rank of each pipeline stage.
+        time: seconds of a step at the measured utilisation, `Hardware.compute_share`.
+        optimistic_time: the same at `ASSUMED_UTILISATION`.
+        load: sequences on a replica of a server; None without servers.
     """
 
     config: Config
     nodes: int
     gpus_per_node: int
+    servers: Servers
     data_parallel: int
     itemsize: int
     shape: ModelShape
     stages: list[Stage]
     memory: list[StageMemory]
     time: StepTime
+    optimistic_time: StepTime
+    load: ServerLoad | None
     hardware: Hardware
 
     def stage_bytes(self, index: int) -> int:
-        """Peak bytes of a rank of this stage, including the assumed CUDA context."""
-        static, phases = self.memory[index]
-        servers_stay = not self.config.rollout.sglang.release_memory
-        update = phases.update + (phases.server_weights if servers_stay else 0)
-        return static.total + max(update, phases.generation) + CONTEXT_BYTES
+        """Peak bytes of a rank of this stage, including the assumed CUDA context and that of a server next to it."""
+        return peak_bytes(self.memory[index], self.config.rollout.sglang.release_memory)
 
     @property
     def worst(self) -> int:
@@ -65,6 +64,15 @@ class Plan:
         return self.spare_bytes >= 0
 
     @property
+    def server_share(self) -> float | None:
+        """The largest ``mem_fraction_static`` that fits next to training, in hundredths; None without such servers."""
+        if self.servers.placement != "colocated":
+            return None
+        released = self.config.rollout.sglang.release_memory
+        room = server_room(self.memory, self.hardware.memory_bytes, released)
+        return max(0.0, math.floor(100 * room / self.hardware.memory_bytes) / 100)
+
+    @property
     def dominant(self) -> str:
         """What takes the most memory on the fullest rank."""
         static, phases = self.memory[self.worst]
@@ -76,91 +84,91 @@ class Plan:
         }
         generation = {"key/value cache": phases.cache, "gathered tensor": phases.export}
         if self.config.rollout.engine == "sglang":
-            needs |= update | {"server weights": phases.server_weights}
+            needs |= update | {"servers": phases.server + phases.server_runtime}
         else:
             needs |= generation if phases.generation > phases.update else update
         return max(needs, key=lambda name: needs[name])
 
 
 def make_plan(
-    config: Config, nodes: int, gpus_per_node: int, hardware: Hardware | None = None, response_share: float = 0.5
+    config: Config,
+    nodes: int,
+    gpus_per_node: int,
+    hardware: Hardware | None = None,
+    response_share: float = 0.5,
+    servers: Servers | None = None,
+    on_gpu: bool = True,
 ) -> Plan:
     """Plan `config` on ``nodes * gpus_per_node`` GPUs.
 
     Args:
         config: the configuration to plan.
-        nodes: number of nodes.
+        nodes: number of nodes that train.
         gpus_per_node: number of GPUs per node.
         hardware: rates and memory of a GPU; an H100 by default.
         response_share: mean length of prompts and responses, as a share of the greatest.
+        servers: where SGLang servers run; by default where the configuration says.
+        on_gpu: whether the processes that the plan calls GPUs compute on GPUs; decides what ``auto`` means.
 
     Raises:
-        UserError: if the layout does not divide the model, the job or the batch.
+        UserError: if training would refuse the configuration: the layout does not divide the model, the job or the
+            batch, the engine cannot generate, or sequences exceed the model's context.
     """
-    config = resolve(config, on_gpu=True)
+    servers = servers or Servers.of_job(config, None)
+    config = resolve(servers.configure(config), on_gpu=on_gpu)
     hardware = hardware or Hardware()
     world_size = nodes * gpus_per_node
+    check_engine(config)
     shape, dtype, stages = model_stages(config.model, config.parallel, world_size)
     parallel, rollout = config.parallel, config.rollout
     data_parallel = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
-    if rollout.prompts_per_step % (data_parallel * config.algorithm.minibatches):
-        raise UserError(
-            f"rollout.prompts_per_step={rollout.prompts_per_step} is not a multiple of {data_parallel} data-parallel "
-            f"ranks x algorithm.minibatches={config.algorithm.minibatches}: choose a multiple, so that every rank has "
-            "the same number of whole groups in every minibatch"
-        )
+    check_groups(rollout.prompts_per_step, config.algorithm.minibatches, data_parallel)
+    check_context(config, shape.positions)
     memory = [
         StageMemory(
             static_memory(stage, parallel, dtype, data_parallel, config.optimizer.cpu_offload),
-            phase_memory(shape, stage, config, dtype.itemsize, data_parallel),
+            phase_memory(shape, stage, config, dtype.itemsize, data_parallel, servers, hardware.memory_bytes),
         )
         for stage in stages
     ]
-    job = Job(config, shape, stages, dtype.itemsize, data_parallel, gpus_per_node, hardware, response_share)
+    cache = _server_cache(config, shape, dtype.itemsize, memory, servers, hardware)
+    job = Job(
+        config, shape, stages, dtype.itemsize, data_parallel, gpus_per_node, servers, cache, hardware, response_share
+    )
+    optimistic = replace(job, hardware=replace(hardware, compute_share=ASSUMED_UTILISATION))
     return Plan(
         config=config,
         nodes=nodes,
         gpus_per_node=gpus_per_node,
+        servers=servers,
         data_parallel=data_parallel,
         itemsize=dtype.itemsize,
         shape=shape,
         stages=stages,
         memory=memory,
         time=step_time(job),
+        optimistic_time=step_time(optimistic),
+        load=server_load(job) if rollout.engine == "sglang" else None,
         hardware=hardware,
     )
 
 
-def suggest(config: Config, nodes: int, gpus_per_node: int, hardware: Hardware, response_share: float) -> list[Plan]:
-    """Plan other layouts and return those that fit, the fastest first.
-
-    A layout that does not fit is tried again with full recomputation. The arguments are those of `make_plan`.
-    """
-    fitting = []
-    for layout in _layouts(config.parallel, gpus_per_node):
-        for recompute in dict.fromkeys((config.parallel.recompute, "full")):
-            candidate = replace(config, parallel=replace(layout, recompute=recompute))
-            try:
-                check(candidate)
-                plan = make_plan(candidate, nodes, gpus_per_node, hardware, response_share)
-            except UserError:  # the layout does not divide the model, the job or the batch
-                break
-            if plan.fits:
-                fitting.append(plan)
-                break
-    return sorted(fitting, key=lambda plan: plan.time.total)
-
-
-def _layouts(parallel: ParallelConfig, gpus_per_node: int) -> Iterator[ParallelConfig]:
-    """Tensor-parallel sizes within a node, combined with pipeline-parallel sizes up to 16."""
-    for tensor in (1, 2, 4, 8):
-        for pipeline in (1, 2, 4, 5, 8, 10, 16):
-            if tensor <= gpus_per_node:
-                yield replace(
-                    parallel,
-                    tensor=tensor,
-                    pipeline=pipeline,
-                    sequence=tensor > 1,
-                    distributed_optimizer=True,
-                    microbatch_sequences=1,
-                )
+def _server_cache(
+    config: Config,
+    shape: ModelShape,
+    itemsize: int,
+    memory: list[StageMemory],
+    servers: Servers,
+    hardware: Hardware,
+) -> float:
+    """Tokens in the cache of one replica: what ``mem_fraction_static`` leaves for it, or else all that is left."""
+    if config.rollout.engine != "sglang" or servers.placement == "urls":
+        return math.inf
+    fraction = memory_fraction(config)
+    if fraction is not None:
+        static_bytes = fraction * hardware.memory_bytes
+    elif servers.placement == "nodes":
+        static_bytes = hardware.memory_bytes - SERVER_RUNTIME_BYTES
+    else:
+        static_bytes = server_room(memory, hardware.memory_bytes, config.rollout.sglang.release_memory)
+    return cached_tokens(shape, config, itemsize, static_bytes)

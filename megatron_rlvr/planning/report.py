@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from megatron_rlvr.planning.batch import local_batch, longest_sequence, microbatches
+from megatron_rlvr.planning.job import ASSUMED_UTILISATION, MEASURED_UTILISATION
 from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB
 from megatron_rlvr.planning.plan import Plan
-from megatron_rlvr.planning.roofline import planned_weight_sync
-from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
+from megatron_rlvr.planning.suggestions import Suggestion
 
 
 def describe(plan: Plan) -> str:
@@ -21,6 +24,7 @@ def verdict(plan: Plan) -> str:
     return (
         f"{'fits' if plan.fits else 'does NOT fit'}: stage {plan.worst} needs {needed:.1f} of {available:.1f} GiB, "
         f"{abs(plan.spare_bytes) / GIB:.1f} GiB {'spare' if plan.fits else 'too many'}; largest: {plan.dominant}"
+        + ("" if plan.fits else "; tools/plan.py --suggest lists layouts that fit")
     )
 
 
@@ -53,11 +57,10 @@ def _layout(plan: Plan) -> list[str]:
 
 
 def _memory_table(plan: Plan) -> list[str]:
-    sglang = plan.config.rollout.sglang
-    served = plan.config.rollout.engine == "sglang"
+    shared = plan.servers.placement == "colocated"
     lines = [
         "GiB of a rank    weights  gradients  optimizer | activations   head  working | "
-        f"{'  server' if served else 'kv cache'}  gathered | context |    peak"
+        f"{'  server' if shared else 'kv cache'}  gathered | context |    peak"
     ]
     for index, (stage, (static, phases)) in enumerate(zip(plan.stages, plan.memory, strict=True)):
         columns = [
@@ -68,46 +71,38 @@ def _memory_table(plan: Plan) -> list[str]:
             f"{phases.activations / GIB:11.2f}",
             f"{phases.head / GIB:6.2f}",
             f"{phases.feed_forward / GIB:8.2f} |",
-            f"{(phases.cache + phases.server_weights) / GIB:8.2f}",
+            f"{(phases.cache + phases.server) / GIB:8.2f}",
             f"{phases.export / GIB:9.2f} |",
-            f"{CONTEXT_BYTES / GIB:7.2f} |",
+            f"{(CONTEXT_BYTES + phases.server_runtime) / GIB:7.2f} |",
             f"{plan.stage_bytes(index) / GIB:7.2f}",
         ]
         lines.append(" ".join(columns))
-    if not served:
+    if not shared:
         sharing = "update (activations; head or working) and generation (cache, gathered tensor) alternate"
-    elif sglang.release_memory:
+    elif plan.config.rollout.sglang.release_memory:
         sharing = "SGLang servers release their memory for the update and resume it for the gathered tensor"
     else:
-        sharing = "SGLang servers keep their weights during the update; update and gathered tensor alternate"
-    return [*lines, f"{sharing}; the context is assumed."]
+        sharing = "SGLang servers keep their memory during the update; update and gathered tensor alternate"
+    return [*lines, f"{sharing}; the context is assumed{', with that of the server' if shared else ''}."]
 
 
 def _advice(plan: Plan) -> list[str]:
-    config, shape = plan.config, plan.shape
-    longest = longest_sequence(config)
+    config = plan.config
     lines = []
     if local := _largest_local_batch(plan):
         lines.append(f"rollout.local_batch={local} would fit")
-    if config.rollout.engine == "sglang" and plan.fits and not config.rollout.sglang.urls:
-        gpus = ServerLayout.from_arguments(config.rollout.sglang.server).gpus_per_replica
-        bytes_per_token = shape.layers * 2 * shape.key_value * plan.itemsize // gpus
-        tokens = plan.spare_bytes / bytes_per_token
+    if plan.load is not None and math.isfinite(plan.load.concurrent):
         lines.append(
-            f"the spare memory of a server holds keys and values of {tokens:.0f} tokens, "
-            f"{tokens / longest:.1f} sequences of the greatest length"
+            f"the cache of a server holds {plan.load.concurrent:.0f} of its {plan.load.sequences:.0f} sequences at "
+            f"once: {plan.load.waves:.1f} waves"
         )
+    if plan.server_share is not None:
+        lines.append(f"the largest rollout.sglang.server.mem_fraction_static that fits: {plan.server_share}")
     if config.parallel.distributed_optimizer:
         gathered = 12 * max(stage.count for stage in plan.stages) / GIB
         lines.append(
             f"saving a checkpoint gathers {gathered:.1f} GiB of optimizer state in the host memory of the first rank "
             "of every data-parallel group; loading it needs as much on every rank"
-        )
-    if longest > shape.positions:
-        lines.append(
-            f"warning: prompt and response of up to {longest} tokens exceed the {shape.positions} positions of the "
-            "model (max_position_embeddings): lower rollout.max_tokens, or use a model whose config.json allows for "
-            "more"
         )
     return lines
 
@@ -122,21 +117,47 @@ def _largest_local_batch(plan: Plan) -> int:
 
 
 def _time(plan: Plan) -> list[str]:
-    time, hardware = plan.time, plan.hardware
-    phases = [f"{name.replace('_', '-')} {seconds:.1f}" for name, seconds in time.seconds_by_phase.items() if seconds]
+    measured, optimistic, hardware = plan.time, plan.optimistic_time, plan.hardware
     lines = [
-        f"seconds per step at {time.response_tokens:.0f} response tokens: {time.total:.0f} = {', '.join(phases)}; "
-        f"longest: {time.dominant.replace('_', '-')}",
-        f"from {hardware.flops / 1e12:.0f} TFLOP/s x {hardware.compute_share}, "
-        f"{hardware.memory_rate / 1e12:.2f} TB/s x {hardware.memory_share}, links of "
-        f"{hardware.nvlink_rate / 1e9:.0f} and {hardware.network_rate / 1e9:.0f} GB/s x {hardware.link_share}",
+        f"seconds per step at {measured.response_tokens:.0f} response tokens, with compute at a share of the peak:",
+        f"  {'':17}{hardware.compute_share:8.0%}{ASSUMED_UTILISATION:8.0%}",
+    ]
+    for name, seconds in measured.seconds_by_phase.items():
+        if seconds:
+            other = optimistic.seconds_by_phase[name]
+            lines.append(f"  {name.replace('_', '-'):17}{seconds:8.1f}{other:8.1f}")
+    if measured.overlapped:
+        lines.append(f"  {'overlapped':17}{-measured.hidden:8.1f}{-optimistic.hidden:8.1f}")
+    lines += [
+        f"  {'step':17}{measured.total:8.1f}{optimistic.total:8.1f}   longest: {measured.dominant.replace('_', '-')}",
+        f"{MEASURED_UTILISATION:.0%} was measured for training and log-probs of a 70B model on 64 H100 (issue 959 of "
+        f"NeMo-RL), {ASSUMED_UTILISATION:.0%} is assumed",
+        f"from {hardware.flops / 1e12:.0f} TFLOP/s, {hardware.memory_rate / 1e12:.2f} TB/s x {hardware.memory_share}, "
+        f"links of {hardware.nvlink_rate / 1e9:.0f} and {hardware.network_rate / 1e9:.0f} GB/s x {hardware.link_share}",
     ]
     if plan.config.rollout.engine == "sglang":
         transport = {
-            "tensor": "through shared memory, over NVLink",
+            "tensor": "through shared memory on every node",
             "distributed": "by a broadcast over the network",
             "disk": f"through a shared file system of {hardware.disk_rate / 1e9:.0f} GB/s, assumed",
-        }[planned_weight_sync(plan.config.rollout.sglang.weight_sync, plan.nodes)]
+        }[plan.config.rollout.sglang.weight_sync]
         weights = plan.shape.parameters * plan.itemsize / 1e9
         lines.append(f"weights to the servers: {weights:.1f} GB {transport}, without the overhead of requests")
     return lines
+
+
+def describe_suggestions(suggestions: Sequence[Suggestion]) -> str:
+    """Layouts that fit, in the order of `suggest`, each with the overrides that select it."""
+    if not suggestions:
+        return "no layout fits: use more nodes, shorter responses, or servers on other nodes (--servers nodes:N)"
+    lines = ["layouts that fit, the most room for sequences first, then the fastest:"]
+    for suggestion in suggestions:
+        plan, load = suggestion.plan, suggestion.plan.load
+        held = ""
+        if load is not None and math.isfinite(load.concurrent):
+            held = f"{load.concurrent:.0f} of {load.sequences:.0f} sequences in a server's cache; "
+        lines += [
+            f"  {plan.time.total:7.0f} s  {plan.stage_bytes(plan.worst) / GIB:6.1f} GiB  {held}{layout_name(plan)}",
+            f"             {' '.join(suggestion.overrides)}",
+        ]
+    return "\n".join(lines)

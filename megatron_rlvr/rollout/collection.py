@@ -12,7 +12,6 @@ import torch
 from megatron_rlvr.config import Config
 from megatron_rlvr.data import PromptSampler
 from megatron_rlvr.data.batch import RolloutBatch
-from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives.advantages import overlong_penalty
@@ -24,6 +23,7 @@ from megatron_rlvr.rollout.leaders import run_on_leaders
 from megatron_rlvr.rollout.prefetch import RolloutPrefetcher
 from megatron_rlvr.rollout.prompts import load_prompts
 from megatron_rlvr.rollout.recording import record_group
+from megatron_rlvr.rollout.requirements import check_groups
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.rollout.verifier_alarm import VerifierAlarm, stop_if_broken
@@ -173,11 +173,7 @@ class RolloutCollector:
 def _rank_slots(prompts_per_step: int, minibatches: int, layout: Layout) -> list[int]:
     """Return this data-parallel rank's places among the prompts of a step, minibatch by minibatch."""
     per_minibatch = prompts_per_step // minibatches
-    if per_minibatch % layout.data_size:
-        raise UserError(
-            f"the {layout.data_size} data-parallel ranks do not divide the {per_minibatch} prompts of a minibatch: "
-            "change rollout.prompts_per_step or algorithm.minibatches"
-        )
+    check_groups(prompts_per_step, minibatches, layout.data_size)
     return [
         slot
         for start in range(0, prompts_per_step, per_minibatch)

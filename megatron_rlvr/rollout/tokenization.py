@@ -13,6 +13,11 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.tokenizer_folder import end_of_sequence_tokens, load_tokenizer
 
 
+def exceeds_context(prompt: int, response: int, positions: int) -> bool:
+    """Whether a prompt and its response, in tokens, can exceed the positions of the model."""
+    return prompt + response > positions
+
+
 class Tokenization:
     """The tokenizer of a Hugging Face folder, checked against the model.
 
@@ -146,7 +151,7 @@ class Tokenization:
             UserError: for the first such prompt; names the configuration key `setting` that `response` comes from.
         """
         for example, ids in zip(examples, encoded, strict=True):
-            if self.context is not None and len(ids) + response > self.context:
+            if self.context is not None and exceeds_context(len(ids), response, self.context):
                 raise UserError(
                     f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens, and {setting}="
                     f"{response} makes more than the model's context of {self.context}: lower {setting}, remove the "

@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_rlvr.config import Config
-from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import RolloutEngine
 from megatron_rlvr.rollout.engines.local import LocalEngine
 from megatron_rlvr.rollout.engines.replay import ReplayEngine
+from megatron_rlvr.rollout.requirements import check_engine
 from megatron_rlvr.training.policy import Policy
 
 
@@ -24,23 +24,14 @@ def build_engine(config: Config, policy: Policy, resources: ExitStack) -> Rollou
     Raises:
         UserError: if the engine cannot run with this model or layout.
     """
-    rollout, expert = config.rollout, config.parallel.expert
+    check_engine(config)
+    rollout = config.rollout
     if rollout.engine == "sglang":
         # Imported here because the other engines do not need httpx.
         from megatron_rlvr.rollout.engines.sglang.engine import SGLangEngine
 
         return SGLangEngine(rollout, Path(config.run_directory) / "sglang", policy, resources)
     if rollout.engine == "recorded":
-        if expert > 1 and config.data.heldout:
-            raise UserError(
-                f"rollout.engine=recorded evaluates with the local engine, which cannot generate with parallel.expert="
-                f"{expert}: set data.heldout=null, or rollout.engine=sglang"
-            )
         evaluation = LocalEngine(policy.model_chunks, rollout.local_batch) if config.data.heldout else None
         return ReplayEngine(Path(rollout.recording or ""), evaluation)
-    if expert > 1:
-        raise UserError(
-            f"rollout.engine=local cannot generate with parallel.expert={expert}, because its ranks would have to "
-            "finish at the same token: set rollout.engine=sglang, or parallel.expert=1"
-        )
     return LocalEngine(policy.model_chunks, rollout.local_batch)

@@ -23,6 +23,7 @@ from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.engines.sglang.weight_sync.sync import UpdateOutcome, WeightSync
 from megatron_rlvr.rollout.sampling import SamplingSettings
+from megatron_rlvr.rollout.tokenization import exceeds_context
 from megatron_rlvr.training.policy import Policy
 
 
@@ -82,7 +83,7 @@ class SGLangEngine:
             raise UserError(self._outcome.user_error)
         context_length = self.policy.bridge.context_length
         longest = max(len(request.prompt) for request in requests)
-        if longest + sampling.max_tokens > context_length:
+        if exceeds_context(longest, sampling.max_tokens, context_length):
             raise UserError(
                 f"a prompt of {longest} tokens and rollout.max_tokens={sampling.max_tokens} exceed the model's context "
                 f"of {context_length} tokens: lower rollout.max_tokens or data.max_prompt_tokens"

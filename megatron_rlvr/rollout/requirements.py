@@ -1,0 +1,93 @@
+"""What a configuration needs before it can train, each rule in one place: training, plans and the preflight use these.
+
+Every function raises UserError with one line that says what to change.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_rlvr.config import Config
+from megatron_rlvr.data import load_examples
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.tokenization import Tokenization, exceeds_context
+
+
+def check_engine(config: Config) -> None:
+    """Refuse a rollout engine that cannot generate with the layers and the layout of the policy.
+
+    Args:
+        config: configuration with every ``auto`` resolved.
+    """
+    engine, expert = config.rollout.engine, config.parallel.expert
+    if engine == "sglang" or (engine == "recorded" and not config.data.heldout):
+        return
+    local, remedy = "rollout.engine=local", "set rollout.engine=sglang"
+    if engine == "recorded":
+        local = "rollout.engine=recorded evaluates with the local engine, which"
+        remedy = "set data.heldout=null, or rollout.engine=sglang"
+    if expert > 1:
+        raise UserError(
+            f"{local} cannot generate with parallel.expert={expert}, because its ranks would have to finish at the "
+            f"same token: {remedy}, or parallel.expert=1"
+        )
+    if config.model.layer_spec != "local":
+        raise UserError(
+            f"{local} needs model.layer_spec=local, found {config.model.layer_spec}: {remedy} (in a Slurm job "
+            "RLVR_SERVERS=colocated or nodes:N), or model.layer_spec=local"
+        )
+
+
+def check_groups(prompts_per_step: int, minibatches: int, data_parallel: int) -> None:
+    """Refuse a number of prompts that the data-parallel ranks cannot share in whole groups in every minibatch."""
+    multiple = minibatches * data_parallel
+    if prompts_per_step % multiple:
+        lower = prompts_per_step // multiple * multiple
+        nearest = f"{lower} or {lower + multiple}" if lower else f"{multiple}"
+        raise UserError(
+            f"rollout.prompts_per_step={prompts_per_step} is not a multiple of {data_parallel} data-parallel ranks x "
+            f"algorithm.minibatches={minibatches}, which must share whole groups in every minibatch: the nearest that "
+            f"divides is {nearest}"
+        )
+
+
+def check_context(config: Config, positions: int) -> None:
+    """Refuse prompts and responses that together can exceed the positions of the model.
+
+    The longest prompt is `data.max_prompt_tokens`, unless the data can be read here and has shorter ones. Training
+    measures every prompt (`Tokenization.check_context`).
+
+    Args:
+        config: the configuration.
+        positions: longest sequence that the model supports, in tokens.
+    """
+    responses = {"rollout.max_tokens": (config.rollout.max_tokens, config.data.train)}
+    if config.data.heldout and config.evaluation.max_tokens:
+        responses["evaluation.max_tokens"] = (config.evaluation.max_tokens, config.data.heldout)
+    for setting, (response, path) in responses.items():
+        prompt, source = config.data.max_prompt_tokens, "data.max_prompt_tokens"
+        if not exceeds_context(prompt, response, positions):
+            continue
+        if (measured := _longest_prompt(config, path)) is not None:
+            prompt, source = measured, f"the longest prompt of {path}"
+        if exceeds_context(prompt, response, positions):
+            raise UserError(
+                f"{source} ({prompt} tokens) and {setting}={response} exceed the {positions} positions of the model "
+                f"(max_position_embeddings): lower {setting} to {max(1, positions - prompt)}, shorten the prompts, or "
+                "use a model whose config.json allows for more"
+            )
+
+
+_READ_AT_MOST = 4096
+"""Prompts that a plan reads to find the longest one; training reads all."""
+
+
+def _longest_prompt(config: Config, path: str) -> int | None:
+    """Return the tokens of the longest prompt of a data set; None if this machine has no data or no tokenizer."""
+    folder = Path(config.model.path)
+    if not Path(path).is_file() or not list(folder.glob("tokenizer*")):
+        return None
+    data = config.data
+    examples = load_examples(path, prompt_key=data.prompt_key, answer_key=data.answer_key, limit=_READ_AT_MOST)
+    tokenization = Tokenization(folder, vocab_size=2**31)
+    return max(len(ids) for ids in tokenization.encode_all(examples, data.max_prompt_tokens))
