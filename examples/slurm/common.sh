@@ -224,6 +224,11 @@ start_servers() {
     [ "$RLVR_SERVERS" != none ] || return 0
     local count=$train_nodes first=0 deadline urls
     [ "$server_nodes" = 0 ] || count=$server_nodes first=$train_nodes
+    # The servers demand this key, and the training processes send it. Environments are for this user alone, unlike arguments.
+    if [ -z "${RLVR_SGLANG_KEY:-}" ]; then
+        RLVR_SGLANG_KEY=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+    fi
+    export RLVR_SGLANG_KEY
     # Not --output, in which a percent sign of the run directory would be a pattern.
     step_output=$attempt/servers.log
     start_step --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --relative="$first" \
@@ -234,11 +239,13 @@ start_servers() {
         return
     fi
     server_step=$step step=''
+    mkdir -p "$attempt/servers"
+    echo run > "$attempt/servers/wanted"
     deadline=$((SECONDS + RLVR_SERVER_SECONDS))
     until [ "$(find "$attempt/servers" -maxdepth 1 -name "*.urls" 2> /dev/null | wc -l)" = "$count" ]; do
         [ -z "$asked" ] || stopped
         kill -0 "$server_step" 2> /dev/null ||
-            fail 1 "the SGLang servers ended: $(tail -n 1 "$attempt/servers.log")"
+            fail 1 "the SGLang servers ended: $(grep -v '^srun:\|^slurmstepd' "$attempt/servers.log" | tail -n 1)"
         [ $SECONDS -lt $deadline ] ||
             fail 1 "the SGLang servers did not answer in RLVR_SERVER_SECONDS=$RLVR_SERVER_SECONDS s"
         pause 0.5
@@ -332,8 +339,21 @@ run_tool() {
     finish
 }
 
+# Ask the servers to end, and wait until they have removed their shared memory and sockets.
+end_servers() {
+    [ -n "$server_step" ] || return 0
+    # srun would answer a signal by killing its tasks.
+    echo stop > "$attempt/servers/wanted"
+    for _ in $(seq 300); do
+        kill -0 "$server_step" 2> /dev/null || break
+        pause 0.1
+    done
+    kill "$server_step" 2> /dev/null || true
+    server_step=''
+}
+
 finish() {
-    [ -z "$server_step" ] || kill "$server_step" 2> /dev/null || true
+    [ "$asked" = TERM ] || end_servers
     case $status in
         0)
             record "done"

@@ -8,6 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.node_address import listening_store, node_address
+
 _SHORTEST_WAIT_S = 0.1
 
 
@@ -19,6 +22,9 @@ class NodeRendezvous:
         index: index of this node in `nodes`.
         endpoint: host and port of the store.
         seconds: time from now to the deadline of the whole exchange.
+
+    Raises:
+        UserError: if the port is taken.
     """
 
     def __init__(self, nodes: Sequence[str], index: int, endpoint: tuple[str, int], seconds: float):
@@ -26,9 +32,18 @@ class NodeRendezvous:
 
         self.nodes, self.index, self.endpoint = nodes, index, endpoint
         self.deadline = time.monotonic() + seconds
-        self.store = dist.TCPStore(
-            *endpoint, is_master=index == 0, wait_for_workers=False, timeout=datetime.timedelta(seconds=seconds)
-        )
+        timeout = datetime.timedelta(seconds=seconds)
+        if index == 0:
+            address = node_address(endpoint[0])
+            try:
+                self.store = listening_store(address, endpoint[1], timeout)
+            except OSError as error:
+                raise UserError(
+                    f"port {endpoint[1]} of {address} cannot be used for the preflight ({error.strerror}): a "
+                    "process that another job left may hold it; submit again"
+                ) from error
+        else:
+            self.store = dist.TCPStore(*endpoint, is_master=False, wait_for_workers=False, timeout=timeout)
 
     def seconds_left(self) -> float:
         """Return the seconds until the deadline, always a little more than 0."""

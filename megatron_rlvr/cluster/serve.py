@@ -1,8 +1,9 @@
 """The SGLang servers of one node: ``python -m megatron_rlvr.cluster.serve --folder DIR CONFIG [key=value ...]``.
 
-Starts ``rollout.sglang.servers`` servers, each on its own GPUs, restarts those that die or hang, and stops them when it
-receives a stop signal or dies. Once all servers answer, it writes their URLs to ``DIR/NODE.urls``, comma-separated.
-Their output goes to ``DIR/NODE/server_N.log``.
+Starts ``rollout.sglang.servers`` servers, each on its own GPUs, and restarts those that die or hang. It stops them when
+it receives a stop signal, when ``DIR/wanted`` holds the word ``stop``, or when it dies. Once all servers answer, it
+writes their URLs to ``DIR/NODE.urls``, comma-separated. Their output goes to ``DIR/NODE/server_N.log``. The environment
+variable RLVR_SGLANG_KEY holds the key that they demand.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device
+from megatron_rlvr.node_address import node_address
 from megatron_rlvr.rollout.engines.sglang.kept_sets import with_kept_sets
+from megatron_rlvr.rollout.engines.sglang.server_key import KEY_VARIABLE, key_from_environment
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 
 _WATCH_PERIOD_S = 0.5
 
 
-def node_pool(config: Config, logs: Path) -> ServerPool:
+def node_pool(config: Config, logs: Path, key: str) -> ServerPool:
     """Return the servers of this node, not started yet. Other nodes can reach them, and each has its own GPUs."""
     folder = Path(config.model.path).resolve()
     sglang = replace(
         with_kept_sets(config.rollout, folder),
-        server={"host": "0.0.0.0", **config.rollout.sglang.server},
+        server={"host": node_address(node_name()), **config.rollout.sglang.server},
         # This process does not know when the trainer has a server load weights, and a server may be silent as long as
         # an update takes. The trainer's clients notice a server that hangs earlier, and send its prompts to another.
         health_timeout_seconds=max(
@@ -49,7 +52,19 @@ def node_pool(config: Config, logs: Path) -> ServerPool:
         host_name=node_name(),
         # These servers share no memory with a trainer.
         hide_other_gpus=True,
+        key=key,
     )
+
+
+def still_wanted(folder: Path) -> bool:
+    """Whether the batch script has not written ``stop`` to the file ``wanted``.
+
+    It is always the same file, because network file systems notice new contents at once but may overlook a new file.
+    """
+    try:
+        return (folder / "wanted").read_text().strip() != "stop"
+    except OSError:
+        return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,10 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     exit_with_parent()
     try:
         config = resolve(load_config(options.config, options.overrides), on_gpu=device.on_gpu())
-        pool = node_pool(config, options.folder / node)
+        key = key_from_environment()
+        if key is None:
+            raise UserError(f"no {KEY_VARIABLE} for the servers: set it to a random text here and for the trainer")
+        pool = node_pool(config, options.folder / node, key)
         with pool:
             write_text(options.folder / f"{node}.urls", ",".join(pool.urls) + "\n")
-            while not stop.wait(_WATCH_PERIOD_S):
+            while not stop.wait(_WATCH_PERIOD_S) and still_wanted(options.folder):
                 if pool.failure:
                     raise UserError(pool.failure)
     except UserError as error:

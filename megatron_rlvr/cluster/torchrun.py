@@ -15,12 +15,13 @@ the c10d rendezvous on the first node. This program adds what torchrun does not 
 from __future__ import annotations
 
 import argparse
+import datetime
 import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -31,8 +32,10 @@ from megatron_rlvr.cluster import node_name
 from megatron_rlvr.cluster.outcome import Outcome, await_outcomes
 from megatron_rlvr.cluster.rank_exit import STOP_SIGNALS, RankExit, first_failure, log_path, read_exit
 from megatron_rlvr.cluster.rank_supervisor import supervisor_command
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED
 from megatron_rlvr.log_tail import last_error
+from megatron_rlvr.node_address import LOOPBACK, listening_store, node_address
 
 _JOIN_TIMEOUT_S = 300
 
@@ -91,9 +94,12 @@ def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) 
         del os.environ["TORCH_CPP_LOG_LEVEL"]
 
     arguments = [f"--nnodes={options.nnodes}", f"--nproc-per-node={options.nproc_per_node}", "--max-restarts=0"]
-    arguments += ["--rdzv-backend=c10d", f"--rdzv-id={options.rdzv_id}", f"--rdzv-endpoint={options.rdzv_endpoint}"]
+    name, endpoint = node_name(), options.rdzv_endpoint
+    if options.nnodes == 1:
+        name, endpoint = LOOPBACK, f"{LOOPBACK}:{endpoint.rpartition(':')[2]}"
+    arguments += ["--rdzv-backend=c10d", f"--rdzv-id={options.rdzv_id}", f"--rdzv-endpoint={endpoint}"]
     # torchrun numbers nodes in the order of their addresses, by default the host names, which can differ from Slurm's.
-    arguments += [f"--local-addr={node_name()}"]
+    arguments += [f"--local-addr={name}"]
     arguments += [f"--rdzv-conf=join_timeout={_JOIN_TIMEOUT_S},is_host={int(hosts_rendezvous(options))}"]
     arguments += ["--signals-to-handle=SIGQUIT", "--no-python"]
     try:
@@ -119,17 +125,23 @@ def hosts_rendezvous(options: argparse.Namespace) -> bool:
 
 @contextmanager
 def rendezvous_kept(options: argparse.Namespace) -> Iterator[None]:
-    """Keep the rendezvous open until the end of the block, on the node that hosts it. torchrun closes it earlier."""
-    if options.nnodes == 1 or not hosts_rendezvous(options):
+    """Keep the rendezvous open until the end of the block, on the node that hosts it. torchrun closes it earlier.
+
+    It listens only at the address that the nodes of the job use. torchrun's own would listen at all addresses.
+
+    Raises:
+        UserError: if the port is taken.
+    """
+    if not hosts_rendezvous(options):
         yield
         return
-    from torch.distributed import TCPStore
-
-    host, _, port = options.rdzv_endpoint.rpartition(":")
-    store = None
-    with suppress(RuntimeError):  # torchrun will fail in the same way and report the error
-        # Two stores of one process at the same port share a server.
-        store = TCPStore(host, int(port), is_master=True, multi_tenant=True, wait_for_workers=False)
+    port = int(options.rdzv_endpoint.rpartition(":")[2])
+    address = LOOPBACK if options.nnodes == 1 else node_address(node_name())
+    try:
+        # Two stores of one process at the same port share a server, so torchrun uses this one.
+        store = listening_store(address, port, datetime.timedelta(seconds=_JOIN_TIMEOUT_S), multi_tenant=True)
+    except OSError as error:
+        raise UserError(f"port {port} of {address} cannot be used for the rendezvous ({error.strerror})") from error
     yield
     del store
 
@@ -148,10 +160,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = StopRequest()
     exit_with_parent()
     options.logs.mkdir(parents=True, exist_ok=True)
-    with rendezvous_kept(options):
-        outcome = run(options, command, stop)
+    try:
+        with rendezvous_kept(options):
+            outcome = run(options, command, stop)
+            outcome.write(options.logs)
+            await_outcomes(options.logs, options.nnodes)
+    except UserError as error:
+        outcome = Outcome(1, str(error))  # another attempt uses another port
         outcome.write(options.logs)
-        await_outcomes(options.logs, options.nnodes)
     return outcome.status
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.server_key import KEY_VARIABLE
 from tests.processes import ROOT
 
 PYTHON = Path(os.environ.get("SGLANG_PYTHON", ROOT / ".venv-sglang" / "bin" / "python"))
@@ -30,8 +32,16 @@ def sglang() -> SGLangConfig:
 
 @pytest.fixture(scope="session")
 def servers(sglang: SGLangConfig, small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """A pool of one server with the small model."""
+    """A pool of one server with the small model, whose key is in the environment. It must leave no files behind."""
     from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 
-    with ServerPool(sglang, small_model, "float32", tmp_path_factory.mktemp("sglang")) as pool:
+    temporary = tmp_path_factory.mktemp("tmp")
+    sglang = dataclasses.replace(sglang, environment={"TMPDIR": str(temporary)})
+    pool = ServerPool(sglang, small_model, "float32", tmp_path_factory.mktemp("sglang"))
+    with pytest.MonkeyPatch.context() as patch, pool:
+        patch.setenv(KEY_VARIABLE, pool.key)
         yield pool
+        (note,) = temporary.glob("*/shared_memory")
+        shared = [Path("/dev/shm", name) for name in note.read_text().split()]
+    assert shared and not any(file.exists() for file in shared)
+    assert not list(temporary.iterdir())

@@ -30,7 +30,7 @@ def servers_of(trainer: int) -> list[psutil.Process]:
     for process in psutil.Process(trainer).children(recursive=True):
         try:
             words = process.cmdline()
-            if "sglang.launch_server" not in words:
+            if not any(word.endswith("launch_with_key.py") for word in words):
                 continue
             with socket.create_connection(("127.0.0.1", int(words[words.index("--port") + 1])), timeout=1.0):
                 listening.append(process)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.server_key import headers, key_from_environment
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from tests.generation import generate
 from tests.small_model import make_small_model
@@ -233,8 +235,26 @@ def test_surplus_prompts_are_aborted_at_the_server(engine, servers) -> None:
 
 def _running(url: str) -> int:
     """Return the number of running and waiting requests of a server."""
-    loads = httpx.get(f"{url}/v1/loads?include=core", timeout=200.0).json()["loads"]
+    loads = httpx.get(f"{url}/v1/loads?include=core", headers=headers(key_from_environment()), timeout=200.0).json()[
+        "loads"
+    ]
     return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+
+def test_only_the_holder_of_the_key_can_replace_the_weights(servers, small_model: Path) -> None:
+    url, body = f"{servers.urls[0]}/update_weights_from_disk", {"model_path": str(small_model), "weight_version": "77"}
+    for wrong in (None, "another", servers.key[:-1]):
+        assert httpx.post(url, json=body, headers=headers(wrong), timeout=200.0).status_code == 401
+    info = f"{servers.urls[0]}/model_info"
+    assert httpx.get(info, timeout=200.0).status_code == 401
+    assert httpx.get(info, headers=headers(servers.key), timeout=200.0).json()["weight_version"] != "77"
+    assert httpx.post(url, json=body, headers=headers(servers.key), timeout=200.0).json()["success"]
+    assert httpx.get(info, headers=headers(servers.key), timeout=200.0).json()["weight_version"] == "77"
+    shown = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True).stdout
+    assert "launch_with_key.py" in shown and servers.key not in shown
+    log = servers.servers[0].log
+    assert "server_args=" in log.read_text() and servers.key not in log.read_text()
+    assert log.stat().st_mode & 0o077 == 0
 
 
 def test_memory_is_released_and_resumed(policy, engine) -> None:

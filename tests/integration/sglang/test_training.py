@@ -92,7 +92,7 @@ def test_run_survives_the_death_of_its_only_server(run_yaml: Path, sglang: SGLan
             assert trainer.poll() is None, (tmp_path / "output").read_text()[-3000:]
             time.sleep(0.02)
         family = psutil.Process(trainer.pid).children(recursive=True)
-        servers = [p for p in family if "sglang.launch_server" in p.cmdline()]
+        servers = [p for p in family if any(word.endswith("launch_with_key.py") for word in p.cmdline())]
         assert servers
         servers[0].kill()
         assert trainer.wait() == 0, (tmp_path / "output").read_text()[-3000:]

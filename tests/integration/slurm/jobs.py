@@ -103,7 +103,7 @@ class Job:
         self._kill(r"^\S*python\S* -m megatron_rlvr\.cluster\.torchrun ", node)
 
     def kill_server(self, node: str = "") -> None:
-        self._kill(r"^\S*python\S* -m sglang\.launch_server ", node)
+        self._kill(r"^\S*python\S* \S*/launch_with_key\.py ", node)
 
     def kill_batch_script(self) -> None:
         self._kill("slurm_script", "")

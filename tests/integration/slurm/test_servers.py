@@ -23,12 +23,16 @@ def test_both_placements_and_a_killed_server_give_the_same_run(quickstart: Job, 
     assert split.finish() == "COMPLETED"
     log = split.run / "slurm" / f"{split.id}.0" / "servers" / "n3" / "server_0.log"
     assert log.is_file()
-    assert re.search(r"SGLang servers: http://n3:\d+\n", split.cluster.output(split.id))
+    assert [file.name for file in log.parents[1].glob("*.urls")] == ["n3.urls"]
+    (urls,) = re.findall(r"SGLang servers: (\S+)\n", split.cluster.output(split.id))
+    assert urls == (log.parents[1] / "n3.urls").read_text().strip()
 
     colocated.variables = {"RLVR_SERVERS": "colocated"}
     colocated.submit(f"steps={STEPS}")
     assert colocated.finish() == "COMPLETED"
-    assert re.search(r"SGLang servers: http://n1:\d+,http://n2:\d+\n", colocated.cluster.output(colocated.id))
+    (urls,) = re.findall(r"SGLang servers: (\S+)\n", colocated.cluster.output(colocated.id))
+    folder = colocated.run / "slurm" / f"{colocated.id}.0" / "servers"
+    assert urls.split(",") == [(folder / f"n{node}.urls").read_text().strip() for node in (1, 2)]
     assert len(split.metrics()) == STEPS
     assert split.metrics() == colocated.metrics()
 

@@ -90,7 +90,7 @@ def test_evaluation_of_a_checkpoint(uninterrupted: Job, tmp_path: Path, job_envi
     variables = {"RLVR_PROCESSES_PER_NODE": "2"}  # its nodes have GPUs in name only
     job.id = job.cluster.submit(job.script, *arguments, f"run_directory={tmp_path / 'job'}", **variables)
     assert job.finish() == "COMPLETED", job.cluster.output(job.id)
-    assert re.search(r"SGLang servers: http://n\d+:\d+\n", job.cluster.output(job.id))
+    assert re.search(r"SGLang servers: http://127\.0\.0\.1:\d+\n", job.cluster.output(job.id))
     assert '"step": 16' in (uninterrupted.run / "evaluation_step_16.json").read_text()
     assert not job.cluster.orphans(job.id)
 

@@ -41,7 +41,7 @@ class Client:
         unavailable: Callable[[], str | None] = lambda: None,
     ):
         self.config, self.state, self.unavailable = config, state, unavailable
-        self.endpoints = [Endpoint(url, config) for url in urls]
+        self.endpoints = [Endpoint(url, config, key=state.key) for url in urls]
         self._capacity_changed = asyncio.Event()
 
     async def __aenter__(self) -> Client:

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 from megatron_rlvr.config_schema import Bounds, PositiveInt, Seconds
 from megatron_rlvr.errors import UserError
 
-SET_BY_THE_TRAINER = ("model_path", "model", "port", "weight_version", "skip_tokenizer_init")
+SET_BY_THE_TRAINER = (
+    "model_path",
+    "model",
+    "port",
+    "weight_version",
+    "skip_tokenizer_init",
+    "api_key",
+    "admin_api_key",
+)
 """Arguments of ``sglang.launch_server`` that a configuration must not set."""
 
 
@@ -17,7 +25,8 @@ class SGLangConfig:
     """SGLang servers, for ``rollout.engine: sglang``."""
 
     urls: list[str] = field(default_factory=list)
-    """URLs of running servers, ``http://host:port``; if empty, the trainer starts as many servers as `servers` says."""
+    """URLs of running servers, ``http://host:port``; if empty, the trainer starts as many servers as `servers` says.
+    The environment variable RLVR_SGLANG_KEY holds the key (``--api-key``) of running servers that demand one."""
     servers: Annotated[int, Bounds(above=0, cap=1024)] = 1
     """Servers that the trainer starts on the machine of its main process."""
     python: str | None = None
@@ -70,6 +79,11 @@ class SGLangConfig:
         for name in self.server:
             if name.replace("-", "_") in SET_BY_THE_TRAINER:
                 raise UserError(f"rollout.sglang.server.{name} is set by the trainer itself: leave it out")
+            if name.replace("-", "_") == "tokenizer_worker_num" and self.server[name] not in (1, None):
+                raise UserError(
+                    f"rollout.sglang.server.{name}={self.server[name]}: SGLang checks no key with more than one "
+                    "tokenizer process, and servers get token ids: leave it out"
+                )
             if name.replace("-", "_") == "trust_remote_code" and self.server[name] not in (False, None):
                 raise UserError(
                     f"rollout.sglang.server.{name} would run Python code of the model folder, which no supported model "

@@ -11,6 +11,7 @@ from megatron_rlvr import checked_input
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.http import ConnectionLostError, Connections, Reply, ReplyTimeoutError
+from megatron_rlvr.rollout.engines.sglang.server_key import KEY_VARIABLE
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 
 _PROBE_PERIOD_S = 1.0
@@ -33,6 +34,7 @@ class Endpoint:
         prompts_in_flight: number of prompts that it works on for this client.
         open_requests: the requests of these prompts.
         probe_now: set this event to have the server probed at once.
+        key: the key that the server demands; None if it demands none.
     """
 
     url: str
@@ -43,10 +45,11 @@ class Endpoint:
     prompts_in_flight: int = 0
     open_requests: set[asyncio.Task[Reply]] = field(default_factory=set)
     probe_now: asyncio.Event = field(default_factory=asyncio.Event)
+    key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/")
-        self.connections = Connections(self.url)
+        self.connections = Connections(self.url, self.key)
 
     def mark_lost(self, why: str) -> ServerLostError:
         """Stop using the server and cancel its open requests; returns the exception to raise."""
@@ -82,19 +85,31 @@ class Endpoint:
             raise self.mark_lost(str(error)) from error
         if reply.status >= 500:
             raise self.mark_lost(f"status {reply.status}")
-        return reply
+        return self._authorized(reply)
 
     async def request(self, method: str, path: str, timeout: float, body: Any = None) -> Reply:
         """Send any other request.
 
         Raises:
             ServerLostError: if there is no answer within `timeout` seconds.
+            UserError: if the server refuses the key.
         """
         try:
             data = b"" if body is None else json.dumps(body).encode()
-            return await self.connections.request(method, path, timeout, data)
+            reply = await self.connections.request(method, path, timeout, data)
         except (ConnectionLostError, ReplyTimeoutError) as error:
             raise ServerLostError(f"{path}: {error}") from error
+        return self._authorized(reply)
+
+    def _authorized(self, reply: Reply) -> Reply:
+        """Return the reply; raises UserError if the server refuses this client's key."""
+        if reply.status not in (401, 403):
+            return reply
+        found = "it demands a key" if self.key is None else "it demands another key"
+        raise UserError(
+            f"{self.url} refuses this run (status {reply.status}): {found}; set {KEY_VARIABLE} to the --api-key that "
+            "the server was started with"
+        )
 
     async def command(self, path: str, body: Any, action: str) -> None:
         """Send a request that changes the server and wait until it reports success.

@@ -19,6 +19,7 @@ from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import ServerLostError
 from megatron_rlvr.rollout.engines.sglang.kept_sets import check_server, is_cut, requested_top_k, with_kept_sets
+from megatron_rlvr.rollout.engines.sglang.server_key import key_from_environment
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.engines.sglang.weight_sync.sync import UpdateOutcome, WeightSync
@@ -59,7 +60,10 @@ class SGLangEngine:
                 dtype = str(policy.bridge.dtype).removeprefix("torch.")
                 servers = with_kept_sets(rollout, model_folder)
                 self.pool = resources.enter_context(ServerPool(servers, model_folder, dtype, directory / "logs"))
-            urls = waiting.broadcast_from_main(self.pool.urls if self.pool else None, "the start of the SGLang servers")
+            started = (self.pool.urls, self.pool.key) if self.pool else None
+            urls, self.state.key = waiting.broadcast_from_main(started, "the start of the SGLang servers")
+        else:
+            self.state.key = key_from_environment()
         self.urls = urls
         self.weight_sync = WeightSync(self.config, policy, urls, self.state, directory / "weights", self.pool)
         resources.callback(self.weight_sync.close)

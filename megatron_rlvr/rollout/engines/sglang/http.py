@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_rlvr.checked_input import parse_json
+from megatron_rlvr.rollout.engines.sglang.server_key import headers
 
 _CONNECT_TIMEOUT_S = 5.0
 _LARGEST_HEADER = 2**16
@@ -56,10 +57,12 @@ class Connections:
 
     Attributes:
         url: URL of the server.
+        key: the key that the server demands; None if it demands none.
         idle: connections without a request; a request takes one of them or opens a new one.
     """
 
     url: str
+    key: str | None = field(default=None, repr=False)
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -87,8 +90,9 @@ class Connections:
                 reply that is too large or compressed.
             ReplyTimeoutError: if `timeout` passes.
         """
+        authorization = "".join(f"{name}: {value}\r\n" for name, value in headers(self.key).items())
         head = (
-            f"{method} {self.prefix}{path} HTTP/1.1\r\nHost: {self.netloc}\r\n"
+            f"{method} {self.prefix}{path} HTTP/1.1\r\nHost: {self.netloc}\r\n{authorization}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         ).encode()
         try:

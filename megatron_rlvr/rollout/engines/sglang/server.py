@@ -24,8 +24,12 @@ from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.gpu_share import fraction_after_restart, free_gib
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout, command_line, normalized
+from megatron_rlvr.rollout.engines.sglang.server_files import ServerFiles
+from megatron_rlvr.rollout.engines.sglang.server_key import KEY_VARIABLE, headers
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_END_PERIOD_S = 0.05
+_PROGRAM = Path(__file__).with_name("launch_with_key.py")
 _TRAINER_ONLY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
 
 
@@ -42,6 +46,7 @@ class Server:
         host_name: name under which other machines reach this one; None means the name that the machine reports.
         hide_other_gpus: whether the process sees only its own GPUs. This must be False for servers that share memory
             with the trainer, because CUDA IPC names a GPU by its index.
+        key: the key that the server demands; None if it demands none.
 
     Attributes:
         arguments: arguments of ``sglang.launch_server``, without those that change from start to start.
@@ -65,8 +70,9 @@ class Server:
         number: int = 0,
         host_name: str | None = None,
         hide_other_gpus: bool = False,
+        key: str | None = None,
     ):
-        self.config, self.log = config, log
+        self.config, self.log, self._key = config, log, key
         defaults: dict[str, Any] = {"host": "127.0.0.1", "dtype": dtype}
         self.environment = dict(os.environ)
         # With these variables, a server would use the trainer's rendezvous.
@@ -80,7 +86,8 @@ class Server:
             defaults["sleep_on_idle"] = True  # otherwise an idle server keeps a core busy
             self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
         without_expandable_segments(self.environment)
-        self.environment |= config.environment
+        self.environment.pop(KEY_VARIABLE, None)
+        self.environment |= config.environment | ({KEY_VARIABLE: key} if key else {})
         self.arguments = defaults | normalized(config.server)
         self.gpus: list[str] = []
         if device.on_gpu():
@@ -96,6 +103,7 @@ class Server:
         reachable = (host_name or socket.gethostname()) if self.host == "0.0.0.0" else self.host
         self.url = f"http://{reachable}:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
+        self._files: ServerFiles | None = None
         self.ready = False
         self.folder: Path | None = None
         self.started_at = 0.0
@@ -123,7 +131,7 @@ class Server:
                 "executable"
             )
         self.ready, self.folder, self.started_at = False, folder, time.monotonic()
-        command = [python, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(self.port)]
+        command = [python, str(_PROGRAM), "--model-path", str(folder), "--port", str(self.port)]
         command += [
             "--weight-version",
             str(version),
@@ -132,13 +140,15 @@ class Server:
         ]
         # A trainer that is killed with SIGKILL cannot stop its servers, so the kernel does. SGLang binds its workers to
         # the server in the same way, so all processes end.
-        with self.log.open("ab") as log:
+        self._files = ServerFiles(self.environment)
+        # The log is for this user alone, like the server.
+        with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             self.process = subprocess.Popen(
                 bound_command(command, parent=os.getpid()),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=self.environment,
+                env=self.environment | {"TMPDIR": str(self._files.temporary)},
                 start_new_session=True,
             )
         self.starts += 1
@@ -157,8 +167,9 @@ class Server:
     def became_ready(self) -> None:
         """Note that the server passed a health check after a start, and the share of memory that SGLang chose."""
         self.ready, self.failed_starts, self.died_at = True, 0, None
+        self._note_files()
         if self.gpus and self._memory_fraction is None:
-            reply = httpx.get(f"{self.url}/server_info", timeout=60.0, trust_env=False, verify=False)
+            reply = self._get("/server_info", 60.0)
             self._memory_fraction = float(reply.json()["mem_fraction_static"])
 
     def answers(self, timeout: float) -> bool:
@@ -172,20 +183,48 @@ class Server:
         """Whether the server generates a token within `timeout` seconds."""
         return self._gets("/health_generate", timeout)
 
+    def _get(self, path: str, timeout: float) -> httpx.Response:
+        own = headers(self._key)
+        return httpx.get(f"{self.url}{path}", timeout=timeout, headers=own, trust_env=False, verify=False)
+
     def _gets(self, path: str, timeout: float) -> bool:
         try:
-            reply = httpx.get(f"{self.url}{path}", timeout=timeout, trust_env=False, verify=False)
+            reply = self._get(path, timeout)
             return reply.status_code == 200
         except httpx.HTTPError:
             return False
 
-    def kill(self) -> None:
-        """Kill the process group and wait for its first process to end."""
+    def _note_files(self) -> None:
+        if self.process is not None and self._files is not None:
+            self._files.note_shared_memory(self.process.pid)
+
+    def ask_to_end(self) -> None:
+        """Send SIGTERM, on which SGLang ends its workers."""
         if self.process is not None:
+            self._note_files()
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
+
+    def kill(self, deadline: float | None = None) -> None:
+        """Kill the process group, and wait for its first process to end.
+
+        Args:
+            deadline: how long a server that was asked to end may take, on the monotonic clock. None means no longer.
+        """
+        if self.process is not None:
+            # Not reaped before its group is killed, so that the group's id cannot belong to others by then.
+            unreaped = os.WEXITED | os.WNOWAIT | os.WNOHANG
+            while deadline is not None and time.monotonic() < deadline and self.process.returncode is None:
+                if os.waitid(os.P_PID, self.process.pid, unreaped) is not None:
+                    break
+                time.sleep(_END_PERIOD_S)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+        if self._files is not None:
+            self._files.remove()
+            self._files = None
         self.ready = False
 
     def where_to_look(self) -> str:

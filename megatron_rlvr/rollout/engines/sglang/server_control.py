@@ -24,14 +24,15 @@ class ServerControl:
     Args:
         urls: URLs of the servers.
         config: timeouts, and what a pause does to running requests.
+        key: the key that the servers demand.
     """
 
-    def __init__(self, urls: Sequence[str], config: SGLangConfig):
-        self.urls, self.config = urls, config
+    def __init__(self, urls: Sequence[str], config: SGLangConfig, key: str | None = None):
+        self.urls, self.config, self.key = urls, config, key
 
     def endpoints(self) -> list[Endpoint]:
         """Return new endpoints for the running event loop, because connections belong to one loop."""
-        return [Endpoint(url, self.config) for url in self.urls]
+        return [Endpoint(url, self.config, key=self.key) for url in self.urls]
 
     async def pause_generation(self) -> None:
         """Pause generation; ``rollout.sglang.interrupt`` decides what happens to running requests."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
@@ -15,10 +15,14 @@ from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout, normalized
 from megatron_rlvr.rollout.engines.sglang.server import Server, visible_gpus
+from megatron_rlvr.rollout.engines.sglang.server_key import new_key
 
 _WATCH_PERIOD_S = 0.5
 _HEALTH_CHECK_PERIOD_S = 2.0
 _MAX_FAILED_STARTS = 3
+# SGLang looks every five seconds whether it was asked to end, and its workers may take as long again.
+_GRACE_S = 20.0
+_GRACE_OF_HUNG_SERVER_S = 8.0
 
 
 class ServerPool:
@@ -34,6 +38,7 @@ class ServerPool:
         dtype: dtype of the model, in SGLang's spelling.
         logs: folder of the log files, one per server.
         host_name, hide_other_gpus: see `Server`.
+        key: the key that the servers demand; None means a new one.
 
     Attributes:
         servers: the servers, in the order of their GPUs.
@@ -51,12 +56,14 @@ class ServerPool:
         logs: Path,
         host_name: str | None = None,
         hide_other_gpus: bool = False,
+        key: str | None = None,
     ):
         self.config = config
+        self.key = key or new_key()
         _check_gpus(config)
         logs.mkdir(parents=True, exist_ok=True)
         self.servers = [
-            Server(config, dtype, logs / f"server_{number}.log", number, host_name, hide_other_gpus)
+            Server(config, dtype, logs / f"server_{number}.log", number, host_name, hide_other_gpus, self.key)
             for number in range(config.servers)
         ]
         self.failure: str | None = None
@@ -95,8 +102,7 @@ class ServerPool:
         if self._watcher.is_alive():
             self._watcher.join(timeout=self.config.health_timeout_seconds + 5.0)
         self._probes.shutdown(wait=False)
-        for server in self.servers:
-            server.kill()
+        self._end(self.servers, _GRACE_S)
 
     @contextmanager
     def without_health_checks(self) -> Iterator[None]:
@@ -195,7 +201,7 @@ class ServerPool:
 
     def _restart(self, server: Server) -> None:
         """Start a server again. If its GPUs have too little free memory, the next call of `_supervise` tries again."""
-        server.kill()
+        self._end([server], _GRACE_OF_HUNG_SERVER_S)
         try:
             server.start(*self._start_weights)
             server.died_at = None
@@ -204,6 +210,14 @@ class ServerPool:
             server.died_at = server.died_at or now
             if now - server.died_at > self.config.start_timeout_seconds:
                 self.failure, server.died_at = f"an SGLang server could not be started again: {error}", None
+
+    def _end(self, servers: Sequence[Server], seconds: float) -> None:
+        """End servers by themselves within `seconds`, or by SIGKILL then."""
+        deadline = time.monotonic() + seconds
+        for server in servers:
+            server.ask_to_end()
+        for server in servers:
+            server.kill(deadline)
 
 
 def _check_gpus(config: SGLangConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_rlvr.data.completion import Completion
@@ -17,12 +17,14 @@ class ServerState:
         folder: Hugging Face folder of these weights, from which a restarted server loads them; None without a copy.
         max_staleness: how many versions older than `expected_version` the tokens of a completion may be.
         updating: whether servers are receiving weights. They need not answer meanwhile.
+        key: the key that the servers demand; None if they demand none.
     """
 
     expected_version: int
     folder: Path | None
     max_staleness: int = 0
     updating: bool = False
+    key: str | None = field(default=None, repr=False)
 
     def folder_is_complete(self) -> bool:
         """Whether the folder can be loaded. A folder gets its name when all of its files are written."""

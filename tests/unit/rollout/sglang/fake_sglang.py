@@ -27,6 +27,7 @@ class FakeServer:
         silent: keeps every connection and never answers.
         answer: computes the answer to ``/generate``.
         control: computes the answer to commands other than loading weights.
+        key: the key that it demands, except for health checks; None if it demands none.
         prompts: prompts of all requests to ``/generate``.
         loads: bodies of the requests to load weights.
         running, most_running: number of prompts in flight, and its maximum so far.
@@ -41,6 +42,7 @@ class FakeServer:
         self.dead = False
         self.silent = False
         self.answer: Callable[[dict[str, Any]], Reply] = self.completion
+        self.key: str | None = None
         self.prompts: list[list[int]] = []
         self.loads: list[dict[str, Any]] = []
         self.control: Callable[[str, dict[str, Any]], Reply] = lambda path, body: (404, {})
@@ -103,7 +105,9 @@ def fake_server() -> Iterator[FakeServer]:
 
         def do_GET(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
-            status, content = fake.reply(self.path, body)
+            known = fake.key is None or self.headers.get("Authorization") == f"Bearer {fake.key}"
+            allowed = known or self.path.startswith("/health")
+            status, content = fake.reply(self.path, body) if allowed else (401, {"error": "Unauthorized"})
             if status == 0:  # close the connection without an answer
                 self.close_connection = True
                 return

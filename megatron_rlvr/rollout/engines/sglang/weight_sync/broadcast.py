@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from megatron_rlvr.megatron import device
+from megatron_rlvr.node_address import LOOPBACK, listening_store, node_address
 from megatron_rlvr.rollout.engines.sglang.endpoint import ServerLostError
 from megatron_rlvr.rollout.engines.sglang.weight_sync.transport import Receiver
 from megatron_rlvr.weights.buckets import Bucket
@@ -59,7 +60,7 @@ class BroadcastTransport:
             return
         self.abandon()
         local = all(r.endpoint.connections.host in ("127.0.0.1", "localhost") for r in receivers)
-        host = "127.0.0.1" if local else socket.gethostname()
+        host = LOOPBACK if local else node_address(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
@@ -80,7 +81,7 @@ class BroadcastTransport:
         seconds = self.timeout if self.backend == "nccl" else min(self.timeout, _GLOO_TIMEOUT_S)
         timeout = datetime.timedelta(seconds=seconds)
         # Not dist.rendezvous: under torchrun it would connect to torchrun's store instead of starting one.
-        store = dist.TCPStore(host, port, size, is_master=True, timeout=timeout)
+        store = listening_store(host, port, timeout, world_size=size, wait_for_workers=True)
         store.set_timeout(timeout)
         # torch has no public function that forms a group with processes outside the default group.
         group, _ = distributed_c10d._new_process_group_helper(

@@ -66,7 +66,7 @@ class WeightSync:
         pool: ServerPool | None = None,
     ):
         self.config, self.policy, self.state, self.pool = config, policy, state, pool
-        self.control = ServerControl(urls, config)
+        self.control = ServerControl(urls, config, state.key)
         self.folders = WeightFolders(root, policy.bridge, self._folder_complete)
         self.transport: Transport | None = None
         if config.weight_sync == "distributed":

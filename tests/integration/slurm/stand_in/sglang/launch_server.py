@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--weight-version", default="default")
+    parser.add_argument("--api-key")
     options, _ = parser.parse_known_args()
     torch.set_num_threads(1)
     policy = Policy(options.model_path, options.weight_version)
@@ -78,8 +79,10 @@ def main() -> None:
 
         def do_GET(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
-            data = json.dumps(policy.reply(self.path, body)).encode()
-            self.send_response(200)
+            health = self.path.startswith("/health")
+            allowed = health or self.headers.get("Authorization") == f"Bearer {options.api_key}"
+            data = json.dumps(policy.reply(self.path, body) if allowed else {"error": "Unauthorized"}).encode()
+            self.send_response(200 if allowed else 401)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
