@@ -94,6 +94,8 @@ def _number(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
+LONGEST_TEXT = 4096
+"""Longest text, in characters; Linux allows no longer path."""
 LARGEST_INT = 2**31 - 1
 """Cap of whole numbers: counts and sizes become 32-bit integers in libraries."""
 
@@ -152,8 +154,11 @@ class KeyType:
             if not self.limits.allow(value):
                 reason = getattr(self.limits, "reason", "")
                 return f"be {self.limits.requirement(value)}, not {shown(value)}" + (f": {reason}" if reason else "")
-        if self.type is list and self.element is not None:
-            return next((problem for item in value if (problem := self.element.problem(item))), None)
+        if self.type is str and ("\0" in value or len(value) > LONGEST_TEXT):
+            return f"be text of at most {LONGEST_TEXT} characters, without the character NUL, not {shown(value)}"
+        if self.type in (list, dict) and self.element is not None:
+            items = value.values() if self.type is dict else value
+            return next((problem for item in items if (problem := self.element.problem(item))), None)
         return None
 
 

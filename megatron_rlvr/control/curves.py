@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,25 +80,26 @@ def read_points(file: str) -> list[tuple[float, float]]:
 
     Raises ValueError for a missing file, another header or a line that is not two numbers.
     """
-    path = Path(file)
-    if not path.is_file():
+    if not os.path.isfile(file):  # noqa: PTH113, Path.is_file raises for a name that is too long
         raise ValueError(f"target curve: no such file: {file}")
+    try:
+        with Path(file).open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.reader(lines))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"target curve: {file} cannot be read as CSV: {error}") from error
+    if not rows or [cell.strip() for cell in rows[0]] != ["progress", "entropy"]:
+        found = ",".join(rows[0])[:100] if rows else ""
+        raise ValueError(f"target curve: {file}, line 1: expected 'progress,entropy', found {found!r}")
     points = []
-    with path.open(newline="", encoding="utf-8") as lines:
-        for number, row in enumerate(csv.reader(lines), start=1):
-            if number == 1:
-                if [cell.strip() for cell in row] != ["progress", "entropy"]:
-                    raise ValueError(
-                        f"target curve: {file}, line 1: expected 'progress,entropy', found {','.join(row)!r}"
-                    )
-                continue
-            if not row:
-                continue
-            try:
-                progress, entropy = (float(cell) for cell in row)
-            except ValueError as error:
-                raise ValueError(f"target curve: {file}, line {number}: expected two numbers, found {row!r}") from error
-            points.append((progress, entropy))
+    for number, row in enumerate(rows[1:], start=2):
+        if not row:
+            continue
+        try:
+            progress, entropy = (float(cell) for cell in row)
+        except ValueError as error:
+            found = str(row)[:100]
+            raise ValueError(f"target curve: {file}, line {number}: expected two numbers, found {found}") from error
+        points.append((progress, entropy))
     return points
 
 

@@ -1,6 +1,7 @@
 """Prompts with their reference answers, read from JSONL or parquet."""
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,14 +101,18 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path}: the file type {path.suffix!r} is not supported; write a .jsonl or .parquet file")
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113, Path.is_file raises for a name that is too long
         raise UserError(f"{path}: no such file; give the path of a .jsonl or .parquet file")
     yield from _jsonl_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     # Lines are parsed one by one, so that an error names the line.
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
+    with opened as file:
         number = 0
         while raw := file.readline(LARGEST_ROW + 1):
             number += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_config(path: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    if not path.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112, Path.is_dir raises for a name that is too long
         raise UserError(
             f"model.path={path} is not a folder: give a Hugging Face model folder with config.json and safetensors"
         )

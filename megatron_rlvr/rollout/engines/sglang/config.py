@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
+from megatron_rlvr.checked_input import shown
 from megatron_rlvr.config_schema import Bounds, PositiveInt, Seconds
 from megatron_rlvr.errors import UserError
 
@@ -74,8 +76,13 @@ class SGLangConfig:
     def check(self) -> None:
         """Refuse combinations of keys that cannot work."""
         for url in self.urls:
-            if not url.startswith(("http://", "https://")):
+            if not _is_url(url):
                 raise UserError(f"rollout.sglang.urls: {url!r} is not a URL: write http://host:port")
+        for name in self.environment:
+            if not name or set(name) & {"=", "\0"}:
+                raise UserError(
+                    f"rollout.sglang.environment: {shown(name)} is not the name of a variable: write a name without ="
+                )
         for name in self.server:
             if name.replace("-", "_") in SET_BY_THE_TRAINER:
                 raise UserError(f"rollout.sglang.server.{name} is set by the trainer itself: leave it out")
@@ -89,3 +96,12 @@ class SGLangConfig:
                     f"rollout.sglang.server.{name} would run Python code of the model folder, which no supported model "
                     "needs: leave it out"
                 )
+
+
+def _is_url(text: str) -> bool:
+    """Whether a text is the URL of a host, with a valid port if it has one."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and text.isprintable()
+    except ValueError:
+        return False
