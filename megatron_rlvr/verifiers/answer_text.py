@@ -67,6 +67,8 @@ _MIXED_FRACTION = re.compile(r"(?<=\d)\s+(?=\\frac)")
 _SEPARATE_NUMBERS = re.compile(r"(?<=\d) +(?=\d)")
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE]([-+]?\d+)(?!\w)")
 _POWER = r"(?:\s?\^\s?\{?-?\d\}?)?"
+_REPEATING = re.compile(r"(?<![\d.,])(\d{1,20})\.(\d{0,20})\\(?:overline|dot|bar)\s?\{(\d{1,20})\}(?![\d\\])")
+_QUANTITY_IN_TEXT = re.compile(r"\\text\s?\{\s*([-+]?[\d.][^{}]*)\}")
 _UNIT = re.compile(rf"(?<=[\d}}])\s+[^\W\d_]{{2,}}\.?{_POWER}(?:[\s/]+[^\W\d_]+\.?{_POWER})*$")
 # An exclamation mark ends a sentence only behind a formula: "3!" is a factorial.
 _PUNCTUATION = re.compile(r"(?:\\?[.]|(?<!\\)[,;]|(?<=\$)!|\s)+$")
@@ -94,6 +96,9 @@ def plain_latex(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = _CURRENCY.sub("", text)
     text = _without_wrappers(" ".join(text.split()))
+    if quantity := _QUANTITY_IN_TEXT.fullmatch(text):
+        text = quantity[1].strip()
+    text = _REPEATING.sub(_fraction_of_repeating, text)
     text = _GROUPS_OF_THOUSANDS.sub(lambda number: number[0].replace(" ", ""), text)
     text = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", text)
     text = _MIXED_FRACTION.sub("", text)
@@ -102,9 +107,16 @@ def plain_latex(text: str) -> str:
     return _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text).strip()
 
 
+def _fraction_of_repeating(number: re.Match[str]) -> str:
+    """Return 0.1\\overline{6} as a fraction."""
+    whole, once, repeated = number.groups()
+    difference = int(whole + once + repeated) - int(whole + once)
+    return f"\\frac{{{difference}}}{{{10 ** len(once) * (10 ** len(repeated) - 1)}}}"
+
+
 def without_unit(text: str) -> str:
     """Remove words at the end of a quantity: "34 apples" becomes "34", "60 km/h" becomes "60"."""
-    return _UNIT.sub("", text)
+    return text if ":" in text else _UNIT.sub("", text)  # the PM of 7:30 PM is no unit
 
 
 def _without_wrappers(text: str) -> str:

@@ -25,6 +25,7 @@ _CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?=\s|$))\s*(.*)", re.DOTALL)
 # Decimals are compared as math-verify does, to this many places, and besides with this relative tolerance, without
 # which all small numbers would be equal.
 _DECIMAL_PLACES, _DECIMAL_TOLERANCE = 6, Fraction(1, 10_000)
+_FLOAT64_TOLERANCE = Fraction(1, 10**15)
 _EXACT_TOLERANCE = 1e-12
 
 
@@ -128,9 +129,13 @@ def _number(text: str) -> Fraction | None:
 
 
 def _numbers_equal(first: Fraction, second: Fraction) -> bool:
-    if first == second or (first.denominator == 1 and second.denominator == 1):
-        return first == second
-    if abs(first - second) > _DECIMAL_TOLERANCE * max(abs(first), abs(second)):
+    if first == second:
+        return True
+    difference = abs(first - second) / max(abs(first), abs(second))
+    if first.denominator == 1 or second.denominator == 1:
+        # A whole number is meant exactly, but 2.9999999999999996 of a data file is 3.
+        return first.denominator != second.denominator and difference < _FLOAT64_TOLERANCE
+    if difference > _DECIMAL_TOLERANCE:
         return False
     return round(first, _DECIMAL_PLACES) == round(second, _DECIMAL_PLACES)
 
