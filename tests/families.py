@@ -50,6 +50,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2-tied-odd-vocabulary": {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": VOCABULARY + 1},
     "qwen3-odd-vocabulary": {"model_type": "qwen3", "head_dim": 8, "vocab_size": VOCABULARY + 1},
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES |= {
+    "qwen3-yarn": {"model_type": "qwen3", "head_dim": 8, "rope_parameters": _YARN},
+    "llama-linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "qwen2-dynamic": {
+        "model_type": "qwen2",
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    },
+}
+_GEMMA3 = {
+    "model_type": "gemma3_text",
+    "tie_word_embeddings": True,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+_GEMMA3_LINEAR = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+FAMILIES |= {
+    "gemma3": _GEMMA3,
+    "gemma3-linear": {**_GEMMA3, "rope_parameters": _GEMMA3_LINEAR, "vocab_size": VOCABULARY + 1},
+}
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3-moe": {
         "model_type": "qwen3_moe",

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -73,6 +74,7 @@ class SDPAttention(MegatronModule):
 
     Attributes:
         cache: key/value cache of the local rollout engine; None in training.
+        window: number of latest keys, its own included, that a query attends to; None for all.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class SDPAttention(MegatronModule):
         if config.attention_dropout:
             raise NotImplementedError("attention_dropout must be 0: RLVR needs the same probabilities in every pass")
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] + 1 if windowed else None
         self.cache: KeyValueCache | None = None
 
     def forward(
@@ -115,12 +119,17 @@ class SDPAttention(MegatronModule):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.cache is not None:
             k, v = self.cache.append(k, v)
+        visible = None if attention_mask is None else ~attention_mask
+        if self.window is not None and k.size(2) > self.window:
+            # A mask of prompts is causal already, and one of a single new token hides only padding.
+            causal = visible if visible is not None else True
+            visible = _latest_keys(q.size(2), k.size(2), self.window, q.device) & causal
         context = scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None and q.size(2) > 1,
+            attn_mask=visible,
+            is_causal=visible is None and q.size(2) > 1,
             scale=self.scale,
             enable_gqa=k.size(1) != q.size(1),
         )
@@ -153,7 +162,9 @@ class SDPAttention(MegatronModule):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         queries, keys = q.size(2), k.size(2)
         mask = None
-        if keys > queries:
+        if self.window is not None and keys > self.window:
+            mask = _latest_keys(queries, keys, self.window, q.device)
+        elif keys > queries:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         causal = mask is None and queries > 1
         grouped = k.size(1) != q.size(1)
@@ -161,3 +172,12 @@ class SDPAttention(MegatronModule):
             q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
         )
         return context.permute(2, 0, 1, 3)
+
+
+def _latest_keys(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """Return which keys the last `queries` positions attend to, their latest `window`: bool [queries, keys].
+
+    Keys are counted by position in the batch. Padding is on the left or on the right, so it does not change distances.
+    """
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance >= 0) & (distance < window)

@@ -16,7 +16,6 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rlvr.megatron import device, fusions, layer_spec
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
@@ -24,6 +23,7 @@ from megatron_rlvr.megatron.families import family_of
 from megatron_rlvr.megatron.huggingface_config import is_tied, read_config
 from megatron_rlvr.megatron.layout_checks import check_layout
 from megatron_rlvr.megatron.model import PolicyModel
+from megatron_rlvr.megatron.rotary import inverse_frequencies
 from megatron_rlvr.megatron.transformer_settings import transformer_settings
 from megatron_rlvr.megatron.weight_export import WeightExport
 from megatron_rlvr.megatron.weight_loading import EMBEDDING, OUTPUT, TensorReader, load_weights
@@ -101,20 +101,20 @@ class PolicyBridge:
         with torch.device("meta") if shapes_only else nullcontext(), fusions.output_layer_without_apex():
             model = PolicyModel(
                 config=config,
-                transformer_layer_spec=layer_spec.layer_spec(config, self.spec_name, vp_stage),
+                transformer_layer_spec=layer_spec.layer_spec(config, self.spec_name, self.family, vp_stage),
                 vocab_size=self.padded_vocabulary,
                 max_sequence_length=self.context_length,
                 pre_process=parallel_state.is_pipeline_first_stage(**stage),
                 post_process=parallel_state.is_pipeline_last_stage(**stage),
                 share_embeddings_and_output_weights=is_tied(self.hf_config),
                 position_embedding_type="rope",
-                rotary_base=self.hf_config.rope_parameters["rope_theta"],
                 vp_stage=vp_stage,
             )
-        if self.hf_config.rope_parameters["rope_type"] == "llama3":
-            # megatron-core's scaling accepts only the factor, but a model may also change the wavelengths.
-            frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](self.hf_config, device.device())
-            model.rotary_pos_emb.inv_freq = frequencies
+        if not shapes_only:
+            # megatron-core knows only some of the types of RoPE, and not all of their parameters.
+            model.rotary_pos_emb.inv_freq = inverse_frequencies(self.hf_config, device.device())
+        if self.family.embedding_scale is not None:
+            model.embedding_scale = self.family.embedding_scale(self.hf_config)
         model.vocabulary = self.vocab_size
         # Under context parallelism a microbatch selects its positions itself, so it needs the angles of all positions.
         model.rotary_pos_emb.cp_group = None

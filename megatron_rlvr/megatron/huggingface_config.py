@@ -10,6 +10,7 @@ from typing import Any
 from megatron_rlvr.checked_input import InvalidInputError, checked, describe, field, one_line, read_json
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.families import FAMILIES, family_of
+from megatron_rlvr.megatron.rotary import ROPE_TYPES, rope_parameters
 
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob")
 _SIZES = {
@@ -24,6 +25,8 @@ _SIZES = {
     "num_experts": (1, 2**14),
     "num_experts_per_tok": (1, 2**14),
     "max_position_embeddings": (1, 2**31),
+    "sliding_window": (1, 2**31),
+    "query_pre_attn_scalar": (1, 2**20),
 }
 _NUMBERS = {"rms_norm_eps": (1e-12, 1.0), "initializer_range": (0.0, 100.0), "router_aux_loss_coef": (0.0, 1e6)}
 _ROPE = {
@@ -32,6 +35,11 @@ _ROPE = {
     "low_freq_factor": (1e-6, 1e6),
     "high_freq_factor": (1e-6, 1e6),
     "original_max_position_embeddings": (1, 2**31),
+    "beta_fast": (1e-3, 1e6),
+    "beta_slow": (1e-3, 1e6),
+    "attention_factor": (1e-3, 1e3),
+    "mscale": (0.0, 1e3),
+    "mscale_all_dim": (0.0, 1e3),
 }
 
 
@@ -84,15 +92,15 @@ def _check_values(config: Any) -> None:
     for name in _FLAGS:
         if getattr(config, name, None) is not None:
             checked(getattr(config, name), bool, name)
-    for names, values in (
-        (_NUMBERS, config.to_dict()),
-        (_ROPE, checked(config.rope_parameters, dict, "rope_parameters")),
-    ):
+    checked(config.rope_parameters, dict, "rope_parameters")
+    kinds = [checked(rope, dict, "rope_parameters") for rope in rope_parameters(config).values()]
+    for names, values in ((_NUMBERS, config.to_dict()), *((_ROPE, rope) for rope in kinds)):
         for name, (least, most) in names.items():
             if values.get(name) is not None:
                 checked(values[name], float, name, at_least=least, at_most=most)
-    field(config.rope_parameters, "rope_theta", float)
-    field(config.rope_parameters, "rope_type", str)
+    for rope in kinds:
+        field(rope, "rope_theta", float)
+        field(rope, "rope_type", str)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         raise InvalidInputError(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
@@ -116,16 +124,20 @@ def is_mixture(hf_config: Any) -> bool:
 
 def _check_supported(path: Path, config: Any) -> None:
     """Refuse configurations that would load but compute a different model."""
-    rope = config.rope_parameters
-    settings: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "rope_type": (rope["rope_type"], ("default", "llama3")),
-        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), (1.0,)),
-        "hidden_act": (config.hidden_act, ("silu",)),
-        **family_of(config).supported(config),
-    }
-    for key, (value, supported) in settings.items():
-        if value not in supported:
-            raise UserError(
-                f"{path}/config.json: {key}={value!r} is not supported: use a model with "
-                f"{' or '.join(map(repr, supported))}"
-            )
+    settings: dict[str, tuple[Any, tuple[Any, ...]]] = dict(family_of(config).supported(config))
+    for rope in rope_parameters(config).values():
+        partial = rope.get("partial_rotary_factor", 1.0)
+        settings |= {
+            "rope_type": (rope["rope_type"], ROPE_TYPES),
+            "partial_rotary_factor": (1.0 if partial is None else partial, (1.0,)),
+        }
+        for key, (value, supported) in settings.items():
+            _check_value(path, key, value, supported)
+
+
+def _check_value(path: Path, key: str, value: Any, supported: tuple[Any, ...]) -> None:
+    if value not in supported:
+        raise UserError(
+            f"{path}/config.json: {key}={value!r} is not supported: use a model with "
+            f"{' or '.join(map(repr, supported))}"
+        )

@@ -10,11 +10,15 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.attention import SDPAttention
-from megatron_rlvr.megatron.local_layers import GatedSiLU, LocalSelfAttention
+from megatron_rlvr.megatron.families import Family
+from megatron_rlvr.megatron.local_layers import GatedActivation, LocalSelfAttention
+from megatron_rlvr.megatron.post_norms import add_post_norms
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # megatron-core 0.16 defines this only if Transformer Engine is installed, but always reads it.
@@ -31,6 +35,13 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: object):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device.device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.zero_centered:
+            return super().forward(x)
+        # In float32, because 1 + weight loses bits of a bf16 weight.
+        return rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).type_as(x)
 
 
 def check_installed(name: str) -> None:
@@ -50,26 +61,37 @@ def check_installed(name: str) -> None:
         ) from None
 
 
-def layer_spec(config: TransformerConfig, name: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def layer_spec(
+    config: TransformerConfig, name: str, family: Family, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """Return megatron-core's block spec for this pipeline stage.
 
     Args:
         config: configuration of the model.
         name: ``local`` or ``transformer_engine``.
+        family: family of the model.
         vp_stage: the virtual pipeline stage, if there are several.
     """
     if name == "transformer_engine":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        if family.post_norms:
+            from megatron.core.extensions.transformer_engine import TENorm
+
+            for layer in block.layer_specs:
+                add_post_norms(layer, TENorm)
+        return block
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.module = LocalSelfAttention
     feed_forward = layer.submodules.mlp.submodules
-    (feed_forward.experts.submodules if config.num_moe_experts else feed_forward).activation_func = GatedSiLU
+    (feed_forward.experts.submodules if config.num_moe_experts else feed_forward).activation_func = GatedActivation
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SDPAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if family.post_norms:
+        add_post_norms(layer, RMSNorm)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

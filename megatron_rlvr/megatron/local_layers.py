@@ -16,7 +16,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 
 class LocalSelfAttention(SelfAttention):
@@ -105,23 +105,25 @@ def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> None:
     torch.mul(b, cosine, out=out_b).addcmul_(a, sine)
 
 
-class GatedSiLU(MegatronModule):
-    """Compute silu(gate) * up [..., f] from ``joined`` [..., 2 f], gate first (SwiGLU, arXiv 2002.05202).
+class GatedActivation(MegatronModule):
+    """Compute activation(gate) * up [..., f] from ``joined`` [..., 2 f], gate first (GLU variants, arXiv 2002.05202).
 
-    megatron-core calls this in place of Transformer Engine's activation (`use_te_activation_func`).
+    The activation is SiLU (SwiGLU) or the tanh approximation of GELU (GeGLU). megatron-core calls this in place of
+    Transformer Engine's activation (`use_te_activation_func`).
     """
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config=config)
-        if config.activation_func is not silu or not config.gated_linear_unit:
-            raise NotImplementedError("the local layers compute silu(gate) * up only")
+        if config.activation_func not in (silu, gelu) or not config.gated_linear_unit:
+            raise NotImplementedError("the local layers compute silu(gate) * up and gelu(gate) * up only")
+        self.activation: type[torch.autograd.Function] = GatedSiLU if config.activation_func is silu else GatedGELU
 
     def forward(self, joined: Tensor) -> Tensor:
-        return _GatedSiLU.apply(joined)
+        return self.activation.apply(joined)
 
 
-class _GatedSiLU(torch.autograd.Function):
-    """Keeps only its input for the backward pass."""
+class GatedSiLU(torch.autograd.Function):
+    """silu(gate) * up. Keeps only its input for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, joined: Tensor) -> Tensor:
@@ -137,4 +139,24 @@ class _GatedSiLU(torch.autograd.Function):
         grad_gate, grad_up = grad_joined.chunk(2, dim=-1)
         torch.mul(grad_output, silu(gate), out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad_output * up, gate, grad_input=grad_gate)
+        return grad_joined
+
+
+class GatedGELU(torch.autograd.Function):
+    """gelu(gate) * up with the tanh approximation. Keeps only its input for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor) -> Tensor:
+        ctx.save_for_backward(joined)
+        gate, up = joined.chunk(2, dim=-1)
+        return gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        (joined,) = ctx.saved_tensors
+        gate, up = joined.chunk(2, dim=-1)
+        grad_joined = torch.empty_like(joined)
+        grad_gate, grad_up = grad_joined.chunk(2, dim=-1)
+        torch.mul(grad_output, gelu(gate, approximate="tanh"), out=grad_up)
+        torch.ops.aten.gelu_backward.grad_input(grad_output * up, gate, approximate="tanh", grad_input=grad_gate)
         return grad_joined

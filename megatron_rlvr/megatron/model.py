@@ -20,9 +20,11 @@ class PolicyModel(GPTModel):
 
     Attributes:
         vocabulary: vocabulary size without the rows that pad the embedding; set by `PolicyBridge.build`.
+        embedding_scale: factor of the embeddings; set by `PolicyBridge.build`.
     """
 
     vocabulary: int
+    embedding_scale: float = 1.0
 
     def forward(
         self,
@@ -52,6 +54,9 @@ class PolicyModel(GPTModel):
             on the other stages.
         """
         decoder_input, rotary, *_ = self._preprocess(tokens, positions, packed_seq_params=packed)
+        if decoder_input is not None and self.embedding_scale != 1.0:
+            # The factor has the dtype of the weights, as in transformers.
+            decoder_input = decoder_input * decoder_input.new_tensor(self.embedding_scale)
         if positions is not None:
             longest = int(positions.max()) + 1
             angles = self.rotary_pos_emb(longest)[:, 0, 0][positions]  # [b, s, d] or [s, d]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron_rlvr.megatron.families import family_of
 from megatron_rlvr.megatron.families.weight_map import head_size_of
 from megatron_rlvr.megatron.fusions import fusion_settings
 from megatron_rlvr.megatron.huggingface_config import is_mixture
+from megatron_rlvr.megatron.rotary import attention_factor
 
 
 def transformer_settings(
@@ -44,6 +46,7 @@ def transformer_settings(
         "add_bias_linear": False,
         # Also of dense models: megatron-core checks it against variable_seq_lengths.
         "moe_token_dispatcher_type": "alltoall",
+        "softmax_scale": _softmax_scale(hf_config),
         **family_of(hf_config).settings(hf_config),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -73,7 +76,7 @@ def transformer_settings(
             "use_cpu_initialization": not device.on_gpu(),
             "masked_softmax_fusion": False,
             "bias_activation_fusion": False,
-            "use_te_activation_func": True,  # makes megatron-core call `GatedSiLU` of local_layers.py
+            "use_te_activation_func": True,  # makes megatron-core call `GatedActivation` of local_layers.py
             "bias_dropout_fusion": False,
             "apply_rope_fusion": False,
             "persist_layer_norm": False,
@@ -82,6 +85,12 @@ def transformer_settings(
     else:
         settings |= fusion_settings(is_mixture(hf_config), model.router_aux_loss)
     return settings
+
+
+def _softmax_scale(hf_config: Any) -> float | None:
+    """Return the factor of attention scores; None means 1 / sqrt(d). YaRN multiplies queries and keys by a factor."""
+    factor = attention_factor(hf_config)
+    return None if factor == 1.0 else factor**2 / math.sqrt(head_size_of(hf_config))
 
 
 def _recompute_settings(parallel: ParallelConfig) -> dict[str, Any]:

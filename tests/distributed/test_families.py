@@ -10,11 +10,24 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ParallelConfig
+from megatron_rlvr.rollout.engines.local import LocalEngine
+from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.weights.export import export_folder
 from megatron_rlvr.weights.loading import load_folder
-from tests.families import FAMILIES, MIXTURES, Measurement, make_batch, make_family, measure, reference
+from tests.families import (
+    FAMILIES,
+    MIXTURES,
+    TEMPERATURE,
+    Measurement,
+    make_batch,
+    make_family,
+    measure,
+    reference,
+)
+from tests.generation import generate
 from tests.processes import ROOT, launch
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -105,9 +118,20 @@ def test_one_process(
         load_folder(policy.bridge, policy.model_chunks)  # undo the update
         logits = policy.model_chunks[-1](tokens)
     assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
+    _check_generation(policy)
     export_folder(policy.bridge, policy.model_chunks, tmp_path / "saved", write=True)
     saved, original = (load_file(f / "model.safetensors") for f in (tmp_path / "saved", folders / name))
     assert saved.keys() == original.keys() and all(saved[key].equal(original[key]) for key in original)
+
+
+def _check_generation(policy: Any) -> None:
+    """The local engine reports the log-probs that a scoring pass computes, with prompts of several lengths."""
+    prompts = [list(range(3, 30)), [5, 9], [70, 40, 33, 21]]
+    sampling = SamplingSettings(samples=2, max_tokens=12, temperature=TEMPERATURE)
+    completions = generate(LocalEngine(policy.model_chunks, batch=4), prompts, sampling)
+    batch = RolloutBatch.from_completions(prompts, completions, [0.0] * 6, padding=0)
+    scores = policy.score(batch, torch.ones(6))
+    assert (scores.logprob - batch.rollout_logprob).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)

@@ -6,9 +6,16 @@ from typing import Any
 
 from megatron_rlvr.megatron.families.dense import LLAMA, QWEN2, QWEN3
 from megatron_rlvr.megatron.families.family import Family
+from megatron_rlvr.megatron.families.gemma3 import GEMMA3
 from megatron_rlvr.megatron.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {"qwen2": QWEN2, "qwen3": QWEN3, "llama": LLAMA, "qwen3_moe": QWEN3_MOE}
+FAMILIES: dict[str, Family] = {
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "llama": LLAMA,
+    "gemma3_text": GEMMA3,
+    "qwen3_moe": QWEN3_MOE,
+}
 """Families by the ``model_type`` of config.json. Each is tested against transformers."""
 
 

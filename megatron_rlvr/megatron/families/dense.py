@@ -18,7 +18,8 @@ _DENSE = (*EMBEDDINGS, *NORMS, *ATTENTION, *MLP)
 
 
 def no_biases(hf_config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    return {name: (getattr(hf_config, name, False), (False,)) for name in ("attention_bias", "mlp_bias")}
+    biases = {name: (getattr(hf_config, name, False), (False,)) for name in ("attention_bias", "mlp_bias")}
+    return {"hidden_act": (hf_config.hidden_act, ("silu",)), **biases}
 
 
 def full_attention(hf_config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:

@@ -23,6 +23,9 @@ class Family:
         supported: returns, by key of config.json, the value that the model has and the values that are supported.
         buffers: Hugging Face tensors that hold no weights, as patterns; they are computed from config.json.
         mixture: whether feed-forward layers are mixtures of experts.
+        post_norms: whether the outputs of attention and feed-forward layers are normalized before they are added to
+            the residual stream.
+        embedding_scale: returns the factor of the embeddings; None for no factor.
     """
 
     weights: Sequence[WeightMap]
@@ -30,6 +33,8 @@ class Family:
     supported: Callable[[Any], Mapping[str, tuple[Any, tuple[Any, ...]]]] = lambda hf_config: {}
     buffers: Sequence[str] = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
     mixture: bool = False
+    post_norms: bool = False
+    embedding_scale: Callable[[Any], float] | None = None
     table: WeightTable = field(init=False)
 
     def __post_init__(self) -> None:

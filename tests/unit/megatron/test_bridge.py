@@ -18,15 +18,15 @@ from megatron_rlvr.megatron.huggingface_config import read_config
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma3"}, "model_type 'gemma3"),
+        ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported (the nearest is gemma3_text)"),
         (
             {"model_type": "llama", "attention_bias": True},
             "attention_bias=True is not supported: use a model with False",
         ),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=True"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_type='yarn' is not supported: use a model with 'default' or",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0], "long_factor": [1.0]}},
+            "rope_type='longrope' is not supported: use a model with 'default' or",
         ),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_rlvr.megatron.local_layers import SplitAndRotate, _GatedSiLU
+from megatron_rlvr.megatron.local_layers import GatedGELU, GatedSiLU, SplitAndRotate
 
 
 def rotated(heads, angle):
@@ -30,9 +30,16 @@ def test_split_and_rotate(groups, heads, batch):
     assert torch.autograd.gradcheck(apply, mixed)
 
 
-def test_gated_silu():
+ACTIVATIONS = {
+    GatedSiLU: lambda x: x * torch.sigmoid(x),
+    GatedGELU: lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+}
+
+
+@pytest.mark.parametrize("function", ACTIVATIONS)
+def test_gated_activation(function):
     torch.manual_seed(0)
     joined = torch.randn(3, 2, 10, dtype=torch.float64, requires_grad=True)
     gate, up = joined.chunk(2, dim=-1)
-    torch.testing.assert_close(_GatedSiLU.apply(joined), gate * torch.sigmoid(gate) * up)
-    assert torch.autograd.gradcheck(_GatedSiLU.apply, joined)
+    torch.testing.assert_close(function.apply(joined), ACTIVATIONS[function](gate) * up)
+    assert torch.autograd.gradcheck(function.apply, joined)
