@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 # OpenMP reads this variable when torch is imported. Idle threads that never spin cost a wake-up per operation; threads
 # that spin for long occupy cores that other processes need.
@@ -34,6 +35,7 @@ from megatron_rlvr.training.learning_rate import learning_rate
 from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.rollout_metrics import measure_rollout
 from megatron_rlvr.training.token_weights import token_weights
+from megatron_rlvr.training.update_guard import UpdateGuard
 from megatron_rlvr.training.update_metrics import update_metrics
 from megatron_rlvr.weights.export import export_folder
 
@@ -46,12 +48,14 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
     collector, evaluator = components.collector(), components.evaluator()
     control = EntropyControl(algorithm, config.optimizer, config.steps, layout)
     alarm = MismatchAlarm.build(config.rollout, engine.draws_from_policy, layout.is_main)
+    guard = UpdateGuard(config.optimizer.nonfinite_patience, layout.is_main)
     stop = StopSignal()
 
     first = 0
     if (state := checkpoints.load_newest(policy)) is not None:
         first = state["step"]
         control.load_state_dict(state)
+        guard.load_state_dict(state)
         engine.update_weights(first)
     report = resources.enter_context(Reporter(config, first, active=layout.is_main))
     checkpoints.on_complete = report.saved
@@ -62,9 +66,10 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
                 if scores := evaluator.evaluate():
                     report.evaluation(step, scores)
 
-    def save(step: int, wait: bool = True) -> None:
+    def save(step: int, wait: bool = True, state: dict[str, Any] | None = None) -> None:
         with report.timed_phase("saving", "checkpoint"):
-            checkpoints.save(step, policy, control.state_dict(), report.newest)
+            state = state or control.state_dict() | guard.state_dict()
+            checkpoints.save(step, policy, state, report.newest, guard.in_a_row == 0)
             if wait:
                 checkpoints.finish()
 
@@ -90,6 +95,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
             save(step)
             raise UserError(problem)
         rate = learning_rate(config.optimizer, step, config.steps)
+        before = control.state_dict() | guard.state_dict()
         objective = control.begin_step(step, measured, rate)
 
         report.phase("updating")
@@ -99,13 +105,16 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
         minibatches = batch.minibatches(algorithm.minibatches, only=advantage != 0 if drop else None)
         for sequences in minibatches * algorithm.epochs:
             update = policy.update(batch, sequences, advantage, weight, scores, objective)
+            if problem := guard.observe(step, update):
+                save(step, state=before)
+                raise UserError(problem)
             objective = control.after_update(update)
             report.add_seconds(forward_backward=update.forward_backward_seconds, optimizer=update.optimizer_seconds)
             updates.append(update)
+        metrics = {"step": step, **measured.metrics, **rollout.metrics, "lr": rate, **control.metrics()}
+        metrics |= update_metrics(updates, algorithm.epochs, policy.weights_are_finite(), layout.is_reporting_rank)
         engine.update_weights(step + 1)
 
-        metrics = {"step": step, **measured.metrics, **rollout.metrics, "lr": rate}
-        metrics |= update_metrics(updates, algorithm.epochs, layout.is_reporting_rank) | control.metrics()
         stopping = waiting.any_rank(stop.received is not None, f"the end of step {step}")
         finished = step + 1 == config.steps
         if finished:

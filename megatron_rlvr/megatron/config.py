@@ -11,6 +11,7 @@ from megatron_rlvr.config_schema import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveInt,
 )
 from megatron_rlvr.errors import UserError
 
@@ -64,6 +65,9 @@ class OptimizerConfig:
     """Added to the square root of the second moment."""
     clip_grad: Annotated[float, Bounds(above=0, cap=1e20, infinite=True)] = 1.0
     """Largest norm of the gradient; larger gradients are scaled down to it. ``inf`` disables clipping."""
+    nonfinite_patience: PositiveInt = 5
+    """Updates in a row with a loss or a gradient that is not finite after which the run stops, with a checkpoint of the
+    weights before them. Until then, each such update is skipped and counted; 1 stops at the first."""
     cpu_offload: Fraction = 0.0
     """Fraction of the optimizer state that is stored and updated in host memory; a value above 0 needs a GPU."""
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlvr.errors import UserError
@@ -53,7 +57,7 @@ def build_optimizer(
         wrapped: result of `wrap_data_parallel`.
         optimizer_config: section ``optimizer`` of the configuration.
         model_config: configuration of the model. Its fields for gradient scaling and reduction, which the pipeline
-            schedule reads, are set here.
+            schedule reads, are set here; see also `finalize_gradients_with`.
         distributed: shard the state over data-parallel ranks.
 
     Raises:
@@ -80,6 +84,8 @@ def build_optimizer(
     )
     _fuse_adam(optimizer)
     _exempt_from_weight_decay(optimizer, optimizer_config.weight_decay)
+    for single in chained_optimizers(optimizer):
+        _check_copies_in_norm(single)
     model_config.grad_scale_func = optimizer.scale_loss if half_precision else None
     model_config.finalize_model_grads_func = finalize_model_grads
     return optimizer
@@ -104,6 +110,75 @@ def _exempt_from_weight_decay(optimizer: MegatronOptimizer, value: float) -> Non
     """
     for group in optimizer.param_groups:
         group["weight_decay"] = value * group.get("wd_mult", 1.0)
+
+
+def finalize_gradients_with(mark: Callable[[], torch.Tensor]) -> Callable[..., None]:
+    """Return megatron-core's `finalize_model_grads`, preceded by adding `mark()` to one element of the gradient.
+
+    A mark of NaN reaches every rank with the reduction of the gradients, and so the norm that `take_step` checks: no
+    collective and no wait of the host are needed to agree that the loss of some rank was not finite.
+
+    Args:
+        mark: called after the last backward pass; returns 0 or NaN, a tensor of one element.
+    """
+
+    def finalize(model_chunks: Sequence[DistributedDataParallel], *arguments: Any, **settings: Any) -> None:
+        element = model_chunks[-1].buffers[0].grad_data[:1]
+        element.add_(mark().to(element.dtype))
+        finalize_model_grads(model_chunks, *arguments, **settings)
+
+    return finalize
+
+
+@torch.no_grad()
+def take_step(optimizer: MegatronOptimizer) -> tuple[float, bool]:
+    """Clip the gradient and step, unless the norm of the gradient is not finite. Collective over the job.
+
+    megatron-core's `step` multiplies the gradient by 0 if the norm is infinite, and by NaN if it is NaN. Here, such a
+    step leaves weights, moments and step counts as they are, on every rank: the norm is of the whole reduced gradient.
+
+    Returns:
+        the norm before clipping, and whether the step was taken.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())  # megatron-core reads it on the host to clip by it
+    if not math.isfinite(norm):
+        return norm, False
+    for single in chained_optimizers(optimizer):
+        if parameters := single.get_parameters():
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=single.config.clip_grad,
+                total_norm=norm,
+                use_decoupled_grad=single.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
+    return norm, True
+
+
+def _check_copies_in_norm(single: MegatronOptimizer) -> None:
+    """Make the norm of the gradient NaN if a gradient that it leaves out is not finite.
+
+    The norm counts a weight once that several ranks hold (norms under tensor parallelism, tied embeddings). A copy that
+    is not finite on one rank alone would pass unseen, and ruin the weight there.
+    """
+    counted = single.get_main_grads_for_grad_norm
+    decoupled = single.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+
+    def with_mark() -> list[torch.Tensor]:
+        copies = [
+            gradient
+            for parameter in single.get_parameters()
+            if (gradient := getattr(parameter, "decoupled_grad" if decoupled else "grad", None)) is not None
+            and not (
+                param_is_not_shared(parameter)
+                and param_is_not_tensor_parallel_duplicate(parameter, getattr(single, "tp_group", None))
+            )
+        ]
+        mark = [torch.nn.utils.get_total_norm(copies).float()[None] * 0.0] if copies else []
+        return [*counted(), *mark]  # 0 changes no norm
+
+    single.get_main_grads_for_grad_norm = with_mark
 
 
 def _fuse_adam(optimizer: MegatronOptimizer) -> None:

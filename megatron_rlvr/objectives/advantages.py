@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from megatron_rlvr.objectives.tokens import saturated
+
 Advantage = Literal["grpo", "grpo-no-std", "rloo"]
 ADVANTAGES: tuple[str, ...] = get_args(Advantage)
 
@@ -19,7 +21,8 @@ def group_advantages(rewards: Tensor, method: str = "grpo") -> Tensor:
     - ``rloo``: reward - mean of the other completions of the group. arXiv 2402.14740, section 2.
 
     A group whose rewards are all equal gets exactly 0: a rounding error in its mean, divided by a tiny standard
-    deviation, would otherwise become an advantage. Raises ValueError for an unknown method, for another shape and for
+    deviation, would otherwise become an advantage. Advantages of finite rewards are finite: one that overflows is the
+    largest finite number of its sign. Raises ValueError for an unknown method, for another shape and for
     groups of fewer than two.
     """
     if method not in ADVANTAGES:
@@ -29,12 +32,14 @@ def group_advantages(rewards: Tensor, method: str = "grpo") -> Tensor:
             f"advantages: rewards must be [prompts, completions] with at least 2 completions per prompt, "
             f"found shape {list(rewards.shape)}"
         )
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    wide = rewards.double()  # the sum of two float32 numbers may overflow float32
+    centred = wide - wide.mean(dim=1, keepdim=True)
     if method == "grpo":
-        centred = centred / (rewards.std(dim=1, keepdim=True) + 1e-6)
+        centred = centred / (wide.std(dim=1, keepdim=True) + 1e-6)
     elif method == "rloo":
         centred = centred * (rewards.shape[1] / (rewards.shape[1] - 1))
-    return torch.where(informative_groups(rewards)[:, None], centred, torch.zeros_like(centred))
+    advantages = saturated(centred, rewards.dtype)
+    return torch.where(informative_groups(rewards)[:, None], advantages, torch.zeros_like(advantages))
 
 
 def informative_groups(rewards: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ from .fused_linear import fused_linear_statistics, fused_linear_token_statistics
 from .fused_objective import FusedObjective, fused_linear_objective
 from .kept import KeptSets
 from .objective import ClippedObjective, bounded_objective, clipped_objective
-from .statistics import TokenStatistics, token_statistics
+from .statistics import NonFiniteLogitsError, TokenStatistics, token_statistics
 
 __all__ = [
     "ClippedObjective",
     "FusedObjective",
     "KeptSets",
+    "NonFiniteLogitsError",
     "TokenStatistics",
     "backend",
     "bounded_objective",

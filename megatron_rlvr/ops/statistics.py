@@ -19,6 +19,13 @@ from .vocab_parallel import VocabShard, gather_partials
 LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class NonFiniteLogitsError(RuntimeError):
+    """Rows of the logits hold NaN or +inf, or nothing above -inf. Raised on the CPU only, by every rank of a group."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+
+
 @dataclass(frozen=True)
 class TokenStatistics:
     """Statistics of each token, float32 [T].
@@ -74,8 +81,9 @@ def token_statistics(
             hold the target of every row that has one.
 
     Raises ValueError for a wrong type, shape or device, and for a parameter as logits with ``inplace``. On the CPU it
-    raises ValueError for a target outside the vocabulary or outside its row's kept set, and RuntimeError for rows with
-    NaN, with +inf or with nothing above -inf. On a GPU, where a check would wait for the device, these rows give NaN.
+    raises ValueError for a target outside the vocabulary or outside its row's kept set, and NonFiniteLogitsError, a
+    RuntimeError, for rows with NaN, with +inf or with nothing above -inf. On a GPU, where a check would wait for the
+    device, these rows give NaN.
     """
     _check_arguments(logits, targets, temperature, inplace)
     check_device(logits.device)
@@ -162,6 +170,8 @@ def statistics_of_shard(
     except RuntimeError as error:
         if str(error).startswith("targets:"):  # torch's stable ABI passes the message on, but not the type
             raise ValueError(str(error)) from None
+        if str(error).startswith("logits:"):
+            raise NonFiniteLogitsError(str(error)) from None
         raise
 
 

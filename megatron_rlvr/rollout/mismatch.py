@@ -33,7 +33,7 @@ class MismatchAlarm:
     def observe(self, step: int, record: Mapping[str, float]) -> str | None:
         """Read ``kl_rollout`` and ``mismatch/max`` from a step's metrics; returns the reason to stop, if any."""
         kl, largest = record["kl_rollout"], record["mismatch/max"]
-        if not self.threshold or kl <= self.threshold:
+        if not self.threshold or kl <= self.threshold:  # NaN is above every threshold
             self.in_a_row = 0
             return None
         self.in_a_row += 1

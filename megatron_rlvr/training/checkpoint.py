@@ -26,7 +26,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import optimizer_state, sharded_checkpoint, waiting
 from megatron_rlvr.training.checkpoints_folder import faults, place, remove_leftovers, steps
 from megatron_rlvr.training.config import CheckpointConfig
-from megatron_rlvr.training.policy import Policy
+from megatron_rlvr.training.policy import Policy, check_finite_weights, weights_are_finite_everywhere
 from megatron_rlvr.weights.checkpoint_folder import (
     check_same_model,
     fingerprint,
@@ -39,11 +39,12 @@ _WRITER = re.compile(r"__([0-9]+)_[0-9]+\.distcp")
 
 @dataclass
 class _Pending:
-    """A checkpoint that is being written, and the record for its ``run.json``."""
+    """A checkpoint that is being written, the record for its ``run.json``, and whether older ones then expire."""
 
     step: int
     record: dict[str, Any]
     writing: Future[dict[str, str]]
+    expire: bool
 
 
 class Checkpoints:
@@ -70,7 +71,9 @@ class Checkpoints:
             self._group = dist.new_group(backend="gloo")
             self._background = ThreadPoolExecutor(1, "checkpoint")
 
-    def save(self, step: int, policy: Policy, state: dict[str, Any], metrics: Mapping[str, float]) -> None:
+    def save(
+        self, step: int, policy: Policy, state: dict[str, Any], metrics: Mapping[str, float], expire: bool = True
+    ) -> None:
         """Write the state after `step` steps, unless the newest checkpoint holds it.
 
         This first waits for an unfinished background save.
@@ -80,13 +83,15 @@ class Checkpoints:
             policy: the policy with its weights and optimizer state.
             state: state of the run, for ``run.json``.
             metrics: the latest metrics, one of which ``checkpoint.keep_best`` may name.
+            expire: whether older checkpoints may be deleted. Not if these weights are in doubt.
 
         Raises:
-            UserError: if files cannot be written. Earlier checkpoints are unchanged.
+            UserError: if weights are not finite or files cannot be written. Earlier checkpoints are unchanged.
         """
         self.finish()
         if self._held == step:  # written again, it could be lost in between
             return
+        check_finite_weights(policy, f"the checkpoint of step {step} is not written, and earlier ones are kept")
         record = {
             "step": step,
             "model": fingerprint(policy.bridge.hf_config, policy.bridge.dtype),
@@ -111,7 +116,7 @@ class Checkpoints:
         except sharded_checkpoint.SAVE_ERRORS as failure:
             error = failure
         self._raise_if_any(error, step)
-        self._pending = _Pending(step, record, writing)
+        self._pending = _Pending(step, record, writing, expire)
         if self._background is None:
             self.finish()
 
@@ -159,7 +164,7 @@ class Checkpoints:
         try:
             if dist.get_rank() == 0:
                 write_record(partial, pending.record, {name: text for files in written for name, text in files.items()})
-                place(partial, pending.step, self._damaged, self.config)
+                place(partial, pending.step, self._damaged, self.config, expire=pending.expire)
         except OSError as failure:
             error = failure
         self._raise_if_any(error, pending.step)
@@ -248,6 +253,8 @@ class Checkpoints:
                 "torch and megatron-core that wrote it"
             ) from error
         sharded_checkpoint.load_training_state(policy.model_chunks, policy.optimizer, loaded)
+        if not weights_are_finite_everywhere(policy):
+            raise DamagedError("its weights are not finite")
         self._held = step
         return record
 

@@ -63,7 +63,7 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def place(partial: Path, step: int, damaged: Collection[int], config: CheckpointConfig) -> None:
+def place(partial: Path, step: int, damaged: Collection[int], config: CheckpointConfig, expire: bool = True) -> None:
     """Give a complete checkpoint its name, and delete those that are no longer kept.
 
     Args:
@@ -72,6 +72,7 @@ def place(partial: Path, step: int, damaged: Collection[int], config: Checkpoint
         damaged: steps of checkpoints that are known to be damaged. They do not count as kept; later ones are set aside,
             earlier ones deleted.
         config: which checkpoints to keep.
+        expire: whether to delete those that are no longer kept.
 
     Raises:
         OSError: if a folder cannot be renamed or deleted.
@@ -93,6 +94,8 @@ def place(partial: Path, step: int, damaged: Collection[int], config: Checkpoint
         name = _NAME.fullmatch(aside.name.removesuffix(_SET_ASIDE))
         if name and int(name[1]) <= step:
             shutil.rmtree(aside)
+    if not expire:
+        return
     records = {}
     for other in steps(folder):
         with suppress(DamagedError):  # it is found when it is loaded

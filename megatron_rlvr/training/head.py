@@ -85,10 +85,19 @@ class Head:
             "vocabulary": self.model.vocabulary,
             "kept": None if kept is None else kept.to(output.device),
         }
-        if not self.fused:
-            return ops.token_statistics(output, targets, **settings)
-        operator = ops.fused_linear_token_statistics if torch.is_grad_enabled() else ops.fused_linear_statistics
-        return operator(output, self.model.output_weight(), targets, **settings)
+        try:
+            if not self.fused:
+                return ops.token_statistics(output, targets, **settings)
+            operator = ops.fused_linear_token_statistics if torch.is_grad_enabled() else ops.fused_linear_statistics
+            return operator(output, self.model.output_weight(), targets, **settings)
+        except ops.NonFiniteLogitsError:  # other ranks wait in the pipeline and in the reduction of the gradients
+            return self.nan_statistics(output, targets, second_moments)
+
+    @staticmethod
+    def nan_statistics(output: Tensor, targets: Tensor, second_moments: bool = False) -> ops.TokenStatistics:
+        """Return what the operators return on a GPU for logits that are not finite: NaN, also in the gradient."""
+        nan = (output.float().sum() * torch.nan).expand(len(targets))
+        return ops.TokenStatistics(nan, nan, *([nan.detach()] * 2 if second_moments else [None, None]))
 
     def score(self, output: Tensor, microbatch: Microbatch, advantage: Tensor, scores: TokenScores) -> None:
         """Write the scores of a microbatch's tokens into `scores`.

@@ -56,6 +56,10 @@ class MinibatchLoss:
     )
     ratio_max: Tensor = field(default_factory=lambda: torch.zeros((), device=device.device()))
 
+    def zero_if_finite(self) -> Tensor:
+        """Return 0 if the loss so far is finite, and NaN otherwise: float64 []."""
+        return self.sums[0] * 0.0
+
     def __call__(self, output: Tensor, microbatch: Microbatch) -> Tensor:
         """Return the loss of a microbatch, float32 [], from the output of the last stage; see `Head.statistics`."""
         output_device = output.device
@@ -94,20 +98,25 @@ class MinibatchLoss:
         self, hidden: Tensor, microbatch: Microbatch, old_logprob: Tensor, advantage: Tensor, token_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, TokenOutputs]:
         """Compute loss, log-probs, entropies and outputs of the plain clipped objective from hidden states [T, h]."""
-        fused = ops.fused_linear_objective(
-            hidden,
-            self.head.model.output_weight(),
-            microbatch.targets.to(hidden.device),
-            old_logprob,
-            advantage,
-            self.objective.thresholds,
-            token_weight=token_weight,
-            temperature=self.head.temperature,
-            group=self.head.group,
-            vocabulary=self.head.model.vocabulary,
-            loss_scale=self.backward_scale,
-            kept=None if microbatch.kept is None else microbatch.kept.to(hidden.device),
-        )
+        try:
+            fused = ops.fused_linear_objective(
+                hidden,
+                self.head.model.output_weight(),
+                microbatch.targets.to(hidden.device),
+                old_logprob,
+                advantage,
+                self.objective.thresholds,
+                token_weight=token_weight,
+                temperature=self.head.temperature,
+                group=self.head.group,
+                vocabulary=self.head.model.vocabulary,
+                loss_scale=self.backward_scale,
+                kept=None if microbatch.kept is None else microbatch.kept.to(hidden.device),
+            )
+        except ops.NonFiniteLogitsError:
+            nan = self.head.nan_statistics(hidden, microbatch.targets)
+            clipped = torch.zeros_like(nan.logprob, dtype=torch.bool)
+            return nan.logprob.sum(), nan.logprob, nan.entropy, TokenOutputs(nan.logprob, clipped, clipped)
         return fused.loss, fused.logprob, fused.entropy, TokenOutputs.of(fused)
 
     @torch.no_grad()

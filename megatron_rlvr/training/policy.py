@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_rlvr.config import Config
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, build_microbatch, partition
-from megatron_rlvr.megatron import optimizer, parallel, pipeline
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron import collectives, optimizer, parallel, pipeline
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.loss_scale import LossScale
 from megatron_rlvr.objectives import UpdateObjective
@@ -31,6 +32,8 @@ class UpdateReport:
     """float32 [], the largest importance ratio; 0 without tokens."""
     grad_norm: float
     """Norm of the gradient before clipping, the same on every rank."""
+    applied: bool
+    """Whether the optimizer stepped: it does not if the loss or the gradient is not finite on some rank."""
     forward_backward_seconds: float
     optimizer_seconds: float
 
@@ -59,6 +62,7 @@ class Policy:
         check_folder(self.bridge)
         self.model_chunks = self.bridge.build()
         load_folder(self.bridge, self.model_chunks)
+        check_finite_weights(self, f"model.path={config.model.path} holds NaN or infinity; use another folder")
         self._wrapped = optimizer.wrap_data_parallel(
             self.model_chunks, self.bridge.config, distributed_optimizer=distributed
         )
@@ -124,11 +128,18 @@ class Policy:
         for chunk in self._wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.bridge.config.finalize_model_grads_func = optimizer.finalize_gradients_with(loss.zero_if_finite)
         self._run(batch, sequences, loss, forward_only=False)
         backward_ended = time.perf_counter()
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm, applied = optimizer.take_step(self.optimizer)
         seconds = backward_ended - began, time.perf_counter() - backward_ended
-        return UpdateReport(loss.sums, loss.ratio_max, float(grad_norm), *seconds)
+        return UpdateReport(loss.sums, loss.ratio_max, grad_norm, applied, *seconds)
+
+    @torch.no_grad()
+    def weights_are_finite(self) -> Tensor:
+        """Return whether all weights of this rank are finite: bool [], without waiting for the device."""
+        weights = [weight for chunk in self.model_chunks for weight in chunk.parameters()]
+        return torch.isfinite(torch.nn.utils.get_total_norm(weights, float("inf")))
 
     def _run(
         self,
@@ -151,6 +162,22 @@ class Policy:
             hidden_only=self._head.fused,
             forward_only=forward_only,
         )
+
+
+def check_finite_weights(policy: Policy, remedy: str) -> None:
+    """Refuse weights that are not finite on some process. Collective over the job: one all-reduce.
+
+    Raises:
+        UserError: on every process; its text ends with `remedy`.
+    """
+    if not weights_are_finite_everywhere(policy):
+        raise UserError(f"the policy has weights that are not finite: {remedy}")
+
+
+def weights_are_finite_everywhere(policy: Policy) -> bool:
+    """Whether all weights of all processes are finite. Collective over the job: one all-reduce."""
+    broken = float(not bool(policy.weights_are_finite()))
+    return collectives.max_over_job({"broken": broken})["broken"] == 0.0
 
 
 def _microbatching(config: Config, layout: parallel.Layout) -> MicrobatchConfig:

@@ -11,10 +11,15 @@ from torch import Tensor
 from megatron_rlvr.control import SteeringResponse
 from megatron_rlvr.control.regions import steering_sums
 from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import collectives
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives import informative_groups
+from megatron_rlvr.objectives.tokens import log_ratio_of
 from megatron_rlvr.training.head import TokenScores
+
+LARGEST_LOG_WEIGHT = 300.0
+"""Importance weights of the mismatch metrics are cut at e^300: squared and summed over any rollout they fit float64."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,19 @@ class RolloutMeasure:
 def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScores, layout: Layout) -> RolloutMeasure:
     """Measure reward, lengths, exact entropy, train/rollout mismatch, and the response to steering.
 
-    Collective over the job: four all-reduces.
+    Collective over the job: four all-reduces. A log-prob of NaN from the engine makes the mismatch NaN, nothing else.
 
     Args:
         batch: this rank's rollouts.
         token_weight: float32 [N], aggregation weight of the tokens of each sequence.
         scores: token scores before the updates; only those of reporting ranks are used.
         layout: position of this process in the process groups.
+
+    Raises:
+        UserError: on every process, if the entropy is not finite.
     """
-    difference = scores.logprob - batch.rollout_logprob
+    difference = log_ratio_of(scores.logprob, batch.rollout_logprob).double()
+    log_weight = difference.clamp(max=LARGEST_LOG_WEIGHT)
     sequence = batch.sequence_of_token()
     groups = batch.rewards.view(-1, batch.group_size)
     response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
@@ -53,10 +62,10 @@ def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScor
         "entropy": scores.entropy.sum(dtype=torch.float64),
         # The k3 estimate of KL(rollout || train) from tokens that the rollout policy sampled: r - 1 - ln r with the
         # probability ratio r = train / rollout.
-        "kl_rollout": (difference.expm1() - difference).sum(dtype=torch.float64),
-        "mismatch": difference.abs().sum(dtype=torch.float64),
-        "importance": difference.exp().sum(dtype=torch.float64),
-        "importance_squared": difference.mul(2).exp().sum(dtype=torch.float64),
+        "kl_rollout": (log_weight.expm1() - difference).sum(),
+        "mismatch": difference.abs().sum(),
+        "importance": log_weight.exp().sum(),
+        "importance_squared": log_weight.mul(2).exp().sum(),
         **{f"response/{i}": value for i, value in enumerate(response)},
     }
     counts: dict[str, float | Tensor] = {
@@ -71,6 +80,11 @@ def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScor
     count = collectives.sum_over_job(_floats(counts), contributes=layout.is_leader)
     tokens = count["tokens"]
     entropy = total["entropy"] / tokens
+    if not math.isfinite(entropy):
+        raise UserError(
+            f"the entropy of the policy is {entropy}: its forward pass overflows, although its weights are finite; "
+            "lower optimizer.learning_rate, and remove the newest checkpoint if it was written after the last good step"
+        )
     standard_error = _standard_error(batch, scores.entropy, entropy, int(count["groups"]), tokens, layout)
     largest = float(difference.abs().max()) if layout.is_reporting_rank and len(difference) else 0.0
     metrics = {

@@ -17,10 +17,10 @@ EVERY = [(name, extra) for name in OBJECTIVES for extra in ({}, {"importance_cap
 EVERY += [(name, {"importance_cap": 5.0, "importance_level": "sequence"}) for name in ("clip", "gspo")]
 EVERY += [
     ("cispo", {"clip_low": True}),
-    ("ce-gppo", {"beta_low": 0.0, "beta_high": 1e30}),
+    ("ce-gppo", {"beta_low": 0.0, "beta_high": 1e5}),
     ("kl-cov", {"share": 0.99, "coefficient": 1e5}),
-    ("clip-cov", {"share": 0.99, "lower": -1e30, "upper": 1e30}),
-    ("dcpo", {"eps_low": 1e-30, "eps_high": 1e30, "max_ratio": 1e30}),
+    ("clip-cov", {"share": 0.99, "lower": -1e5, "upper": 1e5}),
+    ("dcpo", {"eps_low": 1e-30, "eps_high": 1e5, "max_ratio": 1e5}),
     ("clip", {"entropy_coefficient": 0.01}),
 ]
 

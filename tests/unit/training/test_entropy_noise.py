@@ -74,7 +74,7 @@ def test_the_standard_error_is_the_spread_over_steps(stratified):
 
 def test_the_shift_is_of_the_mean_entropy_of_active_tokens():
     sums = torch.zeros(len(LOSS_SUMS), dtype=torch.float64)
-    report = UpdateReport(sums, torch.tensor(1.0), 0.1, 0.0, 0.0)
+    report = UpdateReport(sums, torch.tensor(1.0), 0.1, True, 0.0, 0.0)
     assert entropy_shift(report, is_reporting_rank=True) is None  # no active token
     sums[LOSS_SUMS.index("old_entropy")] = 8.0
     sums[LOSS_SUMS.index("entropy_drift")] = -2.0

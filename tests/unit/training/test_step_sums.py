@@ -53,7 +53,7 @@ def test_the_weights_of_a_minibatch_are_a_mean_over_the_whole_job(aggregation: A
 def test_entropy_change_is_that_of_the_last_epoch_and_clip_fractions_those_of_all() -> None:
     def update(**sums: float) -> UpdateReport:
         values = torch.tensor([sums.get(name, 0.0) for name in LOSS_SUMS], dtype=torch.float64)
-        return UpdateReport(values, torch.tensor(1.0 + sums["loss"]), 2.0 * sums["loss"], 0.0, 0.0)
+        return UpdateReport(values, torch.tensor(1.0 + sums["loss"]), 2.0 * sums["loss"], True, 0.0, 0.0)
 
     updates = [
         update(loss=0.1, active_tokens=10, clipped_high=1, entropy_drift=-5.0, E1=4),
@@ -61,7 +61,7 @@ def test_entropy_change_is_that_of_the_last_epoch_and_clip_fractions_those_of_al
         update(loss=0.3, active_tokens=10, clipped_high=3, entropy_drift=1.0),
         update(loss=0.4, active_tokens=10, entropy_drift=2.0, E4=8),
     ]
-    metrics = update_metrics(updates, epochs=2, is_reporting_rank=True)
+    metrics = update_metrics(updates, 2, torch.tensor(True), is_reporting_rank=True)
     assert metrics["entropy_change/measured"] == pytest.approx(3 / 20)
     assert metrics["clip/fraction_high"] == pytest.approx(4 / 40)
     assert metrics["clip/fraction_low"] == pytest.approx(2 / 40)
@@ -69,3 +69,4 @@ def test_entropy_change_is_that_of_the_last_epoch_and_clip_fractions_those_of_al
     assert metrics["grad_norm"] == pytest.approx(0.5)
     assert metrics["ratio_max"] == pytest.approx(1.4)
     assert metrics["loss"] == pytest.approx(RANKS * 1.0 / 4)
+    assert metrics["skipped_updates"] == 0
