@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megatron_rlvr.checked_input import read_json
 from megatron_rlvr.config import Config, resolve
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.data.batch import RolloutBatch
@@ -152,7 +153,11 @@ def main() -> None:
     if arguments.planned:
         print(json.dumps(planned(arguments.planned, arguments)))
         return
-    architecture = QWEN25_HALF_B if arguments.architecture is None else json.loads(arguments.architecture.read_text())
+    architecture = (
+        QWEN25_HALF_B
+        if arguments.architecture is None
+        else read_json(arguments.architecture, remedy="give the config.json of a model")
+    )
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), architecture)
         measure(Path(folder), arguments, architecture["vocab_size"])

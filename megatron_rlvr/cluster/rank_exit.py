@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr.checked_input import InvalidInputError, field, parse_object
 from megatron_rlvr.exit_status import EXIT_STOPPED, EXIT_USER_ERROR
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -72,6 +74,15 @@ def write_exit(logs: Path, rank: int, code: int | None, exited: float | None, te
     write_text(exit_path(logs, rank), json.dumps(record), flush_to_disk=False)
 
 
+def _read_record(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Read a record of numbers; raises FileNotFoundError or InvalidInputError, for example after a power cut."""
+    record = parse_object(path.read_bytes())
+    for name in names:
+        if name not in record or record[name] is not None:
+            field(record, name, float)
+    return record
+
+
 def read_exit(logs: Path, rank: int, code: int, noticed: float) -> RankExit:
     """Read how a rank ended.
 
@@ -82,15 +93,15 @@ def read_exit(logs: Path, rank: int, code: int, noticed: float) -> RankExit:
     """
     failed = noticed + 1.0  # the end of that second, so that no rank seems to have failed before the one that ended it
     try:
-        record = json.loads(exit_path(logs, rank).read_text())
-    except FileNotFoundError:
+        record = _read_record(exit_path(logs, rank), ("code", "exited", "terminated"))
+    except (FileNotFoundError, InvalidInputError):
         # A supervisor that SIGTERM ends before it blocks signals leaves no record. torchrun sent that signal.
         record = {"code": None, "exited": None, "terminated": noticed if code == -signal.SIGTERM else None}
     if record["code"] is not None:
         code, failed = record["code"], record["exited"]
     terminated = record["terminated"]
-    with suppress(FileNotFoundError):
-        failure = json.loads(failure_path(logs, rank).read_text())
+    with suppress(FileNotFoundError, InvalidInputError):
+        failure = _read_record(failure_path(logs, rank), ("time", "status"))
         failed = failure["time"]
         if code < 0 and terminated is not None and failed <= terminated:
             code = failure["status"]  # it was about to exit with this status when torchrun ended it

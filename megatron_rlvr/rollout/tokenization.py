@@ -165,9 +165,11 @@ class Tokenization:
             UserError: for a token id that the model does not have; the embedding would read beyond its weights.
         """
         largest = max((max(completion.token_ids) for completion in completions), default=0)
+        largest = max([largest, *(int(c.kept.ids.max()) for c in completions if c.kept is not None)])
         if largest >= self.vocab_size:
             raise UserError(
-                f"a completion has token id {largest}, but the model's vocabulary ends at {self.vocab_size - 1}: the "
+                f"a completion has, or was drawn from, token id {largest}, but the model's vocabulary "
+                f"ends at {self.vocab_size - 1}: the "
                 "server or recording belongs to another model; use one of the model in model.path"
             )
         return self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)

@@ -1,7 +1,6 @@
 """Mathematical answers, compared with math-verify."""
 
 import contextlib
-import json
 import logging
 import math
 import re
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from megatron_rlvr.checked_input import InvalidInputError, parse_json
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers.answer_text import plain_latex, without_unit
 from megatron_rlvr.verifiers.final_answer import final_answer, final_answers
@@ -82,8 +82,8 @@ def _reference_text(answer: str | int | float) -> str:
         return str(int(answer)) if answer.is_integer() else repr(answer)
     text = str(answer).strip()
     if text.startswith('["') and text.endswith('"]'):
-        with contextlib.suppress(ValueError):
-            text = ", ".join(map(str, json.loads(text)))
+        with contextlib.suppress(InvalidInputError):
+            text = ", ".join(map(str, parse_json(text.encode(errors="replace"))))
     text = text.rpartition("####")[2]
     return final_answer(text) or text
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.atomic_write import write_text
-from megatron_rlvr.checked_input import InvalidInputError, field
+from megatron_rlvr.checked_input import InvalidInputError, field, parse_object, read_bytes
 from megatron_rlvr.checksums import DamagedError, check_files
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge
@@ -243,6 +243,14 @@ def _bit_equal(expected: Tensor, actual: Tensor) -> bool:
     return torch.equal(expected.contiguous().view(-1).view(torch.uint8), actual.contiguous().view(-1).view(torch.uint8))
 
 
+def _began_with(source: dict[str, Any], path: Path) -> bool:
+    """Whether an interrupted conversion recorded this source; a damaged record is none."""
+    try:
+        return parse_object(read_bytes(path)) == source
+    except (OSError, InvalidInputError):
+        return False
+
+
 def _begin(target: Path, source: dict[str, Any], report: Report) -> Path:
     """Return the folder to write, which is renamed to `target` later: a new one, or that of an interrupted conversion.
 
@@ -253,7 +261,7 @@ def _begin(target: Path, source: dict[str, Any], report: Report) -> Path:
         raise UserError(f"{target} exists: remove it or name another output")
     partial = target.with_name(target.name + ".partial")
     try:
-        if (partial / _INPUT).is_file() and json.loads((partial / _INPUT).read_text()) == source:
+        if _began_with(source, partial / _INPUT):
             report(f"continuing with {partial}")
             return partial
         shutil.rmtree(partial, ignore_errors=True)

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_rlvr.data import Example
 from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.data.kept_tokens import KeptTokens
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.rollout.tokenization import Tokenization
@@ -113,6 +114,8 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     assert tokenization.decode([Completion([8, EOS], [-1.0, -1.0], "stop", 0)]) == ["one"]
     with pytest.raises(UserError, match="token id 12, but the model's vocabulary ends at 11"):
         tokenization.decode([Completion([8], [-1.0], "stop", 0), Completion([12, 1], [-1.0, -1.0], "stop", 0)])
+    with pytest.raises(UserError, match="token id 13, but the model's vocabulary ends at 11"):
+        tokenization.decode([Completion([8], [-1.0], "stop", 0, kept=KeptTokens.of([[8, 13]]))])
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
