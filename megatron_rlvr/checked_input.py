@@ -1,4 +1,4 @@
-"""Untrusted input becomes a checked value: JSON of files and replies, the types and ranges of its fields, and YAML.
+"""Untrusted input becomes a checked value: JSON of files and replies, and the types and ranges of its fields.
 
 Files come from downloads, other programs and damaged disks; replies come from servers. Everything that this project
 reads as JSON goes through `parse_json`, which accepts less than the standard library does:
@@ -13,11 +13,10 @@ Errors are `InvalidInputError`, which says what was found. Readers of files rais
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +26,6 @@ T = TypeVar("T")
 
 FILE_BYTES = 256 * 2**20
 """Default maximum size of a JSON file, in bytes. The tokenizer files of large vocabularies have about 20 MB."""
-YAML_BYTES = 2**20
-"""Maximum size of a YAML file, in bytes."""
-YAML_NODES = 100_000
-"""Maximum number of keys and values of a YAML file, with aliases expanded."""
 DEPTH = 64
 """Maximum nesting of lists and objects. Deeper values overflow the stack of code that copies or pickles them."""
 
@@ -104,62 +99,10 @@ def read_bytes(path: Path, limit: int = FILE_BYTES) -> bytes:
         return file.read(limit + 1)
 
 
-def read_yaml(path: str | Path, parse: Callable[[str], Any] | None = None) -> Any:
-    """Read the keys and values of a YAML file with OmegaConf, with ``${...}`` as it stands.
-
-    Args:
-        path: the file.
-        parse: returns the values of a YAML document; None means OmegaConf's own reading.
-
-    Raises:
-        UserError: if the file does not exist, is too large, is not YAML, or does not hold keys and values.
-    """
-    from omegaconf import OmegaConf  # here, because programs on login nodes do without it
-
-    try:
-        data = read_bytes(Path(path), YAML_BYTES)
-        if len(data) > YAML_BYTES:
-            raise InvalidInputError(f"it has more than {YAML_BYTES} bytes")
-        text = data.decode("utf-8-sig")
-        _check_yaml_size(text)
-        tree = OmegaConf.load(io.StringIO(text)) if parse is None else parse(text)
-        if parse is not None and not isinstance(tree, list | str):
-            tree = OmegaConf.create({} if tree is None else tree)
-    except FileNotFoundError:
-        raise UserError(f"no configuration file {path}: give the path of a YAML file as the first argument") from None
-    except RecursionError:
-        raise UserError(f"{path} is not a configuration: it is nested deeper than {DEPTH} levels") from None
-    except Exception as error:  # OmegaConf passes on whatever a constructor of a YAML value raises
-        raise UserError(f"{path} is not valid YAML, so it is not a configuration: {one_line(error)}") from None
-    if not OmegaConf.is_dict(tree):
-        kind = "a list" if isinstance(tree, list) or OmegaConf.is_list(tree) else "a single value"
-        raise UserError(f"{path} holds {kind}: write keys and values, such as steps: 100")
-    return tree
-
-
 def one_line(error: BaseException) -> str:
     """Return the text of an error of OmegaConf or of a parser on one line."""
     text = " ".join(str(error).split("\n    full_key")[0].split())
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _check_yaml_size(text: str) -> None:
-    """Refuse YAML whose aliases expand to more than `YAML_NODES` values, or whose values contain themselves."""
-    import yaml
-
-    sizes: dict[int, int] = {}
-
-    def size(node: yaml.Node, depth: int) -> int:
-        if depth > DEPTH:
-            raise InvalidInputError(f"nested deeper than {DEPTH} levels")
-        if id(node) not in sizes:
-            inner = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
-            sizes[id(node)] = 1 + sum(size(part, depth + 1) for part in inner if isinstance(part, yaml.Node))
-        return sizes[id(node)]
-
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    if root is not None and size(root, 0) > YAML_NODES:
-        raise InvalidInputError(f"its aliases expand to more than {YAML_NODES} values")
 
 
 def parse_object(data: bytes, *, limit: int = FILE_BYTES) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_rlvr.atomic_write import write_text
-from megatron_rlvr.checked_input import one_line, read_yaml
+from megatron_rlvr.checked_input import one_line
+from megatron_rlvr.checked_yaml import read_yaml
 from megatron_rlvr.config_reader import merge, read
 from megatron_rlvr.config_schema import REQUIRED, Bounds, PositiveInt, check_values, to_dict
 from megatron_rlvr.config_yaml import read_document, read_overrides

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 from rich.text import Text
 
-from megatron_rlvr.checked_input import read_yaml
+from megatron_rlvr.checked_yaml import read_yaml
 from megatron_rlvr.telemetry.metrics import Record
 from megatron_rlvr.telemetry.runs import RunGroup, load_run
 

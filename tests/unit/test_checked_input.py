@@ -15,8 +15,8 @@ from megatron_rlvr.checked_input import (
     parse_json,
     parse_object,
     read_json,
-    read_yaml,
 )
+from megatron_rlvr.checked_yaml import read_yaml
 from megatron_rlvr.errors import UserError
 
 

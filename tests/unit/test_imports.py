@@ -61,6 +61,7 @@ def test_the_shared_modules_of_the_root_import_no_package() -> None:
     for name in (
         "errors",
         "checked_input",
+        "checked_yaml",
         "atomic_write",
         "config_schema",
         "bound_to_parent",

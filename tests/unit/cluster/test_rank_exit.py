@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.cluster.outcome import Outcome
-from megatron_rlvr.cluster.rank_exit import RankExit, failure_path, first_failure, read_exit, write_exit
+from megatron_rlvr.cluster.rank_exit import RankExit, exit_path, failure_path, first_failure, read_exit, write_exit
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import FAILURE_FILE_VARIABLE, failure_recorded
 from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
@@ -229,3 +229,11 @@ def test_the_record_of_a_failure_has_the_status_that_the_program_exits_with(
         raise error
     write_exit(tmp_path, 0, -signal.SIGTERM, time.time(), terminated=time.time())
     assert read_exit(tmp_path, 0, 128 + signal.SIGTERM, 0).code == status
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"code": "x", "exited": 1, "terminated": null}', b"[" * 10_000])
+def test_a_damaged_record_counts_as_none(damage: bytes, tmp_path: Path) -> None:
+    """After a power cut, the exit status that torchrun saw still says how a rank ended."""
+    exit_path(tmp_path, 0).write_bytes(damage)
+    failure_path(tmp_path, 0).write_bytes(damage)
+    assert read_exit(tmp_path, 0, code=2, noticed=5.0) == RankExit(0, 2, 6.0, False)
