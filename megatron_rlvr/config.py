@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,6 +140,12 @@ def check(config: Config) -> None:
         )
     if config.optimizer.cpu_offload and not parallel.distributed_optimizer:
         raise UserError("optimizer.cpu_offload needs parallel.distributed_optimizer=true: set it, or offload nothing")
+    if rollout.engine == "sglang":
+        for key, path in (("run_directory", config.run_directory), ("model.path", config.model.path)):
+            if has_magic(str(Path(path).absolute())):
+                raise UserError(
+                    f"{key}={path} is in a path with one of * ? [, in which SGLang finds no weights: rename it"
+                )
     with as_user_error():
         build_schedule(algorithm.schedule, config.steps)
     longest = data.max_prompt_tokens + rollout.max_tokens

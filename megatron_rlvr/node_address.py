@@ -38,6 +38,14 @@ def node_address(name: str) -> str:
     return address
 
 
+def resolves_to(name: str, address: str) -> bool:
+    """Whether a host name leads to this address on this machine."""
+    try:
+        return socket.gethostbyname(name) == address
+    except OSError:
+        return False
+
+
 def listening_store(address: str, port: int, timeout: datetime.timedelta, **options: Any) -> Any:
     """Return a TCPStore that listens at one address. torch's own listens at all addresses of the machine.
 

@@ -8,10 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_rlvr.errors import UserError
 from megatron_rlvr.node_address import listening_store, node_address
 
 _SHORTEST_WAIT_S = 0.1
+
+
+class PortTakenError(Exception):
+    """The port of the store is taken, perhaps by a process of an earlier job. Another attempt uses another port."""
 
 
 class NodeRendezvous:
@@ -24,7 +27,7 @@ class NodeRendezvous:
         seconds: time from now to the deadline of the whole exchange.
 
     Raises:
-        UserError: if the port is taken.
+        PortTakenError: on the first node, if the port is taken.
     """
 
     def __init__(self, nodes: Sequence[str], index: int, endpoint: tuple[str, int], seconds: float):
@@ -37,11 +40,9 @@ class NodeRendezvous:
             address = node_address(endpoint[0])
             try:
                 self.store = listening_store(address, endpoint[1], timeout)
+                self.endpoint = (address, endpoint[1])  # this node's own name may lead elsewhere
             except OSError as error:
-                raise UserError(
-                    f"port {endpoint[1]} of {address} cannot be used for the preflight ({error.strerror}): a "
-                    "process that another job left may hold it; submit again"
-                ) from error
+                raise PortTakenError(f"port {endpoint[1]} of {address} cannot be used ({error.strerror})") from error
         else:
             self.store = dist.TCPStore(*endpoint, is_master=False, wait_for_workers=False, timeout=timeout)
 

@@ -3,7 +3,7 @@
 Every node checks itself. The first node, the head, gathers the reports until a deadline, compares them, plans the
 configuration, and has all training processes do an all-reduce. It leaves the result in the report folder: ``verdict``
 holds an exit status and a line, ``bad_nodes`` the nodes to exclude. The status is 0 if the job can start, 2 for a user
-error (in the configuration, or the same on every node), and 69 if nodes are bad.
+error (in the configuration, or the same on every node), 69 if nodes are bad, and 1 if another attempt may succeed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_rlvr.cluster.forked_process import ForkedProcessError, fork
 from megatron_rlvr.cluster.network_check import check_network
 from megatron_rlvr.cluster.node_checks import BadNodesError, check_node
 from megatron_rlvr.cluster.node_comparison import compare_reports, gather_reports
-from megatron_rlvr.cluster.node_rendezvous import NodeRendezvous
+from megatron_rlvr.cluster.node_rendezvous import NodeRendezvous, PortTakenError
 from megatron_rlvr.cluster.plan_check import check_plan
 from megatron_rlvr.cluster.run_directory_checks import check_shared, wait_for_lock
 from megatron_rlvr.config import Config, load_config
@@ -30,6 +30,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR
 
 EXIT_BAD_NODE = 69
+EXIT_RETRY = 1
 # A network file system may keep the lock of a node that is gone until its lease of 90 seconds ends.
 _LOCK_TIMEOUT_S = 150
 _SHARED_FILE_TIMEOUT_S = 20
@@ -120,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lead(rendezvous, config, options)
     except UserError as error:
         status, reason = EXIT_USER_ERROR, str(error)
+    except PortTakenError as error:
+        status, reason = EXIT_RETRY, str(error)
     except BadNodesError as error:
         status, reason, bad_nodes = EXIT_BAD_NODE, str(error), error.nodes
     if index:  # the head reports what is wrong

@@ -35,7 +35,7 @@ from megatron_rlvr.cluster.rank_supervisor import supervisor_command
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED
 from megatron_rlvr.log_tail import last_error
-from megatron_rlvr.node_address import LOOPBACK, listening_store, node_address
+from megatron_rlvr.node_address import LOOPBACK, listening_store, node_address, resolves_to
 
 _JOIN_TIMEOUT_S = 300
 
@@ -95,8 +95,10 @@ def run(options: argparse.Namespace, command: Sequence[str], stop: StopRequest) 
 
     arguments = [f"--nnodes={options.nnodes}", f"--nproc-per-node={options.nproc_per_node}", "--max-restarts=0"]
     name, endpoint = node_name(), options.rdzv_endpoint
-    if options.nnodes == 1:
-        name, endpoint = LOOPBACK, f"{LOOPBACK}:{endpoint.rpartition(':')[2]}"
+    if hosts_rendezvous(options):  # on this node its own name may lead to an address at which the store does not listen
+        address = rendezvous_address(options)
+        endpoint = f"{address}:{endpoint.rpartition(':')[2]}"
+        name = name if resolves_to(name, address) else address
     arguments += ["--rdzv-backend=c10d", f"--rdzv-id={options.rdzv_id}", f"--rdzv-endpoint={endpoint}"]
     # torchrun numbers nodes in the order of their addresses, by default the host names, which can differ from Slurm's.
     arguments += [f"--local-addr={name}"]
@@ -123,6 +125,11 @@ def hosts_rendezvous(options: argparse.Namespace) -> bool:
     return options.nnodes == 1 or options.rdzv_endpoint.rpartition(":")[0] == node_name()
 
 
+def rendezvous_address(options: argparse.Namespace) -> str:
+    """Return the address at which the node that hosts the rendezvous listens."""
+    return LOOPBACK if options.nnodes == 1 else node_address(node_name())
+
+
 @contextmanager
 def rendezvous_kept(options: argparse.Namespace) -> Iterator[None]:
     """Keep the rendezvous open until the end of the block, on the node that hosts it. torchrun closes it earlier.
@@ -135,8 +142,7 @@ def rendezvous_kept(options: argparse.Namespace) -> Iterator[None]:
     if not hosts_rendezvous(options):
         yield
         return
-    port = int(options.rdzv_endpoint.rpartition(":")[2])
-    address = LOOPBACK if options.nnodes == 1 else node_address(node_name())
+    port, address = int(options.rdzv_endpoint.rpartition(":")[2]), rendezvous_address(options)
     try:
         # Two stores of one process at the same port share a server, so torchrun uses this one.
         store = listening_store(address, port, datetime.timedelta(seconds=_JOIN_TIMEOUT_S), multi_tenant=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,18 @@ def test_a_layout_that_does_not_divide_the_job_is_refused_by_the_plan(
     output = process.communicate()[0]
     assert process.returncode == 2, output
     assert (tmp_path / "report" / "verdict").read_text().startswith("2 parallel.tensor x ")
+
+
+def test_a_port_that_is_taken_asks_for_another_attempt(run_yaml: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = start("n1", "n1", port, tmp_path / "report", run_yaml)
+        output = process.communicate()[0]
+    assert process.returncode == 1, output
+    expected = f"1 port {port} of 127.0.0.1 cannot be used (Address already in use)\n"
+    assert (tmp_path / "report" / "verdict").read_text() == expected
 
 
 def test_a_node_with_another_version_is_bad(run_yaml: Path, port: int, tmp_path: Path) -> None:
