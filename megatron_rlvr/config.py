@@ -99,7 +99,9 @@ def resolve(config: Config, on_gpu: bool) -> Config:
     Args:
         on_gpu: whether the training processes compute on GPUs.
     """
-    model, verifier, rollout = config.model, config.verifier, config.rollout
+    model, verifier, rollout, parallel = config.model, config.verifier, config.rollout, config.parallel
+    if not parallel.width_step:
+        parallel = replace(parallel, width_step=128 if on_gpu else 1)
     if model.dtype == "auto":
         model = replace(model, dtype="bfloat16" if on_gpu else "float32")
     if model.layer_spec == "auto":
@@ -110,7 +112,7 @@ def resolve(config: Config, on_gpu: bool) -> Config:
         rollout = replace(
             rollout, sglang=replace(rollout.sglang, weight_sync="disk" if rollout.sglang.urls else "tensor")
         )
-    return replace(config, model=model, verifier=verifier, rollout=rollout)
+    return replace(config, model=model, verifier=verifier, rollout=rollout, parallel=parallel)
 
 
 def check(config: Config) -> None:

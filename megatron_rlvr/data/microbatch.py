@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +23,8 @@ class MicrobatchConfig:
         sequences: maximum number of sequences per microbatch, padded on the right to one width; 0 takes all of them.
         tokens: maximum number of tokens per microbatch, whose sequences are packed into one row; 0 pads instead.
         width_multiple: pad the width to a multiple of this, so that sequence parallelism, for example, can split it.
+        width_step: pad the width further, to a multiple of this. Transformer Engine's attention builds a plan for every
+            width that occurs, so few of them should.
         context_size, context_rank: size of the context-parallel group, which splits every sequence, and rank in it.
         mark_padding: also return which tokens are padding, for a router that balances its experts.
     """
@@ -32,11 +35,17 @@ class MicrobatchConfig:
     context_size: int = 1
     context_rank: int = 0
     mark_padding: bool = False
+    width_step: int = 1
 
     @property
     def length_multiple(self) -> int:
         """The length of every sequence is padded to a multiple of this, so that `zigzag` can split it."""
         return 2 * self.context_size if self.context_size > 1 else 1
+
+    @property
+    def whole_width_multiple(self) -> int:
+        """The width of a microbatch, before context-parallel ranks split it, is padded to a multiple of this."""
+        return math.lcm(self.length_multiple * self.width_multiple, self.width_step)
 
 
 @dataclass
@@ -56,6 +65,7 @@ class Microbatch:
         local_targets: int64 [R], indices of the targets that this context-parallel rank predicts; None means all.
         positions: int64 [s], the positions of the tokens in their sequences; None means 0 .. s-1.
         boundaries: int32 [n + 1], where the packed sequences begin and end in the full width; None if padded.
+        longest: an upper bound of the lengths of packed sequences; None if padded.
         padding: bool [b, s], which tokens are padding; None unless `MicrobatchConfig.mark_padding` is set.
         kept: kept sets of the R targets that this rank predicts; None if the policy is not restricted to kept sets.
     """
@@ -70,6 +80,7 @@ class Microbatch:
     positions: Tensor | None = None
     boundaries: Tensor | None = None
     padding: Tensor | None = None
+    longest: int | None = None
     kept: KeptSets | None = None
 
 
@@ -164,7 +175,7 @@ def build_microbatch(batch: RolloutBatch, sequences: Tensor, config: MicrobatchC
 def _pad(microbatch: Microbatch, is_token: Tensor, config: MicrobatchConfig) -> None:
     """Pad the rows on the right; `is_token`, bool [n, width], marks the tokens that are not padding already."""
     rows, width = is_token.shape
-    extra_columns = -microbatch.tokens.size(1) % (config.length_multiple * config.width_multiple)
+    extra_columns = -microbatch.tokens.size(1) % config.whole_width_multiple
     if extra_columns:
         microbatch.tokens = torch.nn.functional.pad(microbatch.tokens, (0, extra_columns))
     if config.mark_padding:
@@ -185,7 +196,7 @@ def _pack(
         config: multiples of lengths and width.
     """
     padded = _round_up(lengths, config.length_multiple) if len(lengths) else torch.ones(1, dtype=torch.int64)
-    padded[-1] += -int(padded.sum()) % (config.length_multiple * config.width_multiple)
+    padded[-1] += -int(padded.sum()) % config.whole_width_multiple
     ends = padded.cumsum(0)
     starts = ends - padded
     sequence, column = is_token.nonzero(as_tuple=True)
@@ -194,6 +205,7 @@ def _pack(
     microbatch.tokens = packed
     microbatch.rows = starts[microbatch.sequence_index] + position
     microbatch.boundaries = torch.cat([starts[:1], ends]).int()
+    microbatch.longest = int(_round_up(padded.max(), config.width_step))
     if config.mark_padding:
         microbatch.padding = torch.ones_like(packed, dtype=torch.bool)
         microbatch.padding[0, starts[sequence] + column] = False

@@ -97,6 +97,9 @@ class ParallelConfig:
     """Sequences per forward pass of training, padded to one length; 0 means the whole minibatch of a rank."""
     microbatch_tokens: NonNegativeInt = 0
     """Tokens per forward pass of training, in sequences packed without padding; 0 pads sequences instead."""
+    width_step: Annotated[int, Bounds(at_least=0, cap=2**16)] = 0
+    """Pad the width of every forward pass of training to a multiple of this many tokens, so that few widths occur:
+    Transformer Engine plans its attention anew for each. 0 means 128 on a GPU and 1 on a CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass recomputes instead of storing: ``none``, those of whole layers (``full``), or
     those of some modules (``selective``, see `recompute_modules`)."""

@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor
 
+from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.fusions import output_layer_is_fused
 
 
@@ -58,7 +59,9 @@ class PolicyModel(GPTModel):
             # The factor has the dtype of the weights, as in transformers.
             decoder_input = decoder_input * decoder_input.new_tensor(self.embedding_scale)
         if positions is not None:
-            longest = int(positions.max()) + 1
+            # The positions of a training microbatch end with its width. Reading their largest would wait for the GPU.
+            width = tokens.size(1) * self.config.context_parallel_size
+            longest = width if positions.dim() == 1 else int(positions.max()) + 1
             angles = self.rotary_pos_emb(longest)[:, 0, 0][positions]  # [b, s, d] or [s, d]
             rotary = angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1).unsqueeze(2)
         hidden = self.decoder(
@@ -110,12 +113,20 @@ class PolicyModel(GPTModel):
         )
 
 
-def packed_sequences(boundaries: Tensor | None, device: torch.device) -> PackedSeqParams | None:
-    """Return megatron-core's description of packed sequences with boundaries int32 [n + 1]; None for padded ones."""
+def packed_sequences(
+    boundaries: Tensor | None, target: torch.device, longest: int | None = None
+) -> PackedSeqParams | None:
+    """Return megatron-core's description of packed sequences with boundaries int32 [n + 1]; None for padded ones.
+
+    Args:
+        boundaries: where the sequences begin and end, on the host.
+        target: where the model computes.
+        longest: an upper bound of their lengths; None takes the longest.
+    """
     if boundaries is None:
         return None
-    longest = int(boundaries.diff().max())
-    boundaries = boundaries.to(device)
+    longest = longest or int(boundaries.diff().max())
+    boundaries = device.to_device(boundaries, target)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,

@@ -64,11 +64,11 @@ def forward_backward(
         microbatch = next(iterator)
         with cpu_shim.without_shim():
             output = model(
-                microbatch.tokens.to(target),
-                microbatch.rows.to(target),
-                positions=None if microbatch.positions is None else microbatch.positions.to(target),
-                packed=packed_sequences(microbatch.boundaries, target),
-                padding=None if microbatch.padding is None else microbatch.padding.to(target),
+                device.to_device(microbatch.tokens, target),
+                device.to_device(microbatch.rows, target),
+                positions=None if microbatch.positions is None else device.to_device(microbatch.positions, target),
+                packed=packed_sequences(microbatch.boundaries, target, microbatch.longest),
+                padding=None if microbatch.padding is None else device.to_device(microbatch.padding, target),
                 hidden_only=hidden_only,
             )
 

@@ -36,7 +36,9 @@ def microbatches(config: Config, data_parallel: int) -> Microbatches:
         sequences = max(1, min(of_minibatch, parallel.microbatch_tokens // longest))
     else:
         sequences = min(parallel.microbatch_sequences or of_minibatch, of_minibatch)
-    tokens = parallel.microbatch_tokens or sequences * longest
+    step = parallel.width_step or 1
+    width = -(-(parallel.microbatch_tokens or longest) // step) * step
+    tokens = width if parallel.microbatch_tokens else sequences * width
     return Microbatches(sequences, -(-of_minibatch // sequences), tokens)
 
 

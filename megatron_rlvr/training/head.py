@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_rlvr import ops
 from megatron_rlvr.control.regions import entropy_change, gradient_norm
 from megatron_rlvr.data.microbatch import Microbatch
-from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron import collectives, device
 from megatron_rlvr.megatron.model import PolicyModel
 
 
@@ -70,14 +70,14 @@ class Head:
         local_targets = microbatch.targets[microbatch.local_targets]
         statistics = self._local_statistics(output, local_targets, microbatch.kept, second_moments)
         values = [value for field in fields(statistics) if (value := getattr(statistics, field.name)) is not None]
-        index = microbatch.local_targets.to(output.device)
+        index = device.to_device(microbatch.local_targets, output.device)
         shared = collectives.all_gather_tokens(torch.stack(values), index, len(microbatch.targets))
         return ops.TokenStatistics(*shared)
 
     def _local_statistics(
         self, output: Tensor, targets: Tensor, kept: ops.KeptSets | None, second_moments: bool
     ) -> ops.TokenStatistics:
-        targets = targets.to(output.device)
+        targets = device.to_device(targets, output.device)
         settings: dict[str, Any] = {
             "temperature": self.temperature,
             "group": self.group,
@@ -112,9 +112,10 @@ class Head:
         squared, squared_logprob = statistics.sum_squared_prob, statistics.sum_squared_prob_logprob
         assert squared is not None and squared_logprob is not None
         logprob, entropy = statistics.logprob, statistics.entropy
-        token_advantage = advantage[microbatch.sequences][microbatch.sequence_index].to(output.device)
+        token_advantage = device.to_device(advantage[microbatch.sequences][microbatch.sequence_index], output.device)
         change = entropy_change(logprob, entropy, token_advantage, squared, squared_logprob)
-        scores.logprob[microbatch.token_index] = logprob.cpu()
-        scores.entropy[microbatch.token_index] = entropy.cpu()
-        scores.entropy_change[microbatch.token_index] = change.cpu()
-        scores.ascent[microbatch.token_index] = gradient_norm(logprob, token_advantage, squared).cpu()
+        ascent = gradient_norm(logprob, token_advantage, squared)
+        # One copy, because each of them waits for the GPU.
+        values = torch.stack([logprob, entropy, change, ascent]).cpu()
+        for scored, value in zip(fields(scores), values, strict=True):
+            getattr(scores, scored.name)[microbatch.token_index] = value

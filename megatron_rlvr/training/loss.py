@@ -62,14 +62,20 @@ class MinibatchLoss:
 
     def __call__(self, output: Tensor, microbatch: Microbatch) -> Tensor:
         """Return the loss of a microbatch, float32 [], from the output of the last stage; see `Head.statistics`."""
-        output_device = output.device
-        token_index, index = microbatch.token_index.to(output_device), microbatch.sequence_index.to(output_device)
-        advantage = self.advantage[microbatch.sequences].to(output_device)[index]
-        weight = self.token_weight[microbatch.sequences].to(output_device)[index]
-        old_logprob = self.scores.logprob.to(output_device)[token_index]
+
+        def of_tokens(values: Tensor) -> Tensor:
+            """The entries of a flat array of the rollout that belong to the microbatch's tokens, on the device."""
+            return device.to_device(values[microbatch.token_index], output.device)
+
+        def of_sequences(values: Tensor) -> Tensor:
+            """The entry of the sequence of every token, on the device."""
+            return device.to_device(values[microbatch.sequences][microbatch.sequence_index], output.device)
+
+        advantage, weight = of_sequences(self.advantage), of_sequences(self.token_weight)
+        old_logprob, old_entropy = of_tokens(self.scores.logprob), of_tokens(self.scores.entropy)
         steering = None
         if self.objective.is_steered:
-            steering = self.objective.steering_weights(self.scores.entropy_change.to(output_device)[token_index])
+            steering = self.objective.steering_weights(of_tokens(self.scores.entropy_change))
         # Context-parallel ranks exchange token statistics before the loss, so the loss cannot be part of the operator.
         if self.head.fused and self.objective.policy_objective.is_plain_clip and microbatch.local_targets is None:
             token_weight = weight if steering is None else weight * steering
@@ -83,15 +89,15 @@ class MinibatchLoss:
                     entropy=entropy,
                     old_logprob=old_logprob,
                     advantage=advantage,
-                    sequence_index=index,
+                    sequence_index=device.to_device(microbatch.sequence_index, output.device),
                     sequence_count=len(microbatch.sequences),
                     thresholds=self.objective.thresholds,
                     weight=steering,
-                    rollout_logprob=self.batch.rollout_logprob.to(output_device)[token_index],
+                    rollout_logprob=of_tokens(self.batch.rollout_logprob),
                 )
             )
             loss = -(weight * outputs.objective).sum()
-        self._count(loss, outputs, logprob.detach(), entropy.detach(), old_logprob, advantage, token_index)
+        self._count(loss, outputs, logprob.detach(), entropy.detach(), old_logprob, old_entropy, advantage)
         return loss
 
     def _fused(
@@ -102,7 +108,7 @@ class MinibatchLoss:
             fused = ops.fused_linear_objective(
                 hidden,
                 self.head.model.output_weight(),
-                microbatch.targets.to(hidden.device),
+                device.to_device(microbatch.targets, hidden.device),
                 old_logprob,
                 advantage,
                 self.objective.thresholds,
@@ -127,11 +133,10 @@ class MinibatchLoss:
         logprob: Tensor,
         entropy: Tensor,
         old_logprob: Tensor,
+        old_entropy: Tensor,
         advantage: Tensor,
-        token_index: Tensor,
     ) -> None:
         """Add the tokens of a microbatch to `sums` and `ratio_max`."""
-        old_entropy = self.scores.entropy.to(logprob.device)[token_index]
         region = classify(old_logprob, old_entropy, advantage)
         active = region > 0
         counted = (
@@ -143,6 +148,6 @@ class MinibatchLoss:
             old_entropy * active,
         )
         self.sums += torch.stack([loss.double(), *(x.sum(dtype=torch.float64) for x in counted)])
-        if len(token_index):
+        if len(logprob):
             largest = saturated(log_ratio_of(logprob, old_logprob).exp().max())
             self.ratio_max = torch.maximum(self.ratio_max, largest)

@@ -193,6 +193,7 @@ def _microbatching(config: Config, layout: parallel.Layout) -> MicrobatchConfig:
         # multiple of 32, the size of its blocks.
         width_multiple=(config.parallel.tensor if config.parallel.sequence else 1)
         * (1 if config.model.fp8 == "none" else 32),
+        width_step=config.parallel.width_step or 1,
         context_size=config.parallel.context,
         context_rank=parallel.context_rank(),
         mark_padding=config.model.router_aux_loss > 0,
