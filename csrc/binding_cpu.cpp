@@ -45,6 +45,10 @@ struct CpuBackend {
                targets[row], " in row ", row);
   }
 
+  void check_kept(const KeptSets& kept, const int64_t* targets, int64_t rows, int64_t vocabulary) const {
+    check_kept_values(kept, targets, rows, vocabulary);
+  }
+
   int64_t workspace_floats(int64_t, int64_t, bool) const { return 0; }
 
   Tensor zeroed_counts(const Tensor& like) const {

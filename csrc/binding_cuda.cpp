@@ -55,6 +55,9 @@ struct CudaBackend {
   // Looking at them would wait for the device: combine_statistics reports them instead.
   void check_targets(const int64_t*, int64_t, int64_t) const {}
 
+  // A row whose set lacks its target gives NaN.
+  void check_kept(const KeptSets&, const int64_t*, int64_t, int64_t) const {}
+
   int64_t workspace_floats(int64_t rows, int64_t vocabulary, bool second_moments) const {
     return megatron_rlvr_row_statistics_workspace(rows, vocabulary, second_moments, multiprocessors);
   }

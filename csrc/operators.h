@@ -6,6 +6,7 @@
 // A Backend is made for each call, from one of its tensors. It has
 //   void* stream                                               where CUDA queues the work
 //   void check_targets(targets, rows, vocabulary)              raises for a bad target, if looking costs no wait
+//   void check_kept(kept, targets, rows, vocabulary)           likewise for kept sets (kept_operators.h)
 //   int64_t workspace_floats(rows, vocabulary, second_moments) scratch memory of row_statistics
 //   Tensor zeroed_counts(like)                                 int64 [kObjectiveCounts]
 //   void launch(const ...Arguments&)                           one overload per kernel

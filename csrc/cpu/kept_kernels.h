@@ -31,6 +31,15 @@ void gather(const Arguments& a, const T* p, const int32_t* ids, int64_t count, f
   for (int64_t i = count; i % Vector::kLanes; i++) block[i] = -INFINITY;
 }
 
+// The first column of `count` ids that are consecutive, as in a set that holds most of the vocabulary; else -1. Their
+// logits need not be gathered.
+template <class Arguments>
+int64_t consecutive_from(const Arguments& a, const int32_t* ids, int64_t count) {
+  const int64_t first = formulas::column_of(ids[0], a.vocabulary_start, a.vocabulary);
+  const int64_t last = formulas::column_of(ids[count - 1], a.vocabulary_start, a.vocabulary);
+  return first >= 0 && last - first == count - 1 ? first : -1;
+}
+
 inline int64_t block_count(const formulas::KeptRange& range, int64_t start) {
   return range.end - start < kBlock ? range.end - start : kBlock;
 }
@@ -46,7 +55,11 @@ void kept_row_statistics_of(const KeptRowStatisticsArguments& arguments, int64_t
     const formulas::KeptRange range = kept_of_shard(a, kept, row);
     formulas::RowSums<double> sums;
     for (int64_t start = range.begin; start < range.end; start += kBlock) {
-      const int64_t count = block_count(range, start);
+      const int64_t count = block_count(range, start), first = consecutive_from(a, kept.ids + start, count);
+      if (first >= 0) {
+        add_logits<kMoments>(p + first, count, float(a.inverse_temperature), sums);
+        continue;
+      }
       gather(a, p, kept.ids + start, count, block);
       add_logits<kMoments>(block, count, float(a.inverse_temperature), sums);
     }
@@ -77,6 +90,14 @@ void kept_logits_gradient_of(const KeptLogitsGradientArguments& arguments, int64
     for (int64_t start = range.begin; start < range.end; start += kBlock) {
       const int64_t count = block_count(range, start);
       const int32_t* ids = kept.ids + start;
+      const int64_t first = consecutive_from(a, ids, count);
+      if (first >= written) {
+        memset(out + written, 0, size_t(first - written) * sizeof(T));
+        write_gradients(gradient, p + first, out + first, count);
+        if (target >= first && target < first + count) assign(out[target], gradient.at_target);
+        written = first + count;
+        continue;
+      }
       gather(a, p, ids, count, block);
       for (int64_t i = 0; i < count; i += Vector::kLanes)
         Vector::store(block + i, gradient.at(Vector::load(block + i)));

@@ -189,6 +189,21 @@ struct RowGradient {
   }
 };
 
+// The gradients of `count` logits; `out` may be `p`.
+template <class T>
+void write_gradients(const RowGradient& gradient, const T* p, T* out, int64_t count) {
+  int64_t i = 0;
+  for (; i + kUnroll * Vector::kLanes <= count; i += kUnroll * Vector::kLanes)
+    for (int k = 0; k < kUnroll; k++)
+      Vector::store(out + i + k * Vector::kLanes, gradient.at(Vector::load(p + i + k * Vector::kLanes)));
+  for (; i + Vector::kLanes <= count; i += Vector::kLanes) Vector::store(out + i, gradient.at(Vector::load(p + i)));
+  if (i < count) {
+    T buffer[Vector::kLanes];
+    Vector::store(buffer, gradient.at(load_tail(p + i, count - i)));
+    memcpy(out + i, buffer, size_t(count - i) * sizeof(T));
+  }
+}
+
 template <class T>
 void logits_gradient_of(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row++) {
@@ -199,17 +214,7 @@ void logits_gradient_of(const LogitsGradientArguments& a, int64_t begin, int64_t
       memset(out, 0, size_t(a.vocabulary) * sizeof(T));
       continue;
     }
-    int64_t i = 0;
-    for (; i + kUnroll * Vector::kLanes <= a.vocabulary; i += kUnroll * Vector::kLanes)
-      for (int k = 0; k < kUnroll; k++)
-        Vector::store(out + i + k * Vector::kLanes, gradient.at(Vector::load(p + i + k * Vector::kLanes)));
-    for (; i + Vector::kLanes <= a.vocabulary; i += Vector::kLanes)
-      Vector::store(out + i, gradient.at(Vector::load(p + i)));
-    if (i < a.vocabulary) {
-      T buffer[Vector::kLanes];
-      Vector::store(buffer, gradient.at(load_tail(p + i, a.vocabulary - i)));
-      memcpy(out + i, buffer, size_t(a.vocabulary - i) * sizeof(T));
-    }
+    write_gradients(gradient, p, out, a.vocabulary);
     const int64_t column = target_column(a, row);
     if (column >= 0) assign(out[column], gradient.at_target);
   }

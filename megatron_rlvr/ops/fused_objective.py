@@ -103,7 +103,7 @@ def fused_linear_objective(
         is_valid = (targets >= 0) & (targets < shard.vocabulary) & (kept is None)
         targets = torch.where(mask | is_valid, targets, torch.full_like(targets, NOT_A_TARGET))
     if kept is not None:
-        check_kept(kept, targets, shard.vocabulary)
+        check_kept(kept, targets)
     has_target = targets != NOT_A_TARGET
     mask = has_target if mask is None else mask & has_target
     softmax = VocabSoftmax(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes, kept)

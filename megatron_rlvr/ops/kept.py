@@ -67,10 +67,10 @@ class KeptSets:
         return mask
 
 
-def check_kept(kept: KeptSets, targets: Tensor, vocabulary: int) -> None:
-    """Raise ValueError unless `kept` holds valid sets for rows with these targets.
+def check_kept(kept: KeptSets, targets: Tensor) -> None:
+    """Raise ValueError unless `kept` has the shapes, types and device of sets for rows with these targets.
 
-    Only shapes, types and devices are compared on a GPU, where reading values would wait for the device.
+    The operators read the values, on the CPU.
     """
     if kept.ids.dtype != torch.int32 or kept.ids.dim() != 1 or kept.offsets.dtype != torch.int64:
         raise ValueError(
@@ -84,27 +84,31 @@ def check_kept(kept: KeptSets, targets: Tensor, vocabulary: int) -> None:
             f"kept: ids and offsets must be on the targets' device {targets.device}, found {kept.ids.device} and "
             f"{kept.offsets.device}"
         )
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
+
+
+def _check_values(kept: KeptSets, targets: Tensor, vocabulary: int) -> None:
+    """Raise ValueError for a set that is empty, not ascending, outside the vocabulary or without its row's target."""
     counts = kept.offsets.diff()
-    first, last = (int(kept.offsets[0]), int(kept.offsets[-1])) if len(kept.offsets) else (0, 0)
+    if not len(counts):
+        return
+    first, last = int(kept.offsets[0]), int(kept.offsets[-1])
     if first < 0 or last > len(kept.ids) or bool((counts < 1).any()):
         raise ValueError(f"kept: offsets must rise by at least 1 per row, from 0 to at most {len(kept.ids)}")
     ids = kept.ids[first:last].long()
     row = torch.repeat_interleave(torch.arange(len(counts), device=ids.device), counts)
+    if bool((((row << 32) + ids).diff() <= 0).any()):
+        raise ValueError("kept: the ids of a row must ascend strictly; KeptSets.of sorts them")
     if bool(((ids < 0) | (ids >= vocabulary)).any()):
         raise ValueError(f"kept: ids must be in [0, {vocabulary}), found {int(ids.min())} to {int(ids.max())}")
-    key = (row << 32) + ids
-    if bool((key.diff() <= 0).any()):
-        raise ValueError("kept: the ids of a row must ascend strictly; KeptSets.of sorts them")
-    wanted = (torch.arange(len(targets), device=ids.device) << 32) + targets.clamp(min=0)
-    place = torch.searchsorted(key, wanted).clamp(max=max(0, len(key) - 1))
-    missing = (targets >= 0) & (key[place] != wanted) if len(key) else targets >= 0
+    found = torch.zeros(len(counts), dtype=torch.bool, device=ids.device).index_put_(
+        (row,), ids == targets[row], accumulate=True
+    )
+    missing = (targets >= 0) & ~found
     if bool(missing.any()):
         example = int(missing.nonzero()[0])
         raise ValueError(
-            f"kept: the target of row {example}, {int(targets[example])}, is not in its kept set ({int(missing.sum())} "
-            f"of {len(targets)} rows): it cannot have been sampled from it"
+            f"kept: the target of row {example}, {int(targets[example])}, is not in its kept set: it cannot have been "
+            "drawn from it"
         )
 
 
@@ -116,6 +120,8 @@ def _masked(logits: Tensor, kept_ids: Tensor, kept_offsets: Tensor, vocab_start:
 def _eager_row_statistics(
     logits: Tensor, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor, vocab_start: int, *settings: Any
 ) -> Tensor:
+    if logits.device.type == "cpu":
+        _check_values(KeptSets(kept_ids, kept_offsets), targets, settings[0])
     masked = _masked(logits, kept_ids, kept_offsets, vocab_start)
     partials = reference.row_statistics(masked, targets, vocab_start, *settings)
     is_kept = KeptSets(kept_ids, kept_offsets).mask(vocab_start, logits.shape[1])

@@ -89,7 +89,7 @@ def token_statistics(
     check_device(logits.device)
     shard = VocabShard.of(group, logits.shape[1], vocabulary)
     if kept is not None:
-        check_kept(kept, targets, shard.vocabulary)
+        check_kept(kept, targets)
     arguments = (logits, targets.contiguous(), 1.0 / temperature, shard, group, second_moments, kept)
     if torch.compiler.is_compiling():
         logprob, entropy, moments = _traceable(*arguments)
@@ -168,7 +168,7 @@ def statistics_of_shard(
         gathered = gather_partials(partials, shard, group, inverse_temperature)
         return torch.ops.megatron_rlvr.combine_statistics(gathered, targets, vocabulary, inverse_temperature)
     except RuntimeError as error:
-        if str(error).startswith("targets:"):  # torch's stable ABI passes the message on, but not the type
+        if str(error).startswith(("targets:", "kept:")):  # torch's stable ABI passes the message on, but not the type
             raise ValueError(str(error)) from None
         if str(error).startswith("logits:"):
             raise NonFiniteLogitsError(str(error)) from None

@@ -191,4 +191,4 @@ def check_projection(
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes: must be positive, found {chunk_bytes}")
     if kept is not None:
-        check_kept(kept, targets, shard.vocabulary)
+        check_kept(kept, targets)
