@@ -131,9 +131,8 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
 
     if config.checkpoint.export_huggingface:
         report.phase("exporting")
-        export_folder(
-            policy.bridge, policy.model_chunks, Path(config.run_directory) / "huggingface", write=layout.is_main
-        )
+        folder, dtype = Path(config.run_directory) / "huggingface", config.checkpoint.export_torch_dtype()
+        export_folder(policy.bridge, policy.model_chunks, folder, write=layout.is_main, dtype=dtype)
     report.finish()
     return EXIT_DONE
 

@@ -6,7 +6,8 @@
 The conversion runs in one process. It holds one weight at a time, with the Hugging Face tensors that make it up, and
 prints its peak memory and the size of the largest weight. It writes to OUTPUT.partial, which it renames at the end. If
 it is killed, start it again: it continues after the files that are complete. `--verify` reads the output back and
-compares every tensor bit for bit.
+compares every tensor bit for bit, after the conversion to --dtype if that rounds. Config.json of an exported folder
+names the dtype of its weights.
 
 Checkpoints do not depend on the parallel layout that wrote them. Training reads them under any layout, so there is no
 conversion between layouts.
@@ -18,8 +19,10 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
@@ -28,6 +31,8 @@ from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights import conversion
+from megatron_rlvr.weights.huggingface_folder import tensor_files
+from megatron_rlvr.weights.shape_checks import check_shapes
 
 warnings.simplefilter("ignore")
 
@@ -41,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="folder to write; must not exist")
     parser.add_argument("--model", type=Path, help="to-huggingface: folder that config and tokenizer come from")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest safetensors file")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="dtype to write; default: one that holds every weight exactly"
+    )
     parser.add_argument("--verify", action="store_true", help="read back and compare every tensor")
     options = parser.parse_args(arguments)
     began = time.perf_counter()
@@ -57,17 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with parallel.parallel_groups(ParallelConfig(), seed=0):
         before = _peak_gib()
         if options.direction == "to-megatron":
-            bridge = _bridge(options.input, _dtype_of_folder(options.input))
+            bridge = _bridge(options.input, options.dtype or _dtype_of_folder(options.input, report))
+            dtype = str(bridge.dtype).removeprefix("torch.")
             compared = conversion.to_megatron(bridge, options.output, report, options.verify)
         else:
             bridge = _bridge(options.model, conversion.checkpoint_dtype(options.input))
+            dtype = options.dtype or str(bridge.dtype).removeprefix("torch.")
             shard_bytes = int(options.shard_gib * 1024**3)
             compared = conversion.to_huggingface(
-                bridge, options.input, options.output, report, options.verify, shard_bytes
+                bridge, options.input, options.output, report, options.verify, shard_bytes, getattr(torch, dtype)
             )
         if options.verify:
-            report(f"all {compared} tensors are equal")
-        memory = f"peak memory {_peak_gib():.2f} GiB, {before:.2f} GiB before the first weight"
+            report(f"all {compared} tensors are equal, as {dtype}")
+        memory = f"peak memory {_peak_gib():.3f} GiB, {before:.3f} GiB before the first weight"
         report(f"{options.output} is complete; {memory}")
     return EXIT_DONE
 
@@ -87,10 +97,14 @@ def _bridge(folder: Path, dtype: str) -> PolicyBridge:
     return PolicyBridge(ModelConfig(path=str(folder), dtype=dtype, layer_spec="local"), ParallelConfig())
 
 
-def _dtype_of_folder(folder: Path) -> str:
-    dtype = str(read_config(folder).dtype or "torch.float32").removeprefix("torch.")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"{folder}/config.json: dtype must be float32 or bfloat16, found {dtype}")
+def _dtype_of_folder(folder: Path, report: Callable[[str], None]) -> str:
+    """Return the dtype that holds every weight of a folder exactly, and report it if config.json names another."""
+    config = read_config(folder)
+    dtypes = check_shapes(tensor_files(folder), config).dtypes
+    dtype = "bfloat16" if dtypes == {torch.bfloat16} else "float32"
+    if (named := str(config.dtype or dtype).removeprefix("torch.")) != dtype:
+        stored = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        report(f"config.json says {named}, but the weights are {stored}: they are kept as {dtype}; see --dtype")
     return dtype
 
 

@@ -124,6 +124,11 @@ def is_mixture(hf_config: Any) -> bool:
 
 def _check_supported(path: Path, config: Any) -> None:
     """Refuse configurations that would load but compute a different model."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{path}/config.json: quantization_config says that the weights are quantized: use the model before its "
+            "quantization, in float32 or bfloat16"
+        )
     settings: dict[str, tuple[Any, tuple[Any, ...]]] = dict(family_of(config).supported(config))
     for rope in rope_parameters(config).values():
         partial = rope.get("partial_rotary_factor", 1.0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
+
+import torch
 
 from megatron_rlvr.config_schema import Bounds, ByName, NonNegativeFloat, NonNegativeInt, PositiveInt
 from megatron_rlvr.control import SCHEDULE_PARAMETERS, ScheduleParameters
@@ -64,3 +66,11 @@ class CheckpointConfig:
     """Continue training while a checkpoint is written from a copy in host memory."""
     export_huggingface: bool = True
     """Write the final policy as a Hugging Face folder, ``huggingface/`` in the run directory."""
+    export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the exported weights, which the folder's config.json names. ``auto`` is ``model.dtype``: these weights
+    are the policy that was trained and rolled out. From a bfloat16 policy, ``float32`` gives the same weights in twice
+    the space; the optimizer's float32 master weights stay in the checkpoint. ``bfloat16`` rounds a float32 policy."""
+
+    def export_torch_dtype(self) -> torch.dtype | None:
+        """Return `export_dtype` as a dtype; None for ``auto``."""
+        return None if self.export_dtype == "auto" else getattr(torch, self.export_dtype)

@@ -20,6 +20,16 @@ from megatron_rlvr.checksums import DamagedError
 from megatron_rlvr.errors import UserError
 
 _RECORD = "run.json"
+_ROPE = (
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+_ADDED = ("head_dim", "num_experts_per_tok", "rms_norm_eps", "rope")
+"""Entries of the fingerprint that checkpoints of earlier versions lack."""
 _LARGEST_STEP = 2**53
 
 
@@ -89,7 +99,7 @@ def open_folder(folder: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
 
 
 def fingerprint(hf_config: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the family, sizes and dtype of a model, which must be equal for a checkpoint to belong to it."""
+    """Return family, sizes, constants and dtype of a model, which must be equal for a checkpoint to belong to it."""
     names = (
         "model_type",
         "num_hidden_layers",
@@ -97,12 +107,22 @@ def fingerprint(hf_config: Any, dtype: torch.dtype) -> dict[str, Any]:
         "intermediate_size",
         "num_attention_heads",
         "num_key_value_heads",
+        "head_dim",
         "vocab_size",
         "tie_word_embeddings",
         "num_experts",
+        "num_experts_per_tok",
         "moe_intermediate_size",
+        "rms_norm_eps",
     )
-    return {name: getattr(hf_config, name, None) for name in names} | {"dtype": str(dtype)}
+    rope = _rope(hf_config.rope_parameters)
+    return {name: getattr(hf_config, name, None) for name in names} | {"rope": rope, "dtype": str(dtype)}
+
+
+def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that rotary embeddings depend on; some families have one set per kind of layer."""
+    nested = {name: _rope(value) for name, value in parameters.items() if isinstance(value, Mapping)}
+    return nested | {name: parameters[name] for name in _ROPE if name in parameters}
 
 
 def check_same_model(stored: Mapping[str, Any], expected: Mapping[str, Any], folder: Path, remedy: str) -> None:
@@ -117,8 +137,11 @@ def check_same_model(stored: Mapping[str, Any], expected: Mapping[str, Any], fol
     Raises:
         UserError: if they differ; names every difference.
     """
+    known = set(expected) if "rope" in stored else set(expected) - set(_ADDED)
     different = [
-        f"{key}={stored.get(key)} instead of {expected[key]}" for key in expected if stored.get(key) != expected[key]
+        f"{key}={stored.get(key)} instead of {expected[key]}"
+        for key in expected
+        if key in known and stored.get(key) != expected[key]
     ]
     if different:
         raise UserError(f"{folder} is a checkpoint of another model ({', '.join(different)}): {remedy}")

@@ -40,7 +40,8 @@ from megatron_rlvr.weights.huggingface_folder import (
 )
 from megatron_rlvr.weights.safetensors_writer import is_complete as is_complete_shard
 from megatron_rlvr.weights.safetensors_writer import nbytes, plan_shards, write_shard
-from megatron_rlvr.weights.whole_weights import WholeWeights
+from megatron_rlvr.weights.shape_checks import check_shapes, rounding
+from megatron_rlvr.weights.whole_weights import WholeWeights, check_finite
 
 Report = Callable[[str], None]
 """Called with a line of text for every step of progress."""
@@ -63,8 +64,13 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
         UserError: if the folder cannot be read, the target cannot be written, or a tensor differs.
     """
     files = tensor_files(bridge.path)
+    found = check_shapes(files, bridge.hf_config)
+    if rounded := rounding(found.dtypes, bridge.dtype):
+        report(f"warning: {rounded}")
     weights = WholeWeights(bridge)
-    partial = _begin(target, {"folder": str(bridge.path.resolve()), "files": _sizes(set(files.values()))}, report)
+    inputs = {*files.values(), bridge.path / "config.json"}
+    source = {"folder": str(bridge.path.resolve()), "files": _sizes(inputs), "dtype": str(bridge.dtype)}
+    partial = _begin(target, source, report)
     report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
     try:
         digests = save_streamed(
@@ -76,7 +82,7 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
         compared = 0
         if verify:
             report("comparing every tensor")
-            compared = _compare(weights, StreamedLoad(partial), bridge.path)
+            compared = _compare(weights, StreamedLoad(partial), bridge.path, bridge.dtype)
         (partial / _INPUT).unlink()
         model = fingerprint(bridge.hf_config, bridge.dtype)
         write_record(partial, {"step": 0, "model": model, "source": str(bridge.path)}, digests)
@@ -96,6 +102,7 @@ def to_huggingface(
     report: Report,
     verify: bool,
     shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
 ) -> int:
     """Write a Megatron checkpoint as a complete Hugging Face folder.
 
@@ -107,6 +114,7 @@ def to_huggingface(
         report: called with lines of progress.
         verify: read the folder back and compare every tensor.
         shard_bytes: largest size of a safetensors file, unless a single tensor is larger.
+        dtype: dtype of the weights in the folder; None keeps that of the checkpoint.
 
     Returns:
         the number of tensors compared; 0 without `verify`.
@@ -117,8 +125,12 @@ def to_huggingface(
     """
     loaded = open_checkpoint(bridge, checkpoint, report)
     weights = WholeWeights(bridge)
-    described = weights.huggingface_tensors()
+    dtype = dtype or bridge.dtype
+    if rounded := rounding({bridge.dtype}, dtype):
+        report(f"warning: {rounded}")
+    described = {key: (dtype, shape) for key, (_, shape) in weights.huggingface_tensors().items()}
     source = {"checkpoint": str(checkpoint.resolve()), "files": _sizes(set(checkpoint.iterdir())), "shard": shard_bytes}
+    source |= {"dtype": str(dtype)}
     partial = _begin(target, source, report)
     report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
     shards = plan_shards(described, shard_bytes)
@@ -127,15 +139,15 @@ def to_huggingface(
         for number, (names, file) in enumerate(zip(shards, shard_names(len(shards)), strict=True)):
             in_shard = {name: described[name] for name in names}
             if not is_complete_shard(partial / file, in_shard):
-                write_shard(partial / file, in_shard, ((name, tensors(name)) for name in names))
+                write_shard(partial / file, in_shard, ((name, tensors(name).to(dtype)) for name in names))
             report(f"{number + 1} of {len(shards)} files")
         if len(shards) > 1:
             write_index(partial, shards, sum(map(nbytes, described.values())))
-        copy_companions(bridge.path, partial)
+        copy_companions(bridge.path, partial, {dtype})
         compared = 0
         if verify:
             report("comparing every tensor")
-            compared = _compare(weights, loaded, partial)
+            compared = _compare(weights, loaded, partial, dtype)
         (partial / _INPUT).unlink()
         partial.rename(target)
     except UserError:
@@ -208,16 +220,24 @@ def _load(weights: WholeWeights, loaded: StreamedLoad, name: str) -> Iterator[tu
     """Read one weight of a checkpoint and yield its Hugging Face tensors by name."""
     weight = weights.empty(name)
     loaded.fill(weights.pieces(name, weight))
+    check_finite(weight, f"{loaded.folder}: {name}")
     return weights.to_huggingface(name, weight)
 
 
-def _compare(weights: WholeWeights, loaded: StreamedLoad, folder: Path) -> int:
+def _compare(weights: WholeWeights, loaded: StreamedLoad, folder: Path, dtype: torch.dtype) -> int:
     """Compare every tensor of a checkpoint with a Hugging Face folder, bit for bit; returns the number of tensors.
+
+    Args:
+        weights: the weights of the model.
+        loaded: the checkpoint.
+        folder: the folder.
+        dtype: the dtype of the side that was written, to which the tensors of both sides are converted.
 
     Raises:
         UserError: for the first tensor that differs or that only one side has.
     """
     files = tensor_files(folder)
+    derived = check_shapes(files, weights.bridge.hf_config).derived
     seen: set[str] = set()
     difference = None
     for name in weights.names:
@@ -225,10 +245,9 @@ def _compare(weights: WholeWeights, loaded: StreamedLoad, folder: Path) -> int:
             seen.add(key)
             if key not in files:
                 difference = difference or f"{folder} lacks {key}"
-            elif difference is None and not _bit_equal(read_tensor(files[key], key), tensor):
+            elif difference is None and not _bit_equal(read_tensor(files[key], key).to(dtype), tensor.to(dtype)):
                 difference = f"{key} differs from the one in {files[key]}"
-    # The folder of a tied model may store the embedding under both names.
-    unknown = sorted(files.keys() - seen - {"lm_head.weight"})
+    unknown = sorted(files.keys() - seen - derived)
     if difference is None and unknown:
         difference = f"{folder} holds {len(unknown)} tensors that the model does not have, such as {unknown[0]}"
     if difference is not None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.weights.huggingface_folder import write_folder
+from megatron_rlvr.weights.shape_checks import rounding
 
 _BYTES_PER_TURN = 2**30
 
 
-def export_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folder: Path, *, write: bool) -> None:
+def export_folder(
+    bridge: PolicyBridge,
+    model_chunks: Sequence[PolicyModel],
+    folder: Path,
+    *,
+    write: bool,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a complete Hugging Face folder. Collective over the job.
 
     Args:
@@ -23,13 +33,16 @@ def export_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], fol
         model_chunks: this rank's model chunks.
         folder: folder to write; replaced if it exists.
         write: True on the one process that writes.
+        dtype: dtype of the weights in the folder, which its config.json names; None keeps that of the policy.
 
     Raises:
         UserError: if the folder cannot be written.
     """
     tensors = _in_turns(bridge.export(model_chunks), f"{folder} to be written", keep=write)
     if write:
-        write_folder(folder, tensors, companions=bridge.path)
+        if rounded := rounding({bridge.dtype}, dtype or bridge.dtype):
+            print(f"warning: {folder}: {rounded}", file=sys.stderr)
+        write_folder(folder, ((name, t.to(dtype or t.dtype)) for name, t in tensors), companions=bridge.path)
     else:
         for _ in tensors:  # every process must take part in gathering every tensor
             pass

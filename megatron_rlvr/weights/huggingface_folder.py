@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -21,14 +21,19 @@ SHARD_BYTES = 4 * 1024**3
 """Default maximum size of a safetensors file, in bytes."""
 INDEX = "model.safetensors.index.json"
 _COMPANIONS = (
-    "config.json",
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
-    "vocab.json",
+    "vocab.*",
     "merges.txt",
+    "*.tiktoken",
+    "*.model",
     "chat_template*",
+    "additional_chat_templates",
     "added_tokens.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
 
 
@@ -53,8 +58,8 @@ def write_folder(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        count = _write_shards(partial, tensors, shard_bytes)
-        copy_companions(companions, partial)
+        count, dtypes = _write_shards(partial, tensors, shard_bytes)
+        copy_companions(companions, partial, dtypes)
         replace_folder(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,14 +67,39 @@ def write_folder(
     return count
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy config, generation config and tokenizer, which a folder of weights needs to be a complete model."""
+def copy_companions(source: Path, folder: Path, dtypes: Collection[torch.dtype]) -> None:
+    """Copy config, generation config, tokenizer and licence, without which weights are no complete model.
+
+    Args:
+        source: folder to copy from.
+        folder: folder of the weights.
+        dtypes: dtypes of the weights. config.json names another one if the policy was trained in another precision than
+            the model that it started from. transformers and SGLang would round the weights to it.
+    """
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
-            shutil.copy2(file, folder)
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+            else:
+                shutil.copy2(file, folder)
+    config = folder / "config.json"
+    if not (source / "config.json").is_file():
+        return
+    shutil.copy2(source / "config.json", config)
+    dtype = str(torch.float32 if len(dtypes) > 1 else next(iter(dtypes), torch.float32)).removeprefix("torch.")
+    settings = parse_object(read_bytes(config))
+    # `torch_dtype` is the name of the key before transformers 4.56
+    found = {key: settings[key] for key in ("dtype", "torch_dtype") if key in settings}
+    if not found or any(value != dtype for value in found.values()):
+        settings |= dict.fromkeys(found or ("dtype",), dtype)
+        config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int) -> int:
+def _write_shards(
+    folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
+) -> tuple[int, set[torch.dtype]]:
+    """Write the tensors; returns their number and their dtypes."""
+    dtypes: set[torch.dtype] = set()
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
     size = total = 0
@@ -86,6 +116,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], sha
         if shard and size + copy.nbytes > shard_bytes:
             close_shard()
         shard[name] = copy
+        dtypes.add(copy.dtype)
         size += copy.nbytes
         total += copy.nbytes
     close_shard()
@@ -93,7 +124,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], sha
         (folder / f"shard-{number}").rename(folder / file)
     if len(shards) > 1:
         write_index(folder, shards, total)
-    return sum(map(len, shards))
+    return sum(map(len, shards)), dtypes
 
 
 def shard_names(count: int) -> list[str]:
@@ -134,13 +165,35 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         for name, file in weight_map.items():
             if name not in names[file]:
                 raise UserError(f"{folder / file} lacks {name}, which the index expects there: download it again")
+        for file, held in names.items():
+            if unlisted := sorted(name for name in held if weight_map.get(name) != file):
+                raise UserError(
+                    f"{folder / file} holds {unlisted[0]}, which the index does not expect there: download the model "
+                    "again"
+                )
+        others = sorted({file.name for file in folder.glob("model*.safetensors")} - names.keys())
+        if others:
+            raise UserError(
+                f"{folder / others[0]} is not in the index, and other programs may read it instead: delete it or "
+                f"{INDEX}, whichever is of another model"
+            )
         return {name: folder / file for name, file in weight_map.items()}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
+        found = next((f" but {file.name}" for file in sorted(folder.glob("*.bin"))), "")
         raise UserError(
-            f"{folder} holds no *.safetensors: save the model with save_pretrained(..., safe_serialization=True)"
+            f"{folder} holds no *.safetensors{found}: save the model with save_pretrained(..., safe_serialization=True)"
         )
-    return {name: file for file in files for name in _names(file)}
+    placed: dict[str, Path] = {}
+    for path in files:
+        for name in sorted(_names(path)):
+            if name in placed:
+                raise UserError(
+                    f"{folder} holds {name} twice, in {placed[name].name} and in {path.name}: delete the file that is "
+                    "of another model"
+                )
+            placed[name] = path
+    return placed
 
 
 def read_index(path: Path) -> dict[str, str]:

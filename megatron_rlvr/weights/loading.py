@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatron_rlvr.checked_input import one_line
@@ -14,7 +16,7 @@ from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.weight_loading import WeightShapeError
 from megatron_rlvr.weights.huggingface_folder import FolderReader, tensor_files
-from megatron_rlvr.weights.shape_checks import check_shapes
+from megatron_rlvr.weights.shape_checks import FolderWeights, check_shapes, rounding
 
 
 def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folder: Path | None = None) -> None:
@@ -26,10 +28,12 @@ def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folde
         folder: folder with safetensors files; None means the bridge's folder.
 
     Raises:
-        UserError: if a tensor is missing or its shape differs from config.json, or a file cannot be read.
+        UserError: if the folder has other weights than config.json describes, or a file cannot be read.
     """
     folder = folder or bridge.path
-    check_folder(bridge, folder)
+    found = check_folder(bridge, folder)
+    if (rounded := rounding(found.dtypes, bridge.dtype)) and dist.get_rank() == 0:
+        print(f"warning: {folder}: {rounded}; model.dtype=float32 keeps them", file=sys.stderr)
     try:
         with FolderReader(tensor_files(folder)) as reader:
             bridge.read_weights(model_chunks, reader)
@@ -46,15 +50,15 @@ def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folde
     _check_finite(model_chunks, folder)
 
 
-def check_folder(bridge: PolicyBridge, folder: Path | None = None) -> None:
+def check_folder(bridge: PolicyBridge, folder: Path | None = None) -> FolderWeights:
     """Check from the headers of the files that `folder` has the weights that config.json describes.
 
     Call this before building a model: one of other sizes may need more memory than there is.
 
     Raises:
-        UserError: if a file cannot be read, or a shape differs.
+        UserError: if a file cannot be read, or the folder has other weights.
     """
-    check_shapes(tensor_files(folder or bridge.path), bridge.hf_config)
+    return check_shapes(tensor_files(folder or bridge.path), bridge.hf_config)
 
 
 def _check_finite(model_chunks: Sequence[PolicyModel], folder: Path) -> None:

@@ -59,7 +59,7 @@ class WholeWeights:
             files: the safetensors file of every Hugging Face tensor.
 
         Raises:
-            UserError: if a tensor is missing or has the wrong shape.
+            UserError: if a tensor is missing, has the wrong shape, or is not finite in the dtype of the model.
         """
         weight_format = self.formats[name]
         tensors = []
@@ -82,7 +82,9 @@ class WholeWeights:
                 f"{self.bridge.path}: {shapes} does not match its config.json, where {name} has shape "
                 f"{list(self._shapes[name])}: download the model again"
             )
-        return weight.to(self.bridge.dtype)
+        weight = weight.to(self.bridge.dtype)
+        check_finite(weight, f"{self.bridge.path}: {' or '.join(weight_format.names)}")
+        return weight
 
     def to_huggingface(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield the Hugging Face tensors of a weight, by name."""
@@ -95,3 +97,10 @@ class WholeWeights:
     def empty(self, name: str) -> Tensor:
         """Allocate uninitialised memory for a weight."""
         return torch.empty(self._shapes[name], dtype=self.bridge.dtype)
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raise UserError if a weight has a value that is NaN or infinite."""
+    # The smallest and the largest value are NaN if any value is. Unlike isfinite, this needs no memory.
+    if weight.numel() and not all(bool(bound.isfinite()) for bound in torch.aminmax(weight)):
+        raise UserError(f"{name} has values that are NaN or infinite: use weights from before they were damaged")

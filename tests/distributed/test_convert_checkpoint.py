@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import re
 import resource
 import shutil
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rlvr.checksums import LIST, check_files, read_list
+from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights.huggingface_folder import INDEX, read_tensor, tensor_files
 from tests.families import FAMILIES, MIXTURES, make_family
 from tests.processes import ROOT, launch, run_trainer
@@ -210,6 +213,119 @@ def test_bfloat16_stays_bfloat16(tool: ModuleType, tmp_path: Path) -> None:
     assert tool.main(arguments) == 0
     assert equal(source, tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype is torch.bfloat16
+
+
+def test_conversion_keeps_every_bit_whatever_config_json_says(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_family(tmp_path / "source", "qwen2-tied")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    assert tool.main(["to-megatron", str(source), str(checkpoint), "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "config.json says bfloat16, but the weights are float32: they are kept as float32" in printed
+    back = ["to-huggingface", str(checkpoint), str(out), "--model", str(source), "--verify"]
+    assert tool.main(back) == 0
+    assert equal(source, out) and json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+    assert tool.main([*back[:2], str(tmp_path / "rounded"), *back[3:], "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: weights in float32 are rounded to bfloat16" in printed and "are equal, as bfloat16" in printed
+    rounded = load_file(tmp_path / "rounded" / "model.safetensors")
+    exact = load_file(source / "model.safetensors")
+    assert all(rounded[name].equal(tensor.bfloat16()) for name, tensor in exact.items())
+    assert json.loads((tmp_path / "rounded" / "config.json").read_text())["dtype"] == "bfloat16"
+    rounding = ["to-megatron", str(source), str(tmp_path / "narrow"), "--verify", "--dtype", "bfloat16"]
+    assert tool.main(rounding) == 0
+    printed = capsys.readouterr().out
+    assert "warning: weights in float32 are rounded to bfloat16" in printed and "are equal, as bfloat16" in printed
+
+    half = {name: tensor.half() for name, tensor in exact.items()}
+    save_file(half, source / "model.safetensors", metadata={"format": "pt"})
+    assert tool.main(["to-megatron", str(source), str(tmp_path / "half"), "--verify"]) == 0
+    assert "the weights are float16: they are kept as float32" in capsys.readouterr().out
+
+
+def test_good_and_bad_folders_of_other_programs(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Buffers of old versions are accepted with the values of config.json alone; nothing that counts is dropped."""
+    source = make_family(tmp_path / "source", "llama3-tied")
+    intact = load_file(source / "model.safetensors")
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](read_config(source), torch.device("cpu"))
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": frequencies.clone() for layer in (0, 1)}
+    good = intact | buffers | {"lm_head.weight": intact["model.embed_tokens.weight"].clone()}
+    other_head = {"lm_head.weight": intact["model.embed_tokens.weight"].flip(0).contiguous()}
+    nan = {"model.norm.weight": torch.full_like(intact["model.norm.weight"], torch.nan)}
+    infinite = {"model.norm.weight": intact["model.norm.weight"].double() * 1e200}
+    capsys.readouterr()
+    for number, (change, message) in enumerate(
+        (
+            ({}, None),
+            (other_head, "lm_head.weight differs from model.embed_tokens.weight: set it to false"),
+            ({name: tensor * 2 for name, tensor in buffers.items()}, "with another rope_theta or scaling"),
+            ({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, "q_proj.bias is not a tensor of llama"),
+            (nan, "model.norm.weight has values that are NaN or infinite"),
+            (infinite, "model.norm.weight has values that are NaN or infinite"),
+        )
+    ):
+        save_file(good | change, source / "model.safetensors", metadata={"format": "pt"})
+        target = tmp_path / f"checkpoint{number}"
+        status = tool.main(["to-megatron", str(source), str(target), "--verify"])
+        line = capsys.readouterr().err
+        assert status == (0 if message is None else 2), line
+        expected = re.escape(message) if message else ""
+        assert re.fullmatch(f"error: .*{expected}.*\\n" if message else "", line), line
+        assert target.exists() == (message is None) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_flipped_byte_of_a_converted_checkpoint_is_named(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_family(tmp_path / "source", "qwen2-tied")
+    checkpoint = tmp_path / "checkpoint"
+    assert tool.main(["to-megatron", str(source), str(checkpoint)]) == 0
+    rng = random.Random(5)
+    for file in sorted(checkpoint.iterdir()):
+        before = file.read_bytes()
+        position = rng.randrange(len(before))
+        file.write_bytes(before[:position] + bytes([before[position] ^ 16]) + before[position + 1 :])
+        capsys.readouterr()
+        assert tool.main(["to-huggingface", str(checkpoint), str(tmp_path / "out"), "--model", str(source)]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"error: {checkpoint} ") and line.count("\n") == 1, line
+        assert not list(tmp_path.glob("out*"))
+        file.write_bytes(before)
+    edited = json.loads((source / "config.json").read_text()) | {"rope_parameters": {"rope_type": "default"}}
+    edited["rope_parameters"]["rope_theta"] = 123.0
+    other = shutil.copytree(source, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(edited))
+    assert tool.main(["to-huggingface", str(checkpoint), str(tmp_path / "out"), "--model", str(other)]) == 2
+    assert "is a checkpoint of another model (rope={" in capsys.readouterr().err
+
+
+def test_a_damaged_record_of_a_killed_conversion_is_written_again(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_rlvr.megatron import streamed_checkpoint
+
+    source = make_family(tmp_path / "source", "qwen2-tied", num_hidden_layers=3)
+    write, written = streamed_checkpoint._write_record, []
+
+    def die(path: Path, record: Any) -> None:
+        write(path, record)
+        written.append(path)
+        if len(written) == 3:
+            raise KilledError
+
+    monkeypatch.setattr(streamed_checkpoint, "_write_record", die)
+    with pytest.raises(KilledError):
+        tool.main(["to-megatron", str(source), str(tmp_path / "out")])
+    monkeypatch.setattr(streamed_checkpoint, "_write_record", write)
+    for path, data in zip(written, (b"", b"x" * 50, written[2].read_bytes()[:-1]), strict=True):
+        path.write_bytes(data)
+    assert tool.main(["to-megatron", str(source), str(tmp_path / "out"), "--verify"]) == 0
 
 
 def test_bad_input_is_one_line(

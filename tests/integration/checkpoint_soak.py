@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
@@ -49,7 +49,7 @@ class Flip:
 
     file: Path
     position: int
-    before: bytes
+    before: bytes = field(repr=False)
 
     def undo(self) -> None:
         if self.file.is_file():
@@ -57,8 +57,13 @@ class Flip:
 
     def newest_is_damaged(self) -> bool:
         """Whether the changed file belongs to the newest checkpoint."""
-        steps = [int(d.name[5:]) for d in self.file.parents[1].glob("step_*") if d.name[5:].isdigit()]
-        return bool(steps) and self.file.parent.name == f"step_{max(steps)}"
+        return self.file.parent == newest(self.file.parents[1])
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """Return the folder of the newest checkpoint."""
+    steps = [int(d.name[5:]) for d in checkpoints.glob("step_*") if d.name[5:].isdigit()]
+    return checkpoints / f"step_{max(steps)}" if steps else None
 
 
 class Soak:
@@ -93,8 +98,12 @@ class Soak:
     def metrics(self, name: str) -> list[dict]:
         return [deterministic(record) for record in read_metrics(self.folder / name)]
 
-    def resume(self, name: str, kill: bool) -> tuple[int, str]:
-        """Start a run, kill it after a random number of steps or seconds; returns its status and stderr."""
+    def resume(self, name: str, kill: bool) -> tuple[int, str, bool]:
+        """Start a run, kill it after a random number of steps or seconds.
+
+        Returns:
+            its status, its stderr, and whether it got so far that it had to load a checkpoint.
+        """
         process = self.start(name)
         errors: list[str] = []
         reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))  # type: ignore[union-attr]
@@ -103,7 +112,9 @@ class Soak:
         timer = threading.Timer(8 * self.rng.random(), process.kill)
         if kill and self.rng.random() < 0.2:  # at a moment of the start, or of the first steps
             timer.start()
+        stepped = False
         for line in process.stdout:  # type: ignore[union-attr]
+            stepped |= line.startswith("step ")
             left -= line.startswith("step ")
             if left <= 0:
                 time.sleep(self.rng.random() / 4)  # a step takes about a tenth of a second, a save somewhat less
@@ -113,16 +124,16 @@ class Soak:
         status = process.wait()
         timer.cancel()
         reader.join()
-        return status, errors[0]
+        return status, errors[0], stepped or status != -signal.SIGKILL or "warning: " in errors[0]
 
     def flip(self, name: str) -> Flip | None:
         """Change one bit of a file under ``checkpoints/``, most often of the newest checkpoint."""
         files = [f for f in sorted((self.folder / name / "checkpoints").rglob("*")) if f.is_file() and f.stat().st_size]
         if not files:
             return None
-        newest = max(files, key=lambda f: f.stat().st_mtime_ns).parent
+        last = newest(self.folder / name / "checkpoints")
         if self.rng.random() < 0.7:
-            files = [f for f in files if f.parent == newest] or files
+            files = [f for f in files if f.parent == last] or files
         file = self.rng.choice(files)
         before = file.read_bytes()
         position = self.rng.randrange(len(before))
@@ -157,7 +168,7 @@ class Soak:
 
     def run(self, kills: int, flips: int) -> None:
         """Do everything; results are in `counts` and `wrong`."""
-        status, stderr = self.resume("uninterrupted", kill=False)
+        status, stderr, _ = self.resume("uninterrupted", kill=False)
         assert status == 0, stderr
         expected = self.metrics("uninterrupted")
         number = 0
@@ -166,20 +177,21 @@ class Soak:
             name, flip = f"run{number}", None
             while True:
                 damaged = flip is not None and flip.newest_is_damaged()
-                status, stderr = self.resume(name, kill=kills > 0 or flips > 0)
-                self.judge(status, stderr, flip)
-                if damaged and status != 2 and "is damaged" not in stderr:
-                    self.wrong.append(f"silent: {flip}")
-                flip = None
+                status, stderr, loaded = self.resume(name, kill=kills > 0 or flips > 0)
+                if loaded:
+                    self.judge(status, stderr, flip)
+                    if damaged and status != 2 and "is damaged" not in stderr:
+                        self.wrong.append(f"silent: {flip}")
+                    flip = None
                 if status == 0:
                     break
                 if status == -signal.SIGKILL:
                     kills -= 1
                     self.counts["kills"] += 1
-                if flips > 0 and (flip := self.flip(name)) is not None:
+                if flip is None and flips > 0 and (flip := self.flip(name)) is not None:
                     flips -= 1
                     self.counts["flips"] += 1
-                print(f"{dict(self.counts)} wrong {len(self.wrong)}", flush=True)
+                print(f"{dict(self.counts)} wrong {len(self.wrong)} {self.wrong[-1:]}", flush=True)
             self.counts["finished runs"] += 1
             if self.metrics(name) != expected:
                 self.wrong.append(f"{name}: other metrics")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
@@ -137,6 +138,47 @@ def test_a_damaged_checkpoint_is_skipped(arguments: list[str], tmp_path: Path) -
     assert main([*arguments, "steps=4"]) == 0
     assert [deterministic(r) for r in read_metrics(tmp_path / "run")] == before
     assert names(tmp_path / "run") == ["latest", "step_3", "step_4"]
+
+
+def test_a_run_is_never_begun_anew_in_silence(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "steps=2"]) == 0
+    before, checkpoints = (tmp_path / "run" / "metrics.jsonl").read_bytes(), tmp_path / "run" / "checkpoints"
+    (checkpoints / "latest").unlink()  # the settings are compared without it, too
+    assert main([*arguments, "steps=2", "algorithm.schedule.name=constant"]) == 2
+    for step in (1, 2):
+        with (checkpoints / f"step_{step}" / "__0_0.distcp").open("r+b") as file:
+            file.seek(1000)
+            file.write(bytes([file.read(1)[0] ^ 1]))
+    capsys.readouterr()
+    assert main([*arguments, "steps=2"]) == 2
+    [line] = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
+    assert "step_2 is damaged (__0_0.distcp differs" in line and "step_1 is damaged (__0_0.distcp differs" in line
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before and names(tmp_path / "run") == [
+        "step_1",
+        "step_2",
+    ]
+
+
+def test_the_export_names_its_precision(
+    run_yaml: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model that training starts from calls itself bfloat16, but the policy is float32."""
+    model, exported = shutil.copytree(small_model, tmp_path / "model"), tmp_path / "run" / "huggingface"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    arguments = [str(run_yaml), "steps=1", "data.heldout=null", f"model.path={model}"]
+    assert main(arguments) == 0
+    exact = load_file(exported / "model.safetensors")
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "float32"
+    assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+    capsys.readouterr()
+    assert main([*arguments, "checkpoint.export_dtype=bfloat16"]) == 0
+    assert "huggingface: weights in float32 are rounded to bfloat16" in capsys.readouterr().err
+    rounded = load_file(exported / "model.safetensors")
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all(rounded[name].equal(tensor.bfloat16()) for name, tensor in exact.items())
 
 
 def test_a_fused_adam_resumes_in_another_layout(run_yaml: Path, tmp_path: Path) -> None:

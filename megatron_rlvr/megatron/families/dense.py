@@ -24,7 +24,11 @@ def no_biases(hf_config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 def full_attention(hf_config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     sliding = getattr(hf_config, "use_sliding_window", False)
-    return no_biases(hf_config) | {"use_sliding_window": (sliding, (False,))}
+    other = next((kind for kind in getattr(hf_config, "layer_types", None) or () if kind != "full_attention"), None)
+    return no_biases(hf_config) | {
+        "use_sliding_window": (sliding, (False,)),
+        "layer_types": (other, (None,)),
+    }
 
 
 LLAMA = Family(weights=_DENSE, settings=lambda hf_config: {}, supported=no_biases)

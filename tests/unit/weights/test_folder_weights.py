@@ -1,0 +1,251 @@
+"""A Hugging Face folder must have exactly the weights of its config.json, and an export is what was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron.huggingface_config import read_config
+from megatron_rlvr.weights.huggingface_folder import INDEX, tensor_files, write_folder
+from megatron_rlvr.weights.shape_checks import check_shapes, expected_weights, rounding
+from tests.families import FAMILIES, MIXTURES, make_family
+
+Tensors = dict[str, Tensor]
+
+
+def check(folder: Path) -> Any:
+    return check_shapes(tensor_files(folder), read_config(folder))
+
+
+def edit(folder: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("families")
+    for family in FAMILIES | MIXTURES:
+        make_family(folder / family, family)
+    return folder
+
+
+@pytest.fixture
+def copy(families: Path, tmp_path: Path) -> Callable[[str], Path]:
+    return lambda family: shutil.copytree(families / family, tmp_path / family)
+
+
+@pytest.mark.parametrize("family", FAMILIES | MIXTURES)
+def test_every_family_has_exactly_the_expected_weights(family: str, families: Path) -> None:
+    folder, config = families / family, read_config(families / family)
+    found = check(folder)
+    assert found.dtypes == {torch.float32} and found.derived == frozenset()
+    stored = load_file(folder / "model.safetensors")
+    assert {name: list(tensor.shape) for name, tensor in stored.items()} == expected_weights(config)
+
+
+@pytest.mark.parametrize("family", ["qwen2-untied", "qwen3-tied-wide-heads", "llama-untied", "qwen3-moe"])
+def test_every_missing_or_reshaped_weight_is_named(family: str, copy: Callable[[str], Path]) -> None:
+    folder = copy(family)
+    intact = load_file(folder / "model.safetensors")
+    for name in (name for name in intact if "layers.1." in name or "layers" not in name):
+        save_file({k: t for k, t in intact.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"lacks {name}, "):
+            check(folder)
+        other = {name: torch.zeros([*intact[name].shape[:-1], intact[name].shape[-1] + 1])}
+        save_file(intact | other, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"{name} has shape .*does not match its config.json"):
+            check(folder)
+
+
+def frequencies(theta: float = 10000.0, size: int = 8) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
+
+
+INV_FREQ = "model.layers.1.self_attn.rotary_emb.inv_freq"
+DERIVED: dict[str, tuple[str, Tensor]] = {
+    "frequencies": (INV_FREQ, frequencies()),
+    "frequencies of the model": ("model.rotary_emb.inv_freq", frequencies()),
+    "frequencies in bfloat16": (INV_FREQ, frequencies().bfloat16()),
+    "frequencies in float16": (INV_FREQ, frequencies().half()),
+    "positions": ("model.embeddings.position_ids", torch.arange(256)[None]),
+    "a causal mask": ("model.causal_mask", torch.ones(9, 9).triu(1).bool()),
+    "masks of layers": ("model.layers.0.self_attn.bias", torch.ones(1, 1, 9, 9).tril().to(torch.uint8)),
+    "the value of masked entries": ("model.layers.0.self_attn.masked_bias", torch.tensor(-1e9)),
+}
+FOREIGN: dict[str, tuple[str, Tensor, str]] = {
+    "frequencies of another theta": (INV_FREQ, frequencies(500000.0), "trained with another rope_theta or scaling"),
+    "scaled frequencies": (INV_FREQ, frequencies() / 4, "trained with another rope_theta or scaling"),
+    "frequencies of other heads": (INV_FREQ, frequencies(size=16), "trained with another rope_theta or scaling"),
+    "frequencies that are NaN": (INV_FREQ, frequencies() * float("nan"), "trained with another rope_theta"),
+    "reversed positions": ("model.embeddings.position_ids", torch.arange(9).flip(0), "is not what the attention"),
+    "a mask of a window": ("model.causal_mask", torch.ones(9, 9).triu(1).tril(3).bool(), "is not what the attention"),
+    "a mask without values": ("model.causal_mask", torch.ones(0, 0), "is not what the attention"),
+    "a mask of zeros": ("model.layers.0.self_attn.masked_bias", torch.tensor(0.0), "is not what the attention"),
+    "a bias": ("model.layers.0.self_attn.o_proj.bias", torch.zeros(32), "o_proj.bias is not a tensor of llama"),
+    "an adapter": ("model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(4, 32), "is not a tensor of llama"),
+    "a value head": ("v_head.summary.weight", torch.zeros(1, 32), "v_head.summary.weight is not a tensor of llama"),
+    "norms of another family": ("model.layers.0.self_attn.q_norm.weight", torch.ones(8), "is not a tensor of llama"),
+    "scales of a quantization": ("model.layers.0.mlp.up_proj.weight_scale", torch.ones(1), "is not a tensor of llama"),
+}
+
+
+@pytest.mark.parametrize("kind", DERIVED)
+def test_tensors_that_config_json_determines_are_accepted(kind: str, copy: Callable[[str], Path]) -> None:
+    folder, (name, tensor) = copy("llama-untied"), DERIVED[kind]
+    edit(folder, lambda tensors: tensors.update({name: tensor}))
+    found = check(folder)
+    assert found.derived == {name} and found.dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_tensors_are_refused(kind: str, copy: Callable[[str], Path]) -> None:
+    folder, (name, tensor, message) = copy("llama-untied"), FOREIGN[kind]
+    edit(folder, lambda tensors: tensors.update({name: tensor}))
+    with pytest.raises(UserError, match=message):
+        check(folder)
+
+
+def test_scaled_frequencies_are_those_of_the_scaling(copy: Callable[[str], Path]) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    folder = copy("llama3-untied")
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](read_config(folder), torch.device("cpu"))
+    edit(folder, lambda tensors: tensors.update({INV_FREQ: scaled}))
+    assert check(folder).derived == {INV_FREQ}
+    edit(folder, lambda tensors: tensors.update({INV_FREQ: frequencies()}))
+    with pytest.raises(UserError, match="another rope_theta or scaling"):
+        check(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "llama3-tied", "qwen3-tied-wide-heads"])
+def test_a_tied_model_has_one_output_layer(family: str, copy: Callable[[str], Path]) -> None:
+    folder = copy(family)
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert check(folder).derived == {"lm_head.weight"}
+    edit(folder, lambda t: t["lm_head.weight"][-1, 0].add_(1e-3))
+    with pytest.raises(UserError, match=r"tie_word_embeddings=true, but lm_head\.weight differs .*set it to false"):
+        check(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    assert check(folder).derived == frozenset()
+    edit(folder, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(UserError, match=r"lacks lm_head\.weight, and config\.json has tie_word_embeddings=false"):
+        check(folder)
+
+
+def test_dtypes_of_weights(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama-untied")
+    edit(folder, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items() if "mlp" in name}))
+    assert check(folder).dtypes == {torch.float32, torch.bfloat16}
+    for dtype, name in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")):
+        edit(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(dtype)}))  # noqa: B023
+        with pytest.raises(UserError, match=f"has dtype {name}: use the model before its quantization"):
+            check(folder)
+    assert rounding([torch.float32, torch.bfloat16], torch.float32) is None
+    assert rounding([torch.float16], torch.float32) is None
+    assert rounding([torch.float32, torch.bfloat16], torch.bfloat16) == "weights in float32 are rounded to bfloat16"
+    assert rounding([torch.float16], torch.bfloat16) == "weights in float16 are rounded to bfloat16"
+    assert rounding([torch.float64], torch.float32) == "weights in float64 are rounded to float32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config says that the weights are quantized"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types='sliding_attention' is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+    ],
+)
+def test_models_that_are_computed_otherwise_are_refused(
+    changes: dict[str, Any], message: str, copy: Callable[[str], Path]
+) -> None:
+    folder = copy("qwen2-untied")
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        read_config(folder)
+
+
+def test_each_tensor_is_in_one_file(copy: Callable[[str], Path]) -> None:
+    folder = copy("qwen2-untied")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / "other.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"holds model.norm.weight twice, in model.safetensors and in other.safetensors"
+    ):
+        tensor_files(folder)
+    (folder / "other.safetensors").unlink()
+    sharded = folder.with_name("sharded")
+    write_folder(sharded, iter(tensors.items()), folder, shard_bytes=40_000)
+    index = json.loads((sharded / INDEX).read_text())
+    assert check(sharded).dtypes == {torch.float32} and len(set(index["weight_map"].values())) > 1
+    shutil.copy(folder / "model.safetensors", sharded)
+    with pytest.raises(UserError, match=r"model.safetensors is not in the index"):
+        tensor_files(sharded)
+    (sharded / "model.safetensors").unlink()
+    del index["weight_map"]["model.norm.weight"]
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"holds model.norm.weight, which the index does not expect there"):
+        tensor_files(sharded)
+
+
+def test_a_folder_of_pickles_is_refused(copy: Callable[[str], Path]) -> None:
+    folder = copy("qwen2-untied")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors but pytorch_model\.bin: save the model with"):
+        tensor_files(folder)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_config_json_names_the_dtype_of_the_weights(
+    dtype: torch.dtype, key: str | None, copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, out = copy("qwen2-tied"), tmp_path / "out"
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config | ({key: "bfloat16"} if key else {})))
+    tensors = {name: t.to(dtype) for name, t in load_file(folder / "model.safetensors").items()}
+    write_folder(out, iter(tensors.items()), folder)
+    loaded = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(loaded[name].dtype is dtype and loaded[name].equal(t) for name, t in tensors.items())
+    written = json.loads((out / "config.json").read_text())
+    assert {k: v for k, v in written.items() if k != (key or "dtype")} == config
+    if key and dtype is torch.bfloat16:
+        assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_everything_that_makes_a_model_is_exported(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("qwen2-tied")
+    names = {
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+    }
+    names |= {"chat_template.jinja", "tokenizer.model", "qwen.tiktoken", "added_tokens.json", "merges.txt", "LICENSE"}
+    for name in names:
+        (folder / name).write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("{}")
+    (folder / "modeling.py").write_text("raise SystemExit")
+    write_folder(tmp_path / "out", iter(load_file(folder / "model.safetensors").items()), folder)
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == {"config.json", "model.safetensors", "additional_chat_templates/tool.jinja", *names}
