@@ -48,11 +48,15 @@ class ClipSchedule:
             rate: learning rate of this step relative to its peak, 0 to 1. Used by :class:`TargetEntropy` only.
 
         Raises:
-            ValueError: if ``step`` is negative, or ``entropy`` is negative or not finite.
+            ValueError: if ``step`` is negative, ``entropy`` is negative or not finite, or ``response`` is not finite.
+                The state of the schedule is unchanged then.
         """
         check_step(step)
         if not (math.isfinite(entropy) and entropy >= 0.0):
             raise ValueError(f"schedule: the entropy of step {step} must be finite and not negative, found {entropy!r}")
+        sums = () if response is None else (response.change, response.slope, response.ascent, response.ascent_slope)
+        if not all(map(math.isfinite, sums)):
+            raise ValueError(f"schedule: the steering response of step {step} must be finite, found {response}")
         self._observe(Observation(step, entropy, tokens, response, standard_error, rate))
 
     def _observe(self, observation: Observation) -> None:

@@ -1,5 +1,6 @@
 """TargetEntropy on a scalar plant with known parameters: tracking, filtering, saturation, the floor, checkpoints."""
 
+import copy
 import itertools
 import json
 import math
@@ -360,3 +361,18 @@ def test_misreported_updates_are_refused():
     assert not constant.wants_updates
     constant.observe_update(0, 0, 4, 0.1)
     assert constant.thresholds(0).steering == 0.0
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_an_observation_that_is_not_finite_changes_no_state(broken):
+    schedule = TargetEntropy(total_steps=10)
+    schedule.observe(0, 1.0, response=SteeringResponse(0.1, 0.2, 0.3, 0.0), standard_error=0.01)
+    before = copy.deepcopy(schedule.state_dict())
+    for arguments in (
+        {"entropy": broken},
+        {"entropy": 1.0, "standard_error": broken},
+        {"entropy": 1.0, "response": SteeringResponse(broken, 0.2, 0.3, 0.0)},
+    ):
+        with pytest.raises(ValueError, match="must be finite"):
+            schedule.observe(1, **arguments)
+        assert schedule.state_dict() == before
