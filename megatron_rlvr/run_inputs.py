@@ -1,8 +1,8 @@
 """Fingerprints of the files that a run reads, so that a file that was exchanged between two starts is noticed.
 
 ``inputs.json`` of the run directory holds the SHA-256 of every file that determines what the run trains on: the data,
-and the tokenizer and settings of the model folder. Weights are not among them: a resumed run has its own in the
-checkpoint.
+and the tokenizer and generation settings of the model folder. Weights and config.json are not among them: the
+checkpoint has both.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
 
 INPUTS_FILE = "inputs.json"
+# Not config.json: a checkpoint knows the sizes of its model and names the one that differs.
 _MODEL_FILES = (
-    "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",

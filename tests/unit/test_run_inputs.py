@@ -74,7 +74,7 @@ def test_a_moved_model_is_the_same(config: Config, tmp_path: Path) -> None:
     before = fingerprints(config)
     (tmp_path / "model").rename(tmp_path / "moved")
     config.model.path = str(tmp_path / "moved")
-    assert fingerprints(config) == before and len(before) >= 6
+    assert fingerprints(config) == before and len(before) >= 5
 
 
 def test_the_program_compares_before_it_builds_anything(
@@ -93,7 +93,7 @@ def test_the_program_compares_before_it_builds_anything(
 
 def test_a_damaged_record_is_one_line(config: Config) -> None:
     path = Path(config.run_directory) / INPUTS_FILE
-    assert len(json.loads(path.read_text())) >= 6
+    assert len(json.loads(path.read_text())) >= 5
     path.write_text("{")
     with pytest.raises(UserError, match=r"inputs.json cannot be read \(not valid JSON"):
         record_inputs(config, resumes=True)
