@@ -20,13 +20,14 @@ import torch
 from megatron_rlvr.config import Config, resolve
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.data.kept_tokens import KeptTokens
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.server_key import headers, key_from_environment
-from megatron_rlvr.rollout.sampling import SamplingSettings
+from megatron_rlvr.rollout.sampling import SamplingSettings, kept_tokens
 from tests.generation import generate
 from tests.small_model import make_small_model
 
@@ -113,6 +114,22 @@ def test_logprobs_match_the_trainer_before_and_after_each_sync(policy, engine, t
     engine.weight_sync.folders.wait()
     assert [folder.name for folder in (tmp_path / "run" / "sglang" / "weights").iterdir()] == ["step_000002"]
     assert "through the disk this time" not in capsys.readouterr().err
+
+
+def test_kept_sets_are_those_of_the_definition(policy, engine) -> None:
+    """The temperature, then top-k and top-p of one distribution: the server keeps what float64 keeps."""
+    sampling = dataclasses.replace(SAMPLING, top_k=60, top_p=0.603, stop_token_ids=(), returns_kept=True)
+    completions = generate(engine, PROMPTS, sampling)
+    whole = [dataclasses.replace(c, kept=KeptTokens.of([list(range(112))] * len(c.token_ids))) for c in completions]
+    assert _difference(policy, PROMPTS, completions) < 1e-4 < _difference(policy, PROMPTS, whole)
+    # The probability of every token of the vocabulary at the first position of each prompt, one completion per token.
+    everything = [Completion([token], [0.0], "stop", 0) for _ in PROMPTS for token in range(112)]
+    first = _scores(policy, PROMPTS, everything).view(len(PROMPTS), 112).double().exp()
+    for number, completion in enumerate(completions):
+        expected = kept_tokens(first[number // sampling.samples][None], sampling.top_p, sampling.top_k)[0]
+        assert completion.kept is not None
+        assert sorted(completion.kept.sets()[0]) == expected.nonzero()[:, 0].tolist()
+        assert len(completion.kept.sets()[0]) < 60
 
 
 def test_logprobs_are_over_the_full_vocabulary_under_top_k(policy, engine) -> None:
