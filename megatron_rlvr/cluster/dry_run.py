@@ -46,8 +46,12 @@ def configuration_of(command: Sequence[str]) -> list[str] | None:
     return None
 
 
-def check_configuration(words: Sequence[str]) -> str:
+def check_configuration(words: Sequence[str], training_ranks: int | None = None) -> str:
     """Read the configuration as training does, and return a line about it.
+
+    Args:
+        words: the file and the overrides.
+        training_ranks: ranks that would train, whose layout and batch are checked; None if none train.
 
     Raises:
         UserError: if training would refuse it.
@@ -56,9 +60,12 @@ def check_configuration(words: Sequence[str]) -> str:
         return f"{words[0]} was not checked: {sys.executable} is older than Python 3.11"
     try:
         from megatron_rlvr.config import load_config
+        from megatron_rlvr.rollout.requirements import check_job
     except ImportError as error:
         return f"{words[0]} was not checked: {sys.executable} has no {error.name}"
-    load_config(words[0], words[1:])
+    config = load_config(words[0], words[1:])
+    if training_ranks is not None:
+        check_job(config, training_ranks)
     return f"{words[0]} and the overrides are valid"
 
 
@@ -72,12 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     words = configuration_of(command)
+    nodes = options.nodes.split(",")
+    trains = command[:2] == ["-m", "megatron_rlvr.train"]
+    ranks = len(nodes) * options.processes_per_node if trains else None
     try:
-        summary = check_configuration(words) if words else ""
+        summary = check_configuration(words, ranks) if words else ""
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    print_commands(options.nodes.split(","), options.processes_per_node, command, options.detail == "ranks")
+    print_commands(nodes, options.processes_per_node, command, options.detail == "ranks")
     if summary:
         print(summary)
     return EXIT_DONE

@@ -10,6 +10,8 @@ from pathlib import Path
 from megatron_rlvr.config import Config
 from megatron_rlvr.data import load_examples
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron.huggingface_config import read_config
+from megatron_rlvr.megatron.layout_checks import check_layout, check_world_size
 from megatron_rlvr.rollout.tokenization import Tokenization, exceeds_context
 
 
@@ -36,6 +38,23 @@ def check_engine(config: Config) -> None:
             f"{local} needs model.layer_spec=local, found {config.model.layer_spec}: {remedy} (in a Slurm job "
             "RLVR_SERVERS=colocated or nodes:N), or model.layer_spec=local"
         )
+
+
+def check_job(config: Config, ranks: int) -> None:
+    """Check what needs no GPU and no weights: the layout and the batch of a job of `ranks` processes, and the context.
+
+    The context is checked if the model's config.json is on this machine.
+    """
+    parallel = config.parallel
+    check_world_size(parallel, ranks, "processes", "start a multiple of {}")
+    data_parallel = ranks // (parallel.tensor * parallel.pipeline * parallel.context)
+    check_groups(config.rollout.prompts_per_step, config.algorithm.minibatches, data_parallel)
+    if config.model.layer_spec != "auto":
+        check_engine(config)
+    if (Path(config.model.path) / "config.json").is_file():
+        model = read_config(Path(config.model.path))
+        check_layout(model, parallel)
+        check_context(config, model.max_position_embeddings)
 
 
 def check_groups(prompts_per_step: int, minibatches: int, data_parallel: int) -> None:

@@ -1,0 +1,67 @@
+"""What a job is refused for before anything starts, by a dry run too: a line and status 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rlvr.cluster import dry_run
+from megatron_rlvr.config import load_config
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.requirements import check_engine, check_groups, check_job
+from tests.processes import ROOT
+
+CONFIGS = ROOT / "examples" / "configs"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    architecture = json.loads((CONFIGS / "architectures" / "qwen2.5-math-7b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(architecture))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.max_tokens=4096", "rollout.max_tokens=4096 exceed the 4096 positions of the model"),
+        ("parallel.tensor=3", "does not divide the 8 processes"),
+        ("parallel.tensor=8", "parallel.tensor=8 does not divide the model's 28 attention heads"),
+        ("rollout.prompts_per_step=8", "the nearest that divides is 16"),
+        ("model.layer_spec=transformer_engine rollout.engine=local", "needs model.layer_spec=local"),
+    ],
+)
+def test_a_dry_run_refuses_what_training_refuses(
+    override: str, message: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = [str(CONFIGS / "qwen2.5-math-7b.yaml"), f"model.path={model}"]
+    command = ["--nodes=n0", "--processes-per-node=8", "--", "-m", "megatron_rlvr.train", *config]
+    assert dry_run.main(command) == 0
+    capsys.readouterr()
+    assert dry_run.main([*command, *override.split()]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_the_context_is_unknown_without_the_model() -> None:
+    check_job(load_config(CONFIGS / "qwen2.5-math-7b.yaml", ["rollout.max_tokens=4096"]), 8)
+
+
+@pytest.mark.parametrize(("prompts", "nearest"), [(1, "16"), (15, "16"), (17, "16 or 32"), (250, "240 or 256")])
+def test_the_nearest_batch_is_named(prompts: int, nearest: str) -> None:
+    check_groups(256, 8, 2)
+    with pytest.raises(UserError, match=f"the nearest that divides is {nearest}$"):
+        check_groups(prompts, 8, 2)
+
+
+def test_engines_that_cannot_generate() -> None:
+    config = load_config(CONFIGS / "qwen3-30b-a3b.yaml", ["rollout.engine=local", "model.layer_spec=local"])
+    with pytest.raises(UserError, match=r"cannot generate with parallel\.expert=8"):
+        check_engine(config)
+    config.rollout.engine = "recorded"
+    check_engine(config)
+    config.data.heldout = "heldout.jsonl"
+    with pytest.raises(UserError, match=r"rollout\.engine=recorded evaluates with the local engine"):
+        check_engine(config)
