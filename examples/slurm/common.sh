@@ -235,7 +235,7 @@ start_servers() {
         "${python[@]}" -m megatron_rlvr.cluster.serve --folder="$attempt/servers" -- "$@"
     step_output=''
     if [ -n "$RLVR_DRY_RUN" ]; then
-        training+=(rollout.engine=sglang "rollout.sglang.urls=[http://HOST:PORT]")
+        training+=(rollout.engine=sglang "rollout.sglang.urls=[http://HOST:30000]")
         return
     fi
     server_step=$step step=''
