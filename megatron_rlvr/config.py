@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,7 +21,10 @@ from megatron_rlvr.control import build_schedule
 from megatron_rlvr.data.config import DataConfig
 from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rlvr.node import node_name
 from megatron_rlvr.rollout.config import EvaluationConfig, RolloutConfig
+from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
+from megatron_rlvr.rollout.engines.sglang.registry import read_registry
 from megatron_rlvr.telemetry.config import TelemetryConfig
 from megatron_rlvr.training.config import AlgorithmConfig, CheckpointConfig
 from megatron_rlvr.verifiers.config import DEFAULT_WORKERS, NEED_NO_WORKERS, VerifierConfig
@@ -108,11 +111,23 @@ def resolve(config: Config, on_gpu: bool) -> Config:
         model = replace(model, layer_spec="transformer_engine" if on_gpu else "local")
     if verifier.workers is None:
         verifier = replace(verifier, workers=0 if verifier.name in NEED_NO_WORKERS else DEFAULT_WORKERS)
-    if rollout.sglang.weight_sync == "auto":
-        rollout = replace(
-            rollout, sglang=replace(rollout.sglang, weight_sync="disk" if rollout.sglang.urls else "tensor")
-        )
+    sglang = rollout.sglang
+    if sglang.weight_sync == "auto":
+        sglang = replace(sglang, weight_sync=_weight_sync(sglang))
+    if sglang.bucket_mb is None:
+        sglang = replace(sglang, bucket_mb=1024 if on_gpu else 256)
+    rollout = replace(rollout, sglang=sglang)
     return replace(config, model=model, verifier=verifier, rollout=rollout, parallel=parallel)
+
+
+def _weight_sync(sglang: SGLangConfig) -> Literal["disk", "tensor", "distributed"]:
+    """Return how servers receive weights. All nodes come to the same result: each of them has a server, or none has."""
+    if not sglang.urls:
+        return "tensor"
+    if sglang.registry is None:
+        return "disk"
+    nodes = {place.node for place in read_registry(Path(sglang.registry))}
+    return "tensor" if node_name() in nodes else "distributed"
 
 
 def check(config: Config) -> None:

@@ -251,7 +251,7 @@ start_servers() {
         pause 0.5
     done
     urls=$(cat "$attempt"/servers/*.urls | paste -sd,)
-    training+=(rollout.engine=sglang "rollout.sglang.urls=[$urls]")
+    training+=(rollout.engine=sglang "rollout.sglang.urls=[$urls]" "rollout.sglang.registry=$attempt/servers")
     say "SGLang servers: $urls"
 }
 

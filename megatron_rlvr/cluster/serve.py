@@ -2,8 +2,9 @@
 
 Starts ``rollout.sglang.servers`` servers, each on its own GPUs, and restarts those that die or hang. It stops them when
 it receives a stop signal, when ``DIR/wanted`` holds the word ``stop``, or when it dies. Once all servers answer, it
-writes their URLs to ``DIR/NODE.urls``, comma-separated. Their output goes to ``DIR/NODE/server_N.log``. The environment
-variable RLVR_SGLANG_KEY holds the key that they demand.
+writes their URLs to ``DIR/NODE.urls``, comma-separated, and what the trainer must know to share memory with them to
+``DIR/NODE.json``. Their output goes to ``DIR/NODE/server_N.log``. The environment variable RLVR_SGLANG_KEY holds the
+key that they demand.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device
 from megatron_rlvr.node_address import node_address
 from megatron_rlvr.rollout.engines.sglang.kept_sets import with_kept_sets
+from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace, register
 from megatron_rlvr.rollout.engines.sglang.server_key import KEY_VARIABLE, key_from_environment
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
+from megatron_rlvr.rollout.engines.sglang.weight_sync.placement import gpu_uuids, nccl_version
 
 _WATCH_PERIOD_S = 0.5
 
@@ -50,7 +53,7 @@ def node_pool(config: Config, logs: Path, key: str) -> ServerPool:
         logs,
         # A machine's host name can differ from the name by which other nodes reach it.
         host_name=node_name(),
-        # These servers share no memory with a trainer.
+        # CUDA IPC names a GPU by its UUID, so a server need not see the GPUs of others to share memory with a trainer.
         hide_other_gpus=True,
         key=key,
     )
@@ -65,6 +68,14 @@ def still_wanted(folder: Path) -> bool:
         return (folder / "wanted").read_text().strip() != "stop"
     except OSError:
         return True
+
+
+def _places(pool: ServerPool) -> list[ServerPlace]:
+    """Return where the servers of this node run, for the trainer."""
+    gpus = [gpu_uuids(server.gpus) for server in pool.servers]
+    nccl = nccl_version(pool.config.python or sys.executable) if any(gpus) else None
+    places = zip(pool.servers, gpus, strict=True)
+    return [ServerPlace(server.url, node_name(), of_server, nccl) for server, of_server in places]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"no {KEY_VARIABLE} for the servers: set it to a random text here and for the trainer")
         pool = node_pool(config, options.folder / node, key)
         with pool:
+            register(options.folder, _places(pool))
             write_text(options.folder / f"{node}.urls", ",".join(pool.urls) + "\n")
             while not stop.wait(_WATCH_PERIOD_S) and still_wanted(options.folder):
                 if pool.failure:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -25,6 +29,31 @@ def to_device(values: Tensor, target: torch.device) -> Tensor:
         # A copy from pageable memory would stop the host until the GPU has finished all earlier work.
         return values.pin_memory().to(target, non_blocking=True)
     return values.to(target)
+
+
+def synchronize() -> None:
+    """Wait until a GPU has done what it was given."""
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def without_expandable_segments() -> Iterator[None]:
+    """Allocate memory of a GPU meanwhile that another process may map through CUDA IPC.
+
+    Memory in expandable segments consists of many handles, which the other process must duplicate with
+    ``pidfd_getfd``; containers and other users are not allowed to. Blocks that are cached in such segments are not
+    reused while they are off.
+    """
+    settings = ",".join(os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    if not on_gpu() or "expandable_segments:True" not in settings.replace(" ", ""):
+        yield
+        return
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+    try:
+        yield
+    finally:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def return_cached_memory() -> None:

@@ -74,7 +74,7 @@ def _create(data_rank: int, is_leader: bool, minutes: float) -> _Groups:
     timeout = datetime.timedelta(minutes=minutes)
 
     def group(ranks: list[int], name: str) -> dist.ProcessGroup | None:
-        """Create a group, which every process of the job must do; returns None on processes that are not in it."""
+        """See `new_group`."""
         if len(ranks) == 1:
             return None
         created = dist.new_group(ranks, timeout, backend="gloo", group_desc=f"waiting-{name}")
@@ -112,6 +112,38 @@ def as_default_group() -> Iterator[None]:
         yield
     finally:
         distributed_c10d._update_default_pg(original)
+
+
+def new_group(ranks: Sequence[int], name: str) -> dist.ProcessGroup | None:
+    """Create a group of some processes that wait for each other. Collective over the job.
+
+    Returns:
+        the group; None on processes that are not in it, and if it has one member.
+    """
+    if _groups is None or len(ranks) == 1:
+        return None
+    timeout = datetime.timedelta(minutes=_groups.minutes)
+    group = dist.new_group(sorted(ranks), timeout, backend="gloo", group_desc=f"waiting-{name}")
+    return group if dist.get_rank() in ranks else None
+
+
+def gather_to(rank: int, value: T, group: dist.ProcessGroup, what: str) -> list[T] | None:
+    """Send the `value` of every process of a group of `new_group` to one of them, by rank. Two gathers.
+
+    Args:
+        rank: rank in the job of the process that receives the values.
+        value: any picklable object.
+        group: the group.
+        what: see above.
+
+    Returns:
+        the values, in the order of ranks; None on the other processes.
+    """
+    assert _groups is not None
+    values: list[T] | None = [value] * group.size() if dist.get_rank() == rank else None
+    with _told(what, _groups):
+        dist.gather_object(value, values, dst=rank, group=group)
+    return values
 
 
 # ---- the job: all processes ----

@@ -85,6 +85,13 @@ class WeightExport:
         dist.all_gather_object(by_stage, own, group=self._stages)
         self.weights = [weight for of_stage in by_stage for weight in of_stage]
 
+    def described(self) -> Iterator[tuple[str, torch.dtype, torch.Size]]:
+        """Yield name, dtype and shape of every tensor, in the order of `tensors`."""
+        for weight in self.weights:
+            for names in weight.names:
+                for name, shape in zip(names, weight.shapes, strict=True):
+                    yield name, weight.dtype, torch.Size(shape)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every Hugging Face tensor, complete, on every process. Tensors are valid until the next one."""
         with torch.no_grad():

@@ -228,7 +228,5 @@ def _export_bytes(stage: Stage, sglang: SGLangConfig | None, itemsize: int) -> i
     gathered = 2 * tensor
     if sglang is None or sglang.weight_sync == "disk" or stage.index > 0:
         return gathered
-    # The first stage sends buckets. A bucket is allocated before the last one is freed, and a tensor that is larger
-    # than a bucket has one of its own.
-    bucket = sglang.bucket_mb * 1024**2
-    return gathered + bucket + max(bucket, tensor)
+    # Processes on the first stage send buckets. Two buffers take turns, and each holds the largest tensor.
+    return gathered + 2 * max((sglang.bucket_mb or 1024) * 1024**2, tensor)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,11 @@ class Bucket:
     """Whole Hugging Face tensors in one buffer.
 
     Attributes:
-        flat: uint8 [bytes], the tensors one after the other without gaps.
+        flat: uint8 [bytes], the tensors one after the other without gaps; empty on processes that do not hold it.
         dtype: dtype of all tensors.
         names, shapes: name and shape of each tensor, in the order of `flat`.
         last: whether this is the last bucket.
+        shared: what a transport needs to send it, once `flat` is filled.
     """
 
     flat: Tensor
@@ -25,6 +27,12 @@ class Bucket:
     names: list[str] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
     last: bool = False
+    shared: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(shape.numel() for shape in self.shapes) * self.dtype.itemsize
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor by name, as a view of the buffer."""
@@ -35,32 +43,63 @@ class Bucket:
             start = end
 
 
-def buckets(tensors: Iterable[tuple[str, Tensor]], size: int, allocate: Callable[[int], Tensor]) -> Iterator[Bucket]:
-    """Copy tensors into buckets of at most `size` bytes, in order; a larger tensor gets its own bucket.
+Described = tuple[str, torch.dtype, torch.Size]
+"""Name, dtype and shape of a tensor."""
 
-    A bucket is released before the next one is allocated. If the caller also releases it, only one is in memory at a
-    time.
+
+def plan_buckets(described: Iterable[Described], size: int) -> list[Bucket]:
+    """Divide tensors into buckets of at most `size` bytes, in order; a larger tensor gets its own bucket.
+
+    The buckets hold no memory yet. All processes plan the same buckets, so nothing about them needs to be exchanged.
+    """
+    planned: list[Bucket] = []
+    for name, dtype, shape in described:
+        bucket = planned[-1] if planned else None
+        if bucket is None or bucket.dtype != dtype or bucket.nbytes + shape.numel() * dtype.itemsize > size:
+            bucket = Bucket(torch.empty(0, dtype=torch.uint8), dtype)
+            planned.append(bucket)
+        bucket.names.append(name)
+        bucket.shapes.append(shape)
+    if planned:
+        planned[-1].last = True
+    return planned
+
+
+def filled(
+    planned: Sequence[Bucket],
+    tensors: Iterable[tuple[str, Tensor]],
+    buffers: Sequence[Tensor],
+    before_each: Callable[[], None] = lambda: None,
+) -> Iterator[Bucket]:
+    """Copy tensors into planned buckets. Two buffers take turns, so one is filled while the other is sent.
 
     Args:
-        tensors: tensors by name. A tensor may be overwritten when the next one is requested.
-        size: maximum size of a bucket, in bytes.
-        allocate: returns a uint8 buffer of the given number of bytes.
+        planned: result of `plan_buckets`.
+        tensors: the planned tensors by name. A tensor may be overwritten when the next one is requested.
+        buffers: two buffers, uint8 [at least `largest_bytes`]; none on a process that holds no buckets.
+        before_each: called before a bucket is filled. When it returns, the bucket before the previous one must be no
+            longer in use.
+
+    Yields:
+        each bucket. Its memory is overwritten when the bucket after the next one is requested.
     """
-    bucket: Bucket | None = None
-    buffer = torch.empty(0, dtype=torch.uint8)
-    used = 0
-    for name, tensor in tensors:
-        if bucket is None or bucket.dtype != tensor.dtype or used + tensor.nbytes > len(buffer):
-            if bucket is not None:
-                bucket.flat = buffer[:used]
-                yield bucket
-                del bucket, buffer
-            buffer, used = allocate(max(size, tensor.nbytes)), 0
-            bucket = Bucket(buffer, tensor.dtype)
-        buffer[used : used + tensor.nbytes].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
-        used += tensor.nbytes
-        bucket.names.append(name)
-        bucket.shapes.append(tensor.shape)
-    if bucket is not None:
-        bucket.flat, bucket.last = buffer[:used], True
+    remaining = iter(tensors)
+    for number, plan in enumerate(planned):
+        before_each()
+        flat = buffers[number % 2][: plan.nbytes] if buffers else plan.flat
+        bucket = Bucket(flat, plan.dtype, plan.names, plan.shapes, plan.last)
+        places: Iterable[tuple[str, Tensor | None]] = bucket.tensors() if buffers else [(n, None) for n in plan.names]
+        for name, place in places:
+            found, tensor = next(remaining)
+            if found != name:
+                raise AssertionError(f"the export yields {found}, but {name} was planned")
+            if place is not None:
+                place.copy_(tensor)
         yield bucket
+    for found, _ in remaining:
+        raise AssertionError(f"the export yields {found}, which was not planned")
+
+
+def largest_bytes(planned: Iterable[Bucket]) -> int:
+    """Return the size of the largest of these buckets, in bytes."""
+    return max((bucket.nbytes for bucket in planned), default=0)

@@ -62,9 +62,22 @@ def test_auto_is_resolved_by_device_and_stays_in_the_saved_file(
     assert resolved.rollout.sglang.weight_sync == "tensor"
     servers = load_config(run_yaml, ["rollout.sglang.urls=[http://a:1]"])
     assert resolve(servers, on_gpu).rollout.sglang.weight_sync == "disk"
+    assert resolved.rollout.sglang.bucket_mb == (1024 if on_gpu else 256)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
     assert config.model.dtype == "auto"
+
+
+@pytest.mark.parametrize(("node", "weight_sync"), [("n1", "tensor"), ("n3", "distributed")])
+def test_weights_take_the_way_that_the_places_of_the_servers_allow(
+    node: str, weight_sync: str, run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "n1.json").write_text('{"servers": [{"url": "http://n1:1", "node": "n1", "gpus": [], "nccl": null}]}')
+    monkeypatch.setenv("SLURMD_NODENAME", node)
+    servers = ["rollout.engine=sglang", "rollout.sglang.urls=[http://n1:1]", f"rollout.sglang.registry={tmp_path}"]
+    assert resolve(load_config(run_yaml, servers), on_gpu=False).rollout.sglang.weight_sync == weight_sync
+    chosen = load_config(run_yaml, [*servers, "rollout.sglang.weight_sync=disk"])
+    assert resolve(chosen, on_gpu=False).rollout.sglang.weight_sync == "disk"
 
 
 IDENTITY = [

@@ -29,6 +29,9 @@ class SGLangConfig:
     urls: list[str] = field(default_factory=list)
     """URLs of running servers, ``http://host:port``; if empty, the trainer starts as many servers as `servers` says.
     The environment variable RLVR_SGLANG_KEY holds the key (``--api-key``) of running servers that demand one."""
+    registry: str | None = None
+    """Folder in which ``megatron_rlvr.cluster.serve`` describes the servers of `urls`: their nodes and GPUs. Job
+    scripts set it. `weight_sync` needs it to share memory with servers of other nodes than the main process's."""
     servers: Annotated[int, Bounds(above=0, cap=1024)] = 1
     """Servers that the trainer starts on the machine of its main process."""
     python: str | None = None
@@ -41,12 +44,14 @@ class SGLangConfig:
     """Completions that one data-parallel rank keeps in flight per server. All completions of a prompt are requested
     together."""
     weight_sync: Literal["auto", "disk", "tensor", "distributed"] = "auto"
-    """How servers receive new weights. ``tensor``: through shared memory (CUDA IPC on a GPU), for servers on the main
-    process's machine. ``distributed``: broadcasts in a process group with the servers (NCCL, or gloo on a CPU).
+    """How servers receive new weights. ``tensor``: through shared memory (CUDA IPC on a GPU), for servers on the nodes
+    of training processes. ``distributed``: broadcasts in a process group with the servers (NCCL, or gloo on a CPU).
     ``disk``: a Hugging Face folder in the run directory, which the servers must see under the same path. ``auto``:
-    tensor for servers that the trainer starts, disk for `urls`."""
-    bucket_mb: Annotated[int, Bounds(above=0, cap=2**20)] = 256
-    """MiB of weights that ``tensor`` and ``distributed`` send at once."""
+    tensor for servers that the trainer starts. For `urls`, tensor if the `registry` has servers on this node,
+    distributed if it has none, and disk without a registry."""
+    bucket_mb: Annotated[int, Bounds(above=0, cap=2**20)] | None = None
+    """MiB of weights that ``tensor`` and ``distributed`` send at once. There are two such buckets: one is gathered
+    while the other is sent. null means 1024 on GPUs and 256 on a CPU."""
     recovery_copy: bool = True
     """With ``tensor`` and ``distributed``, also write the weights to disk in the background. A server that is lost and
     comes back between two updates loads this copy; without it, the server is unused until the next update."""

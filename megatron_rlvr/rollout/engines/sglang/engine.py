@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -12,16 +13,19 @@ from pathlib import Path
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import waiting
+from megatron_rlvr.megatron import device, waiting
+from megatron_rlvr.node import node_name
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from megatron_rlvr.rollout.engines.sglang.endpoint import ServerLostError
+from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
 from megatron_rlvr.rollout.engines.sglang.kept_sets import check_server, is_cut, requested_top_k, with_kept_sets
+from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace, read_registry
 from megatron_rlvr.rollout.engines.sglang.server_key import key_from_environment
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
+from megatron_rlvr.rollout.engines.sglang.weight_sync.placement import gpu_uuids, nccl_version
 from megatron_rlvr.rollout.engines.sglang.weight_sync.sync import UpdateOutcome, WeightSync
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.rollout.tokenization import exceeds_context
@@ -65,7 +69,10 @@ class SGLangEngine:
         else:
             self.state.key = key_from_environment()
         self.urls = urls
-        self.weight_sync = WeightSync(self.config, policy, urls, self.state, directory / "weights", self.pool)
+        places, ranks = waiting.broadcast_from_main(
+            asyncio.run(self._locate(urls)) if self.layout.is_main else None, "the places of the SGLang servers"
+        )
+        self.weight_sync = WeightSync(self.config, policy, places, ranks, self.state, directory / "weights", self.pool)
         resources.callback(self.weight_sync.close)
         if is_cut(rollout) and self.layout.is_main:
             asyncio.run(self._check_kept_sets(rollout.top_k))
@@ -108,6 +115,39 @@ class SGLangEngine:
             with self._generation_ended:
                 self._generating -= 1
                 self._generation_ended.notify_all()
+
+    async def _locate(self, urls: list[str]) -> tuple[list[ServerPlace], list[int]]:
+        """Return where the servers run and how many ranks each has. Called by the main process."""
+        if self.pool is not None:
+            needs_nccl = self.config.weight_sync == "distributed" and any(server.gpus for server in self.pool.servers)
+            nccl = nccl_version(self.config.python or sys.executable) if needs_nccl else None
+            places = [ServerPlace(s.url, node_name(), gpu_uuids(s.gpus), nccl) for s in self.pool.servers]
+        elif self.config.registry is not None:
+            known = {place.url: place for place in read_registry(Path(self.config.registry))}
+            if missing := [url for url in urls if url not in known]:
+                raise UserError(
+                    f"rollout.sglang.registry={self.config.registry} does not describe the server at {missing[0]} of "
+                    f"rollout.sglang.urls (it describes {', '.join(known)}): give the URLs as they stand there"
+                )
+            places = [known[url] for url in urls]
+        elif self.config.weight_sync == "tensor" and device.on_gpu():
+            raise UserError(
+                "rollout.sglang.weight_sync=tensor needs rollout.sglang.registry for servers of rollout.sglang.urls, "
+                "because each of their ranks reads the memory of the process on its own GPU: start them with "
+                "megatron_rlvr.cluster.serve, or set weight_sync=disk"
+            )
+        else:
+            places = [ServerPlace(url, node_name()) for url in urls]
+
+        async def ranks(place: ServerPlace) -> int:
+            if place.gpus or self.config.weight_sync != "tensor":
+                return len(place.gpus)
+            try:
+                return await Endpoint(place.url, self.config, key=self.state.key).tensor_parallel_size()
+            except ServerLostError:
+                return 1
+
+        return places, list(await asyncio.gather(*[ranks(place) for place in places]))
 
     async def _check_kept_sets(self, top_k: int) -> None:
         """Refuse servers that cannot return the kept sets of tokens. Servers that do not answer are skipped."""

@@ -8,9 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from megatron_rlvr.rollout.engines.sglang.weight_sync.checks import checksum
 from megatron_rlvr.rollout.engines.sglang.weight_sync.shared_memory import SharedMemoryTransport
 from megatron_rlvr.rollout.engines.sglang.weight_sync.transport import Receiver, Transport
 from megatron_rlvr.rollout.engines.sglang.weight_sync.update import stream_to_servers
-from megatron_rlvr.weights.buckets import Bucket, buckets
+from megatron_rlvr.weights.buckets import Bucket, filled, largest_bytes, plan_buckets
 from tests.processes import environment
 
 CONFIG = SGLangConfig(update_timeout_seconds=200.0, health_timeout_seconds=200.0)
@@ -38,8 +37,7 @@ TENSORS = {
 }
 
 
-def _allocate(size: int) -> torch.Tensor:
-    return torch.full((size,), 255, dtype=torch.uint8)
+DESCRIBED = [(name, tensor.dtype, tensor.shape) for name, tensor in TENSORS.items()]
 
 
 @pytest.mark.parametrize("size", [1, 64, 350, 10**6])
@@ -51,36 +49,77 @@ def test_buckets_hold_every_tensor_once(size: int) -> None:
             view = reused.view(torch.uint8)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             yield name, view.copy_(tensor)
 
-    made = list(buckets(exported(), size, _allocate))
-    assert [b.last for b in made] == [False] * (len(made) - 1) + [True]
-    found = [pair for bucket in made for pair in bucket.tensors()]
-    assert [name for name, _ in found] == list(TENSORS)
-    for name, tensor in found:
-        assert torch.equal(tensor, TENSORS[name]) and tensor.dtype == TENSORS[name].dtype
-    for bucket in made:
+    planned = plan_buckets(DESCRIBED, size)
+    assert [b.last for b in planned] == [False] * (len(planned) - 1) + [True]
+    buffers = [torch.full((largest_bytes(planned),), 255, dtype=torch.uint8) for _ in range(2)]
+    found: dict[str, torch.Tensor] = {}
+    previous = None
+    for bucket in filled(planned, exported(), buffers):
         assert len(bucket.flat) <= size or len(bucket.names) == 1
-    assert len(made) == {1: 6, 64: 5, 350: 4, 10**6: 3}[size]  # one dtype per bucket
+        found |= {name: tensor.clone() for name, tensor in bucket.tensors()}
+        for name, tensor in previous.tensors() if previous else ():  # it is still being sent
+            assert torch.equal(tensor, TENSORS[name])
+        previous = bucket
+    assert list(found) == list(TENSORS)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, TENSORS[name]) and tensor.dtype == TENSORS[name].dtype
+    assert len(planned) == {1: 6, 64: 5, 350: 4, 10**6: 3}[size]  # one dtype per bucket
 
 
-def test_one_bucket_is_in_memory_at_a_time(fake: FakeServer) -> None:
-    """This holds also while a bucket is sent to a server."""
+def test_process_that_holds_no_buckets_takes_part_in_the_export() -> None:
+    taken: list[str] = []
 
-    class Counting(SharedMemoryTransport):
-        buffers: ClassVar[list[weakref.ref]] = []
+    def exported() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in TENSORS.items():
+            taken.append(name)
+            yield name, tensor
 
-        def allocate(self, size: int) -> torch.Tensor:
-            assert not [reference for reference in self.buffers if reference() is not None]
-            buffer = super().allocate(size)
-            self.buffers.append(weakref.ref(buffer.untyped_storage()))
-            return buffer
+    steps: list[str] = []
+    for bucket in filled(plan_buckets(DESCRIBED, 64), exported(), [], before_each=lambda: steps.append("wait")):
+        steps.append(",".join(bucket.names))
+        assert bucket.flat.numel() == 0
+    assert taken == list(TENSORS)
+    assert steps[::2] == ["wait"] * 5 and ",".join(steps[1::2]) == ",".join(TENSORS)
+
+
+def test_export_that_differs_from_the_plan() -> None:
+    planned = plan_buckets(DESCRIBED, 64)
+    with pytest.raises(AssertionError, match=r"yields b.weight, but a.weight was planned"):
+        list(filled(planned, [("embed.weight", TENSORS["embed.weight"]), ("b.weight", TENSORS["b.weight"])], []))
+    with pytest.raises(AssertionError, match=r"yields more, which was not planned"):
+        list(filled(planned, [*TENSORS.items(), ("more", torch.ones(1))], []))
+
+
+def test_a_bucket_is_filled_while_another_is_sent_and_its_memory_is_free_then(fake: FakeServer) -> None:
+    """The next bucket is in the other buffer; the one after it overwrites the first, which the server has loaded."""
+    filling = threading.Event()
+    events: list[str] = []
 
     def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/update_weights_from_tensor":
+            if "weight_version" not in body:
+                assert filling.wait(200), "the next bucket is not filled meanwhile"
+            filling.clear()
+            events.append("loaded")
         fake.version = body.get("weight_version", fake.version)
         return 200, {"success": True}
 
+    def exported() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in TENSORS.items():
+            filling.set()
+            yield name, tensor
+
     fake.control = control
-    assert _stream(fake, Counting()) == (None, 5)
-    assert len(Counting.buffers) == 5
+    transport = SharedMemoryTransport()
+    planned = plan_buckets(DESCRIBED, 1)
+    buffers = [transport.allocate(largest_bytes(planned)) for _ in range(2)]
+    stream = filled(planned, exported(), buffers, before_each=lambda: events.append("next"))
+    with asyncio.Runner() as runner:
+        receivers = [Receiver(Endpoint(fake.url, CONFIG), ranks=1, starts=1)]
+        assert stream_to_servers(runner, receivers, transport, stream, 3, True, False) is None
+    for number in range(6):  # before bucket n + 2 is filled, bucket n is loaded
+        done = events[: [i for i, event in enumerate(events) if event == "next"][number]].count("loaded")
+        assert done >= number - 1
 
 
 def test_checksum_depends_only_on_the_bytes() -> None:
@@ -120,10 +159,12 @@ def _stream(
     taken = []
 
     def stream() -> Iterator[Bucket]:
-        for bucket in buckets(TENSORS.items(), 64, transport.allocate):
+        planned = plan_buckets(DESCRIBED, 64)
+        buffers = [transport.allocate(largest_bytes(planned)) for _ in range(2)]
+        for bucket in filled(planned, TENSORS.items(), buffers):
+            transport.share(bucket)
             taken.append(bucket.names)
             yield bucket
-            del bucket
 
     with asyncio.Runner() as runner:
         receiver = Receiver(Endpoint(fake.url, config), ranks=1, starts=1)

@@ -38,10 +38,12 @@ class BroadcastTransport:
     was restarted.
 
     Args:
+        holds_buckets: whether this process is the one that broadcasts.
         timeout_seconds: time limit of one collective; with gloo at most 60 s.
     """
 
-    def __init__(self, timeout_seconds: float):
+    def __init__(self, timeout_seconds: float, holds_buckets: bool = True):
+        self.holds_buckets = holds_buckets
         self.timeout = timeout_seconds
         self.backend = "nccl" if device.on_gpu() else "gloo"
         self.receivers: Sequence[Receiver] = ()
@@ -52,6 +54,9 @@ class BroadcastTransport:
 
     def allocate(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device.device())
+
+    def share(self, bucket: Bucket) -> None:
+        device.synchronize()  # the broadcast runs in another thread, on another stream
 
     async def connect(self, receivers: Sequence[Receiver]) -> None:
         self.receivers = receivers

@@ -78,9 +78,8 @@ class WeightFolders:
         self._writer.start()
         try:
             for bucket in stream:
-                unwritten.put(Bucket(bucket.flat.cpu(), bucket.dtype, bucket.names, bucket.shapes))
+                unwritten.put(Bucket(bucket.flat.to("cpu", copy=True), bucket.dtype, bucket.names, bucket.shapes))
                 yield bucket
-                del bucket  # so that its memory is free before the next one is allocated
         finally:
             unwritten.put(None)
 

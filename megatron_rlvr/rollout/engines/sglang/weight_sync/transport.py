@@ -30,8 +30,15 @@ class Receiver:
 class Transport(Protocol):
     """Sends buckets to servers that have begun a weight update."""
 
+    holds_buckets: bool
+    """Whether this process must have the buckets in memory."""
+
     def allocate(self, size: int) -> Tensor:
         """Allocate the buffer of a bucket: uint8 [size]."""
+        ...
+
+    def share(self, bucket: Bucket) -> None:
+        """Prepare to send a filled bucket. Every process that holds it calls this, also if it sends nothing itself."""
         ...
 
     async def connect(self, receivers: Sequence[Receiver]) -> None:

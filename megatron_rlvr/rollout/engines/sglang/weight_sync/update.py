@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from megatron_rlvr.errors import UserError
@@ -49,13 +50,13 @@ def stream_to_servers(
     flush_cache: bool,
     compare_checksums: bool,
 ) -> str | None:
-    """Send all buckets to running servers and read the version back.
+    """Send all buckets to running servers and read the version back. A bucket is filled while the last one is sent.
 
     The version travels with the last bucket, so a server that received only some of the buckets still reports the old
     version.
 
     Args:
-        runner: runs the event loop that the receivers' connections belong to.
+        runner: runs the event loop that the receivers' connections belong to. A thread of this function uses it.
         receivers: the servers; an empty sequence counts as a failure.
         transport: the transport that allocated the buckets.
         stream: the buckets. It is consumed to the end even after a failure, because it is collective.
@@ -72,28 +73,35 @@ def stream_to_servers(
     failure = None if receivers else "no server answers"
     checksums: dict[str, str] = {}
     last_fields: dict[str, Any] = {"weight_version": str(version), "flush_cache": flush_cache}
-    if failure is None:
-        try:
-            runner.run(_begin(receivers, transport))
-        except ServerLostError as error:
-            failure = str(error)
-    for bucket in stream:
-        if compare_checksums:
-            checksums |= {name: checksum(tensor) for name, tensor in bucket.tensors() if is_norm(name)}
+    with ThreadPoolExecutor(1, "weights-sender") as sender:
+
+        def run(work: Coroutine[Any, Any, None]) -> Future[None]:
+            return sender.submit(runner.run, work)
+
+        sending = run(_begin(receivers, transport)) if failure is None else None
+        for bucket in stream:
+            if compare_checksums:
+                checksums |= {name: checksum(tensor) for name, tensor in bucket.tensors() if is_norm(name)}
+            # The memory of the previous bucket is free for the next one when this is done.
+            failure, sending = failure or _outcome(sending), None
+            if failure is None:
+                sending = run(transport.send(bucket, last_fields if bucket.last else {"flush_cache": False}))
+        failure = failure or _outcome(sending)
         if failure is None:
-            try:
-                runner.run(transport.send(bucket, last_fields if bucket.last else {"flush_cache": False}))
-            except ServerLostError as error:
-                failure = str(error)
-        del bucket  # so that its memory is free before the next one is allocated
-    if failure is None:
-        try:
-            runner.run(_end(receivers, version, checksums))
-        except ServerLostError as error:
-            failure = str(error)
+            failure = _outcome(run(_end(receivers, version, checksums)))
     if failure is not None:
         transport.abandon()
     return failure
+
+
+def _outcome(work: Future[None] | None) -> str | None:
+    """Wait for work of the sender; returns why it failed, or None."""
+    try:
+        if work is not None:
+            work.result()
+    except ServerLostError as error:
+        return str(error)
+    return None
 
 
 async def _begin(receivers: Sequence[Receiver], transport: Transport) -> None:
