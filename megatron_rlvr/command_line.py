@@ -63,6 +63,7 @@ def run_command(train: Callable[[Config, Layout, ExitStack], int], arguments: Se
         with ExitStack() as resources:
             resources.enter_context(open_run_directory(config))
             config = resolve(config, on_gpu=device.on_gpu())
+            device.check_operators()
             layout = resources.enter_context(parallel_groups(config.parallel, config.seed))
             with failure_recorded():
                 return train(config, layout, resources)

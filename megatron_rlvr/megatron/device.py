@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +10,54 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from megatron_rlvr import ops
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.gpu_node import why_unusable
+
+_OLDEST_CAPABILITY = (8, 0)
+
 
 def on_gpu() -> bool:
-    """Whether this process computes on a GPU."""
-    return torch.cuda.is_available()
+    """Whether this process computes on a GPU.
+
+    Raises:
+        UserError: if the node has GPUs that torch cannot use, and the environment does not ask for the CPU.
+    """
+    if torch.cuda.is_available():
+        return True
+    if reason := _why_unusable():
+        raise UserError(reason)
+    return False
+
+
+@functools.cache
+def _why_unusable() -> str | None:
+    return why_unusable()
+
+
+def check_operators() -> None:
+    """Refuse to train on a GPU that the CUDA kernels of `megatron_rlvr.ops` do not serve.
+
+    The eager reference would run instead: it is slower and needs memory that the plan does not count.
+    ``MEGATRON_RLVR_OPS=reference`` in the environment allows it.
+
+    Raises:
+        UserError: if the kernels were not built, or the GPU is older than the oldest that they are built for.
+    """
+    if not on_gpu() or os.environ.get("MEGATRON_RLVR_OPS") == "reference":
+        return
+    allow = "or set MEGATRON_RLVR_OPS=reference to train with the slower eager operators"
+    if ops.backend() != "cuda":
+        raise UserError(
+            "this node has GPUs, but megatron_rlvr.ops was built without CUDA kernels: run `make setup-gpu`, or "
+            f"`MEGATRON_RLVR_CUDA=1 pip install --no-build-isolation --no-deps -e .` where nvcc is installed, {allow}"
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST_CAPABILITY:
+        raise UserError(
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and the CUDA "
+            f"kernels need 8.0 (A100) or newer: use newer GPUs, {allow}"
+        )
 
 
 def device() -> torch.device:

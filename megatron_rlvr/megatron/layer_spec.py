@@ -45,20 +45,24 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def check_installed(name: str) -> None:
-    """Refuse the layer spec ``transformer_engine`` if Transformer Engine is not installed.
+    """Refuse the layer spec ``transformer_engine`` if Transformer Engine is not installed or cannot be loaded.
 
     Raises:
         UserError: if it is not; says how to install it.
     """
     if name != "transformer_engine":
         return
+    remedy = "run `make setup-gpu`, or set model.layer_spec=local"
     try:
-        import transformer_engine  # noqa: F401
-    except ImportError:
+        import transformer_engine.pytorch  # noqa: F401
+    except ModuleNotFoundError as error:
+        missing = "which is not installed" if error.name == "transformer_engine" else f"whose {error.name} is missing"
+        raise UserError(f"model.layer_spec={name} needs Transformer Engine, {missing}: {remedy}") from None
+    except Exception as error:  # an AssertionError if its packages disagree, an OSError or ImportError of a library
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model.layer_spec={name} needs Transformer Engine, which is not installed: "
-            "pip install 'megatron-rlvr[gpu]', or set model.layer_spec=local"
-        ) from None
+            f"model.layer_spec={name} needs Transformer Engine, which does not load: {reason}: {remedy}"
+        ) from error
 
 
 def layer_spec(

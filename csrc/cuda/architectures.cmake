@@ -1,0 +1,38 @@
+# choose_cuda_architectures(NVCC RESULT): sets RESULT to those of A100, H100 and B200 that NVCC can compile for. The newest
+# of them is also embedded as PTX, which the driver compiles for later GPUs. nvcc knows compute_90 from CUDA 11.8 and
+# compute_100 from 12.8.
+function(choose_cuda_architectures nvcc result)
+  if(NOT nvcc)
+    find_program(nvcc_program nvcc HINTS "$ENV{CUDA_HOME}/bin" /usr/local/cuda/bin NO_CACHE)
+    set(nvcc "${nvcc_program}")
+  endif()
+  execute_process(COMMAND "${nvcc}" --list-gpu-arch OUTPUT_VARIABLE offered ERROR_VARIABLE error RESULT_VARIABLE status)
+  if(NOT status EQUAL 0)
+    string(STRIP "${error}" error)
+    message(FATAL_ERROR "megatron-rlvr: `${nvcc} --list-gpu-arch` failed (${status} ${error}); install CUDA 12.8 or newer, "
+      "or pass -DCMAKE_CUDA_ARCHITECTURES in CMAKE_ARGS")
+  endif()
+  set(chosen "")
+  set(left_out "")
+  foreach(architecture 80 90 100)
+    if(offered MATCHES "compute_${architecture}([\r\n]|$)")
+      list(APPEND chosen ${architecture})
+    else()
+      list(APPEND left_out ${architecture})
+    endif()
+  endforeach()
+  if(NOT chosen)
+    message(FATAL_ERROR "megatron-rlvr: ${nvcc} compiles for none of compute_80, compute_90 and compute_100; install CUDA "
+      "12.8 or newer")
+  endif()
+  if(left_out)
+    list(JOIN left_out ", compute_" names)
+    message(WARNING "megatron-rlvr: ${nvcc} does not know compute_${names}; install CUDA 12.8 or newer for kernels of "
+      "such GPUs")
+  endif()
+  list(POP_BACK chosen newest)
+  list(TRANSFORM chosen APPEND "-real")
+  list(APPEND chosen ${newest})
+  message(STATUS "megatron-rlvr: CUDA architectures ${chosen}")
+  set(${result} "${chosen}" PARENT_SCOPE)
+endfunction()
