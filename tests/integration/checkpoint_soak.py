@@ -172,7 +172,7 @@ class Soak:
         assert status == 0, stderr
         expected = self.metrics("uninterrupted")
         number = 0
-        while kills or flips:
+        while kills > 0 or flips > 0:  # a run that has begun goes on to its end, so there may be one kill more
             number += 1
             name, flip = f"run{number}", None
             while True:
@@ -195,6 +195,7 @@ class Soak:
             self.counts["finished runs"] += 1
             if self.metrics(name) != expected:
                 self.wrong.append(f"{name}: other metrics")
+            print(f"{name} has finished, wrong {len(self.wrong)}", flush=True)
             shutil.rmtree(self.folder / name)
 
 
