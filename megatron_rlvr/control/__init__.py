@@ -4,6 +4,7 @@ Imports nothing of the rest of the project and nothing distributed, so that anot
 rank must hold the same schedule and observe the same entropy, averaged over data and context parallel ranks.
 """
 
+from megatron_rlvr.control import regions
 from megatron_rlvr.control.build import (
     SCHEDULE_PARAMETERS,
     ScheduleParameters,
@@ -19,6 +20,7 @@ from megatron_rlvr.control.schedules import (
     OscillatoryDecay,
 )
 from megatron_rlvr.control.steering import SteeringResponse
+from megatron_rlvr.control.step_tokens import StepTokens
 from megatron_rlvr.control.target import TargetEntropy
 from megatron_rlvr.control.thresholds import AffineThreshold, ClipThresholds
 
@@ -34,7 +36,13 @@ __all__ = [
     "OscillatoryDecay",
     "ScheduleParameters",
     "SteeringResponse",
+    "StepTokens",
     "TargetEntropy",
     "build_schedule",
+    "regions",
     "schedule_parameters",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)  # without the other submodules

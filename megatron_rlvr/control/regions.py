@@ -12,6 +12,16 @@ from torch import Tensor
 
 from megatron_rlvr.control.steering import SteeringResponse
 
+__all__ = [
+    "REGIONS",
+    "classify",
+    "entropy_change",
+    "gradient_norm",
+    "steering_direction",
+    "steering_sums",
+    "steering_weights",
+]
+
 REGIONS = ("E1", "E2", "E3", "E4")
 LOWEST_LOGPROB = -1e4
 """p ln p of a smaller log-prob is 0 in float64, where -inf would make it NaN."""
@@ -119,3 +129,7 @@ def steering_weights(change: Tensor, steering: float, response: SteeringResponse
     docs/entropy_control/derivation.md.
     """
     return (1.0 + steering * steering_direction(change)) / response.normaliser(steering)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

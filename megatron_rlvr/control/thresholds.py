@@ -40,7 +40,8 @@ class AffineThreshold:
 class ClipThresholds:
     """The control of one optimisation step: two affine thresholds and the region-steering scalar u.
 
-    These five scalars must be the same on every rank. ``steering`` is u in (-1, 1); 0 means plain clipping.
+    These five scalars must be the same on every rank. ``steering`` is u in (-1, 1); 0 means plain clipping. A number
+    eps for a threshold stands for ``AffineThreshold(eps)``.
 
     Raises ValueError if a threshold is impossible for some probability in [0, 1]:
 
@@ -54,7 +55,25 @@ class ClipThresholds:
     upper: AffineThreshold = field(default_factory=AffineThreshold)
     steering: float = 0.0
 
+    @classmethod
+    def static(cls, lower: float = 0.2, upper: float | None = None) -> ClipThresholds:
+        """The thresholds of PPO and GRPO: ratio bounds 1 - lower and 1 + upper; ``upper`` None means ``lower``.
+
+        ``static(0.2, 0.28)`` is clip-higher (DAPO, arXiv 2503.14476).
+        """
+        return cls(AffineThreshold(lower), AffineThreshold(lower if upper is None else upper))
+
+    def without_steering(self) -> ClipThresholds:
+        """The same thresholds with steering 0, for an objective that clips and does not steer."""
+        return ClipThresholds(self.lower, self.upper)
+
     def __post_init__(self) -> None:
+        for side in ("lower", "upper"):
+            threshold = getattr(self, side)
+            if isinstance(threshold, int | float):
+                object.__setattr__(self, side, AffineThreshold(threshold))
+            elif not isinstance(threshold, AffineThreshold):
+                raise ValueError(f"{side} clip threshold: must be a number or an AffineThreshold, found {threshold!r}")
         for prob in (0.0, 1.0):  # affine: if both ends are inside, everything between is
             if not 0.0 < self.lower(prob) < 1.0:
                 raise ValueError(

@@ -60,7 +60,8 @@ class TokenInputs:
         sequence_index: int64, the sequence of the microbatch that a token belongs to, in [0, sequence_count).
         sequence_count: number of sequences of the microbatch.
         thresholds: the clip thresholds of this step.
-        weight: multiplies each token's objective (region steering); None for 1.
+        weight: multiplies each token's objective (region steering, importance weights); None for 1, which
+            ``clipped_objective`` refuses if the thresholds steer.
         rollout_logprob: of the engine that sampled the token.
         sum_squared_prob, sum_squared_prob_logprob: from ``ops.token_statistics(..., second_moments=True)``.
     """
@@ -93,7 +94,7 @@ class TokenInputs:
             self.advantage,
             self.thresholds,
             dual_clip=dual_clip,
-            weight=self.weight,
+            steering_weight=self.weight,
         )
 
 

@@ -6,12 +6,14 @@ from .fused_objective import FusedObjective, fused_linear_objective
 from .kept import KeptSets
 from .objective import ClippedObjective, bounded_objective, clipped_objective
 from .statistics import NonFiniteLogitsError, TokenStatistics, token_statistics
+from .thresholds import Thresholds
 
 __all__ = [
     "ClippedObjective",
     "FusedObjective",
     "KeptSets",
     "NonFiniteLogitsError",
+    "Thresholds",
     "TokenStatistics",
     "backend",
     "bounded_objective",
@@ -21,3 +23,7 @@ __all__ = [
     "fused_linear_token_statistics",
     "token_statistics",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)  # without the submodules

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .kept import KeptSets, check_kept
-from .objective import GateMasks, Thresholds, check_token_tensors, four_scalars
+from .objective import GateMasks, check_token_tensors
 from .reference import NOT_A_TARGET
 from .statistics import check_temperature, refuse_second_derivative
+from .thresholds import Thresholds, four_scalars, steered
 from .vocab_parallel import VocabShard
 from .vocab_projection import (
     ProjectionGradients,
@@ -31,7 +32,7 @@ class FusedObjective(GateMasks):
 
     Attributes:
         loss: 0-d float32, differentiable in hidden states and weight.
-        objective: float32 [T], without token weight and entropy term.
+        objective: float32 [T], times the steering weight, without token weight and entropy term.
         logprob, entropy: float32 [T], in nats.
         gate: uint8 [T]. 0: the gradient flows. 1: the upper bound acts. 2: the lower bound acts.
         clip_high: number of tokens with A > 0 and r above the upper bound, 0-d int64.
@@ -59,6 +60,7 @@ def fused_linear_objective(
     *,
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
+    steering_weight: Tensor | None = None,
     temperature: float = 1.0,
     entropy_coefficient: float = 0.0,
     group: dist.ProcessGroup | None = None,
@@ -68,7 +70,7 @@ def fused_linear_objective(
     loss_scale: float | None = None,
     kept: KeptSets | None = None,
 ) -> FusedObjective:
-    """loss = -sum_t w_t (clipped objective_t + entropy_coefficient * entropy_t), with its gradients, chunk by chunk.
+    """loss = -sum_t w_t (s_t clipped objective_t + entropy_coefficient * entropy_t), with its gradients, by chunks.
 
     The forward pass computes the gradients; the backward pass multiplies them by the gradient that reaches ``loss``.
     Communication is that of :func:`fused_linear_token_statistics`, all of it in the forward pass.
@@ -80,6 +82,7 @@ def fused_linear_objective(
         mask: bool [T]. Tokens outside it, whatever their target, and tokens without target (-100) have weight 0 and are
             not counted.
         token_weight: w, float32 [T]; None for 1.
+        steering_weight: s, as in :func:`clipped_objective`.
         temperature, group, sequence_parallel, chunk_bytes, vocabulary, kept: as in
             :func:`fused_linear_token_statistics`. The kept set of a token outside the mask need not hold its target.
         entropy_coefficient: weight of the entropy term.
@@ -94,7 +97,7 @@ def fused_linear_objective(
     check_temperature(temperature)
     shard = VocabShard.of(group, weight.shape[0], vocabulary)
     check_projection(hidden, weight, targets, shard, sequence_parallel, chunk_bytes, None)
-    tokens = {"advantage": advantage, "mask": mask, "token_weight": token_weight}
+    tokens = {"advantage": advantage, "mask": mask, "token_weight": token_weight, "steering_weight": steering_weight}
     check_token_tensors(old_logprob, tokens, first="old_logprob")
     if old_logprob.shape != targets.shape:
         raise ValueError(f"old_logprob: must be [T] with T = {targets.shape[0]}, found {list(old_logprob.shape)}")
@@ -104,6 +107,7 @@ def fused_linear_objective(
         targets = torch.where(mask | is_valid, targets, torch.full_like(targets, NOT_A_TARGET))
     if kept is not None:
         check_kept(kept, targets)
+    steering_weight = steered(thresholds, steering_weight, None)
     has_target = targets != NOT_A_TARGET
     mask = has_target if mask is None else mask & has_target
     softmax = VocabSoftmax(shard, group, 1.0 / temperature, sequence_parallel, chunk_bytes, kept)
@@ -111,11 +115,15 @@ def fused_linear_objective(
         hidden,
         weight,
         targets,
-        (old_logprob.detach(), advantage.detach(), mask, None if token_weight is None else token_weight.detach()),
+        (old_logprob.detach(), advantage.detach(), mask, *_detached(token_weight, steering_weight)),
         (four_scalars(thresholds), float(entropy_coefficient), loss_scale),
         softmax,
     )
     return FusedObjective(loss, objective, logprob, entropy, gate, counts[0], counts[1], counts[2:])
+
+
+def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.detach() for tensor in tensors]
 
 
 class _Objective(torch.autograd.Function):
@@ -125,11 +133,11 @@ class _Objective(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        tokens: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        tokens: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
         settings: tuple[tuple[float, float, float, float], float, float | None],
         vocabulary: VocabSoftmax,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        old_logprob, advantage, mask, token_weight = tokens
+        old_logprob, advantage, mask, token_weight, steering_weight = tokens
         scalars, entropy_coefficient, loss_scale = settings
         needs_gradient = ctx.needs_input_grad[:2]
         into_main_grad = loss_scale is not None and getattr(weight, "main_grad", None) is not None
@@ -149,7 +157,7 @@ class _Objective(torch.autograd.Function):
                 old_logprob[chunk],
                 advantage[chunk],
                 mask[chunk],
-                None,
+                None if steering_weight is None else steering_weight[chunk],
                 entropy[chunk],
                 *scalars,
             )

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .library import define
-
-
-class Affine(Protocol):
-    """A threshold intercept + slope * p."""
-
-    @property
-    def slope(self) -> float: ...
-    @property
-    def intercept(self) -> float: ...
-
-
-class Thresholds(Protocol):
-    """Any object with a lower and an upper clip threshold, such as ``megatron_rlvr.control.ClipThresholds``."""
-
-    @property
-    def upper(self) -> Affine: ...
-    @property
-    def lower(self) -> Affine: ...
+from .thresholds import Thresholds, four_scalars, steered
 
 
 class GateMasks:
@@ -75,6 +57,7 @@ def clipped_objective(
     dual_clip: float | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
+    steering_weight: Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> ClippedObjective:
     """Token objective weight * min(r A, clip(r, low, high) A), to be maximised, with its clip and region counts.
@@ -88,20 +71,25 @@ def clipped_objective(
     Args:
         logprob, old_logprob, advantage: float32 [T] on one device, log-probs in nats. All may be float64 instead, for
             verification, which the eager reference computes even if kernels are compiled.
-        thresholds: an object with ``upper.slope``, ``upper.intercept``, ``lower.slope`` and ``lower.intercept``. An
-            infinite intercept turns clipping off on that side.
+        thresholds: a ``megatron_rlvr.control.ClipThresholds`` or another object with ``upper.slope``,
+            ``upper.intercept``, ``lower.slope`` and ``lower.intercept``; a number eps for the bounds 1 - eps and
+            1 + eps; or a pair (lower, upper) for 1 - lower and 1 + upper. Infinity turns clipping off on that side.
         dual_clip: where A < 0, the objective is at least dual_clip * A (arXiv 1912.09729). Must exceed 1.
         mask: bool [T]. Tokens outside it give objective and gradient 0 and are not counted, whatever they hold.
         weight: [T] in the log-prob's type, multiplies objective and gradient.
+        steering_weight: the same once more, for the weights of ``thresholds.steering``
+            (``megatron_rlvr.control.StepTokens.steering_weights``). Required unless the thresholds' steering is 0.
         entropy: H of each token's state in nats, [T] in the log-prob's type. If given, regions are counted: E1
             (-ln p < H, A > 0), E2 (-ln p >= H, A > 0), E3 (-ln p < H, A < 0), E4 (-ln p >= H, A < 0).
 
     Raises ValueError for a wrong type, shape or device, for thresholds whose bounds do not exist for some probability
-    in [0, 1], and for a dual clip of 1 or below.
+    in [0, 1], for thresholds with steering but no ``steering_weight``, and for a dual clip of 1 or below.
     """
     tensors = {"old_logprob": old_logprob, "advantage": advantage, "mask": mask, "weight": weight, "entropy": entropy}
-    check_token_tensors(logprob, tensors, types=(torch.float32, torch.float64))
+    types = (torch.float32, torch.float64)
+    check_token_tensors(logprob, {**tensors, "steering_weight": steering_weight}, types=types)
     check_dual_clip(dual_clip)
+    tensors["weight"] = steered(thresholds, steering_weight, weight)
     results = _run("clipped_objective", logprob, *tensors.values(), *four_scalars(thresholds), dual_clip)
     return _with_counts(*results, has_regions=entropy is not None)
 
@@ -154,23 +142,6 @@ def _with_counts(
     return ClippedObjective(objective, counts[0], counts[1], gate, counts[2:] if has_regions else None)
 
 
-def four_scalars(thresholds: Thresholds) -> tuple[float, float, float, float]:
-    """(upper slope, upper intercept, lower slope, lower intercept) as floats.
-
-    An infinite intercept turns clipping off on that side. Raises ValueError for NaN, and if the closed form of a bound
-    has a pole at some probability in [0, 1].
-    """
-    upper, lower = thresholds.upper, thresholds.lower
-    scalars = float(upper.slope), float(upper.intercept), float(lower.slope), float(lower.intercept)
-    if not -math.inf < scalars[0] < 1.0:
-        raise ValueError(f"thresholds: the upper slope must be a number below 1, found {scalars[0]}")
-    if not -1.0 < scalars[2] < math.inf:
-        raise ValueError(f"thresholds: the lower slope must be a number above -1, found {scalars[2]}")
-    if not (-math.inf <= scalars[1] <= math.inf and -math.inf <= scalars[3] <= math.inf):  # isnan cannot be traced
-        raise ValueError(f"thresholds: the intercepts must be numbers, found {scalars[1]} and {scalars[3]}")
-    return scalars
-
-
 def check_dual_clip(dual_clip: float | None) -> None:
     if dual_clip is not None and not dual_clip > 1.0:
         raise ValueError(f"dual_clip: must exceed 1, found {dual_clip!r}")
@@ -187,13 +158,16 @@ def check_token_tensors(
     ``first`` names ``logprob`` in messages; ``types`` are those it may have.
     """
     if logprob.dim() != 1 or logprob.dtype not in types:
-        raise ValueError(f"{first}: must be float32 [T], found {logprob.dtype} {list(logprob.shape)}")
+        remedy = "; call .float()" if logprob.dtype in (torch.float16, torch.bfloat16) else ""
+        remedy += "; flatten batch and sequence" if logprob.dim() > 1 else ""
+        raise ValueError(f"{first}: must be float32 [T], found {logprob.dtype} {list(logprob.shape)}{remedy}")
     for name, tensor in others.items():
         if tensor is None:
             continue
         expected = torch.bool if name == "mask" else logprob.dtype
         if tensor.dtype != expected:
-            raise ValueError(f"{name}: must be {expected}, found {tensor.dtype}")
+            remedy = "" if expected == torch.bool else f"; call .to({expected})"
+            raise ValueError(f"{name}: must be {expected}, found {tensor.dtype}{remedy}")
         if tensor.shape != logprob.shape:
             raise ValueError(f"{name}: must be [T] with T = {logprob.shape[0]} tokens, found {list(tensor.shape)}")
         if tensor.device != logprob.device:

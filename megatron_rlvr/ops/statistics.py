@@ -71,7 +71,8 @@ def token_statistics(
         group: the tensor-parallel group, whose ranks hold equal consecutive shards of the vocabulary; None if the
             vocabulary is not sharded.
         inplace: write the gradient over the logits' storage. Then neither the caller nor another autograd node may read
-            the logits after the backward pass: torch's version counter makes a node that saved them raise, and a second
+            the logits after the backward pass: the operation that made them is refused if it saved them, torch's
+            version counter makes another node that saved them raise (not inside torch.utils.checkpoint), and a second
             backward pass raises RuntimeError. A linear layer before this operator is safe, because it saves its input
             and weight and not its output. False allocates the gradient. Under torch.compile it is always allocated.
         second_moments: return sum p^2 and sum p^2 ln p, too.
@@ -80,10 +81,10 @@ def token_statistics(
         kept: the ids that each row keeps, the same on every rank of the group; None keeps the whole vocabulary. It must
             hold the target of every row that has one.
 
-    Raises ValueError for a wrong type, shape or device, and for a parameter as logits with ``inplace``. On the CPU it
-    raises ValueError for a target outside the vocabulary or outside its row's kept set, and NonFiniteLogitsError, a
-    RuntimeError, for rows with NaN, with +inf or with nothing above -inf. On a GPU, where a check would wait for the
-    device, these rows give NaN.
+    Raises ValueError for a wrong type, shape or device, and with ``inplace`` for a parameter as logits and for logits
+    that the operation before saved. On the CPU it raises ValueError for a target outside the vocabulary or outside its
+    row's kept set, and NonFiniteLogitsError, a RuntimeError, for rows with NaN, with +inf or with nothing above -inf.
+    On a GPU, where a check would wait for the device, these rows give NaN.
     """
     _check_arguments(logits, targets, temperature, inplace)
     check_device(logits.device)
@@ -126,6 +127,24 @@ def _check_arguments(logits: Tensor, targets: Tensor, temperature: float, inplac
             raise ValueError(
                 f"logits: rows overlap in memory (strides {list(logits.stride())}), so the gradient cannot be written "
                 "over them; pass inplace=False"
+            )
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _check_producer(logits)
+
+
+def _check_producer(logits: Tensor) -> None:
+    """Raise ValueError if the operation that made the logits saved them for its own backward pass.
+
+    Overwritten, they would stop that pass with a message of torch that names no remedy, and under hooks for saved
+    tensors, such as those of torch.utils.checkpoint, where torch counts no versions, give it wrong numbers.
+    """
+    for tensor in (logits, logits._base):  # a view has the saved tensor as its base
+        node = None if tensor is None else tensor.grad_fn
+        # Every generated node that saves its output has this name. Pow has it and does not always save.
+        if node is not None and hasattr(type(node), "_raw_saved_result") and not node.name().startswith("Pow"):
+            raise ValueError(
+                f"logits: {node.name()} saved them for its own backward pass, which comes after the gradient was "
+                "written over them; pass inplace=False"
             )
 
 

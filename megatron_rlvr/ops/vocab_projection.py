@@ -178,8 +178,10 @@ def check_projection(
     if weight.shape[0] == 0:
         raise ValueError(f"weight: must be [V/tp, h] with V/tp > 0, found {list(weight.shape)}")
     if hidden.dtype not in LOGIT_TYPES or weight.dtype != hidden.dtype:
+        remedy = "; pass weight.to(hidden.dtype), as autocast would" if hidden.dtype in LOGIT_TYPES else ""
         raise ValueError(
             f"hidden, weight: must be of one type (float32, bfloat16, float16), found {hidden.dtype}, {weight.dtype}"
+            f"{remedy}"
         )
     tokens = hidden.shape[0] * (shard.count if sequence_parallel else 1)
     if targets.dtype != torch.int64 or targets.shape != (tokens,):

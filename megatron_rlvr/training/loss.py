@@ -78,8 +78,7 @@ class MinibatchLoss:
             steering = self.objective.steering_weights(of_tokens(self.scores.entropy_change))
         # Context-parallel ranks exchange token statistics before the loss, so the loss cannot be part of the operator.
         if self.head.fused and self.objective.policy_objective.is_plain_clip and microbatch.local_targets is None:
-            token_weight = weight if steering is None else weight * steering
-            loss, logprob, entropy, outputs = self._fused(output, microbatch, old_logprob, advantage, token_weight)
+            loss, logprob, entropy, outputs = self._fused(output, microbatch, old_logprob, advantage, weight, steering)
         else:
             statistics = self.head.statistics(output, microbatch)
             logprob, entropy = statistics.logprob, statistics.entropy
@@ -101,7 +100,13 @@ class MinibatchLoss:
         return loss
 
     def _fused(
-        self, hidden: Tensor, microbatch: Microbatch, old_logprob: Tensor, advantage: Tensor, token_weight: Tensor
+        self,
+        hidden: Tensor,
+        microbatch: Microbatch,
+        old_logprob: Tensor,
+        advantage: Tensor,
+        token_weight: Tensor,
+        steering_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, TokenOutputs]:
         """Compute loss, log-probs, entropies and outputs of the plain clipped objective from hidden states [T, h]."""
         try:
@@ -113,6 +118,7 @@ class MinibatchLoss:
                 advantage,
                 self.objective.thresholds,
                 token_weight=token_weight,
+                steering_weight=steering_weight,
                 temperature=self.head.temperature,
                 group=self.head.group,
                 vocabulary=self.head.model.vocabulary,

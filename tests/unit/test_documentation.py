@@ -130,29 +130,27 @@ def test_the_python_example_of_the_operators_page_runs() -> None:
 def test_the_python_example_of_the_entropy_guide_runs() -> None:
     (example,) = examples_of("entropy_control/guide.md")
     torch.manual_seed(0)
-    probabilities = torch.softmax(2.0 * torch.randn(12, 50), dim=-1)
-    logprobs = probabilities.log()
+    leaf = torch.randn(12, 50, requires_grad=True)
     names: dict[str, Any] = {
-        "config": {"name": "target-entropy", "start": 0.5},
         "total_steps": 10,
-        "step": 0,
-        "updates": 2,
-        "logprob": logprobs[:, 3],
-        "entropy": -(probabilities * logprobs).sum(-1),
+        "logits_of": lambda rows: 2.0 * leaf[rows],
+        "targets": torch.randint(50, (12,)),
+        "temperature": 1.0,
         "advantage": torch.randn(12),
-        "sum_squared_prob": (probabilities**2).sum(-1),
-        "sum_squared_prob_logprob": (probabilities**2 * logprobs).sum(-1),
         "token_weight": torch.full((12,), 1 / 12),
-        "mean_entropy": 2.0,
-        "tokens_so_far": 12,
-        "error_of_mean_entropy": 0.02,
         "learning_rate": 1e-6,
         "peak_learning_rate": 1e-6,
-        "shift": -0.01,
+        "minibatches": [slice(0, 6), slice(6, 12)],
+        "optimizer": torch.optim.SGD([leaf], lr=1.0),
+        "step": 0,
     }
+    before = leaf.detach().clone()
     exec(example, names)
-    assert names["schedule"].metrics()["control/target"] > 0
-    assert names["weight"].shape == (12,)
+    assert (leaf != before).any(1).all()
+    assert names["metrics"]["control/target"] > 0
+    assert names["thresholds"].steering != 0
+    assert names["metrics"]["control/steering"] != 0
+    assert names["state"]["schedule"] == "target-entropy"
 
 
 def test_the_python_example_of_the_metrics_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

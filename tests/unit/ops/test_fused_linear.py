@@ -200,6 +200,8 @@ def test_no_tokens():
     [
         ({"hidden": torch.zeros(TOKENS, HIDDEN + 1)}, r"found \[37, 25\] and \[211, 24\]"),
         ({"weight": torch.zeros(VOCABULARY, HIDDEN, dtype=torch.bfloat16)}, "must be of one type"),
+        ({"hidden": torch.zeros(TOKENS, HIDDEN).bfloat16()}, r"of one type .*; pass weight.to\(hidden.dtype\)"),
+        ({"old": torch.zeros(TOKENS).bfloat16()}, r"old_logprob: must be float32 .*; call .float\(\)"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, r"targets: must be int64 \[37\], found torch.int64 \[3\]"),
         ({"advantage": torch.zeros(3)}, r"advantage: must be \[T\] with T = 37 tokens, found \[3\]"),
         ({"old": torch.zeros(TOKENS, dtype=torch.int64)}, "old_logprob: must be float32"),
@@ -222,3 +224,17 @@ def test_a_target_outside_the_vocabulary_is_named():
     hidden, weight, _, old, advantage, *_ = make()
     with pytest.raises(ValueError, match=r"targets: .*found 211 in row 0"):
         ops.fused_linear_objective(hidden, weight, torch.full((TOKENS,), VOCABULARY), old, advantage, PAPER)
+
+
+def test_autocast_needs_the_weight_in_the_type_of_the_hidden_states(device):
+    _, weight, targets, old, advantage, *_ = make()
+    layer, leaf = torch.nn.Linear(HIDDEN, HIDDEN), weight.detach().clone().requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        hidden = layer(torch.ones(TOKENS, HIDDEN))
+        with pytest.raises(ValueError, match=r"found torch.bfloat16, torch.float32; pass weight.to\(hidden.dtype\)"):
+            ops.fused_linear_objective(hidden, leaf, targets, old, advantage, PAPER)
+        fused = ops.fused_linear_objective(hidden, leaf.to(hidden.dtype), targets, old, advantage, PAPER)
+    fused.loss.backward()
+    assert leaf.grad.dtype == torch.float32
+    assert leaf.grad.isfinite().all()
+    assert leaf.grad.abs().max() > 0

@@ -185,9 +185,52 @@ def test_second_backward_is_allowed_without_inplace():
 
 def test_another_node_that_saved_the_logits_raises():
     logits, targets, *_ = make(4, 50, 2.0, 0)
-    shared = torch.tanh(logits.requires_grad_())  # tanh saves its result, which is what we overwrite
+    shared = logits.requires_grad_() * 1.0
+    other = torch.nn.functional.softplus(shared)  # saves its input
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        ops.token_statistics(shared, targets).logprob.sum().backward()
+        (ops.token_statistics(shared, targets).logprob.sum() + other.sum()).backward()
+
+
+@pytest.mark.parametrize(
+    "producer",
+    [
+        torch.tanh,
+        torch.nn.functional.relu,
+        lambda logits: torch.log_softmax(logits, dim=-1),
+        lambda logits: logits.clone().sigmoid_(),
+        lambda logits: torch.tanh(logits).view(2, 2, 50).flatten(0, 1)[1:],
+    ],
+    ids=["tanh", "relu", "log_softmax", "sigmoid_", "view"],
+)
+def test_a_producer_that_saved_the_logits_names_the_remedy(producer):
+    logits, targets, *_ = make(4, 50, 2.0, 0)
+    leaf = logits.requires_grad_()
+    targets = targets[-len(producer(leaf)) :]
+    with pytest.raises(ValueError, match=r"logits: \w+Backward\d saved them .* pass inplace=False"):
+        ops.token_statistics(producer(leaf), targets)
+    # Under hooks for saved tensors torch does not notice the overwritten numbers.
+    with pytest.raises(ValueError, match="pass inplace=False"):
+        torch.utils.checkpoint.checkpoint(
+            lambda x: ops.token_statistics(producer(x), targets).logprob, leaf, use_reentrant=False
+        )
+    with torch.no_grad():
+        without_gradient = ops.token_statistics(producer(leaf), targets).logprob
+    found = ops.token_statistics(producer(leaf), targets, inplace=False).logprob
+    assert torch.equal(found, without_gradient)
+    (gradient,) = torch.autograd.grad(found.sum(), leaf)
+    rows = torch.arange(len(targets))
+    expected = torch.log_softmax(producer(leaf), dim=-1)[rows, targets].sum()
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_soft_capping_that_saved_other_numbers_is_overwritten():
+    logits, targets, *_ = make(4, 50, 2.0, 0)
+    leaf = logits.requires_grad_()
+    gradients = []
+    for inplace in (True, False):
+        found = ops.token_statistics(30.0 * torch.tanh(leaf / 30.0), targets, inplace=inplace)
+        gradients += torch.autograd.grad(found.logprob.sum(), leaf)
+    assert torch.equal(*gradients)
 
 
 def test_two_in_place_calls_on_the_same_logits_raise():
