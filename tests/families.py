@@ -96,8 +96,17 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
-    }
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 24,
+    },
 }
+# Of a folder, by the names that transformers has in memory.
+MIXTRAL_NAMES = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 ROUTER_AUX_LOSS = 0.02
 MICROBATCH = 3
 
@@ -189,7 +198,9 @@ def reference(folder: Path) -> Measurement:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
-    weights = single_experts({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    weights = single_experts(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.config.model_type
+    )
     model = model.double()
     batch = make_batch()
     taken, entropies, routed = [], [], []
@@ -210,7 +221,7 @@ def reference(folder: Path) -> Measurement:
         microbatches = [[routed[i] for i in order[start : start + MICROBATCH]] for start in starts]
         loss = loss + ROUTER_AUX_LOSS * sum(map(imbalance, microbatches)) / len(microbatches)
     loss.backward()
-    gradients = single_experts({name: p.grad for name, p in model.named_parameters()})
+    gradients = single_experts({name: p.grad for name, p in model.named_parameters()}, model.config.model_type)
     norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
     return Measurement(logprob.detach(), torch.cat(entropies).detach(), norm, gradients, weights)
 
@@ -229,7 +240,7 @@ def imbalance(sequences: list[tuple[torch.Tensor, ...]], chosen: int = 2) -> tor
     return total
 
 
-def single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def single_experts(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
     """The stacked experts of transformers as the tensors of a model folder."""
     singles = {}
     for name, tensor in tensors.items():
@@ -244,6 +255,9 @@ def single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 singles[f"{module}.{number}.down_proj.weight"] = down
         else:
             singles[name] = tensor
+    if model_type == "mixtral":
+        for old, new in MIXTRAL_NAMES.items():
+            singles = {name.replace(old, new): tensor for name, tensor in singles.items()}
     return singles
 
 

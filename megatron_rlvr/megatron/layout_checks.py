@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.config import ParallelConfig
+from megatron_rlvr.megatron.families import family_of
 from megatron_rlvr.megatron.huggingface_config import is_mixture
 
 
@@ -58,7 +59,11 @@ def _check_tensor(hf_config: Any, parallel: ParallelConfig) -> None:
                 f"parallel.tensor={parallel.tensor} does not divide the model's {count} {name}: choose a divisor"
             )
     if is_mixture(hf_config):
-        key, ranks, feed_forward = "expert_tensor", parallel.expert_tensor, hf_config.moe_intermediate_size
+        key, ranks, feed_forward = (
+            "expert_tensor",
+            parallel.expert_tensor,
+            family_of(hf_config).settings(hf_config)["moe_ffn_hidden_size"],
+        )
     else:
         key, ranks, feed_forward = "tensor", parallel.tensor, hf_config.intermediate_size
     if feed_forward % ranks:

@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.families import family_of
-from megatron_rlvr.megatron.families.weight_map import head_size_of
-from megatron_rlvr.megatron.huggingface_config import is_mixture, is_tied
-from megatron_rlvr.weights.derived_tensors import EMBEDDING, HEAD, difference
+from megatron_rlvr.megatron.families.weight_map import QKV, GatedMLP, Vocabulary, WeightMap, head_size_of
+from megatron_rlvr.megatron.huggingface_config import is_tied
+from megatron_rlvr.weights.derived_tensors import HEAD, difference
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """dtypes in which weights can be read, by their name in safetensors files."""
@@ -58,7 +58,7 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
                     others.append(name)
                     continue
                 stored, shape = opened.get_slice(name), expected[name]
-                if shape is not None and stored.get_shape() != shape:
+                if stored.get_shape() != shape:
                     raise UserError(
                         f"{file}: {name} has shape {stored.get_shape()}, but config.json describes {shape}: the folder "
                         "does not match its config.json; download both again"
@@ -91,51 +91,44 @@ def rounding(dtypes: Collection[torch.dtype], dtype: torch.dtype) -> str | None:
     return f"weights in {' and '.join(sorted(rounded))} are rounded to {target}" if rounded else None
 
 
-def expected_weights(hf_config: Any) -> dict[str, list[int] | None]:
-    """Return the shape of every weight of a model by its Hugging Face name; None for a weight of unusual shape.
-
-    The names are those of the family's table. A shape that is None is compared when the weight is loaded.
-    """
-    hidden, vocabulary = hf_config.hidden_size, hf_config.vocab_size
-    head = head_size_of(hf_config)
-    query, key_value = head * hf_config.num_attention_heads, head * hf_config.num_key_value_heads
-    shapes: dict[str, list[int]] = {
-        EMBEDDING: [vocabulary, hidden],
-        HEAD: [vocabulary, hidden],
-        "model.norm.weight": [hidden],
-        "self_attn.o_proj.weight": [hidden, query],
-        "self_attn.q_norm.weight": [head],
-        "self_attn.k_norm.weight": [head],
-    }
-    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-    shapes |= {f"{norm}.weight": [hidden] for norm in norms}
-    for name, rows in (("q", query), ("k", key_value), ("v", key_value)):
-        shapes |= {f"self_attn.{name}_proj.weight": [rows, hidden], f"self_attn.{name}_proj.bias": [rows]}
-    shapes |= _feed_forward("mlp.", hidden, hf_config.intermediate_size)
-    experts = range(0)
-    if is_mixture(hf_config):
-        experts = range(hf_config.num_experts)
-        shapes["mlp.gate.weight"] = [hf_config.num_experts, hidden]
-        shapes |= _feed_forward("mlp.experts.*.", hidden, hf_config.moe_intermediate_size)
-    patterns = [name for entry in family_of(hf_config).weights for name in entry.names]
+def expected_weights(hf_config: Any) -> dict[str, list[int]]:
+    """Return the shape of every weight of a model by its Hugging Face name, in the order of the family's table."""
+    family = family_of(hf_config)
+    experts = family.settings(hf_config).get("num_moe_experts", 0)
     expected = {}
-    for pattern in patterns:
-        if pattern == HEAD and is_tied(hf_config):
-            continue
-        shape = shapes.get(pattern.removeprefix("model.layers.*."))
-        for layer in range(hf_config.num_hidden_layers) if "*" in pattern else (0,):
-            name = pattern.replace("*", str(layer), 1)
-            for expert in experts if "*" in name else (0,):
-                expected[name.replace("*", str(expert), 1)] = shape
+    for entry in family.weights:
+        for pattern, shape in zip(entry.names, _shapes(entry, hf_config), strict=True):
+            if pattern == HEAD and is_tied(hf_config):
+                continue
+            for layer in range(hf_config.num_hidden_layers) if "*" in pattern else (0,):
+                name = pattern.replace("*", str(layer), 1)
+                for expert in range(experts) if "*" in name else (0,):
+                    expected[name.replace("*", str(expert), 1)] = shape
     return expected
 
 
-def _feed_forward(prefix: str, hidden: int, intermediate: int) -> dict[str, list[int]]:
-    return {
-        f"{prefix}gate_proj.weight": [intermediate, hidden],
-        f"{prefix}up_proj.weight": [intermediate, hidden],
-        f"{prefix}down_proj.weight": [hidden, intermediate],
+def _shapes(entry: WeightMap, hf_config: Any) -> list[list[int]]:
+    """Return the shapes of the Hugging Face tensors of a weight, from its place in megatron-core's layers."""
+    settings = family_of(hf_config).settings(hf_config)
+    hidden, head = hf_config.hidden_size, head_size_of(hf_config)
+    query, key_value = head * hf_config.num_attention_heads, head * hf_config.num_key_value_heads
+    in_expert = ".experts." in entry.megatron
+    feed_forward = settings["moe_ffn_hidden_size"] if in_expert else hf_config.intermediate_size
+    if isinstance(entry, QKV):
+        columns = [] if entry.megatron.endswith(".bias") else [hidden]
+        return [[rows, *columns] for rows in (query, key_value, key_value)]
+    if isinstance(entry, GatedMLP):
+        return [[feed_forward, hidden]] * 2
+    if isinstance(entry, Vocabulary):
+        return [[hf_config.vocab_size, hidden]]
+    by_module = {
+        "linear_proj": [hidden, query],
+        "linear_fc2": [hidden, feed_forward],
+        "router": [settings.get("num_moe_experts", 0), hidden],
+        "q_layernorm": [head],
+        "k_layernorm": [head],
     }
+    return [by_module.get(entry.megatron.split(".")[-2], [hidden])]
 
 
 def _why(name: str, hf_config: Any) -> str:

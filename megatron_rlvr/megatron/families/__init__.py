@@ -7,7 +7,7 @@ from typing import Any
 from megatron_rlvr.megatron.families.dense import LLAMA, QWEN2, QWEN3
 from megatron_rlvr.megatron.families.family import Family
 from megatron_rlvr.megatron.families.gemma3 import GEMMA3
-from megatron_rlvr.megatron.families.qwen3_moe import QWEN3_MOE
+from megatron_rlvr.megatron.families.mixtures import MIXTRAL, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     "qwen2": QWEN2,
@@ -15,6 +15,7 @@ FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "gemma3_text": GEMMA3,
     "qwen3_moe": QWEN3_MOE,
+    "mixtral": MIXTRAL,
 }
 """Families by the ``model_type`` of config.json. Each is tested against transformers."""
 

@@ -21,7 +21,6 @@ class Family:
         settings: returns fields of TransformerConfig, by name, from the transformers configuration; added to those of
             `transformer_settings.base_settings`.
         supported: returns, by key of config.json, the value that the model has and the values that are supported.
-        buffers: Hugging Face tensors that hold no weights, as patterns; they are computed from config.json.
         mixture: whether feed-forward layers are mixtures of experts.
         post_norms: whether the outputs of attention and feed-forward layers are normalized before they are added to
             the residual stream.
@@ -31,7 +30,6 @@ class Family:
     weights: Sequence[WeightMap]
     settings: Callable[[Any], dict[str, Any]]
     supported: Callable[[Any], Mapping[str, tuple[Any, tuple[Any, ...]]]] = lambda hf_config: {}
-    buffers: Sequence[str] = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
     mixture: bool = False
     post_norms: bool = False
     embedding_scale: Callable[[Any], float] | None = None

@@ -109,7 +109,6 @@ class WeightTable:
 
     def __init__(self, maps: Sequence[WeightMap]):
         self._maps = [(_pattern(entry.megatron), entry) for entry in maps]
-        self._known = [_pattern(name) for entry in maps for name in entry.names]
 
     def find(self, name: str) -> tuple[WeightMap, list[str]]:
         """Return the map of a weight and the names of its Hugging Face tensors.
@@ -126,18 +125,6 @@ class WeightTable:
                 numbers = match.groups()
                 return entry, [_fill(hf_name, numbers) for hf_name in entry.names]
         raise LookupError(f"no entry for the weight {name}")
-
-    def knows(self, hf_name: str, numbers_below: Sequence[int]) -> bool:
-        """Whether a Hugging Face tensor belongs to the model.
-
-        Args:
-            hf_name: name of the tensor.
-            numbers_below: the number of layers and of experts of the model.
-        """
-        for pattern in self._known:
-            if match := pattern.fullmatch(hf_name):
-                return all(int(n) < limit for n, limit in zip(match.groups(), numbers_below, strict=False))
-        return False
 
 
 def _pattern(name: str) -> re.Pattern[str]:
