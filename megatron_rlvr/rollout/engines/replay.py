@@ -35,8 +35,8 @@ class ReplayEngine:
         """See `RolloutEngine.generate`.
 
         Raises:
-            UserError: if a recording is missing, has a different number of completions, or lacks the kept tokens of
-                sampling under top-p or top-k.
+            UserError: if a recording is missing, has a different number of completions, or has the kept tokens of
+                sampling under top-p or top-k where `sampling` has no such cut, or lacks them where it has.
         """
         places = [request.place for request in requests if request.place is not None]
         if not places and self.evaluation is not None:
@@ -48,6 +48,11 @@ class ReplayEngine:
             raise UserError(
                 f"the rollouts in {self.folder} were recorded without the tokens that rollout.top_p and rollout.top_k "
                 "keep: record them again with the same rollout.top_p and rollout.top_k, or set these to 1 and 0"
+            )
+        if not sampling.returns_kept and any(completion.kept is not None for group in groups for completion in group):
+            raise UserError(
+                f"the rollouts in {self.folder} were recorded under rollout.top_p or rollout.top_k, which are not set "
+                "here: set them to the values in config.yaml of the recorded run"
             )
         return groups
 

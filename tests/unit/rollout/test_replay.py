@@ -51,13 +51,25 @@ def test_a_recorded_group_comes_back_exactly(folder: Path) -> None:
 
 
 def test_kept_sets_come_back_exactly(tmp_path: Path) -> None:
+    sampling = replace(SAMPLING, returns_kept=True)
     group = Group(0, 11, CUT, [Verdict(1.0, "ok"), Verdict(0.0, "ok")], ["one", "two"])
     record_group(tmp_path, 3, group, prompt="1")
-    assert ReplayEngine(tmp_path, evaluation=None).generate([_request(0)], SAMPLING) == [CUT]
+    assert ReplayEngine(tmp_path, evaluation=None).generate([_request(0)], sampling) == [CUT]
     path = recording_path(tmp_path, 3, 0)
     path.write_text(path.read_text().replace("[[7, 1], [8]]", "[[7, 1], [1]]"))
     with pytest.raises(UserError, match=r"is not a recorded rollout \(token 1, 8, is not in its kept set\)"):
-        ReplayEngine(tmp_path, evaluation=None).generate([_request(0)], SAMPLING)
+        ReplayEngine(tmp_path, evaluation=None).generate([_request(0)], sampling)
+
+
+def test_a_recording_under_a_cut_is_not_trained_as_the_whole_vocabulary(tmp_path: Path) -> None:
+    mixed = [CUT[0], replace(CUT[1], kept=None)]
+    for slot, completions in enumerate([CUT, mixed]):
+        group = Group(slot, 11, completions, [Verdict(1.0, "ok"), Verdict(0.0, "ok")], ["one", "two"])
+        record_group(tmp_path, 3, group, prompt="1")
+        with pytest.raises(UserError, match="were recorded under rollout.top_p or rollout.top_k, which are not set"):
+            ReplayEngine(tmp_path, evaluation=None).generate([_request(slot)], SAMPLING)
+    with pytest.raises(UserError, match="were recorded without the tokens"):
+        ReplayEngine(tmp_path, evaluation=None).generate([_request(1)], replace(SAMPLING, returns_kept=True))
 
 
 def test_a_recording_of_the_whole_vocabulary_cannot_be_trained_under_a_cut(folder: Path) -> None:
