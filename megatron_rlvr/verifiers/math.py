@@ -59,7 +59,8 @@ class MathAnswer:
         if not reference:
             return 0.0
         if readings:
-            return float(any(_equal(reference, plain_latex(reading)) for reading in readings))
+            candidates = [plain_latex(reading) for reading in readings]
+            return float(any(_is_double(answer, text) or _equal(reference, text) for text in candidates))
         return float(self.anywhere and _verify(_parse(_boxed(reference)), _parse(completion)))
 
     def warm_up(self) -> None:
@@ -126,6 +127,16 @@ def _number(text: str) -> Fraction | None:
         return None
     sign, digits, exponent = match.groups()
     return Fraction(sign + digits.replace(",", "").rstrip(".")) * Fraction(10) ** int(exponent or 0)
+
+
+def _is_double(answer: str | int | float, candidate: str) -> bool:
+    """Whether the reference is a double, and the candidate its exact value or its shortest decimal.
+
+    Both are whole numbers of which a data file keeps only the double: 6.02e23 and 2^70.
+    """
+    if not isinstance(answer, float) or not math.isfinite(answer):
+        return False
+    return _number(candidate) in (Fraction(answer), Fraction(repr(answer)))
 
 
 def _numbers_equal(first: Fraction, second: Fraction) -> bool:

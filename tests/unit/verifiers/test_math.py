@@ -110,6 +110,9 @@ def test_numbers_of_parquet_files(first, second):
     for text in (repr(first), f"{first:.1e}".replace("e", r"\times 10^{") + "}", f"{first:.20f}"):
         assert verify(f"\\boxed{{{text}}}", first) == 1, text
         assert verify(f"\\boxed{{{text}}}", second) == 0, text
+    for whole in (6.02e23, 2.0**70):  # as their shortest decimal and as the exact value of the double
+        assert verify(f"\\boxed{{{whole:.0f}}}", whole) == verify(f"\\boxed{{{whole!r}}}", whole) == 1
+        assert verify(f"\\boxed{{{whole * (1 + 1e-9)!r}}}", whole) == 0
     assert verify(r"\boxed{-\infty}", -math.inf) == 1
     with pytest.raises(UserError, match="found nan"):
         verify(r"\boxed{3}", math.nan)
