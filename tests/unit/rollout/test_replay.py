@@ -66,7 +66,7 @@ def test_a_recording_under_a_cut_is_not_trained_as_the_whole_vocabulary(tmp_path
     for slot, completions in enumerate([CUT, mixed]):
         group = Group(slot, 11, completions, [Verdict(1.0, "ok"), Verdict(0.0, "ok")], ["one", "two"])
         record_group(tmp_path, 3, group, prompt="1")
-        with pytest.raises(UserError, match="were recorded under rollout.top_p or rollout.top_k, which are not set"):
+        with pytest.raises(UserError, match="which are not set here"):
             ReplayEngine(tmp_path, evaluation=None).generate([_request(slot)], SAMPLING)
     with pytest.raises(UserError, match="were recorded without the tokens"):
         ReplayEngine(tmp_path, evaluation=None).generate([_request(1)], replace(SAMPLING, returns_kept=True))
