@@ -104,9 +104,24 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "intermediate_size": 24,
     },
+    "glm4-moe": {
+        "model_type": "glm4_moe",
+        "head_dim": 16,
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.7,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
 }
 # Of a folder, by the names that transformers has in memory.
 MIXTRAL_NAMES = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+CHOICE_BIAS = "e_score_correction_bias"
+"""A weight without gradient: it only chooses experts."""
 ROUTER_AUX_LOSS = 0.02
 MICROBATCH = 3
 
@@ -146,6 +161,9 @@ def make_family(folder: Path, name: str, **changes: Any) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith(CHOICE_BIAS):
+                buffer.copy_(torch.randn_like(buffer) * 0.1)
     model.save_pretrained(folder)
     return folder
 
@@ -160,8 +178,12 @@ def make_batch() -> RolloutBatch:
     return RolloutBatch.from_completions(prompts, completions, [0.0] * 8, padding=0)
 
 
+def has_aux_loss(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text())["model_type"] in ("qwen3_moe", "mixtral")
+
+
 def policy_config(folder: Path, layout: ParallelConfig) -> Config:
-    router_aux_loss = ROUTER_AUX_LOSS if "num_experts" in (folder / "config.json").read_text() else 0.0
+    router_aux_loss = ROUTER_AUX_LOSS if has_aux_loss(folder) else 0.0
     return Config(
         model=ModelConfig(path=str(folder), dtype="float32", layer_spec="local", router_aux_loss=router_aux_loss),
         rollout=RolloutConfig(temperature=TEMPERATURE),
@@ -187,7 +209,8 @@ def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tupl
         values = [p.clone() for p in parameters]
         for parameter in parameters:
             parameter.copy_(parameter.main_grad)
-        gradients = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model_chunks)}
+        exported = policy.bridge.export(policy.model_chunks)
+        gradients = {name: tensor.clone() for name, tensor in exported if not name.endswith(CHOICE_BIAS)}
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
     return Measurement(scores.logprob, scores.entropy, report.grad_norm, gradients, weights), policy
@@ -209,7 +232,7 @@ def reference(folder: Path) -> Measurement:
         logprobs = (output.logits[0, prompt - 1 : -1] / TEMPERATURE).log_softmax(-1)
         taken.append(logprobs.gather(1, tokens[prompt : prompt + response, None])[:, 0])
         entropies.append(-(logprobs.exp() * logprobs).sum(1))
-        if hasattr(model.config, "num_experts"):
+        if has_aux_loss(folder):
             routed.append(model(tokens[None, : prompt + response], output_router_logits=True).router_logits)
     logprob = torch.cat(taken)
     factor = (ADVANTAGE * WEIGHT).double()[batch.sequence_of_token()]

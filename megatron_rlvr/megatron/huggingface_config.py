@@ -10,9 +10,9 @@ from typing import Any
 from megatron_rlvr.checked_input import InvalidInputError, checked, describe, field, one_line, read_json
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.families import FAMILIES, family_of
-from megatron_rlvr.megatron.rotary import ROPE_TYPES, rope_parameters
+from megatron_rlvr.megatron.rotary import ROPE_TYPES, partial_factor, rope_parameters
 
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob", "use_qk_norm")
 _SIZES = {
     "vocab_size": (2, 2**24),
     "hidden_size": (1, 2**20),
@@ -23,14 +23,25 @@ _SIZES = {
     "num_key_value_heads": (1, 2**14),
     "head_dim": (1, 2**14),
     "num_experts": (1, 2**14),
+    "n_routed_experts": (1, 2**14),
+    "n_shared_experts": (1, 2**10),
+    "n_group": (1, 2**10),
+    "topk_group": (1, 2**10),
+    "first_k_dense_replace": (0, 2**12),
     "num_experts_per_tok": (1, 2**14),
     "max_position_embeddings": (1, 2**31),
     "sliding_window": (1, 2**31),
     "query_pre_attn_scalar": (1, 2**20),
 }
-_NUMBERS = {"rms_norm_eps": (1e-12, 1.0), "initializer_range": (0.0, 100.0), "router_aux_loss_coef": (0.0, 1e6)}
+_NUMBERS = {
+    "rms_norm_eps": (1e-12, 1.0),
+    "initializer_range": (0.0, 100.0),
+    "router_aux_loss_coef": (0.0, 1e6),
+    "routed_scaling_factor": (1e-6, 1e6),
+}
 _ROPE = {
     "rope_theta": (1.0, 1e12),
+    "partial_rotary_factor": (0.01, 1.0),
     "factor": (1.0, 1e6),
     "low_freq_factor": (1e-6, 1e6),
     "high_freq_factor": (1e-6, 1e6),
@@ -106,10 +117,12 @@ def _check_values(config: Any) -> None:
         raise InvalidInputError(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
     if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
         raise InvalidInputError(f"num_attention_heads={heads} does not divide hidden_size={config.hidden_size}")
-    if is_mixture(config) and config.num_experts_per_tok > config.num_experts:
-        raise InvalidInputError(
-            f"num_experts_per_tok={config.num_experts_per_tok} is more than num_experts={config.num_experts}"
-        )
+    if is_mixture(config):
+        sizes = family_of(config).settings(config)
+        if sizes["moe_router_topk"] > sizes["num_moe_experts"]:
+            raise InvalidInputError(
+                f"num_experts_per_tok={sizes['moe_router_topk']} is more than the {sizes['num_moe_experts']} experts"
+            )
 
 
 def is_tied(hf_config: Any) -> bool:
@@ -131,11 +144,11 @@ def _check_supported(path: Path, config: Any) -> None:
         )
     settings: dict[str, tuple[Any, tuple[Any, ...]]] = dict(family_of(config).supported(config))
     for rope in rope_parameters(config).values():
-        partial = rope.get("partial_rotary_factor", 1.0)
         settings |= {
             "rope_type": (rope["rope_type"], ROPE_TYPES),
-            "partial_rotary_factor": (1.0 if partial is None else partial, (1.0,)),
         }
+        if not family_of(config).partial_rotary:
+            settings["partial_rotary_factor"] = (partial_factor(rope), (1.0,))
         for key, (value, supported) in settings.items():
             _check_value(path, key, value, supported)
 

@@ -8,8 +8,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
 )
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
@@ -81,21 +83,33 @@ def layer_spec(
         if family.post_norms:
             from megatron.core.extensions.transformer_engine import TENorm
 
-            for layer in block.layer_specs:
+            for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers share their spec
                 add_post_norms(layer, TENorm)
         return block
+    dense, mixture = _local_layer(config, family, None), _local_layer(config, family, config.num_moe_experts)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    kinds = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
+    layers = [mixture if kind else dense for kind in kinds[first : first + count]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _local_layer(config: TransformerConfig, family: Family, experts: int | None) -> ModuleSpec:
+    """Return the spec of a local layer, with a mixture of `experts` or a dense feed-forward layer (None)."""
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.module = LocalSelfAttention
     feed_forward = layer.submodules.mlp.submodules
-    (feed_forward.experts.submodules if config.num_moe_experts else feed_forward).activation_func = GatedActivation
+    for part in (feed_forward.experts, feed_forward.shared_experts) if experts else ():
+        part.submodules.activation_func = GatedActivation
+    if not experts:
+        feed_forward.activation_func = GatedActivation
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SDPAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if family.post_norms:
         add_post_norms(layer, RMSNorm)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    return layer

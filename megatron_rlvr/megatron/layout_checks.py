@@ -77,10 +77,10 @@ def _check_experts(hf_config: Any, parallel: ParallelConfig) -> None:
         if parallel.expert > 1:
             raise UserError(f"parallel.expert={parallel.expert} but the model has no experts: set it to 1")
         return
-    if hf_config.num_experts % parallel.expert:
+    experts = family_of(hf_config).settings(hf_config)["num_moe_experts"]
+    if experts % parallel.expert:
         raise UserError(
-            f"parallel.expert={parallel.expert} does not divide the model's {hf_config.num_experts} experts: choose a "
-            "divisor"
+            f"parallel.expert={parallel.expert} does not divide the model's {experts} experts: choose a divisor"
         )
     if parallel.tensor > 1 and not parallel.sequence:
         raise UserError("a mixture of experts with parallel.tensor > 1 needs parallel.sequence=true: set it")

@@ -27,6 +27,12 @@ def rope_parameters(hf_config: Any) -> dict[str | None, Mapping[str, Any]]:
     return {kind: parameters.get(kind) for kind in sorted(set(hf_config.layer_types or ()))}
 
 
+def partial_factor(parameters: Mapping[str, Any]) -> float:
+    """Return the fraction of a head that is rotated."""
+    factor = parameters.get("partial_rotary_factor")
+    return 1.0 if factor is None else float(factor)
+
+
 def inverse_frequencies(hf_config: Any, device: torch.device) -> Tensor:
     """Return the inverse frequencies of every kind of layer, end to end: float32 [kinds * d / 2]."""
     return torch.cat([_initialize(hf_config, kind, device)[0] for kind in rope_parameters(hf_config)])
@@ -48,7 +54,7 @@ def angles_of_kind(angles: Tensor, kind: int, kinds: int) -> Tensor:
 def _initialize(hf_config: Any, kind: str | None, device: torch.device) -> tuple[Tensor, float]:
     parameters = rope_parameters(hf_config)[kind]
     if parameters["rope_type"] in ("default", "dynamic"):
-        size = head_size_of(hf_config)
+        size = int(head_size_of(hf_config) * partial_factor(parameters))
         exponents = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
     frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](hf_config, device, layer_type=kind)

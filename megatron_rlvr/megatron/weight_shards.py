@@ -61,7 +61,7 @@ def shards(model_chunks: Sequence[PolicyModel]) -> Iterator[Shard]:
     expert_group = parallel_state.get_expert_tensor_parallel_group()
     for chunk in model_chunks:
         layer_numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        for own_name, weight in _weights(chunk):
+        for own_name, weight in weights_of(chunk):
             name = local_name(own_name)
             if layer := _LAYER.search(name):
                 name = _LAYER.sub(str(layer_numbers[int(layer[0])]), name, count=1)
@@ -76,8 +76,9 @@ def shards(model_chunks: Sequence[PolicyModel]) -> Iterator[Shard]:
             yield Shard(name, weight, tensor_group, dim, None)
 
 
-def _weights(chunk: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+def weights_of(chunk: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a model chunk, and the buffers that a Hugging Face folder has as weights."""
     yield from chunk.named_parameters()
     for name, buffer in chunk.named_buffers():
-        if name.endswith(".router.expert_bias"):  # chosen by load, not by gradients, but part of the model
+        if name.endswith(".router.expert_bias"):  # balances load, so that it has no gradient
             yield name, buffer

@@ -40,7 +40,7 @@ from megatron_rlvr.weights.huggingface_folder import (
 )
 from megatron_rlvr.weights.safetensors_writer import is_complete as is_complete_shard
 from megatron_rlvr.weights.safetensors_writer import nbytes, plan_shards, write_shard
-from megatron_rlvr.weights.shape_checks import check_shapes, rounding
+from megatron_rlvr.weights.shape_checks import check_shapes, rounding, unused_warning
 from megatron_rlvr.weights.whole_weights import WholeWeights, check_finite
 
 Report = Callable[[str], None]
@@ -65,6 +65,8 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
     """
     files = tensor_files(bridge.path)
     found = check_shapes(files, bridge.hf_config)
+    if unused := unused_warning(found):
+        report(f"warning: {unused}")
     if rounded := rounding(found.dtypes, bridge.dtype):
         report(f"warning: {rounded}")
     weights = WholeWeights(bridge)

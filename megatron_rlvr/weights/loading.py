@@ -16,7 +16,7 @@ from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.weight_loading import WeightShapeError
 from megatron_rlvr.weights.huggingface_folder import FolderReader, tensor_files
-from megatron_rlvr.weights.shape_checks import FolderWeights, check_shapes, rounding
+from megatron_rlvr.weights.shape_checks import FolderWeights, check_shapes, rounding, unused_warning
 
 
 def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folder: Path | None = None) -> None:
@@ -32,6 +32,8 @@ def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folde
     """
     folder = folder or bridge.path
     found = check_folder(bridge, folder)
+    if (unused := unused_warning(found)) and dist.get_rank() == 0:
+        print(f"warning: {folder}: {unused}", file=sys.stderr)
     if (rounded := rounding(found.dtypes, bridge.dtype)) and dist.get_rank() == 0:
         print(f"warning: {folder}: {rounded}; model.dtype=float32 keeps them", file=sys.stderr)
     try:

@@ -28,10 +28,12 @@ class FolderWeights:
     Attributes:
         dtypes: the dtypes of the weights.
         derived: names of tensors that the model does not load, because it computes their value.
+        prediction: names of tensors for multi-token prediction, which is not trained.
     """
 
     dtypes: frozenset[torch.dtype]
     derived: frozenset[str]
+    prediction: frozenset[str] = frozenset()
 
 
 def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
@@ -50,10 +52,12 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
     others: list[str] = []
     dtypes: set[torch.dtype] = set()
     folder = next(iter(files.values())).parent
+    prediction = _prediction(files, hf_config)
+    files = {name: file for name, file in files.items() if name not in prediction}
     layers = {int(match[1]) for name in files if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     for file in sorted(set(files.values())):
         with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in opened.keys():  # noqa: SIM118, it is not a dict
+            for name in set(opened.keys()) - prediction:
                 if name not in expected:
                     others.append(name)
                     continue
@@ -81,7 +85,23 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
     for name in sorted(others):
         if reason := difference(name, files, hf_config):
             raise UserError(f"{folder}: {reason}")
-    return FolderWeights(frozenset(dtypes), frozenset(others))
+    return FolderWeights(frozenset(dtypes), frozenset(others), prediction)
+
+
+def _prediction(files: Mapping[str, Path], hf_config: Any) -> frozenset[str]:
+    """Return the tensors of the layers for multi-token prediction, which follow the model's own layers."""
+    first = hf_config.num_hidden_layers
+    layers = range(first, first + (getattr(hf_config, "num_nextn_predict_layers", None) or 0))
+    return frozenset(
+        name for name in files if (match := re.match(r"model\.layers\.(\d+)\.", name)) and int(match[1]) in layers
+    )
+
+
+def unused_warning(found: FolderWeights) -> str | None:
+    """Return a warning if the folder has weights that are neither trained nor exported, and None if it has none."""
+    if not found.prediction:
+        return None
+    return f"{len(found.prediction)} tensors for multi-token prediction are not trained, and an export lacks them"
 
 
 def rounding(dtypes: Collection[torch.dtype], dtype: torch.dtype) -> str | None:
@@ -93,18 +113,34 @@ def rounding(dtypes: Collection[torch.dtype], dtype: torch.dtype) -> str | None:
 
 def expected_weights(hf_config: Any) -> dict[str, list[int]]:
     """Return the shape of every weight of a model by its Hugging Face name, in the order of the family's table."""
-    family = family_of(hf_config)
-    experts = family.settings(hf_config).get("num_moe_experts", 0)
+    settings = family_of(hf_config).settings(hf_config)
+    experts = settings.get("num_moe_experts", 0)
     expected = {}
-    for entry in family.weights:
+    for entry in family_of(hf_config).weights:
+        layers = _layers(entry, settings, hf_config.num_hidden_layers)
         for pattern, shape in zip(entry.names, _shapes(entry, hf_config), strict=True):
             if pattern == HEAD and is_tied(hf_config):
                 continue
-            for layer in range(hf_config.num_hidden_layers) if "*" in pattern else (0,):
+            for layer in layers if "*" in pattern else (0,):
                 name = pattern.replace("*", str(layer), 1)
                 for expert in range(experts) if "*" in name else (0,):
                     expected[name.replace("*", str(expert), 1)] = shape
     return expected
+
+
+def _layers(entry: WeightMap, settings: Mapping[str, Any], count: int) -> list[int]:
+    """Return the layers that have a weight."""
+    name = entry.megatron
+    if name.endswith("linear_qkv.bias") and not settings.get("add_qkv_bias"):
+        return []
+    if name.endswith(("q_layernorm.weight", "k_layernorm.weight")) and not settings.get("qk_layernorm"):
+        return []
+    kinds = settings.get("moe_layer_freq", [int("num_moe_experts" in settings)] * count)
+    if ".mlp.router." in name or ".mlp.experts." in name or ".mlp.shared_experts." in name:
+        return [layer for layer, mixture in enumerate(kinds) if mixture]
+    if ".mlp.linear_" in name:
+        return [layer for layer, mixture in enumerate(kinds) if not mixture]
+    return list(range(count))
 
 
 def _shapes(entry: WeightMap, hf_config: Any) -> list[list[int]]:
@@ -112,8 +148,13 @@ def _shapes(entry: WeightMap, hf_config: Any) -> list[list[int]]:
     settings = family_of(hf_config).settings(hf_config)
     hidden, head = hf_config.hidden_size, head_size_of(hf_config)
     query, key_value = head * hf_config.num_attention_heads, head * hf_config.num_key_value_heads
-    in_expert = ".experts." in entry.megatron
-    feed_forward = settings["moe_ffn_hidden_size"] if in_expert else hf_config.intermediate_size
+    feed_forward = hf_config.intermediate_size
+    if ".experts." in entry.megatron:
+        feed_forward = settings["moe_ffn_hidden_size"]
+    elif ".shared_experts." in entry.megatron:
+        feed_forward = settings["moe_shared_expert_intermediate_size"]
+    elif entry.megatron.endswith(".expert_bias"):
+        return [[settings["num_moe_experts"]]]
     if isinstance(entry, QKV):
         columns = [] if entry.megatron.endswith(".bias") else [hidden]
         return [[rows, *columns] for rows in (query, key_value, key_value)]

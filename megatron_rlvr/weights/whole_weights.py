@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.streamed_checkpoint import split_into_pieces
+from megatron_rlvr.megatron.weight_shards import weights_of
 from megatron_rlvr.weights.huggingface_folder import read_tensor
 
 
@@ -34,9 +35,10 @@ class WholeWeights:
         self.bridge = bridge
         [model] = bridge.build(shapes_only=True)
         self.state: dict[str, Any] = model.sharded_state_dict()
-        self.names = [name for name, _ in model.named_parameters()]
+        weights = dict(weights_of(model))
+        self.names = list(weights)
         self.formats = {name: bridge.weight_format(name) for name in self.names}
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._shapes = {name: weight.shape for name, weight in weights.items()}
 
     def huggingface_tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Return dtype and shape of every tensor of the Hugging Face folder, in the order of `to_huggingface`."""

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_rlvr.megatron.families.dense import LLAMA, QWEN2, QWEN3
 from megatron_rlvr.megatron.families.family import Family
 from megatron_rlvr.megatron.families.gemma3 import GEMMA3
+from megatron_rlvr.megatron.families.glm4_moe import GLM4_MOE
 from megatron_rlvr.megatron.families.mixtures import MIXTRAL, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
@@ -16,6 +17,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": GEMMA3,
     "qwen3_moe": QWEN3_MOE,
     "mixtral": MIXTRAL,
+    "glm4_moe": GLM4_MOE,
 }
 """Families by the ``model_type`` of config.json. Each is tested against transformers."""
 

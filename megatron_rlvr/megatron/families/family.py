@@ -19,11 +19,12 @@ class Family:
     Attributes:
         weights: one map per weight of megatron-core's local layers.
         settings: returns fields of TransformerConfig, by name, from the transformers configuration; added to those of
-            `transformer_settings.base_settings`.
+            `transformer_settings`.
         supported: returns, by key of config.json, the value that the model has and the values that are supported.
         mixture: whether feed-forward layers are mixtures of experts.
         post_norms: whether the outputs of attention and feed-forward layers are normalized before they are added to
             the residual stream.
+        partial_rotary: whether models may rotate a part of each head.
         embedding_scale: returns the factor of the embeddings; None for no factor.
     """
 
@@ -32,6 +33,7 @@ class Family:
     supported: Callable[[Any], Mapping[str, tuple[Any, tuple[Any, ...]]]] = lambda hf_config: {}
     mixture: bool = False
     post_norms: bool = False
+    partial_rotary: bool = False
     embedding_scale: Callable[[Any], float] | None = None
     table: WeightTable = field(init=False)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights.huggingface_folder import INDEX, tensor_files, write_folder
-from megatron_rlvr.weights.shape_checks import check_shapes, expected_weights, rounding
+from megatron_rlvr.weights.shape_checks import check_shapes, expected_weights, rounding, unused_warning
 from tests.families import FAMILIES, MIXTURES, make_family
 
 Tensors = dict[str, Tensor]
@@ -249,3 +249,16 @@ def test_everything_that_makes_a_model_is_exported(copy: Callable[[str], Path], 
     write_folder(tmp_path / "out", iter(load_file(folder / "model.safetensors").items()), folder)
     found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert found == {"config.json", "model.safetensors", "additional_chat_templates/tool.jinja", *names}
+
+
+def test_layers_for_multi_token_prediction_are_left_out_with_a_warning(copy: Callable[[str], Path]) -> None:
+    folder = copy("glm4-moe")
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.2.eh_proj.weight"] = torch.zeros(32, 64)
+
+    edit(folder, add)
+    assert "1 tensors for multi-token prediction are not trained" in (unused_warning(check(folder)) or "")
+    edit_config(folder, num_nextn_predict_layers=0)
+    with pytest.raises(UserError, match=r"layers 0 to 2, but config\.json describes 2"):
+        check(folder)
