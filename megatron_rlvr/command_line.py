@@ -16,6 +16,7 @@ from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR, failure_record
 from megatron_rlvr.lifecycle import open_run_directory, print_error
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.parallel import Layout, parallel_groups
+from megatron_rlvr.resume import lengths_agreed
 from megatron_rlvr.rollout.engines.base import EngineLostError
 
 USAGE = """\
@@ -61,10 +62,11 @@ def run_command(train: Callable[[Config, Layout, ExitStack], int], arguments: Se
         config = load_config(arguments[0], arguments[1:])
         torch.set_num_threads(config.threads or torch.get_num_threads())
         with ExitStack() as resources:
-            resources.enter_context(open_run_directory(config))
+            config = resources.enter_context(open_run_directory(config))
             config = resolve(config, on_gpu=device.on_gpu())
             device.check_operators()
             layout = resources.enter_context(parallel_groups(config.parallel, config.seed))
+            config = lengths_agreed(config)
             with failure_recorded():
                 return train(config, layout, resources)
     except (UserError, EngineLostError) as error:

@@ -18,6 +18,7 @@ from megatron_rlvr.config_reader import merge, read
 from megatron_rlvr.config_schema import REQUIRED, Bounds, PositiveInt, check_values, to_dict
 from megatron_rlvr.config_yaml import read_document, read_overrides
 from megatron_rlvr.control import build_schedule
+from megatron_rlvr.control.build import has_end
 from megatron_rlvr.data.config import DataConfig
 from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
@@ -26,7 +27,7 @@ from megatron_rlvr.rollout.config import EvaluationConfig, RolloutConfig
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.registry import read_registry
 from megatron_rlvr.telemetry.config import TelemetryConfig
-from megatron_rlvr.training.config import AlgorithmConfig, CheckpointConfig
+from megatron_rlvr.training.config import AlgorithmConfig, CheckpointConfig, ResumeConfig
 from megatron_rlvr.verifiers.config import DEFAULT_WORKERS, NEED_NO_WORKERS, VerifierConfig
 
 
@@ -53,6 +54,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
 
@@ -192,6 +194,13 @@ def warnings_of(config: Config) -> list[str]:
         warnings.append(
             f"checkpoint.keep_best={best} with evaluation.every=0: the policy is evaluated only before the first step "
             "and after the last, so no checkpoint in between is compared; set evaluation.every"
+        )
+    total = config.algorithm.schedule.total_steps
+    if total is not None and total < config.steps and has_end(config.algorithm.schedule.name):
+        warnings.append(
+            f"algorithm.schedule.total_steps={total} is less than steps={config.steps}: from step {total} on the "
+            f"schedule stays at its end; to stretch it, add algorithm.schedule.total_steps={config.steps} "
+            "resume.allow=[algorithm.schedule.total_steps]"
         )
     if config.rollout.max_staleness and config.algorithm.objective.importance_cap is None:
         warnings.append(

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from megatron_rlvr.checked_input import shown
@@ -202,6 +202,11 @@ def keys(section: type, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if expected.is_section and expected.by_name is None:
             yield from keys(expected.type, f"{prefix}{name}.")
+
+
+def names_key(entries: Iterable[str], key: str) -> bool:
+    """Whether one of the entries, keys or sections, is a dotted key or holds it."""
+    return any(key == entry or key.startswith(f"{entry}.") for entry in entries)
 
 
 def check_values(section: Any, prefix: str = "") -> None:

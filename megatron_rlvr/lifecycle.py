@@ -14,33 +14,46 @@ from types import FrameType
 
 from megatron_rlvr.config import Config, save_config, warnings_of
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.resume import check_same_run
+from megatron_rlvr.resume import (
+    HISTORY_FILE,
+    check_allowance,
+    continue_run,
+    record_changes,
+    with_lengths,
+    without_allowance,
+)
 from megatron_rlvr.run_inputs import record_inputs
 
 
 @contextmanager
-def open_run_directory(config: Config) -> Iterator[None]:
+def open_run_directory(config: Config) -> Iterator[Config]:
     """Lock the run directory while the block runs, and write its ``config.yaml``; rank 0 does both.
+
+    Yields:
+        the configuration, on rank 0 with the lengths of the run's schedules (`resume.lengths_agreed` for the others).
 
     Raises:
         UserError: if another process uses the directory, it holds a different run, or it cannot be written.
     """
+    check_allowance(config)
     directory = Path(config.run_directory)
     with user_error_on_full_disk(directory):
         if _rank() > 0:
-            yield
+            yield config
             return
-        for line in warnings_of(config):
-            print(f"warning: {line}", file=sys.stderr)
         with locked_run_directory(directory):
             # Not only `latest`: the checkpoint is chosen without it.
             checkpoints = directory / "checkpoints"
             resumes = any(checkpoints.glob("step_*")) or os.path.lexists(checkpoints / "latest")
-            if resumes:
-                check_same_run(config, directory / "config.yaml")
-            record_inputs(config, resumes)
-            save_config(config, directory / "config.yaml")
-            yield
+            config, changes = continue_run(config, directory) if resumes else (with_lengths(config), [])
+            changes += record_inputs(config, resumes)
+            for line in warnings_of(config):
+                print(f"warning: {line}", file=sys.stderr)
+            if not resumes:
+                (directory / HISTORY_FILE).unlink(missing_ok=True)  # of a run whose checkpoints were removed
+            record_changes(directory, changes)
+            save_config(without_allowance(config), directory / "config.yaml")
+            yield config
 
 
 @contextmanager

@@ -8,7 +8,7 @@ checkpoint has both.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.machinery
 import json
 import sys
 from pathlib import Path
@@ -16,7 +16,9 @@ from pathlib import Path
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.checked_input import read_json
 from megatron_rlvr.config import Config
+from megatron_rlvr.config_schema import names_key
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.resume import Change
 
 INPUTS_FILE = "inputs.json"
 # Not config.json: a checkpoint knows the sizes of its model and names the one that differs.
@@ -31,14 +33,18 @@ _MODEL_FILES = (
 )
 
 
-def record_inputs(config: Config, resumes: bool) -> None:
+def record_inputs(config: Config, resumes: bool) -> list[Change]:
     """Write the fingerprints of a new run, or compare those of a resumed run with its ``inputs.json``.
 
-    The file of a user's verifier may change, with a warning: its author may have corrected it.
+    The file of a user's verifier may change, with a warning: its author may have corrected it. Other files may change
+    if ``resume.allow`` names the key that leads to them.
 
     Args:
         config: the configuration.
         resumes: whether the run directory has a checkpoint.
+
+    Returns:
+        what differs on a resume, with fingerprints.
 
     Raises:
         UserError: for the first file that differs; names it.
@@ -47,20 +53,30 @@ def record_inputs(config: Config, resumes: bool) -> None:
     now = fingerprints(config)
     if not resumes or not path.is_file():
         write_text(path, json.dumps(now, indent=1) + "\n")
-        return
+        return []
     before = read_json(path, remedy="remove it, if you know that data and tokenizer have not changed")
+    changes = []
     for key in {**before, **now}:
         if before.get(key) == now.get(key):
             continue
+        changes.append(Change(key, before.get(key), now.get(key)))
         change = "is new" if before.get(key) is None else "is missing" if now.get(key) is None else "has changed"
         if key.startswith("verifier.name"):
             print(f"warning: {key} {change} since this run began: rewards may mean something else", file=sys.stderr)
-            write_text(path, json.dumps(before | {key: now.get(key)}, indent=1) + "\n")
-        else:
+        elif not names_key(config.resume.allow, name := _key(key)):
             raise UserError(
                 f"{key} {change} since the run in {path.parent} began: restore the file, or choose another "
-                "run_directory"
+                f"run_directory, or add resume.allow=[{','.join([*config.resume.allow, name])}] to continue with the "
+                "change"
             )
+    if changes:
+        write_text(path, json.dumps(now, indent=1) + "\n")
+    return changes
+
+
+def _key(name: str) -> str:
+    """Return the key of the configuration that leads to an input."""
+    return name.rpartition(" in ")[2] if " in " in name else name.partition(" (")[0]
 
 
 def fingerprints(config: Config) -> dict[str, str]:
@@ -86,9 +102,19 @@ def _digest(path: Path) -> str | None:
 
 
 def _source(module: str) -> Path | None:
-    """Return the file of a module; None if there is none, or a package above it cannot be imported."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except Exception:  # importing a package runs its code
-        return None
+    """Return the file of a module; None if it is not found.
+
+    Nothing is imported, not even the packages above the module: what a user's code does on import belongs in the
+    worker processes.
+    """
+    *packages, _ = names = module.split(".")
+    path: list[str] | None = None
+    for depth in range(1, len(names) + 1):
+        try:
+            spec = importlib.machinery.PathFinder.find_spec(".".join(names[:depth]), path)
+        except (ImportError, ValueError):
+            return None
+        if spec is None or (depth <= len(packages) and spec.submodule_search_locations is None):
+            return None
+        path = list(spec.submodule_search_locations or [])
     return Path(spec.origin) if spec is not None and spec.origin is not None else None

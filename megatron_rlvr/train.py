@@ -30,6 +30,7 @@ from megatron_rlvr.objectives import group_advantages
 from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
 from megatron_rlvr.rollout.mismatch import MismatchAlarm
 from megatron_rlvr.telemetry.reporter import Reporter
+from megatron_rlvr.training.checkpoint_loading import start_from
 from megatron_rlvr.training.entropy_control import EntropyControl
 from megatron_rlvr.training.learning_rate import learning_rate
 from megatron_rlvr.training.policy import UpdateReport
@@ -54,8 +55,11 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
     first = 0
     if (state := checkpoints.load_newest(policy)) is not None:
         first = state["step"]
-        control.load_state_dict(state)
+        control.load_state_dict(state, config.resume.allow)
         guard.load_state_dict(state)
+        engine.update_weights(first)
+    elif config.checkpoint.start_from is not None:
+        start_from(config.checkpoint.start_from, policy, optimizer=config.checkpoint.start_optimizer)
         engine.update_weights(first)
     report = resources.enter_context(Reporter(config, first, active=layout.is_main))
     checkpoints.on_complete = report.saved

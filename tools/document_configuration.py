@@ -48,8 +48,8 @@ python -m megatron_rlvr.train run.yaml optimizer.learning_rate=1e-6 algorithm.sc
 - `auto` is resolved when a program starts. The run's `config.yaml` keeps `auto`, so that a run on GPUs can be evaluated
   on a CPU.
 - Starting the same command again resumes the run. {listed(IDENTITY)}
-  must then be unchanged, except {listed(MAY_CHANGE)}.
-  Everything else may change.
+  may then only change if `resume.allow` names the key, except {listed(MAY_CHANGE)}.
+  Everything else may change ([what may change on resume](checkpoints.md#continue-with-other-settings)).
 - Every number has an upper bound. Where the tables name none, it is 2**31 - 1 for a whole number and 10**6 for another
   number.
 - The keys of the first table are at the top level of the file, outside sections.

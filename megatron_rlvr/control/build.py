@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
+from megatron_rlvr.control.bounds import Within
 from megatron_rlvr.control.by_name import check_name, check_parameters, parameters_dataclass
 from megatron_rlvr.control.curves import EntropyCurve
 from megatron_rlvr.control.schedules import (
@@ -33,13 +34,16 @@ CURVE_PARAMETERS = [f.name for f in fields(EntropyCurve)]
 
 @dataclass
 class ScheduleParameters:
-    """A schedule's ``name`` and parameters: everything that it needs except the length of the run.
+    """A schedule's ``name`` and parameters, with types and defaults.
 
-    Each name has a subclass in ``SCHEDULE_PARAMETERS``, whose fields are the schedule's own, with their types and
-    defaults.
+    Each name has a subclass in ``SCHEDULE_PARAMETERS``, which adds the fields of the schedule itself.
     """
 
     name: str
+    total_steps: Annotated[int, Within(1, includes_low=True, cap=2**31 - 1)] | None = None
+    """Steps over which the schedule runs from its start to its end; later steps keep the thresholds and targets of its
+    end. Null means the ``steps`` that the run is first started with, so that a run that is continued with more steps
+    does not stretch its schedule. Constant schedules ignore it."""
 
 
 def _parameters(name: str, schedule_class: type, preset: Mapping[str, Any]) -> type[ScheduleParameters]:
@@ -65,10 +69,16 @@ def schedule_parameters(name: str) -> list[str]:
     return [f.name for f in fields(SCHEDULE_PARAMETERS[name]) if f.name != "name"]
 
 
+def has_end(name: str) -> bool:
+    """Whether the schedule ``name`` changes over a number of steps; constant schedules do not."""
+    return any(f.name == "total_steps" for f in fields(SCHEDULES[name][0]))  # type: ignore[arg-type]
+
+
 def build_schedule(config: Mapping[str, Any] | ScheduleParameters, total_steps: int) -> ClipSchedule:
     """Build the schedule that ``config`` describes, for a run of ``total_steps`` steps.
 
-    ``config`` is ``{"name": ..., parameter: value, ...}`` or a ScheduleParameters.
+    ``config`` is ``{"name": ..., parameter: value, ...}`` or a ScheduleParameters. Its ``total_steps``, if it is set,
+    replaces the argument ``total_steps``.
     Raises ValueError, in one line that names the valid choices, for an unknown name, an unknown parameter or an
     impossible value.
     """
@@ -81,8 +91,9 @@ def build_schedule(config: Mapping[str, Any] | ScheduleParameters, total_steps: 
     check_parameters(f"schedule {name}", parameters, schedule_parameters(name))
     schedule_class, preset = SCHEDULES[name]
     parameters = {**preset, **parameters}
-    if any(f.name == "total_steps" for f in fields(schedule_class)):  # type: ignore[arg-type]
-        parameters["total_steps"] = total_steps
+    own_total = parameters.pop("total_steps", None)
+    if has_end(name):
+        parameters["total_steps"] = total_steps if own_total is None else own_total
     try:
         if schedule_class is TargetEntropy:
             curve = {key: parameters.pop(key) for key in CURVE_PARAMETERS if key in parameters}

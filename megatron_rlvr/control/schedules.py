@@ -199,7 +199,8 @@ class RelativeSchedule(DynamicSchedule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.initial_entropy = state["initial_entropy"]
+        if self.initial_entropy is None:
+            self.initial_entropy = state["initial_entropy"]
 
 
 @dataclass

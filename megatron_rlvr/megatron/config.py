@@ -54,7 +54,10 @@ class OptimizerConfig:
     warmup_steps: NonNegativeInt = 0
     """Steps of the run over which the learning rate rises linearly to its peak."""
     min_learning_rate: Annotated[float, Bounds(at_least=0, cap=1e3)] | None = None
-    """Learning rate at the last step, reached by cosine decay; null keeps the rate constant after warm-up."""
+    """Learning rate at the end of a cosine decay; null keeps the rate constant after warm-up."""
+    decay_steps: PositiveInt | None = None
+    """Steps of the decay to `min_learning_rate`; later steps keep that rate. Null means the ``steps`` that the run is
+    first started with."""
     weight_decay: Annotated[float, Bounds(at_least=0, cap=1e3)] = 0.0
     """Decoupled weight decay (AdamW) of matrices; norms and biases do not decay."""
     beta1: Beta = 0.9

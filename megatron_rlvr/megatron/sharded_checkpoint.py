@@ -80,24 +80,30 @@ def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def training_state(
-    model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer, *, loading: bool
+    model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer | None, *, loading: bool
 ) -> dict[str, Any]:
-    """Return megatron-core's description of the training state, for `save` or `load`. Collective over the job."""
+    """Return megatron-core's description of the training state, for `save` or `load`. Collective over the job.
+
+    Without an optimizer, it is that of the weights alone.
+    """
     model = {_chunk_key(number): chunk.sharded_state_dict() for number, chunk in enumerate(model_chunks)}
+    if optimizer is None:
+        return model
     return model | {"optimizer": optimizer_state.sharded_state(optimizer, model, loading)}
 
 
 def load_training_state(
-    model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer, state: dict[str, Any]
+    model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer | None, state: dict[str, Any]
 ) -> None:
-    """Load the result of `load` into the model chunks and the optimizer.
+    """Load the result of `load` into the model chunks and the optimizer, if it is not None.
 
     Raises:
         UserError: if the optimizer state differs from the loaded state afterwards.
     """
     for number, chunk in enumerate(model_chunks):
         chunk.load_state_dict(state[_chunk_key(number)])
-    optimizer_state.load(optimizer, state["optimizer"])
+    if optimizer is not None:
+        optimizer_state.load(optimizer, state["optimizer"])
 
 
 def _chunk_key(number: int) -> str:

@@ -8,7 +8,6 @@ checkpoint that is damaged is never loaded: the one before it is.
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import sys
 import time
@@ -20,21 +19,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_rlvr import checksums
 from megatron_rlvr.checksums import DamagedError
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import optimizer_state, sharded_checkpoint, waiting
+from megatron_rlvr.training.checkpoint_loading import load_checkpoint
 from megatron_rlvr.training.checkpoints_folder import faults, place, remove_leftovers, steps
 from megatron_rlvr.training.config import CheckpointConfig
-from megatron_rlvr.training.policy import Policy, check_finite_weights, weights_are_finite_everywhere
-from megatron_rlvr.weights.checkpoint_folder import (
-    check_same_model,
-    fingerprint,
-    open_folder,
-    write_record,
-)
-
-_WRITER = re.compile(r"__([0-9]+)_[0-9]+\.distcp")
+from megatron_rlvr.training.policy import Policy, check_finite_weights
+from megatron_rlvr.weights.checkpoint_folder import fingerprint, write_record
 
 
 @dataclass
@@ -220,73 +212,7 @@ class Checkpoints:
             DamagedError: on every process, if it is not what was written.
             UserError: if it belongs to another model, has optimizer state of another format, or cannot be loaded.
         """
-        folder = self.folder / f"step_{step}"
-        opened = _open(folder, step) if dist.get_rank() == 0 else None
-        record, listed, damage = waiting.broadcast_from_main(opened, f"rank 0 to open {folder}")
-        if damage:
-            raise DamagedError(damage)
-        check_same_model(
-            record["model"],
-            fingerprint(policy.bridge.hf_config, policy.bridge.dtype),
-            folder,
-            remedy="set model.path to its model, or choose another run_directory",
-        )
-        distributed = optimizer_state.is_distributed(policy.optimizer)
-        if record.get("distributed_optimizer", distributed) != distributed:
-            raise UserError(
-                f"{folder} was written with parallel.distributed_optimizer={str(not distributed).lower()}, whose state "
-                "has another format: set it back"
-            )
-        if listed is not None:
-            _check_files(folder, listed)
-        elif dist.get_rank() == 0:
-            print(f"warning: {folder} has no checksums: if it is damaged, that may go unnoticed", file=sys.stderr)
-        sharded = sharded_checkpoint.training_state(policy.model_chunks, policy.optimizer, loading=True)
-        try:
-            loaded = sharded_checkpoint.load(sharded, folder)
-        except sharded_checkpoint.LOAD_ERRORS as error:
-            reason = sharded_checkpoint.root_cause(error)
-            if listed is None:
-                raise DamagedError(f"it cannot be read: {reason}") from error
-            raise UserError(
-                f"{folder} cannot be loaded although its files are intact ({reason}): load it with the versions of "
-                "torch and megatron-core that wrote it"
-            ) from error
-        sharded_checkpoint.load_training_state(policy.model_chunks, policy.optimizer, loaded)
-        if not weights_are_finite_everywhere(policy):
-            raise DamagedError("its weights are not finite")
+        remedy = "set model.path to its model, or choose another run_directory"
+        record = load_checkpoint(self.folder / f"step_{step}", policy, remedy, step=step)
         self._held = step
         return record
-
-
-def _open(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, str] | None, str | None]:
-    """Return record and checksums of a checkpoint, and what is wrong with it, if anything."""
-    try:
-        record, listed = open_folder(folder)
-    except DamagedError as error:
-        return {}, None, str(error)
-    return record, listed, None if record["step"] == step else f"its run.json is of step {record['step']}"
-
-
-def _check_files(folder: Path, listed: Mapping[str, str]) -> None:
-    """Compare the files of a checkpoint with their checksums. Collective over the job, whose ranks divide the files.
-
-    A rank reads the file that the same rank wrote, because it needs most of it in this layout: loading then finds it in
-    the page cache of its node.
-
-    Raises:
-        DamagedError: on every process, for a file that differs.
-    """
-    world, mine = dist.get_world_size(), []
-    for number, name in enumerate(listed):
-        writer = _WRITER.fullmatch(name)
-        if (int(writer[1]) if writer else number) % world == dist.get_rank():
-            mine.append(name)
-    damage = None
-    try:
-        checksums.check_files(folder, listed, mine)
-    except DamagedError as error:
-        damage = str(error)
-    for found in waiting.all_gather_over_job(damage, f"the checksums of {folder}"):
-        if found:
-            raise DamagedError(found)

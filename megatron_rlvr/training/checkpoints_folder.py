@@ -34,6 +34,15 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def newest_written(folder: Path) -> int:
+    """Return the step of the newest checkpoint whose record can be read; 0 if there is none."""
+    for step in reversed(steps(folder)):
+        with suppress(DamagedError):
+            if read_record(folder / f"step_{step}")["step"] == step:
+                return step
+    return 0
+
+
 def faults(folder: Path) -> dict[str, str]:
     """Return what is wrong with other entries of the folder, by their name. Leftovers are not wrong."""
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The sections ``algorithm`` and ``checkpoint`` of the configuration."""
+"""The sections ``algorithm``, ``checkpoint`` and ``resume`` of the configuration."""
 
 from __future__ import annotations
 
@@ -51,6 +51,16 @@ class AlgorithmConfig:
 
 
 @dataclass
+class ResumeConfig:
+    """What a resumed run may change."""
+
+    allow: list[str] = field(default_factory=list)
+    """Keys or sections, such as ``[optimizer.learning_rate, verifier]``, that a resumed run may change although they
+    determine what it trains. It applies to one start and is not kept in the run's config.yaml. Every change is recorded
+    in ``config_history.jsonl``."""
+
+
+@dataclass
 class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
 
@@ -64,6 +74,12 @@ class CheckpointConfig:
     """Also keep the checkpoint with the largest value of this metric, such as ``reward`` or ``evaluation/pass@1``."""
     asynchronous: bool = False
     """Continue training while a checkpoint is written from a copy in host memory."""
+    start_from: str | None = None
+    """Folder with the weights, and the optimizer state if there is any, that a new run begins with instead of the
+    weights of ``model.path``: the directory of another run, one of its ``checkpoints/step_N``, or the output of
+    ``tools/convert_checkpoint.py to-megatron``. A run that has checkpoints of its own resumes from them instead."""
+    start_optimizer: bool = True
+    """Also begin with the optimizer state in `start_from`; otherwise the optimizer starts anew."""
     export_huggingface: bool = True
     """Write the final policy as a Hugging Face folder, ``huggingface/`` in the run directory."""
     export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"

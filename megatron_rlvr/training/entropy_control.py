@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from megatron_rlvr.checked_input import InvalidInputError, checked
+from megatron_rlvr.config_schema import names_key
 from megatron_rlvr.control import build_schedule
+from megatron_rlvr.control.schedules import RelativeSchedule
 from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.megatron.config import OptimizerConfig
 from megatron_rlvr.megatron.parallel import Layout
@@ -38,6 +41,7 @@ class EntropyControl:
         self.objective = build_objective(algorithm.objective)
         self.tokens_seen = 0
         self._schedule = build_schedule(algorithm.schedule, steps)
+        self._initial_entropy: float | None = None  # of step 0, for a schedule that a resumed run changes to
         self._peak_learning_rate = optimizer.learning_rate
         self._minibatches = algorithm.minibatches
         self._updates_per_step = algorithm.epochs * algorithm.minibatches
@@ -66,6 +70,8 @@ class EntropyControl:
             rate=learning_rate / self._peak_learning_rate,
         )
         self.objective.observe(step, measured.entropy)
+        if step == 0:
+            self._initial_entropy = measured.entropy
         self.tokens_seen += int(measured.metrics["tokens"])
         self._step, self._steering = step, []
         self._current = UpdateObjective(self.objective, self._schedule.thresholds(step), measured.response)
@@ -99,10 +105,16 @@ class EntropyControl:
             "schedule": self._schedule.state_dict(),
             "objective": self.objective.state_dict(),
             "tokens_seen": self.tokens_seen,
+            "initial_entropy": self._initial_entropy,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], allow: Sequence[str] = ()) -> None:
         """Restore the state of `state_dict`.
+
+        Args:
+            state: the state.
+            allow: ``resume.allow``. If it names the schedule or the objective, a schedule or an entropy bonus that the
+                state does not know begins anew, at the present place in the run.
 
         Raises:
             UserError: if another schedule saved the state, it lacks an entropy bonus that this run has, or it is not a
@@ -110,8 +122,10 @@ class EntropyControl:
         """
         try:
             _check_alike({"tokens_seen": 0, "schedule": {"schedule": ""}, "objective": {}}, state, "run.json")
-            if state["schedule"]["schedule"] == self._schedule.name:
+            same_schedule = state["schedule"]["schedule"] == self._schedule.name
+            if same_schedule:
                 _check_alike(self._schedule.state_dict(), state["schedule"], "schedule")
+            _check_alike({"initial_entropy": None}, {"initial_entropy": None} | state, "run.json")
             if "entropy_bonus" in state["objective"]:
                 _check_alike(self.objective.state_dict(), state["objective"], "objective")
         except InvalidInputError as error:
@@ -120,9 +134,34 @@ class EntropyControl:
                 "from the one before"
             ) from error
         self.tokens_seen = state["tokens_seen"]
+        self._initial_entropy = state.get("initial_entropy")  # checkpoints of earlier versions lack it
         with as_user_error():
-            self._schedule.load_state_dict(state["schedule"])
-            self.objective.load_state_dict(state["objective"])
+            if same_schedule:
+                self._schedule.load_state_dict(state["schedule"])
+            else:
+                self._start_schedule(str(state["schedule"]["schedule"]), allow)
+            if "entropy_bonus" in state["objective"] or not names_key(allow, "algorithm.objective.name"):
+                self.objective.load_state_dict(state["objective"])
+
+    def _start_schedule(self, before: str, allow: Sequence[str]) -> None:
+        """Let a schedule that is new to the run begin at its present place.
+
+        Raises:
+            UserError: if ``resume.allow`` does not name the schedule, or the entropy of step 0 is not known.
+        """
+        name = self._schedule.name
+        if not names_key(allow, "algorithm.schedule.name"):
+            raise UserError(
+                f"schedule state: this run is configured for '{name}', the checkpoint holds '{before}'; use the "
+                "checkpoint's schedule or start a new run, or add resume.allow=[algorithm.schedule] to change it"
+            )
+        if isinstance(self._schedule, RelativeSchedule) and self._schedule.initial_entropy is None:
+            if self._initial_entropy is None:
+                raise UserError(
+                    f"schedule {name} needs the entropy of step 0, which the checkpoint does not hold: set "
+                    "algorithm.schedule.initial_entropy, in nats per token"
+                )
+            self._schedule.initial_entropy = self._initial_entropy
 
 
 def _check_alike(present: Any, saved: Any, name: str) -> None:

@@ -74,7 +74,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("algorithm.schedule.name=up-and-down", "algorithm.schedule.name must be one of constant, clip-higher"),
         ("algorithm.schedule.name=constnat", "not 'constnat': did you mean constant?"),
         ("algorithm.schedule.splt=0.4", "did you mean algorithm.schedule.split?"),
-        ("algorithm.schedule.splt=0.4", "increase-then-decrease takes eps, upper_intercept"),
+        ("algorithm.schedule.splt=0.4", "increase-then-decrease takes total_steps, eps, upper_intercept"),
         ("algorithm.schedule.split=half", "algorithm.schedule.split must be a number"),
         ("algorithm.schedule={name: target-entropy, points: [1, 2]}", "points must be a list of lists: write"),
         ("algorithm.objective.name=[clip]", "algorithm.objective.name must be one of clip, dual-clip"),

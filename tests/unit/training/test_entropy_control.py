@@ -130,6 +130,8 @@ def test_a_malformed_state_is_a_user_error(name: str) -> None:
         for value in ("text", [], {}, [1.0] * 7, ...):
             if path == ("schedule", "schedule") and value == "text":
                 continue  # the name of another schedule is another error
+            if path == ("initial_entropy",) and value is ...:
+                continue  # checkpoints of earlier versions lack it
             with pytest.raises(UserError) as error:
                 control().load_state_dict(changed(state, path, value))
             text = str(error.value)
