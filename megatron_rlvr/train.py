@@ -29,6 +29,7 @@ from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives import group_advantages
 from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
 from megatron_rlvr.rollout.mismatch import MismatchAlarm
+from megatron_rlvr.rollout.samples import collected
 from megatron_rlvr.telemetry.reporter import Reporter
 from megatron_rlvr.training.checkpoint_loading import start_from
 from megatron_rlvr.training.entropy_control import EntropyControl
@@ -57,9 +58,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
         first = state["step"]
         control.load_state_dict(state, config.resume.allow)
         guard.load_state_dict(state)
-        engine.update_weights(first)
-    elif config.checkpoint.start_from is not None:
-        start_from(config.checkpoint.start_from, policy, optimizer=config.checkpoint.start_optimizer)
+    if state is not None or start_from(config.checkpoint, policy):
         engine.update_weights(first)
     report = resources.enter_context(Reporter(config, first, active=layout.is_main))
     checkpoints.on_complete = report.saved
@@ -69,6 +68,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
             with report.timed_phase("evaluating", "evaluate"):
                 if scores := evaluator.evaluate():
                     report.evaluation(step, scores)
+                    report.samples(step, evaluator.samples, heldout=True)
 
     def save(step: int, wait: bool = True, state: dict[str, Any] | None = None) -> None:
         with report.timed_phase("saving", "checkpoint"):
@@ -95,6 +95,8 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
             scores = policy.score(batch, advantage)
         weight = token_weights(batch, algorithm, config.rollout.max_tokens, layout)
         measured = measure_rollout(batch, weight, scores, layout)
+        if rollout.samples is not None:
+            report.samples(step, collected(rollout.samples, layout, batch, scores.entropy))
         if problem := alarm.observe(step, measured.metrics):
             save(step)
             raise UserError(problem)

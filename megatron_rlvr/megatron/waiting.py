@@ -196,6 +196,11 @@ def all_gather_over_job(value: T, what: str) -> list[T]:
     return values
 
 
+def gather_on_main(value: T, what: str) -> list[T] | None:
+    """Return the value (any picklable object) of every process, by rank, on rank 0; None on the others."""
+    return [value] if _groups is None else gather_to(0, value, _groups.job, what)
+
+
 # ---- the leaders of all data-parallel ranks ----
 
 

@@ -24,6 +24,7 @@ from megatron_rlvr.rollout.prefetch import RolloutPrefetcher
 from megatron_rlvr.rollout.prompts import load_prompts
 from megatron_rlvr.rollout.recording import record_group
 from megatron_rlvr.rollout.requirements import check_groups
+from megatron_rlvr.rollout.samples import Row, rows_of_groups
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.rollout.verifier_alarm import VerifierAlarm, stop_if_broken
@@ -37,11 +38,13 @@ class RolloutReport:
     Attributes:
         generate_seconds, verify_seconds: how long the step waited for generation and for verification.
         metrics: metrics by name, over all ranks.
+        samples: if they are to be stored, the rows of this data-parallel rank for `samples.collected`.
     """
 
     generate_seconds: float
     verify_seconds: float
     metrics: dict[str, float]
+    samples: list[Row] | None
 
 
 class RolloutCollector:
@@ -67,6 +70,7 @@ class RolloutCollector:
         self.rollout, self.algorithm, self.layout, self.engine = rollout, config.algorithm, layout, engine
         self.padding = tokenization.padding
         self.verifiers, self.failure_alarm = verifiers, VerifierAlarm(layout.is_main)
+        self.samples_every = config.telemetry.samples_every
         self.recording = Path(config.run_directory) / "rollouts" if rollout.record else None
         sampling = SamplingSettings.for_training(rollout, tokenization.stops(rollout.stop))
         self.prompts = load_prompts(config.data, rollout, tokenization, verifiers)
@@ -111,7 +115,9 @@ class RolloutCollector:
                 record_group(self.recording, step, group, self.prompts.examples[group.example].prompt)
         batch = self._batch(result.groups)
         metrics = self._metrics(step, result, batch)
-        return batch, RolloutReport(seconds - result.verify_seconds, result.verify_seconds, metrics)
+        stored = self.samples_every and step % self.samples_every == 0
+        samples = rows_of_groups(result.groups, self.prompts) if stored else None
+        return batch, RolloutReport(seconds - result.verify_seconds, result.verify_seconds, metrics, samples)
 
     def _batch(self, groups: Sequence[Group]) -> RolloutBatch:
         batch = RolloutBatch.from_completions(

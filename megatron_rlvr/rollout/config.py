@@ -61,7 +61,8 @@ class RolloutConfig:
     local_batch: Annotated[int, Bounds(above=0, cap=2**20)] = 1024
     """Sequences that the local engine decodes at once."""
     record: bool = False
-    """Store the completions of every step in ``rollouts/`` of the run directory."""
+    """Store token ids and log-probs of every step in ``rollouts/`` of the run directory, for the ``recorded`` engine.
+    To read samples, see ``telemetry.samples_every``."""
     recording: str | None = None
     """Folder of stored completions that the ``recorded`` engine replays."""
 

@@ -12,6 +12,7 @@ from megatron_rlvr.rollout.engines.base import EngineLostError, GroupRequest, Ro
 from megatron_rlvr.rollout.grading import Grader
 from megatron_rlvr.rollout.leaders import run_on_leaders
 from megatron_rlvr.rollout.prompts import load_prompts
+from megatron_rlvr.rollout.samples import Row, collected, rows_of_prompt
 from megatron_rlvr.rollout.sampling import SamplingSettings, sample_seed
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.rollout.verifier_alarm import stop_if_broken
@@ -25,6 +26,9 @@ class Evaluator:
     """Completes held-out prompts and scores the completions. Data-parallel ranks share the prompts.
 
     Every evaluation uses the same prompts and seeds.
+
+    Attributes:
+        samples: on rank 0, the rows of the latest evaluation, if ``telemetry.samples_every`` is not 0.
 
     Raises:
         UserError: if the held-out data cannot be read, or a prompt cannot be used.
@@ -45,6 +49,8 @@ class Evaluator:
         self.pass_at = evaluation.pass_at
         self.sampling = SamplingSettings.for_evaluation(evaluation, rollout, tokenization.stops(rollout.stop))
         self.prompts = load_prompts(config.data, rollout, tokenization, verifiers, evaluation=evaluation)
+        self.keep_samples = config.telemetry.samples_every > 0
+        self.samples: list[Row] = []
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate the policy. Collective over the job.
@@ -81,12 +87,19 @@ class Evaluator:
             self.layout,
             "an evaluation's rewards",
         )
-        verdicts = [group for _, group in graded or []]
-        solved = [sum(verdict.reward > 0.5 for verdict in group) for group in verdicts]
+        if self.keep_samples:
+            rows = [
+                row
+                for i, group, (texts, verdicts) in zip(indices, groups or [], graded or [], strict=False)
+                for row in rows_of_prompt(i, examples[i], group, texts, verdicts)
+            ]
+            self.samples = collected(rows, self.layout)
+        judged = [group for _, group in graded or []]
+        solved = [sum(verdict.reward > 0.5 for verdict in group) for group in judged]
         sums = {f"pass@{k}": math.fsum(pass_at_k(samples, count, k) for count in solved) for k in self.pass_at}
-        sums["reward"] = math.fsum(verdict.reward for group in verdicts for verdict in group) / samples
+        sums["reward"] = math.fsum(verdict.reward for group in judged for verdict in group) / samples
         sums["response_tokens"] = sum(len(c.token_ids) for group in groups or [] for c in group) / samples
-        sums["failed"] = sum(verdict.status != "ok" for group in verdicts for verdict in group)
+        sums["failed"] = sum(verdict.status != "ok" for group in judged for verdict in group)
         sums["verified"] = self.verifiers.counts["ok"]
         totals = waiting.sum_over_job(sums, contributes=self.layout.is_leader, what="the scores of an evaluation")
         stop_if_broken(self.verifiers, totals.pop("verified"), totals.pop("failed"), self.layout.is_main)

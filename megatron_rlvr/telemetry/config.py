@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_rlvr.config_schema import NonNegativeInt
+
 
 @dataclass
 class TelemetryConfig:
@@ -13,5 +15,9 @@ class TelemetryConfig:
     """Write TensorBoard event files to ``tensorboard/`` of the run directory."""
     wandb_project: str | None = None
     """Weights & Biases project to log to as well. Null turns W&B off."""
+    samples_every: NonNegativeInt = 1
+    """Store the samples of every this many steps, and of every evaluation, in ``samples/`` of the run directory: one
+    JSONL file per step, with prompt, answer, completion, reward, length and entropy. ``tools/show_samples.py`` shows
+    them. 0 stores none."""
     plots: bool = True
     """Draw ``plots/`` at the end of the run."""

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_rlvr.telemetry.metrics import Record
+from megatron_rlvr.telemetry.samples import Row, one_line, prompt_text
 from megatron_rlvr.telemetry.timer import StepPace
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -26,9 +27,13 @@ DASH = "-"
 
 
 class Progress(Protocol):
-    """A progress display: `phase` shows what the run is doing now, `update` shows the record of a finished step."""
+    """A progress display.
+
+    `phase` shows what the run is doing now, `update` the record of a finished step, `samples` a few of its samples.
+    """
 
     def phase(self, name: str) -> None: ...
+    def samples(self, rows: Sequence[Row]) -> None: ...
     def update(self, record: Record) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -130,6 +135,9 @@ class PlainProgress:
     def phase(self, name: str) -> None:
         """Print nothing: a log has one line per step."""
 
+    def samples(self, rows: Sequence[Row]) -> None:
+        """Print nothing; ``tools/show_samples.py`` shows samples."""
+
     def update(self, record: Record) -> None:
         history = self._history
         history.add(record)
@@ -164,7 +172,12 @@ class LiveProgress:
         self._title = title
         self._history = _History(total_steps, history)
         self._phase = "starting"
+        self._samples: list[Row] = []
         self._live = Live(self._panel(), console=console, auto_refresh=False)
+
+    def samples(self, rows: Sequence[Row]) -> None:
+        """Show samples with the next phase or record."""
+        self._samples = list(rows)
 
     def phase(self, name: str) -> None:
         self._phase = name
@@ -211,7 +224,22 @@ class LiveProgress:
         body.add_row("clipped", "", f"high {high}   low {low}", "" if steering == DASH else f"steering {steering}")
         length, norm = history.latest("response_length", ".1f"), history.latest("grad_norm", ".3g")
         body.add_row("response", "", f"{length} tokens   gradient norm {norm}", "")
-        return Panel(Group(head, "", body), title=self._title, title_align="left", expand=False, border_style="dim")
+        samples = [""] if self._samples else []
+        return Panel(
+            Group(head, "", body, *samples, *map(_sample_line, self._samples)),
+            title=self._title,
+            title_align="left",
+            expand=False,
+            border_style="dim",
+        )
+
+
+def _sample_line(row: Row) -> Text:
+    """A sample on one line: its reward, the end of its prompt, and the start of its completion."""
+    prompt, completion = one_line(prompt_text(row["prompt"]), 10_000), one_line(row["completion"], 48)
+    line = Text(f"{row['reward']:7.3f}  ", style="green")
+    line.append(prompt if len(prompt) <= 32 else f"...{prompt[-29:]}", style="dim")
+    return line.append(" \u2192 ", style="dim").append(completion, style="default")
 
 
 def _percent(history: _History, name: str) -> str:

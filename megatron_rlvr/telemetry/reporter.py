@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_rlvr.telemetry.plots import plot_run
 from megatron_rlvr.telemetry.progress import Progress, open_progress
+from megatron_rlvr.telemetry.samples import Row, three_of, write_samples
 from megatron_rlvr.telemetry.sinks import WeightsAndBiases
 from megatron_rlvr.telemetry.status import StatusWriter
 from megatron_rlvr.telemetry.summary import print_summary
@@ -85,6 +86,13 @@ class Reporter:
         self.newest.update({f"evaluation/{name}": value for name, value in scores.items()})
         if self._writer:
             self._writer.write_evaluation({"step": step, **scores})
+
+    def samples(self, step: int, rows: Sequence[Row], *, heldout: bool = False) -> None:
+        """Store the samples of a step, or of the evaluation after `step` steps, and show three of a step."""
+        if self._writer and self._progress and rows:
+            write_samples(self.directory, step, rows, heldout=heldout)
+            if not heldout:
+                self._progress.samples(three_of(rows))
 
     def saved(self, step: int) -> None:
         """Show that the checkpoint of `step` steps is complete."""

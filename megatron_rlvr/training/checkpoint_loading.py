@@ -15,6 +15,7 @@ from megatron_rlvr.checksums import DamagedError
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import optimizer_state, sharded_checkpoint, waiting
 from megatron_rlvr.training.checkpoints_folder import steps
+from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy, weights_are_finite_everywhere
 from megatron_rlvr.weights.checkpoint_folder import check_same_model, fingerprint, open_folder
 
@@ -80,18 +81,25 @@ def has_optimizer_state(record: Mapping[str, Any]) -> bool:
     return "source" not in record
 
 
-def start_from(source: str, policy: Policy, *, optimizer: bool) -> None:
+def start_from(config: CheckpointConfig, policy: Policy) -> bool:
     """Load the weights that a new run begins with, and the optimizer state if there is any. Collective over the job.
 
+    The source is a run directory, of which the newest checkpoint that is not damaged is taken; one of its checkpoints;
+    or the output of ``tools/convert_checkpoint.py to-megatron``.
+
     Args:
-        source: a run directory, of which the newest checkpoint that is not damaged is taken; one of its checkpoints; or
-            the output of ``tools/convert_checkpoint.py to-megatron``.
+        config: section ``checkpoint`` of the configuration, with the source and whether to load its optimizer state.
         policy: the policy.
-        optimizer: whether to load the optimizer state.
+
+    Returns:
+        whether the configuration names a source; if not, the policy keeps the weights of ``model.path``.
 
     Raises:
         UserError: if there is no checkpoint that can be used, or it belongs to another model.
     """
+    source, optimizer = config.start_from, config.start_optimizer
+    if source is None:
+        return False
     found = checkpoints_in(Path(source)) if dist.get_rank() == 0 else None
     candidates = waiting.broadcast_from_main(found, f"rank 0 to list {source}")
     damage = []
@@ -107,7 +115,7 @@ def start_from(source: str, policy: Policy, *, optimizer: bool) -> None:
                 print(f"warning: {source}: {'; '.join(damage)}: starting from {folder.name}", file=sys.stderr)
             state = "optimizer state" if optimizer and has_optimizer_state(record) else "a fresh optimizer"
             print(f"starting from {folder}: its weights and {state}", file=sys.stderr)
-        return
+        return True
     raise UserError(
         f"checkpoint.start_from={source}: {'; '.join(damage) or 'there is no checkpoint'}: give a run directory, its "
         "checkpoints/step_N, or the output of tools/convert_checkpoint.py to-megatron"

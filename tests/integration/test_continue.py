@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
+from megatron_rlvr.telemetry.samples import read_samples
 from megatron_rlvr.train import main
 from tests.processes import ROOT, launch, run_trainer
 
@@ -81,10 +82,17 @@ def test_a_new_run_starts_from_another_one(
     assert main(other) == 2
     assert "or set checkpoint.start_optimizer=false" in capsys.readouterr().err
     assert main([*other, "checkpoint.start_optimizer=false"]) == 0
-    run_trainer(*common, "steps=2", f"run_directory={tmp_path / 'tensor'}", start, "parallel.tensor=2", processes=2)
-    for mine, theirs in zip(records(target), records(tmp_path / "tensor"), strict=True):
+    run_trainer(*common, "steps=2", f"run_directory={tmp_path / 'layout'}", start, "parallel.tensor=2", processes=4)
+    for mine, theirs in zip(records(target), records(tmp_path / "layout"), strict=True):
         for name in ("reward", "entropy", "grad_norm"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    # Rank 0 has the samples of both data-parallel ranks, with their entropy.
+    mine_rows, their_rows = read_samples(target, 0), read_samples(tmp_path / "layout", 0)
+    assert [row["entropy"] for row in mine_rows] == pytest.approx([row["entropy"] for row in their_rows], rel=1e-4)
+    assert [row | {"entropy": 0} for row in mine_rows] == [row | {"entropy": 0} for row in their_rows]
+    tokens = sum(row["length"] for row in mine_rows)
+    mean = sum(row["entropy"] * row["length"] for row in mine_rows) / tokens
+    assert mean == pytest.approx(second["entropy"]) and tokens == second["tokens"] and len(mine_rows) == 32
 
 
 def test_a_new_run_starts_from_a_conversion(
