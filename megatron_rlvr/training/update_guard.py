@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rlvr.checked_input import InvalidInputError, field
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.training.policy import UpdateReport
 
 
@@ -46,5 +48,15 @@ class UpdateGuard:
         return {"skipped_in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state of `state_dict`; older checkpoints have none."""
-        self.in_a_row = int(state.get("skipped_in_a_row", 0))
+        """Restore the state of `state_dict`; older checkpoints have none.
+
+        Raises:
+            UserError: if it is not a state.
+        """
+        try:
+            self.in_a_row = field(state, "skipped_in_a_row", int, at_least=0, default=0)
+        except InvalidInputError as error:
+            raise UserError(
+                f"run.json of the checkpoint holds no state of this run ({error}): remove this checkpoint to continue "
+                "from the one before"
+            ) from error

@@ -92,6 +92,13 @@ def test_the_guard_stops_after_skips_in_a_row(capsys: pytest.CaptureFixture[str]
     assert resumed.in_a_row == 0
 
 
+@pytest.mark.parametrize("value", [None, "x", [], {}, -1, 2.5, True])
+def test_a_state_of_another_kind_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match=r"run\.json of the checkpoint holds no state of this run") as error:
+        UpdateGuard(5).load_state_dict({"skipped_in_a_row": value})
+    assert "skipped_in_a_row" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_weights_that_are_not_finite_are_never_saved(policy, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
     checkpoints.save(1, policy, {}, {})
