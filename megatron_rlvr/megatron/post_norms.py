@@ -53,7 +53,9 @@ class _PostNorm:
             state = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         finally:
             self._modules["post_layernorm"] = norm
-        return state | sharded_state_dict_default(norm, f"{prefix}post_layernorm.", sharded_offsets, metadata)
+        # Without a group, every tensor-parallel rank would claim to be the one that saves the norm.
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        return state | sharded_state_dict_default(norm, f"{prefix}post_layernorm.", sharded_offsets, metadata, tp_group)
 
 
 class _FeedForward(_PostNorm):
