@@ -9,24 +9,46 @@ SLURM_PACKAGES := slurmctld slurmd slurm-client munge shellcheck
 SGLANG_READY := $(if $(SGLANG_PYTHON),,$(SGLANG_VENV)/.installed)
 # More test processes than cores, because many tests wait for other processes. `make test PARALLEL=` runs one at a time.
 PARALLEL ?= --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+UV := uv==0.13.9
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sglang slurm slurm-soak checkpoint-soak fuzz quickstart study docs test lint format clean
+.PHONY: help setup setup-gpu doctor sglang slurm slurm-soak checkpoint-soak fuzz quickstart study docs test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP)  ## create .venv, install everything, build the operators
 
+# The stamp of an environment that `make setup-gpu` made keeps its versions.
 $(STAMP): pyproject.toml $(NATIVE)
+	test ! -f $(VENV)/.gpu || { echo "$(VENV) has the GPU recipe, which is out of date: run make setup-gpu"; exit 2; }
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $(VENV)/build-requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(VENV)/build-requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[train,cpu,dev]'
 	touch $@
+
+# CUDA's headers, libraries and nvcc come from the lock, in folders of their own, so no CUDA toolkit is needed.
+setup-gpu:  ## create .venv for GPU nodes: trainer and SGLang in one environment, from examples/gpu/requirements.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	touch $(VENV)/.gpu
+	$(BIN)/pip install --quiet --disable-pip-version-check $(UV)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --requirement examples/gpu/requirements.txt
+	site="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia" && \
+	export PATH="$(abspath $(BIN)):$$PATH" CUDA_HOME="$$site/cu13" CUDACXX="$$site/cu13/bin/nvcc" MEGATRON_RLVR_CUDA=1 \
+	  LIBRARY_PATH="$$site/cu13/lib" CMAKE_ARGS="-DCUDA_CUDART=$$site/cu13/lib/libcudart.so.13" \
+	  CPATH="$$site/cu13/include:$$site/cu13/include/cccl:$$site/cudnn/include:$$site/nccl/include" && \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation \
+	  "$$($(BIN)/python -m megatron_rlvr.doctor --pin transformer-engine-torch)" && \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+	$(BIN)/python -m megatron_rlvr.doctor --for gpu
+
+doctor:  ## compare what is installed with the GPU recipe, and say what to do
+	$(BIN)/python -m megatron_rlvr.doctor
 
 sglang: $(SGLANG_VENV)/.installed  ## create .venv-sglang: SGLang on the CPU, for rollout.sglang.python and the tests
 

@@ -36,6 +36,11 @@ def _can_be_opened(path: Path) -> bool:
     return True
 
 
+def cpu_requested(environment: Mapping[str, str]) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES hides all GPUs, which asks for the CPU."""
+    return environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in _NO_GPU
+
+
 def driver_version(file: Path = DRIVER_VERSION_FILE) -> str | None:
     """Return the version of the loaded kernel driver, such as ``580.65.06``; None if the file does not tell."""
     try:
@@ -66,7 +71,7 @@ def why_unusable(
     Returns:
         None if torch can use a GPU, if there is none, or if the environment asks for the CPU.
     """
-    if torch.cuda.is_available() or environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in _NO_GPU:
+    if torch.cuda.is_available() or cpu_requested(environment):
         return None
     found = gpu_device_files() if devices is None else list(devices)
     if not found:

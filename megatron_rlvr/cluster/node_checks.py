@@ -8,16 +8,20 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_rlvr.config import Config
+from megatron_rlvr.doctor import NO_SERVERS
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.weights.huggingface_folder import INDEX, read_index
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
 _NVIDIA_SMI_TIMEOUT_S = 20
+# Importing torch and Transformer Engine from a shared file system for the first time takes minutes.
+_DOCTOR_TIMEOUT_S = 240
 
 
 class BadNodesError(Exception):
@@ -63,8 +67,9 @@ def check_node(node: str, config: Config, processes: int, trains: bool, folder: 
     requested = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if trains and (requested or report.gpus) and len(report.gpus) < processes:
         report.problems.append(f"the node has {len(report.gpus)} visible GPUs but needs {processes}")
-    if report.gpus and "+cpu" in report.versions["torch"]:
-        report.problems.append(f"torch {report.versions['torch']} cannot use the GPUs: install a CUDA build")
+    if trains and report.gpus:
+        sglang = config.rollout.sglang
+        report.problems += software_problems(NO_SERVERS if sglang.urls else sglang.python)
     data = [config.data.train, config.data.heldout] if trains else []
     try:
         for file in [*model_files(Path(config.model.path)), *(Path(name) for name in data if name)]:
@@ -110,6 +115,26 @@ def gpus_of_this_node(report: NodeReport) -> list[tuple[str, int]]:
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     report.versions["driver"] = ", ".join(sorted({row[2] for row in rows}))
     return [(row[0], int(row[1])) for row in rows]
+
+
+def software_problems(servers_python: str | None) -> list[str]:
+    """Return what `megatron_rlvr.doctor` finds that makes training on GPUs fail, one line each.
+
+    It runs in a process of its own, because it uses a GPU, after which no fork of this process could use NCCL.
+
+    Args:
+        servers_python: as in `megatron_rlvr.doctor.examine`.
+    """
+    command = [sys.executable, "-m", "megatron_rlvr.doctor", "--for", "gpu", "--brief"]
+    command += ["--servers-python", servers_python] if servers_python else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DOCTOR_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return [f"`{' '.join(command)}` did not end in {_DOCTOR_TIMEOUT_S} s"]
+    problems = done.stdout.splitlines()
+    if done.returncode and not problems:
+        problems = [f"megatron_rlvr.doctor failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"]
+    return problems if done.returncode else []
 
 
 def model_files(folder: Path) -> list[Path]:

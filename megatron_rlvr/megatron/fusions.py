@@ -18,11 +18,9 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
 
+from megatron_rlvr.doctor import SUPPORTED_TRANSFORMER_ENGINE
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
-
-SUPPORTED_TRANSFORMER_ENGINE = ">=2.9,<2.12"
-"""Versions of Transformer Engine whose names megatron-core 0.16.1 imports."""
 
 _NEEDED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "apply_rope_fusion": (rope_utils, ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd")),
