@@ -27,6 +27,7 @@ def figures(folder: Path) -> list[str]:
     steps = (plan.time, plan.optimistic_time)
     tokens = config.rollout.prompts_per_step * config.rollout.samples_per_prompt * plan.time.response_tokens
     state = 12 * max(stage.count for stage in plan.stages)
+    fullest = plan.stage_bytes(plan.worst) / GIB
     checkpoint = CHECKPOINT_BYTES_PER_PARAMETER * plan.shape.parameters
     return [
         f"| a step | {steps[0].total:.0f} s | {steps[1].total:.0f} s |",
@@ -38,7 +39,7 @@ def figures(folder: Path) -> list[str]:
         f"| {(config.checkpoint.keep + 1) * checkpoint / 1e9:.0f} GB | |",
         f"| host memory of the node, to save a checkpoint | {config.parallel.tensor * state / GIB:.0f} GiB | |",
         f"| host memory of the node, to load it | {script.gpus * state / GIB:.0f} GiB | |",
-        f"| the fullest GPU | {plan.stage_bytes(plan.worst) / GIB:.1f} of {plan.hardware.memory_bytes / GIB:.1f} GiB | |",
+        f"| the fullest GPU | {fullest:.1f} of {plan.hardware.memory_bytes / GIB:.1f} GiB | |",
     ]
 
 

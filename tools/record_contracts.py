@@ -1,0 +1,198 @@
+"""Record the signatures of GPU-only dependencies for tests/contracts: tools/record_contracts.py [--wheels FOLDER].
+
+Reads the sources in the wheels of the versions that the GPU recipe pins, without importing them, and writes one JSON
+file per dependency. With ``--wheels``, the wheels are read from a folder; otherwise pip downloads them. Run it after a
+change of these versions. The tests then name each call of this project or of megatron-core that the new version does
+not take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.doctor import pins
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
+
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "contracts"
+PACKAGES = ("transformer-engine", "sglang", "torch-memory-saver", "nvidia-nccl-cu13")
+_COMPILED = "transformer_engine_torch"
+_ARGUMENTS = "sglang/srt/arg_groups/fields/"
+
+
+class Wheel:
+    """The sources of a wheel, by path."""
+
+    def __init__(self, path: Path):
+        self.archive = zipfile.ZipFile(path)
+        self.names = set(self.archive.namelist())
+
+    def text(self, name: str) -> str:
+        return self.archive.read(name).decode()
+
+    def module(self, name: str) -> ast.Module | None:
+        """Parse a module by its dotted name; None if the wheel has no such Python source."""
+        path = name.replace(".", "/")
+        for candidate in (f"{path}.py", f"{path}/__init__.py"):
+            if candidate in self.names:
+                return ast.parse(self.text(candidate))
+        return None
+
+    def is_package(self, name: str) -> bool:
+        return f"{name.replace('.', '/')}/__init__.py" in self.names
+
+
+def parameters(function: ast.FunctionDef) -> list[str]:
+    """Names of a function's parameters, with ``*`` and ``**`` before those that take any number."""
+    spec = function.args
+    names = [argument.arg for argument in (*spec.posonlyargs, *spec.args)]
+    names += [f"*{spec.vararg.arg}"] if spec.vararg else []
+    names += [argument.arg for argument in spec.kwonlyargs]
+    return names + ([f"**{spec.kwarg.arg}"] if spec.kwarg else [])
+
+
+def definition(wheel: Wheel, module: str, name: str, depth: int = 0) -> dict[str, Any] | None:
+    """Where a name of a module is defined, with its signature; None if the module does not define or import it."""
+    tree = wheel.module(module)
+    if tree is None or depth > 8:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return {"parameters": parameters(node)}
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return {"methods": {m.name: parameters(m) for m in node.body if isinstance(m, ast.FunctionDef)}}
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return {"value": True}
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if alias.name in (name, "*") and (alias.asname or name) == name:
+                    base = module.split(".")
+                    if node.level:
+                        base = base[: len(base) - node.level + wheel.is_package(module)]
+                        source = ".".join([*base, *([node.module] if node.module else [])])
+                    else:
+                        source = node.module or ""
+                    if source == _COMPILED:
+                        return {"compiled": True}
+                    found = definition(wheel, source, name, depth + 1)
+                    if found is not None:
+                        return found
+                    if alias.name == name and wheel.module(f"{source}.{name}") is not None:
+                        return {"module": True}
+    return {"module": True} if wheel.module(f"{module}.{name}") is not None else None
+
+
+def transformer_engine(wheel: Wheel) -> dict[str, Any]:
+    """What megatron-core imports from Transformer Engine, by dotted name; null where it has no such name."""
+    from tests.contracts.megatron_calls import imported_names
+
+    names = sorted(imported_names())
+    return {name: definition(wheel, *name.rsplit(".", 1)) for name in names}
+
+
+def sglang(wheel: Wheel) -> dict[str, Any]:
+    """Server arguments, the fields of every request, the endpoints with the request that they take, memory tags."""
+    arguments: set[str] = set()
+    for path in sorted(name for name in wheel.names if name.startswith(_ARGUMENTS) and name.endswith(".py")):
+        for node in ast.walk(ast.parse(wheel.text(path))):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                if not node.target.id.startswith("_"):
+                    arguments.add(node.target.id)
+                aliases = [word.value for word in ast.walk(node.annotation) if isinstance(word, ast.Constant)]
+                arguments |= {
+                    word[2:].replace("-", "_")
+                    for word in aliases
+                    if isinstance(word, str) and re.fullmatch(r"--[a-z0-9-]+", word)
+                }
+    requests: dict[str, list[str]] = {}
+    for name in ("managers.io_struct", "sampling.sampling_params"):
+        for node in ast.walk(_parsed(wheel, f"sglang.srt.{name}")):
+            if isinstance(node, ast.ClassDef) and re.search(r"(ReqInput|SamplingParams)$", node.name):
+                annotated = [
+                    f.target.id for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)
+                ]
+                started = [m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"]
+                requests[node.name] = annotated or [p for m in started for p in parameters(m) if p != "self"]
+    endpoints: dict[str, str | None] = {}
+    for node in ast.walk(_parsed(wheel, "sglang.srt.entrypoints.http_server")):
+        if isinstance(node, ast.AsyncFunctionDef):
+            for decorator in node.decorator_list:
+                path = decorator.args[0] if isinstance(decorator, ast.Call) and decorator.args else None
+                if isinstance(path, ast.Constant) and str(path.value).startswith("/"):
+                    found = re.findall(
+                        r"\w+ReqInput", " ".join(ast.dump(a.annotation) for a in node.args.args if a.annotation)
+                    )
+                    endpoints[path.value] = found[0] if found else None
+    tags = re.findall(r'^GPU_MEMORY_TYPE_\w+ = "(\w+)"', wheel.text("sglang/srt/constants.py"), re.MULTILINE)
+    adapter = wheel.text("sglang/srt/utils/torch_memory_saver_adapter.py")
+    calls = sorted(set(re.findall(r"_memory_saver\.(\w+)\(", adapter)))
+    return {
+        "arguments": sorted(arguments),
+        "requests": requests,
+        "endpoints": endpoints,
+        "memory_tags": tags,
+        "torch_memory_saver_calls": calls,
+    }
+
+
+def torch_memory_saver(wheel: Wheel) -> dict[str, Any]:
+    """Methods of the memory saver, functions of its package, and the setting of torch's allocator that it refuses."""
+    entry = "torch_memory_saver.entrypoint"
+    package = _parsed(wheel, "torch_memory_saver")
+    functions = {alias.name for node in ast.walk(package) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    refused = re.findall(r"expandable_segments", wheel.text("torch_memory_saver/entrypoint.py"))
+    methods = definition(wheel, entry, "TorchMemorySaver") or {}
+    return {**methods, "functions": sorted(functions), "refuses": sorted(set(refused))}
+
+
+def nccl(wheel: Wheel) -> dict[str, Any]:
+    """The version in NCCL's header."""
+    header = wheel.text("nvidia/nccl/include/nccl.h")
+    parts = [re.search(rf"#define NCCL_{part} (\d+)", header) for part in ("MAJOR", "MINOR", "PATCH")]
+    return {"version": ".".join(part[1] for part in parts if part)}
+
+
+def _parsed(wheel: Wheel, module: str) -> ast.Module:
+    tree = wheel.module(module)
+    if tree is None:
+        raise UserError(f"the wheel has no {module}: it has moved, correct tools/record_contracts.py")
+    return tree
+
+
+@user_errors_reported
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheels", type=Path, help="folder of downloaded wheels")
+    options = parser.parse_args(arguments)
+    versions = {name: pins("gpu")[name] for name in PACKAGES}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.wheels or Path(temporary)
+        if options.wheels is None:
+            wanted = [f"{name}=={version}" for name, version in versions.items()]
+            subprocess.run(
+                [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, *wanted], check=True
+            )
+        for name, record in zip(PACKAGES, (transformer_engine, sglang, torch_memory_saver, nccl), strict=True):
+            found = sorted(folder.glob(f"{name.replace('-', '_')}-{versions[name]}-*.whl"))
+            if not found:
+                raise UserError(f"{folder} has no wheel of {name} {versions[name]}: download it with pip download")
+            content = {"package": name, "version": versions[name], **record(Wheel(found[0]))}
+            path = FOLDER / f"{record.__name__}.json"
+            path.write_text(json.dumps(content, indent=1) + "\n")
+            print(f"wrote {path}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
