@@ -1,3 +1,5 @@
+import shutil
+
 import countdown
 import make_base_model
 import numpy as np
@@ -115,3 +117,21 @@ def test_sample_program_refuses(folder, tmp_path, options, message, capsys):
     assert sample.main([option.format(folder=folder, nowhere=tmp_path) for option in options]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"[]"),
+        ("config.json", b'{"model_type": "qwen2", "hidden_size": "x"}'),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer_config.json", b"\xff"),
+        ("model.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00garbage!"),
+    ],
+)
+def test_sample_program_refuses_damaged_files(folder, tmp_path, name, content, capsys):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / name).write_bytes(content)
+    assert sample.main([str(damaged)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "damaged" in error
