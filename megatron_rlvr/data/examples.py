@@ -13,7 +13,9 @@ from megatron_rlvr.errors import UserError
 # Keys of the reference answer, tried in this order if the configuration names none: the plain format, slime's JSONL and
 # verl's parquet. A dot reaches into a nested object.
 ANSWER_KEYS = ("answer", "label", "reward_model.ground_truth")
-PROMPT_KEY = "prompt"
+# Likewise keys of the prompt. Of chat data under "messages", a last message of the assistant is no part of the prompt,
+# but the reference answer, unless the row has another.
+PROMPT_KEY, MESSAGES_KEY = "prompt", "messages"
 SOURCE_KEY = "data_source"
 LARGEST_ROW = 64 * 2**20
 """Maximum size of a line of a JSONL file, in bytes."""
@@ -53,8 +55,9 @@ def load_examples(
     Args:
         path: the file. Blank lines of a JSONL file are skipped.
         prompt_key, answer_key, stratify_key: names of fields; dots reach into objects
-            ("reward_model.ground_truth"). Without `prompt_key` the prompt is under "prompt"; without `answer_key`, the
-            first row decides which of `ANSWER_KEYS` the file uses.
+            ("reward_model.ground_truth"). Without `prompt_key` the prompt is under "prompt", or under "messages" if the
+            first row has no "prompt"; without `answer_key`, the first row decides which of `ANSWER_KEYS` the file uses,
+            or that answers are the last messages of the assistant.
         limit: stop after this many examples.
 
     Raises:
@@ -62,26 +65,34 @@ def load_examples(
             is neither text nor messages, or a file without examples; names the file and the line or row.
     """
     path = Path(path)
-    prompt_key = PROMPT_KEY if prompt_key is None else prompt_key
+    chat = answered_in_chat = False
     if limit is not None and limit < 1:
         raise UserError(f"limit of examples must be at least 1, found {limit}")
     examples: list[Example] = []
     for where, row in read_rows(path):
-        if answer_key is None:
-            answer_key = _find_answer_key(row, where)
-        answer = _lookup(row, answer_key)
-        if answer is None:
-            raise UserError(_missing_key(where, "answer", answer_key, row))
+        if prompt_key is None:
+            chat = _lookup(row, PROMPT_KEY) is None and _lookup(row, MESSAGES_KEY) is not None
+            prompt_key = MESSAGES_KEY if chat else PROMPT_KEY
         prompt = _lookup(row, prompt_key)
         if prompt is None:
             raise UserError(_missing_key(where, "prompt", prompt_key, row))
+        prompt, response = _plain(prompt, where, prompt_key), None
+        if chat:
+            prompt, response = _without_response(prompt)
+        if answer_key is None and not answered_in_chat:
+            answered_in_chat = response is not None and all(_lookup(row, key) is None for key in ANSWER_KEYS)
+            answer_key = None if answered_in_chat else _find_answer_key(row, where)
+        answer = response if answer_key is None else _lookup(row, answer_key)
+        if answer is None:
+            if answer_key is None:
+                raise UserError(f"{where}: {MESSAGES_KEY} must end with the answer, a message of the assistant")
+            raise UserError(_missing_key(where, "answer", answer_key, row))
         source = _lookup(row, SOURCE_KEY)
-        prompt = _plain(prompt, where, prompt_key)
         examples.append(
             Example(
                 index=len(examples),
                 prompt=_checked_prompt(prompt, where, prompt_key),
-                answer=_plain(answer, where, answer_key),
+                answer=_plain(answer, where, answer_key or MESSAGES_KEY),
                 source=path.stem if source is None else str(source),
                 stratum=None if stratify_key is None else _stratum(row, stratify_key, where),
             )
@@ -215,6 +226,14 @@ def _checked_prompt(prompt: Any, where: str, key: str) -> str | list[dict[str, s
         f'{where}: {key} must be text or a list of {{"role": ..., "content": ...}} messages, not empty; '
         f"found {describe(prompt)}"
     )
+
+
+def _without_response(messages: Any) -> tuple[Any, str | None]:
+    """Return chat messages without a last message of the assistant, and its content; None if there is none."""
+    if not (isinstance(messages, list) and len(messages) > 1 and _is_message(messages[-1])):
+        return messages, None
+    *prompt, last = messages
+    return (prompt, last["content"]) if last["role"] == "assistant" else (messages, None)
 
 
 def _is_message(message: Any) -> bool:

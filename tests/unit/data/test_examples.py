@@ -140,3 +140,40 @@ def test_the_stratum_is_a_number_in_the_row(tmp_path):
         path.write_text(f'{{"prompt": "a", "answer": 1, "kind": {wrong}}}\n')
         with pytest.raises(UserError, match="must name a number"):
             load_examples(path, stratify_key="kind")
+
+
+USER, ASSISTANT = {"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"messages": [USER], "answer": 5}, [USER], 5),
+        ({"messages": [USER, ASSISTANT]}, [USER], "5"),
+        ({"messages": [USER, ASSISTANT], "label": "five"}, [USER], "five"),
+        ({"messages": [USER, ASSISTANT], "prompt": "2+3", "answer": 5}, "2+3", 5),
+        ({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, [USER, ASSISTANT, USER], "5"),
+    ],
+)
+def test_chat_data_under_messages(row, prompt, answer, tmp_path):
+    file = write(tmp_path / "chat.jsonl", row)
+    [example] = load_examples(file)
+    assert (example.prompt, example.answer) == (prompt, answer)
+    [named] = load_examples(file, prompt_key="messages", answer_key="messages")
+    assert named.prompt == row["messages"]  # a prompt like any other, whose last message is continued
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"messages": [USER]}], "line 1: no answer under answer, label"),
+        ([{"messages": [USER, ASSISTANT]}, {"messages": [USER]}], "line 2: messages must end with the answer"),
+        ([{"messages": [ASSISTANT]}], "line 1: no answer under"),
+        ([{"messages": "2 + 3?"}], "line 1: no answer under"),
+        ([{"messages": [], "answer": 5}], "line 1: messages must be text or a list of"),
+    ],
+)
+def test_chat_data_that_cannot_be_read(rows, said, tmp_path):
+    with pytest.raises(UserError) as error:
+        load_examples(write(tmp_path / "chat.jsonl", *rows))
+    assert said in str(error.value)
