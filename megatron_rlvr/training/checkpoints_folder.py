@@ -56,8 +56,9 @@ def faults(folder: Path) -> dict[str, str]:
     latest = folder / "latest"
     if os.path.lexists(latest):
         name = ""
-        with suppress(OSError, ValueError), latest.open("rb") as file:
-            name = file.read(100).decode().strip()
+        if latest.is_file():  # a pipe would be read without end
+            with suppress(OSError, ValueError), latest.open("rb") as file:
+                name = file.read(100).decode().strip()
         if not _NAME.fullmatch(name):
             found["latest"] = "latest does not name a checkpoint"
         elif not (folder / name).exists():

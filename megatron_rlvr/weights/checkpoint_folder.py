@@ -58,8 +58,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedError: if ``run.json`` is missing or is not such a record.
     """
+    path = folder / _RECORD
+    if path.exists() and not path.is_file():  # a pipe would be read without end
+        raise DamagedError(f"{_RECORD} is not a regular file")
     try:
-        record = parse_object(read_bytes(folder / _RECORD))
+        record = parse_object(read_bytes(path))
         field(record, "step", int, at_least=0, at_most=_LARGEST_STEP)
         field(record, "model", dict)
         for name, size in field(record, "files", dict, default={}).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import warnings
@@ -12,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rlvr.checksums import LIST, write_list
+from megatron_rlvr.checksums import LIST, DamagedError, write_list
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.training.checkpoint import Checkpoints
+from megatron_rlvr.training.checkpoints_folder import faults
 from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy
+from megatron_rlvr.weights.checkpoint_folder import read_record
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +295,15 @@ def test_the_pointer_is_never_followed(text: str | None, policy: Policy, folder:
     }.get("step_2" if text is None else text)
     line = capsys.readouterr().err
     assert line == (f"warning: {folder}: {expected}: continuing from step_3\n" if expected else "")
+
+
+def test_pipes_are_not_read(folder: Path) -> None:
+    for path in (folder / "latest", folder / "step_3" / "run.json"):
+        path.unlink()
+        os.mkfifo(path)
+    assert faults(folder) == {"latest": "latest does not name a checkpoint"}
+    with pytest.raises(DamagedError, match=r"run\.json is not a regular file"):
+        read_record(folder / "step_3")
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(policy: Policy, folder: Path) -> None:
