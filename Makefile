@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SGLANG_VENV := .venv-sglang
+TRL_VENV := .venv-trl
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge shellcheck
 # If SGLANG_PYTHON names an environment, the tests use it and need none of their own.
 SGLANG_READY := $(if $(SGLANG_PYTHON),,$(SGLANG_VENV)/.installed)
@@ -15,7 +16,7 @@ export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu doctor sglang slurm slurm-soak checkpoint-soak fuzz quickstart study docs test lint format clean
+.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak fuzz quickstart study docs test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -59,6 +60,15 @@ $(SGLANG_VENV)/.installed: examples/sglang/requirements.txt examples/sglang/sgl_
 	cp examples/sglang/sgl_kernel.py "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 
+trl: $(TRL_VENV)/.installed  ## create .venv-trl with TRL, and run the tests of examples/ops_only/trl_trainer.py there
+	$(TRL_VENV)/bin/python -m pytest tests/integration/test_trl_trainer.py $(ARGS)
+
+$(TRL_VENV)/.installed: pyproject.toml $(STAMP)
+	test -d $(TRL_VENV) || $(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement $(VENV)/build-requirements.txt
+	$(TRL_VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[train,cpu,dev,trl]'
+	touch $@
+
 slurm:  ## install Debian's Slurm and shellcheck, for tests/integration/slurm; needs root on Debian
 	@missing=; for program in slurmctld slurmd munged sbatch shellcheck; do command -v $$program >/dev/null || missing=1; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
@@ -100,4 +110,4 @@ format: $(STAMP)  ## format the code with ruff and apply its fixes
 	$(BIN)/ruff format .
 
 clean:  ## remove the environments and everything that was built
-	rm -rf $(VENV) $(SGLANG_VENV) build *.egg-info megatron_rlvr/*.so
+	rm -rf $(VENV) $(SGLANG_VENV) $(TRL_VENV) build *.egg-info megatron_rlvr/*.so

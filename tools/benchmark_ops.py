@@ -1,5 +1,6 @@
 """Compare the speed of the operators with eager torch and with the operators of other trainers, on the same tensors.
 
+    python tools/benchmark_ops.py                       all three parts with the defaults, on the GPU if there is one
     python tools/benchmark_ops.py statistics --shapes 1024x32768,512x151936 --dtype float32 --threads 2
     python tools/benchmark_ops.py linear --tokens 2048 --hidden 1024 --vocabulary 65536
     python tools/benchmark_ops.py statistics --device cuda --dtype bfloat16 --shapes 8192x151936 --repeats 20
@@ -200,10 +201,12 @@ def mebibytes(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("statistics", "linear", "roofline"))
+    parts = ("statistics", "linear", "roofline")
+    parser.add_argument("what", nargs="?", choices=parts, help="default: all of them")
     parser.add_argument("--shapes", type=shapes, default="1024x32768,512x151936", help="ROWSxVOCABULARY,...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    default_device = "cuda" if ops.backend() == "cuda" else "cpu"
+    parser.add_argument("--device", default=default_device, choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--tokens", type=positive, default=2048)
@@ -222,21 +225,22 @@ def main() -> None:
     meter = measured_on_gpu if arguments.device == "cuda" else lambda contender: measured_on_cpu(contender, clock)
     torch.set_num_threads(arguments.threads)
     dtype, settings = getattr(torch, arguments.dtype), (arguments.only, meter)
-    if arguments.what == "statistics":
-        for rows, width in arguments.shapes:
-            benchmark_statistics(rows, width, dtype, arguments.repeats, *settings)
-    elif arguments.what == "linear":
-        benchmark_linear(
-            arguments.tokens,
-            arguments.hidden,
-            arguments.vocabulary,
-            dtype,
-            arguments.repeats,
-            arguments.chunk_bytes,
-            *settings,
-        )
-    else:
-        roofline()
+    for part in parts if arguments.what is None else (arguments.what,):
+        if part == "statistics":
+            for rows, width in arguments.shapes:
+                benchmark_statistics(rows, width, dtype, arguments.repeats, *settings)
+        elif part == "linear":
+            benchmark_linear(
+                arguments.tokens,
+                arguments.hidden,
+                arguments.vocabulary,
+                dtype,
+                arguments.repeats,
+                arguments.chunk_bytes,
+                *settings,
+            )
+        else:
+            roofline()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Compare seconds per training step with TRL's GRPOTrainer: python tools/benchmark_step.py --trl-python PYTHON.
+"""Compare seconds per training step with TRL's GRPOTrainer: python tools/benchmark_step.py [--trl-python PYTHON].
 
 Both trainers train the same small Qwen2 model with random weights on the same prompts, with the same number of samples,
 tokens and optimizer updates per step, in fp32 on the CPU. They run in turns, each run in a process of its own, so that
-both see the same load of the machine. TRL runs under PYTHON, an interpreter with the `bench` extra installed. Without
---trl-python only this project is measured.
+both see the same load of the machine. TRL runs under PYTHON, an interpreter with the `trl` extra installed; the default
+is that of `make trl`. Without either only this project is measured, and the report says so.
 
 This project limits how long OpenMP threads spin and keeps glibc from returning freed memory to the kernel; TRL runs
 with torch's defaults. On a machine that is busy with other work, set OMP_WAIT_POLICY=passive for both: threads that
@@ -33,6 +33,7 @@ from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
 from megatron_rlvr.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 CHARACTERS = "".join(map(chr, range(33, 127)))  # printable ASCII without the space
 UNUSED = tuple(f"00{i}" for i in range(13))  # never encoded; they bring the vocabulary to 108
 PROMPT_TOKENS = 8
@@ -234,7 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Compare seconds per training step with TRL's GRPOTrainer.")
     parser.add_argument(
-        "--trl-python", help="interpreter with the `bench` extra; without it only this project is measured"
+        "--trl-python",
+        default=str(TRL_PYTHON) if TRL_PYTHON.exists() else None,
+        help="interpreter with the `trl` extra (default: that of `make trl`); without it only this project is measured",
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each trainer, in turns")
     parser.add_argument("--steps", type=int, default=6, help="measured steps per run")
@@ -251,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.prompts % options.updates:
         raise UserError(f"--updates {options.updates} does not divide --prompts {options.prompts}: choose a divisor")
     with tempfile.TemporaryDirectory(prefix="benchmark_step_") as name:
+        if not options.trl_python:
+            console.print("Without TRL: `make trl` installs it, or name an interpreter that has it with --trl-python.")
         measured = measure(options, Path(name), console)
     report(measured, console)
     if options.json:

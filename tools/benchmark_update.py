@@ -1,6 +1,6 @@
 """Measure memory and seconds of one GPU's scoring and update, and compare them with what `tools/plan.py` computes.
 
-    python tools/benchmark_update.py                                   Qwen2.5-0.5B's shape, 16 sequences of 2048 tokens
+    python tools/benchmark_update.py              Qwen2.5-0.5B's shape, 16 sequences of 2048 tokens; on the CPU 4 of 256
     python tools/benchmark_update.py --architecture config.json --fused --recompute
 
 The tool makes a random model of that shape in a temporary folder, and uses megatron-core's local layers. The first
@@ -141,10 +141,11 @@ def print_memory(held: int, peak: int, folder: Path, arguments: argparse.Namespa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", type=Path, help="a model's config.json")
-    parser.add_argument("--sequences", type=int, default=16)
+    on_gpu = device.on_gpu()
+    parser.add_argument("--sequences", type=int, default=16 if on_gpu else 4)
     parser.add_argument("--microbatch", type=int, default=4, help="sequences per microbatch")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--response", type=int, default=1536)
+    parser.add_argument("--prompt", type=int, default=512 if on_gpu else 64)
+    parser.add_argument("--response", type=int, default=1536 if on_gpu else 192)
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--fused", action="store_true", help="algorithm.fused_linear")
     parser.add_argument("--recompute", action="store_true", help="parallel.recompute=full")

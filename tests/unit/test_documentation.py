@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -84,6 +85,18 @@ def test_programs_and_make_targets_exist(page: Path) -> None:
         assert (ROOT / program).exists(), f"{page.name} names {program}"
     for module in re.findall(r"-m ((?:megatron_rlvr|tests)[\w.]*)", commands):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), f"{page.name} names module {module}"
+
+
+def test_every_benchmark_that_a_page_names_runs_without_arguments() -> None:
+    named = {name for page in PAGES for name in re.findall(r"tools/(benchmark_\w+)\.py", page.read_text())}
+    assert len(named) >= 4
+    for name in named - {"benchmark_step_trl"}:  # a part of benchmark_step
+        for call in ast.walk(ast.parse((ROOT / "tools" / f"{name}.py").read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument":
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                positional = not ast.literal_eval(call.args[0]).startswith("-")
+                assert options.get("required") != "True", f"{name}: {ast.unparse(call)}"
+                assert not positional or options.get("nargs") in ("'?'", "'*'"), f"{name}: {ast.unparse(call)}"
 
 
 def test_the_figures_of_the_readme_are_those_of_the_study() -> None:
