@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.telemetry.metrics import Record
 from megatron_rlvr.telemetry.runs import RunGroup
+
+NOISE = 1e-12
+"""Differences of this size, relative to 1 or to larger values, are rounding noise, and drawn as a constant."""
 
 
 @dataclass(frozen=True)
 class Series:
     """One curve of a panel: its label, its value in a record (None if the record has none), its colour and line style.
 
-    With several groups of runs, each group has a colour of its own and `colour` is ignored.
+    With several groups of runs, each group has a colour of its own and `colour` is ignored. `error` is the metric with
+    the standard error of the value; the curve of a single run has a band of it.
     """
 
     label: str
     value: Callable[[Record], float | None]
     colour: int = 0
     style: int = 0
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curve:
-    """A series of a group: at each step the mean over the runs, and the lowest and the highest run."""
+    """A series of a group: at each step the mean over the runs, and the lowest and the highest run.
+
+    For a single run, the lowest and the highest are one standard error away if the series has one.
+    """
 
     series: Series
     steps: list[int]
@@ -83,7 +91,7 @@ def panels(groups: Sequence[RunGroup]) -> list[Panel]:
             "Entropy of the policy",
             "nats per token",
             (
-                _metric("entropy", "measured"),
+                replace(_metric("entropy", "measured"), error="entropy_standard_error"),
                 _metric("control/target", "target", 1),
                 _metric("control/band_low", "switches up below", 2),
                 _metric("control/band_high", "switches down above", 3),
@@ -99,7 +107,7 @@ def panels(groups: Sequence[RunGroup]) -> list[Panel]:
         ),
         Panel(
             "thresholds",
-            "Clip bounds of the importance ratio",
+            "Clip bounds of the ratio: p = 0 improbable, p = 1 certain tokens",
             "ratio",
             (
                 _ratio_bound(1, 0.0, upper + "p = 0", 0),
@@ -128,6 +136,15 @@ def panels(groups: Sequence[RunGroup]) -> list[Panel]:
             (_scaled_prediction(groups), _metric("entropy_change/measured", "measured", 1)),
             reference=0.0,
         ),
+        Panel("length", "Response length", "tokens, mean", (_metric("response_length"),), from_zero=True),
+        Panel(
+            "truncated",
+            "Responses cut at the maximum length",
+            "of responses",
+            (_metric("truncated_fraction"),),
+            percent=True,
+            from_zero=True,
+        ),
         Panel("grad_norm", "Gradient norm", "before clipping", (_metric("grad_norm"),), from_zero=True),
         Panel(
             "kl_rollout",
@@ -140,22 +157,32 @@ def panels(groups: Sequence[RunGroup]) -> list[Panel]:
 
 
 def curves(group: RunGroup, panel: Panel) -> list[Curve]:
-    """The curves of a group in a panel. Series without finite values are left out."""
+    """The curves of a group in a panel. Series without finite values are left out; rounding noise is removed."""
     result = []
     for series in panel.series:
         values_by_step: dict[int, list[float]] = {}
+        errors: dict[int, float] = {}
         for run in group.evaluations if panel.from_evaluations else group.runs:
             for record in run:
                 value = series.value(record)
                 if value is not None and math.isfinite(value):
                     values_by_step.setdefault(record["step"], []).append(value)
+                    error = record.get(series.error) if series.error else None
+                    errors[record["step"]] = error if error is not None and math.isfinite(error) else 0.0
         # The mean would jump at a step where only some of the runs have a value, so such steps are left out.
         run_count = max((len(values) for values in values_by_step.values()), default=0)
         steps = sorted(step for step, values in values_by_step.items() if len(values) == run_count)
         if steps:
             values = [values_by_step[step] for step in steps]
             mean = [math.fsum(v) / len(v) for v in values]
-            result.append(Curve(series, steps, mean, [min(v) for v in values], [max(v) for v in values]))
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            if max(high) - min(low) <= NOISE * max(1.0, abs(max(high)), abs(min(low))):
+                constant = 0.0 if abs(mean[0]) <= NOISE else mean[0]
+                mean = low = high = [constant] * len(steps)
+            if run_count == 1:
+                low = [value - errors[step] for step, value in zip(steps, low, strict=True)]
+                high = [value + errors[step] for step, value in zip(steps, high, strict=True)]
+            result.append(Curve(series, steps, mean, low, high))
     return result
 
 

@@ -23,7 +23,7 @@ def test_a_run_is_plotted_into_png_files(tmp_path):
     paths = plot_run(write_run(tmp_path / "run"), "study")
     assert [p.name for p in paths] == [
         "overview.png", "entropy.png", "reward.png", "heldout.png", "thresholds.png", "clip_fractions.png",
-        "regions.png", "entropy_change.png", "grad_norm.png", "kl_rollout.png",
+        "regions.png", "entropy_change.png", "length.png", "grad_norm.png", "kl_rollout.png",
     ]  # fmt: skip
     assert all(p.parent == tmp_path / "run" / "plots" and p.read_bytes()[:4] == b"\x89PNG" for p in paths)
 
@@ -117,3 +117,25 @@ def test_user_errors_are_one_line_and_exit_status_2(tmp_path, break_run, message
     break_run(run)
     done = plot_run_tool(run)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr and done.stdout == ""
+
+
+def test_rounding_noise_is_drawn_as_a_constant():
+    noise = [{"step": step, "kl_rollout": 1e-13 * (-1) ** step, "grad_norm": 0.1 + 1e-14 * step} for step in range(5)]
+    group = RunGroup("noise", [noise], [[]])
+    [kl] = curves(group, panel([group], "kl_rollout"))
+    [norm] = curves(group, panel([group], "grad_norm"))
+    assert kl.mean == [0.0] * 5 and norm.mean == norm.low == norm.high == [0.1] * 5
+    small = [{"step": step, "kl_rollout": 1e-9 * step} for step in range(5)]
+    [kl] = curves(RunGroup("small", [small], [[]]), panel([group], "kl_rollout"))
+    assert kl.mean == [1e-9 * step for step in range(5)]
+
+
+def test_the_entropy_of_one_run_has_a_band_of_its_standard_error():
+    run = [{"step": step, "entropy": 1.0 + step, "entropy_standard_error": 0.25} for step in range(3)]
+    del run[2]["entropy_standard_error"]
+    group = RunGroup("one", [run], [[]])
+    [curve] = curves(group, panel([group], "entropy"))
+    assert (curve.low, curve.mean, curve.high) == ([0.75, 1.75, 3.0], [1.0, 2.0, 3.0], [1.25, 2.25, 3.0])
+    group = RunGroup("two", [run, run], [[], []])
+    [curve] = curves(group, panel([group], "entropy"))
+    assert curve.low == curve.mean == curve.high
