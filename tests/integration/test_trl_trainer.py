@@ -42,10 +42,12 @@ def test_a_checkpoint_holds_the_schedule(tmp_path, monkeypatch):
     trainer = trl_trainer.build(0, str(tmp_path), IncreaseThenDecrease(4))
     trainer.args.save_strategy, trainer.args.save_steps = "steps", trl_trainer.UPDATES
     trainer.train()
-    saved = sorted(tmp_path.glob("checkpoint-*/schedule.json"))
-    assert saved
+    saved = sorted(tmp_path.glob("checkpoint-*/schedule.json"), key=lambda file: file.stat().st_mtime)
+    assert len(saved) == 2
     state = json.loads(saved[-1].read_text())
     assert state["schedule"]["schedule"] == "increase-then-decrease"
+    assert state["rollout"] == 1
+    monkeypatch.setattr(trl_trainer, "ROLLOUTS", 3)
     again = trl_trainer.build(0, str(tmp_path), IncreaseThenDecrease(4))
-    again._load_optimizer_and_scheduler(str(saved[-1].parent))
-    assert again.rollout == state["rollout"] >= 0
+    again.train(resume_from_checkpoint=str(saved[-1].parent))
+    assert [row["step"] for row in again.history] == [2]
