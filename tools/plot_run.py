@@ -25,9 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Plot a run, or compare several.")
     parser.add_argument("run_directory", nargs="+", type=Path, help="a folder that holds metrics.jsonl")
-    parser.add_argument("--output", type=Path, help="folder of the PNG files (default: RUN_DIR/plots, or comparison)")
+    parser.add_argument("--output", type=Path, help="folder of the files (default: RUN_DIR/plots, or comparison)")
+    parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="type of the files (png)")
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="draw the mean over the latest N steps (1)")
     parser.add_argument("--title", help="heading of the overview (default: the names of the runs)")
     options = parser.parse_args(arguments)
+    if options.smooth < 1:
+        raise UserError(f"--smooth must be at least 1, found {options.smooth}")
     groups = group_runs(options.run_directory)
     title = options.title or ", ".join(dict.fromkeys(group.label.split(": ")[0] for group in groups))
     single = len(options.run_directory) == 1
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(summary_table(groups[0].runs[0], groups[0].evaluations[0]))
     else:
         console.print(comparison_table(groups))
-    for path in plot_groups(groups, title, output):
+    for path in plot_groups(groups, title, output, options.format, options.smooth):
         console.print(str(path), soft_wrap=True, highlight=False)
     return EXIT_DONE
 

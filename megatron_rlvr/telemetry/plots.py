@@ -1,4 +1,4 @@
-"""Plots of one run or of several groups of runs, as PNG files.
+"""Plots of one run or of several groups of runs, as PNG, PDF or SVG files.
 
 A group of runs that differ only in their seed is drawn as the mean of its runs, with a band from the lowest to the
 highest.
@@ -6,6 +6,7 @@ highest.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +41,13 @@ def plot_run(run_directory: str | os.PathLike[str], title: str, output: Path | N
     return plot_groups([group], title, output or Path(run_directory) / "plots")
 
 
-def plot_groups(groups: Sequence[RunGroup], title: str, output: Path) -> list[Path]:
-    """Plot groups of runs together: ``overview.png`` and one PNG per panel in `output`; returns the files written.
+def plot_groups(
+    groups: Sequence[RunGroup], title: str, output: Path, file_type: str = "png", smooth: int = 1
+) -> list[Path]:
+    """Plot groups of runs together: an overview and one file per panel in `output`; returns the files written.
+
+    `file_type` is png, pdf or svg. With `smooth` above 1, a curve is the mean over this many latest steps; evaluations
+    are not smoothed.
 
     Panels for which no run has values are left out. A single group also shows the phases of its schedule as the
     background of the entropy. Several groups are distinguished by colour.
@@ -54,15 +60,21 @@ def plot_groups(groups: Sequence[RunGroup], title: str, output: Path) -> list[Pa
     rows = -(-len(nonempty) // columns)
     overview = Figure(figsize=(5.2 * columns, 3.3 * rows + 0.8), dpi=110, layout="constrained")
     overview.suptitle(title, fontsize=14, fontweight="bold")
-    written = [output / "overview.png"]
+    written = [output / f"overview.{file_type}"]
     for position, panel in enumerate(nonempty):
-        _draw(overview.add_subplot(rows, columns, position + 1), groups, panel)
+        _draw(overview.add_subplot(rows, columns, position + 1), groups, panel, smooth)
         single = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
-        _draw(single.add_subplot(), groups, panel)
-        _save(single, groups, output / f"{panel.name}.png")
-        written.append(output / f"{panel.name}.png")
+        _draw(single.add_subplot(), groups, panel, smooth)
+        written.append(output / f"{panel.name}.{file_type}")
+        _save(single, groups, written[-1])
     _save(overview, groups, written[0])
     return written
+
+
+def moving_mean(values: Sequence[float], steps: int) -> list[float]:
+    """Return the mean of each value and the `steps` - 1 before it; at the start, of as many as there are."""
+    windows = (values[max(0, end - steps) : end] for end in range(1, len(values) + 1))
+    return [math.fsum(window) / len(window) for window in windows]
 
 
 def _save(figure: Any, groups: Sequence[RunGroup], path: Path) -> None:
@@ -77,7 +89,7 @@ def _save(figure: Any, groups: Sequence[RunGroup], path: Path) -> None:
     figure.savefig(path)
 
 
-def _draw(axes: Any, groups: Sequence[RunGroup], panel: Panel) -> None:
+def _draw(axes: Any, groups: Sequence[RunGroup], panel: Panel, smooth: int) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     if panel.reference is not None:
@@ -89,9 +101,12 @@ def _draw(axes: Any, groups: Sequence[RunGroup], panel: Panel) -> None:
             colour = COLOURS[(curve.series.colour if len(groups) == 1 else index) % len(COLOURS)]
             style = STYLES[curve.series.style % len(STYLES)]
             marker = "o" if panel.from_evaluations or len(curve.steps) == 1 else None
-            axes.plot(curve.steps, curve.mean, style, color=colour, marker=marker, markersize=4, zorder=3)
-            if curve.low != curve.high:
-                axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+            mean, low, high = curve.mean, curve.low, curve.high
+            if not panel.from_evaluations:
+                mean, low, high = (moving_mean(values, smooth) for values in (mean, low, high))
+            axes.plot(curve.steps, mean, style, color=colour, marker=marker, markersize=4, zorder=3)
+            if low != high:
+                axes.fill_between(curve.steps, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
     axes.set_title(panel.title, loc="left", fontsize=11)
     axes.set_xlabel("step")
     axes.set_ylabel(panel.unit)

@@ -9,7 +9,7 @@ from synthetic_run import evaluations, records, write_run
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.telemetry.comparison import comparison_table, group_runs
 from megatron_rlvr.telemetry.panels import curves, panels, phases
-from megatron_rlvr.telemetry.plots import plot_groups, plot_run
+from megatron_rlvr.telemetry.plots import moving_mean, plot_groups, plot_run
 from megatron_rlvr.telemetry.runs import RunGroup
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -139,3 +139,13 @@ def test_the_entropy_of_one_run_has_a_band_of_its_standard_error():
     group = RunGroup("two", [run, run], [[], []])
     [curve] = curves(group, panel([group], "entropy"))
     assert curve.low == curve.mean == curve.high
+
+
+def test_other_file_types_and_smoothing(tmp_path):
+    run = [{"step": step, "reward": float(step % 2)} for step in range(6)]
+    for file_type, start in (("pdf", b"%PDF"), ("svg", b"<?xml")):
+        paths = plot_groups([RunGroup("run", [run], [[]])], "run", tmp_path, file_type, smooth=2)
+        assert [p.name for p in paths] == [f"overview.{file_type}", f"reward.{file_type}"]
+        assert all(p.read_bytes().startswith(start) for p in paths)
+    assert moving_mean([0.0, 1.0, 0.0, 2.0], 2) == [0.0, 0.5, 0.5, 1.0]
+    assert moving_mean([3.0, 1.0, 0.5], 1) == [3.0, 1.0, 0.5]
