@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_rlvr.megatron import parallel, sharded_checkpoint
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
+from megatron_rlvr.megatron.sharded_checkpoint import TrainingState
 from megatron_rlvr.weights.checkpoint_folder import fingerprint
 from megatron_rlvr.weights.huggingface_folder import read_tensor, tensor_files
 from tests.rendezvous import renew
@@ -27,15 +28,15 @@ def reshard(folder: Path, target: Path, here: parallel.Layout, layout: ParallelC
     with torch.no_grad():
         for parameter in model.parameters():  # a weight that the checkpoint lacks must not pass
             parameter.fill_(float("nan"))
-    loaded = sharded_checkpoint.load({"model": model.sharded_state_dict()}, Path(f"{folder}-converted"))
-    model.load_state_dict(loaded["model"])
+    loaded = sharded_checkpoint.load(TrainingState({"model": model.sharded_state_dict()}), Path(f"{folder}-converted"))
+    model.load_state_dict(loaded.described["model"])
     files = tensor_files(folder)
     for name, tensor in bridge.export([model]):
         assert tensor.equal(read_tensor(files[name], name)), (target.name, name)
     if here.is_main:
         target.mkdir()
     dist.barrier()
-    sharded_checkpoint.save({"model": model.sharded_state_dict()}, target)
+    sharded_checkpoint.save(TrainingState({"model": model.sharded_state_dict()}), target)
     if here.is_main:
         (target / "run.json").write_text(json.dumps({"step": 0, "model": fingerprint(bridge.hf_config, bridge.dtype)}))
 

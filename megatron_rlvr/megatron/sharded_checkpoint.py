@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_rlvr.checksums import hashing_file
 from megatron_rlvr.megatron import optimizer_state, waiting
+from megatron_rlvr.megatron.flat_slices import FlatSlice, SavePlannerWithSlices, read_slices
 from megatron_rlvr.megatron.model import PolicyModel
 
 SAVE_ERRORS = (OSError, CheckpointException)
@@ -31,14 +33,29 @@ LOAD_ERRORS = (Exception, CheckpointException)
 """Exceptions of `load` if files are missing or damaged: of damaged pickles and archives, any kind."""
 
 
+@dataclass
+class TrainingState:
+    """What a checkpoint contains.
+
+    Attributes:
+        described: megatron-core's sharded state dict; after `load`, with tensors.
+        slots: what this rank holds of a distributed optimizer; see `optimizer_state.sharded_state`.
+        slices: the slices of stored tensors that `slots` consist of.
+    """
+
+    described: dict[str, Any]
+    slots: list[optimizer_state.Slots] = field(default_factory=list)
+    slices: list[FlatSlice] = field(default_factory=list)
+
+
 def save(
-    state: dict[str, Any],
+    state: TrainingState,
     folder: Path,
     *,
     group: dist.ProcessGroup | None = None,
     background: Executor | None = None,
 ) -> Future[dict[str, str]]:
-    """Write a sharded state dict. Collective over the job.
+    """Write a checkpoint. Collective over the job, whose ranks exchange no tensors.
 
     Args:
         state: result of `training_state`.
@@ -54,46 +71,53 @@ def save(
     Raises:
         SAVE_ERRORS: if files cannot be written.
     """
-    strategy = _DirectSave(group, background)
+    strategy = _DirectSave(group, background, state.slices)
     with waiting.as_default_group():
-        dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+        dist_checkpointing.save(state.described, str(folder), sharded_strategy=strategy)
     return strategy.writing
 
 
-def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Read a checkpoint. Collective over the job.
+def load(state: TrainingState, folder: Path) -> TrainingState:
+    """Read a checkpoint. Collective over the job, whose ranks exchange no tensors.
 
     Args:
         state: result of `training_state` with ``loading=True``.
         folder: folder of the checkpoint.
 
     Returns:
-        `state` with tensors instead of their descriptions.
+        `state` with tensors instead of their descriptions, and with slots filled.
 
     Raises:
-        LOAD_ERRORS: if the checkpoint is damaged or incomplete.
+        LOAD_ERRORS: on every process, if the checkpoint is damaged or incomplete.
     """
     with waiting.as_default_group():
-        loaded = dist_checkpointing.load(state, str(folder))
-    waiting.barrier(f"every rank to read {folder}")
-    return loaded
+        loaded = dist_checkpointing.load(state.described, str(folder))
+    error: BaseException | None = None
+    try:
+        read_slices(folder, state.slices)
+    except LOAD_ERRORS as failure:
+        error = failure
+    if waiting.any_rank(error is not None, f"every rank to read {folder}"):
+        raise error or OSError("another process could not read it")
+    return replace(state, described=loaded)
 
 
 def training_state(
     model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer | None, *, loading: bool
-) -> dict[str, Any]:
-    """Return megatron-core's description of the training state, for `save` or `load`. Collective over the job.
+) -> TrainingState:
+    """Return a description of the training state, for `save` or `load`. Collective over the job.
 
-    Without an optimizer, it is that of the weights alone.
+    Without an optimizer, it is the model alone: loading then reads no optimizer state.
     """
     model = {_chunk_key(number): chunk.sharded_state_dict() for number, chunk in enumerate(model_chunks)}
     if optimizer is None:
-        return model
-    return model | {"optimizer": optimizer_state.sharded_state(optimizer, model, loading)}
+        return TrainingState(model)
+    state, slots, slices = optimizer_state.sharded_state(optimizer, model, loading)
+    return TrainingState(model | {"optimizer": state}, slots, slices)
 
 
 def load_training_state(
-    model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer | None, state: dict[str, Any]
+    model_chunks: Sequence[PolicyModel], optimizer: MegatronOptimizer | None, state: TrainingState
 ) -> None:
     """Load the result of `load` into the model chunks and the optimizer, if it is not None.
 
@@ -101,9 +125,9 @@ def load_training_state(
         UserError: if the optimizer state differs from the loaded state afterwards.
     """
     for number, chunk in enumerate(model_chunks):
-        chunk.load_state_dict(state[_chunk_key(number)])
+        chunk.load_state_dict(state.described[_chunk_key(number)])
     if optimizer is not None:
-        optimizer_state.load(optimizer, state["optimizer"])
+        optimizer_state.load(optimizer, state.described["optimizer"], state.slots)
 
 
 def _chunk_key(number: int) -> str:
@@ -171,25 +195,27 @@ class _DirectSave(torch_dist.TorchDistSaveShardedStrategy):
     written. The files are the same.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, background: Executor | None):
+    def __init__(self, group: dist.ProcessGroup | None, background: Executor | None, slices: Sequence[FlatSlice]):
         super().__init__("torch_dist", 1, thread_count=1)
-        self.group, self.background = group, background
+        self.group, self.background, self.slices = group, background, slices
         self.writing: Future[dict[str, str]] = Future()
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
         flat, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
+        slices = self.slices
         if self.background is not None:
             for shards in flat.values():
                 for shard in shards:
                     is_tensor = torch.is_tensor(shard.data)
                     shard.data = shard.data.detach().to("cpu", copy=True) if is_tensor else copy.deepcopy(shard.data)
+            slices = [replace(part, data=part.data.to("cpu", copy=True)) for part in slices if part.is_written]
         writer = DiskWriter(checkpoint_dir, thread_count=self.thread_count, sync_files=True)
         arguments = {
             "storage_writer": writer,
-            "planner": torch_dist.MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            "planner": SavePlannerWithSlices(
+                slices, dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
             ),
             "process_group": self.group,
         }

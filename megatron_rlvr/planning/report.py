@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+
 from megatron_rlvr.planning.batch import local_batch, longest_sequence, microbatches
 from megatron_rlvr.planning.job import ASSUMED_UTILISATION, MEASURED_UTILISATION
-from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB
+from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, static_memory
 from megatron_rlvr.planning.plan import Plan
 from megatron_rlvr.planning.suggestions import Suggestion
 
@@ -99,10 +101,11 @@ def _advice(plan: Plan) -> list[str]:
     if plan.server_share is not None:
         lines.append(f"the largest rollout.sglang.server.mem_fraction_static that fits: {plan.server_share}")
     if config.parallel.distributed_optimizer:
-        gathered = 12 * max(stage.count for stage in plan.stages) / GIB
+        stored = torch.bfloat16  # a checkpoint has 12 bytes per parameter, of float32 weights, too
+        own = max(static_memory(s, config.parallel, stored, plan.data_parallel).optimizer for s in plan.stages) / GIB
         lines.append(
-            f"saving a checkpoint gathers {gathered:.1f} GiB of optimizer state in the host memory of the first rank "
-            "of every data-parallel group; loading it needs as much on every rank"
+            f"a checkpoint: every rank writes and loads its own {own:.1f} GiB of optimizer state, through host memory; "
+            "nothing is gathered"
         )
     return lines
 

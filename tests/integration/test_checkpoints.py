@@ -201,7 +201,7 @@ def test_a_fused_adam_resumes_in_another_layout(run_yaml: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("load_parameter_state_from_fully_reshardable", "AdamW holds another exp_avg than the checkpoint"),
+        ("load_parameter_state_from_fs_model_space", "AdamW holds another exp_avg than the checkpoint"),
         ("step", "AdamW has taken [0, 2] steps after loading a state of 2"),
     ],
 )
