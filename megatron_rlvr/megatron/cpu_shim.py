@@ -96,6 +96,10 @@ def _prepare_process() -> None:
     if _installed is not None:
         return
     _keep_freed_memory()
+    # Where the GPU recipe is installed, megatron-core would import these, and they fail without the driver's libcuda.
+    for name in ("transformer_engine", "flash_mla"):
+        if name not in sys.modules and importlib.util.find_spec(name) is not None:
+            sys.modules[name] = None  # type: ignore[assignment]
     # megatron-core warns that GPU-only packages and variables are missing, and warns about its own default settings.
     for line in (
         "Transformer Engine and Apex are not installed",
