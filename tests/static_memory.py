@@ -33,7 +33,8 @@ PROMPT, RESPONSE = 48, 32
 
 def live_storages() -> dict[int, int]:
     """Bytes of every storage that a tensor of this process refers to, by the storage's identity."""
-    gc.collect()
+    while gc.collect():  # what one collection frees may have held the next cycle
+        pass
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
     return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
 

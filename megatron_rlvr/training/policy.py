@@ -13,7 +13,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, build_microbatch, partition
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import collectives, optimizer, parallel, pipeline
+from megatron_rlvr.megatron import collectives, optimizer, parallel, pipeline, waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.loss_scale import LossScale
 from megatron_rlvr.objectives import UpdateObjective
@@ -175,9 +175,11 @@ def check_finite_weights(policy: Policy, remedy: str) -> None:
 
 
 def weights_are_finite_everywhere(policy: Policy) -> bool:
-    """Whether all weights of all processes are finite. Collective over the job: one all-reduce."""
-    broken = float(not bool(policy.weights_are_finite()))
-    return collectives.max_over_job({"broken": broken})["broken"] == 0.0
+    """Whether all weights of all processes are finite. Collective over the job: one all-reduce.
+
+    It waits outside NCCL, because other processes may still write the metrics of the step to the disk.
+    """
+    return not waiting.any_rank(not bool(policy.weights_are_finite()), "every process to check its weights")
 
 
 def _microbatching(config: Config, layout: parallel.Layout) -> MicrobatchConfig:
