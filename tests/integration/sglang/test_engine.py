@@ -282,7 +282,8 @@ def test_memory_is_released_and_resumed(policy, engine) -> None:
     engine.config.release_memory = True
     body = {"input_ids": [PROMPTS[0]] * 4, "sampling_params": {"max_new_tokens": 58, "ignore_eos": True}}
     with ThreadPoolExecutor(1) as other:
-        request = other.submit(httpx.post, f"{engine.urls[0]}/generate", json=body, timeout=200.0)
+        key = headers(key_from_environment())
+        request = other.submit(httpx.post, f"{engine.urls[0]}/generate", json=body, headers=key, timeout=200.0)
         while not _running(engine.urls[0]) and not request.done():
             pass
         engine.offload()
