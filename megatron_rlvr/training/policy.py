@@ -13,7 +13,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, build_microbatch, partition
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import collectives, optimizer, parallel, pipeline, waiting
+from megatron_rlvr.megatron import optimizer, parallel, pipeline, waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.loss_scale import LossScale
 from megatron_rlvr.objectives import UpdateObjective
