@@ -85,10 +85,9 @@ fuzz: $(STAMP)  ## 500 seeded mutations of each thing that a run reads (about 10
 checkpoint-soak: $(STAMP)  ## 50 random kills of a run and 50 flipped bytes of its checkpoints (about 10 minutes)
 	PYTHONPATH=.:examples/quickstart $(BIN)/python -m tests.integration.checkpoint_soak $(ARGS)
 
-quickstart: $(STAMP)  ## train on Countdown in minutes; ARGS="key=value ..." overrides quickstart.yaml
+quickstart: $(STAMP)  ## compare a drawn entropy curve with static clipping (minutes); ARGS="key=value ..." overrides
 	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
-	test -f runs/quickstart/base_model/config.json || $(BIN)/python examples/quickstart/make_base_model.py
-	$(BIN)/python -m megatron_rlvr.train examples/quickstart/quickstart.yaml $(ARGS)
+	$(BIN)/python examples/quickstart/compare.py $(ARGS)
 
 study: $(STAMP)  ## compare all strategies, 5 seeds each (2 hours, resumable), and write docs/entropy_study.md
 	test -f runs/study/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py --output runs/study/data

@@ -1,6 +1,6 @@
 """Sample completions of a prompt from a Hugging Face folder; verify them if the prompt is a Countdown problem.
 
-    python examples/quickstart/sample.py runs/quickstart/base_model "3 5 7 : 22 >"
+    python examples/quickstart/sample.py examples/quickstart/base_model "3 5 7 : 22 >"
 
 Completions of any other prompt are printed without a verdict.
 """
