@@ -120,7 +120,7 @@ read_record() {
     restart=$(job_field Restarts <<< "$record")
     job=$SLURM_JOB_ID
     # For scontrol, the id of an array element may name the whole array.
-    [[ ! $record =~ ^JobId=[0-9]+' ArrayJobId='([0-9]+)' ArrayTaskId='([0-9]+)' JobName=' ]] ||
+    [[ ! $record =~ ^JobId=[0-9]+' ArrayJobId='([0-9]+)' ArrayTaskId='([0-9]+)' ' ]] ||
         job=${BASH_REMATCH[1]}_${BASH_REMATCH[2]}
     # Cores per node, of the smallest node if they differ.
     cpus=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
