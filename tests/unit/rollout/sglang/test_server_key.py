@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -146,8 +148,16 @@ def test_servers_are_asked_to_end_before_they_are_killed(
     assert not any(process.is_running() for process in processes)
 
 
-def test_what_a_server_leaves_behind_is_removed(tmp_path: Path) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for that of a socket, which has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="rlvr-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_what_a_server_leaves_behind_is_removed(short_path: Path) -> None:
     """A server leaves a socket and shared memory, as SGLang does. Also if its starter was killed."""
+    tmp_path = short_path
     name = f"rlvr-test-{tmp_path.name}-{time.time_ns()}"
     shared = Path("/dev/shm") / name
     script = tmp_path / "python"
@@ -164,6 +174,7 @@ def test_what_a_server_leaves_behind_is_removed(tmp_path: Path) -> None:
         server = Server(config, "float32", tmp_path / f"log-{time.time_ns()}")
         server.start(tmp_path, 0)
         while "ready" not in server.log.read_text():
+            assert server.process is not None and server.process.poll() is None, server.log.read_text()
             time.sleep(0.05)
         server.became_ready()
         return server
