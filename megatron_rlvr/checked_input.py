@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_rlvr.errors import UserError
+from megatron_rlvr.errors import UserError, truncated
 
 T = TypeVar("T")
 
@@ -101,8 +101,7 @@ def read_bytes(path: Path, limit: int = FILE_BYTES) -> bytes:
 
 def one_line(error: BaseException) -> str:
     """Return the text of an error of OmegaConf or of a parser on one line."""
-    text = " ".join(str(error).split("\n    full_key")[0].split())
-    return text if len(text) <= 300 else text[:297] + "..."
+    return truncated(" ".join(str(error).split("\n    full_key")[0].split()), 300)
 
 
 def parse_object(data: bytes, *, limit: int = FILE_BYTES) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def shown(value: Any, length: int = 200) -> str:
         text = repr(value).replace("\n", " ")
     except (ValueError, RecursionError):  # an integer of thousands of digits, or deep nesting
         text = "..."
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return truncated(text, length)
 
 
 _WORDS: dict[type, str] = {

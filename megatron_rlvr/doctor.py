@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rlvr.errors import first_line
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR, status_is_returned
 
 INSTALL = "make setup-gpu"
@@ -177,8 +178,8 @@ def _transformer_engine() -> Finding:
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return Finding(name, f"no: {reason[:120]}", "yes", f"{INSTALL} builds it for the installed torch", fails=True)
+        remedy = f"{INSTALL} builds it for the installed torch"
+        return Finding(name, f"no: {first_line(error)[:120]}", "yes", remedy, fails=True)
     return Finding(name, "yes", "yes")
 
 

@@ -1,4 +1,4 @@
-"""Errors that the user can correct."""
+"""Errors that the user can correct, and the text of errors on one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +13,16 @@ class UserError(Exception):
     """
 
     exit_status: ClassVar[int] = 2
+
+
+def truncated(text: str, length: int) -> str:
+    """Return a text of at most `length` characters; a longer one is cut and ends in three dots."""
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the text of an error; its class if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

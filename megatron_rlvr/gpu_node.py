@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_rlvr.errors import first_line
+
 DRIVER_VERSION_FILE = Path("/proc/driver/nvidia/version")
 ON_THE_CPU = "set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
 _DEVICES = Path("/dev")
@@ -99,5 +101,5 @@ def _cuda_error() -> str:
     try:
         torch.cuda.init()
     except Exception as error:
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        return first_line(error).rstrip(".")
     return "torch.cuda.is_available() is False"

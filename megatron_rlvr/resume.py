@@ -17,7 +17,7 @@ from megatron_rlvr.config import Config, read_config_file
 from megatron_rlvr.config_reader import read
 from megatron_rlvr.config_schema import keys, names_key
 from megatron_rlvr.control.by_name import did_you_mean
-from megatron_rlvr.errors import UserError
+from megatron_rlvr.errors import UserError, truncated
 from megatron_rlvr.megatron import waiting
 from megatron_rlvr.training.checkpoints_folder import newest_written
 from megatron_rlvr.training.config import ResumeConfig
@@ -214,8 +214,7 @@ def _allowance(key: str, differences: Sequence[Change]) -> str:
 
 def shown_value(value: Any) -> str:
     """A value of the configuration for an error, cut if it is long."""
-    text = str(value).replace("\n", " ")
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return truncated(str(value).replace("\n", " "), 200)
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

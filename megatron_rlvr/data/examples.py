@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rlvr.checked_input import DEPTH, InvalidInputError, describe, float_or_inf, one_line, parse_json
-from megatron_rlvr.errors import UserError
+from megatron_rlvr.errors import UserError, truncated
 
 # Keys of the reference answer, tried in this order if the configuration names none: the plain format, slime's JSONL and
 # verl's parquet. A dot reaches into a nested object.
@@ -247,5 +247,4 @@ def _missing_key(where: str, what: str, key: str, row: dict[str, Any]) -> str:
 
 
 def _keys(row: dict[str, Any]) -> str:
-    text = ", ".join(repr(key) for key in row) or "(none)"
-    return text if len(text) <= 300 else text[:297] + "..."
+    return truncated(", ".join(repr(key) for key in row) or "(none)", 300)

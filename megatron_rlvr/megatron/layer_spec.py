@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from megatron_rlvr.errors import UserError
+from megatron_rlvr.errors import UserError, first_line
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.attention import SDPAttention
 from megatron_rlvr.megatron.families import Family
@@ -61,9 +61,8 @@ def check_installed(name: str) -> None:
         missing = "which is not installed" if error.name == "transformer_engine" else f"whose {error.name} is missing"
         raise UserError(f"model.layer_spec={name} needs Transformer Engine, {missing}: {remedy}") from None
     except Exception as error:  # an AssertionError if its packages disagree, an OSError or ImportError of a library
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model.layer_spec={name} needs Transformer Engine, which does not load: {reason}: {remedy}"
+            f"model.layer_spec={name} needs Transformer Engine, which does not load: {first_line(error)}: {remedy}"
         ) from error
 
 

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_rlvr.checksums import hashing_file
+from megatron_rlvr.errors import first_line, truncated
 from megatron_rlvr.megatron import optimizer_state, waiting
 from megatron_rlvr.megatron.flat_slices import FlatSlice, SavePlannerWithSlices, read_slices
 from megatron_rlvr.megatron.model import PolicyModel
@@ -141,8 +142,7 @@ def root_cause(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     while error.__cause__ is not None:
         error = error.__cause__
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 300 else f"{line[:297]}..."
+    return truncated(first_line(error), 300)
 
 
 class _HashingFileSystem(FileSystem):
@@ -175,7 +175,6 @@ class DiskWriter(FileSystemWriter):
     def __init__(self, folder: str | Path, **options: Any):
         super().__init__(folder, **options)
         self.fs = _HashingFileSystem()
-
         self.digests = self.fs.digests
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_rlvr.checked_input import one_line
 from megatron_rlvr.data import Example
 from megatron_rlvr.data.completion import Completion
-from megatron_rlvr.errors import UserError
+from megatron_rlvr.errors import UserError, truncated
 from megatron_rlvr.rollout.tokenizer_folder import end_of_sequence_tokens, load_tokenizer
 
 
@@ -180,4 +180,4 @@ def _normalized(text: str) -> str:
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    return repr(truncated(text, 60))

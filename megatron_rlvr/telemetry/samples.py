@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.checked_input import InvalidInputError, field, parse_object, read_bytes
-from megatron_rlvr.errors import UserError
+from megatron_rlvr.errors import UserError, truncated
 
 Row = dict[str, Any]
 LARGEST_FILE = 2**32
@@ -88,7 +88,7 @@ def prompt_text(prompt: Any) -> str:
 def printable(text: str, width: int) -> str:
     """Return a text of at most `width` characters, without control characters, which could change a terminal."""
     clean = "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else "\ufffd" for c in text[: width + 1])
-    return clean if len(clean) <= width else clean[: width - 3] + "..."
+    return truncated(clean, width)
 
 
 def one_line(text: str, width: int) -> str:
