@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from megatron_rlvr.errors import first_line
+
 T = TypeVar("T")
 
 
@@ -72,24 +74,24 @@ def waiting_groups(data_rank: int, is_leader: bool, minutes: float) -> Iterator[
 
 def _create(data_rank: int, is_leader: bool, minutes: float) -> _Groups:
     timeout = datetime.timedelta(minutes=minutes)
-
-    def group(ranks: list[int], name: str) -> dist.ProcessGroup | None:
-        """See `new_group`."""
-        if len(ranks) == 1:
-            return None
-        created = dist.new_group(ranks, timeout, backend="gloo", group_desc=f"waiting-{name}")
-        return created if dist.get_rank() in ranks else None
-
     job = dist.new_group(timeout=timeout, backend="gloo", group_desc="waiting-job")
     places: list[tuple[int, bool]] = [(0, False)] * dist.get_world_size()
     dist.all_gather_object(places, (data_rank, is_leader), group=job)
     leaders = [rank for rank, (_, leads) in enumerate(places) if leads]  # torch orders the members of a group by rank
     assert [places[rank][0] for rank in leaders] == list(range(len(leaders))), "data-parallel ranks in another order"
     replicas = [
-        group([rank for rank, (other, _) in enumerate(places) if other == number], "replica")
+        _group([rank for rank, (other, _) in enumerate(places) if other == number], "replica", timeout)
         for number in range(len(leaders))
     ]
-    return _Groups(job, replicas[data_rank], leaders[data_rank], group(leaders, "leaders"), minutes)
+    return _Groups(job, replicas[data_rank], leaders[data_rank], _group(leaders, "leaders", timeout), minutes)
+
+
+def _group(ranks: Sequence[int], name: str, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
+    """See `new_group`."""
+    if len(ranks) == 1:
+        return None
+    group = dist.new_group(ranks, timeout, backend="gloo", group_desc=f"waiting-{name}")
+    return group if dist.get_rank() in ranks else None
 
 
 def job_group() -> dist.ProcessGroup | None:
@@ -120,11 +122,9 @@ def new_group(ranks: Sequence[int], name: str) -> dist.ProcessGroup | None:
     Returns:
         the group; None on processes that are not in it, and if it has one member.
     """
-    if _groups is None or len(ranks) == 1:
+    if _groups is None:
         return None
-    timeout = datetime.timedelta(minutes=_groups.minutes)
-    group = dist.new_group(sorted(ranks), timeout, backend="gloo", group_desc=f"waiting-{name}")
-    return group if dist.get_rank() in ranks else None
+    return _group(sorted(ranks), name, datetime.timedelta(minutes=_groups.minutes))
 
 
 def gather_to(rank: int, value: T, group: dist.ProcessGroup, what: str) -> list[T] | None:
@@ -141,7 +141,7 @@ def gather_to(rank: int, value: T, group: dist.ProcessGroup, what: str) -> list[
     """
     assert _groups is not None
     values: list[T] | None = [value] * group.size() if dist.get_rank() == rank else None
-    with _told(what, _groups):
+    with _wait_errors(what, _groups):
         dist.gather_object(value, values, dst=rank, group=group)
     return values
 
@@ -170,7 +170,7 @@ def sum_over_job(sums: Mapping[str, float], contributes: bool, what: str) -> dic
     names = sorted(sums)
     values = torch.tensor([sums[name] if contributes else 0.0 for name in names], dtype=torch.float64)
     if _groups:
-        with _told(what, _groups):
+        with _wait_errors(what, _groups):
             dist.all_reduce(values, group=_groups.job)
     return dict(zip(names, values.tolist(), strict=True))
 
@@ -182,7 +182,7 @@ def broadcast_from_main(value: T | None, what: str) -> T:
     """
     objects = [value]
     if _groups:
-        with _told(what, _groups):
+        with _wait_errors(what, _groups):
             dist.broadcast_object_list(objects, src=0, group=_groups.job)
     return objects[0]  # type: ignore[return-value]
 
@@ -191,7 +191,7 @@ def all_gather_over_job(value: T, what: str) -> list[T]:
     """Return the value (any picklable object) of every process, by rank. Two all-gathers, of sizes and of bytes."""
     values: list[T] = [value] * dist.get_world_size()
     if _groups:
-        with _told(what, _groups):
+        with _wait_errors(what, _groups):
             dist.all_gather_object(values, value, group=_groups.job)
     return values
 
@@ -213,7 +213,7 @@ def all_gather_over_leaders(values: Sequence[float], what: str) -> list[list[flo
     if _groups is None or _groups.leaders is None:
         return [local.tolist()]
     gathered = [torch.empty_like(local) for _ in range(_groups.leaders.size())]
-    with _told(what, _groups):
+    with _wait_errors(what, _groups):
         dist.all_gather(gathered, local, group=_groups.leaders)
     return [row.tolist() for row in gathered]
 
@@ -232,7 +232,7 @@ def all_to_all_over_leaders(objects: Sequence[T], what: str) -> list[T]:
     packed = [pickle.dumps(item) for item in objects]
     sizes_out = torch.tensor([len(data) for data in packed])
     sizes_in = torch.empty_like(sizes_out)
-    with _told(what, _groups):
+    with _wait_errors(what, _groups):
         dist.all_to_all_single(sizes_in, sizes_out, group=group)
         sizes = sizes_in.tolist()
         sent = torch.frombuffer(bytearray(b"".join(packed)), dtype=torch.uint8)
@@ -251,18 +251,18 @@ def broadcast_from_leader(value: T | None, what: str) -> T:
     """
     objects = [value]
     if _groups and _groups.replica:
-        with _told(what, _groups):
+        with _wait_errors(what, _groups):
             dist.broadcast_object_list(objects, src=_groups.leader, group=_groups.replica)
     return objects[0]  # type: ignore[return-value]
 
 
 @contextmanager
-def _told(what: str, groups: _Groups) -> Iterator[None]:
-    """Say what this process waited for, if a collective fails."""
+def _wait_errors(what: str, groups: _Groups) -> Iterator[None]:
+    """Convert the error of a collective to a WaitError that names `what`."""
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if "imed out" in reason or "imeout" in reason:
             reason = f"nothing arrived within parallel.wait_timeout_minutes={groups.minutes:g}"
         else:
