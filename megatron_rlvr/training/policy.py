@@ -59,10 +59,9 @@ class Policy:
         self.layout = layout
         self.microbatching = _microbatching(config, layout)
         self.bridge = PolicyBridge(config.model, config.parallel)
-        check_folder(self.bridge)
+        found = check_folder(self.bridge)
         self.model_chunks = self.bridge.build()
-        load_folder(self.bridge, self.model_chunks)
-        check_finite_weights(self, f"model.path={config.model.path} holds NaN or infinity; use another folder")
+        load_folder(self.bridge, self.model_chunks, found)
         self._wrapped = optimizer.wrap_data_parallel(
             self.model_chunks, self.bridge.config, distributed_optimizer=distributed
         )

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from megatron_rlvr.megatron.huggingface_config import is_tied
 from megatron_rlvr.megatron.rotary import inverse_frequencies
+from megatron_rlvr.weights.huggingface_folder import read_tensor
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _FREQUENCIES = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.(?:original_)?inv_freq")
@@ -47,7 +47,7 @@ def difference(name: str, files: Mapping[str, Path], hf_config: Any) -> str | No
             "it to false to keep this output layer, or delete lm_head.weight from the folder"
         )
     if _FREQUENCIES.fullmatch(name):
-        stored = _read(files[name], name)
+        stored = read_tensor(files[name], name)
         expected = inverse_frequencies(hf_config, torch.device("cpu"))
         error = _RELATIVE_ERRORS.get(stored.dtype, 1e-5)
         if stored.shape == expected.shape and torch.allclose(stored.float(), expected, rtol=error, atol=1e-7):
@@ -57,15 +57,15 @@ def difference(name: str, files: Mapping[str, Path], hf_config: Any) -> str | No
             "another rope_theta or scaling; correct config.json, or delete this tensor if config.json is right"
         )
     if _POSITIONS.fullmatch(name):
-        stored = _read(files[name], name).flatten()
+        stored = read_tensor(files[name], name).flatten()
         equal = torch.equal(stored.long(), torch.arange(len(stored)))
     elif _MASKS.fullmatch(name):
-        stored = _read(files[name], name)
+        stored = read_tensor(files[name], name)
         mask = stored.reshape(stored.shape[-2:]).bool() if stored.dim() >= 2 else stored.new_zeros(0, 1).bool()
         lower = torch.ones_like(mask).tril()
         equal = mask.numel() == stored.numel() > 0 and (torch.equal(mask, lower) or torch.equal(mask, ~lower))
     elif _MASK_VALUES.fullmatch(name):
-        equal = bool((_read(files[name], name).float() <= -1e4).all())
+        equal = bool((read_tensor(files[name], name).float() <= -1e4).all())
     else:
         return f"{name} is not a tensor of {hf_config.model_type}"
     return None if equal else f"{name} is not what the attention of {hf_config.model_type} computes"
@@ -79,8 +79,3 @@ def _equal_rows(head: Path, embedding: Path) -> bool:
             torch.equal(ours[row : row + _ROWS].float(), theirs[row : row + _ROWS].float())
             for row in range(0, ours.get_shape()[0], _ROWS)
         )
-
-
-def _read(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)

@@ -19,25 +19,24 @@ from megatron_rlvr.weights.huggingface_folder import FolderReader, tensor_files
 from megatron_rlvr.weights.shape_checks import FolderWeights, check_shapes, rounding, unused_warning
 
 
-def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folder: Path | None = None) -> None:
-    """Load the weights of `folder` into model chunks; each rank reads its own shards. Collective over the job.
+def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], found: FolderWeights) -> None:
+    """Load the weights of the bridge's folder into model chunks; each rank reads its shards. Collective over the job.
 
     Args:
         bridge: the bridge that built the chunks.
         model_chunks: this rank's model chunks.
-        folder: folder with safetensors files; None means the bridge's folder.
+        found: what the folder holds, from `check_folder`.
 
     Raises:
-        UserError: if the folder has other weights than config.json describes, or a file cannot be read.
+        UserError: if a file cannot be read; on every process, if a weight is not finite in the dtype of the model.
     """
-    folder = folder or bridge.path
-    found = check_folder(bridge, folder)
+    folder = bridge.path
     if (unused := unused_warning(found)) and dist.get_rank() == 0:
         print(f"warning: {folder}: {unused}", file=sys.stderr)
     if (rounded := rounding(found.dtypes, bridge.dtype)) and dist.get_rank() == 0:
         print(f"warning: {folder}: {rounded}; model.dtype=float32 keeps them", file=sys.stderr)
     try:
-        with FolderReader(tensor_files(folder)) as reader:
+        with FolderReader(found.files) as reader:
             bridge.read_weights(model_chunks, reader)
     except KeyError as error:
         raise UserError(
@@ -52,15 +51,15 @@ def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], folde
     _check_finite(model_chunks, folder)
 
 
-def check_folder(bridge: PolicyBridge, folder: Path | None = None) -> FolderWeights:
-    """Check from the headers of the files that `folder` has the weights that config.json describes.
+def check_folder(bridge: PolicyBridge) -> FolderWeights:
+    """Check from the headers of the files that the bridge's folder has the weights that config.json describes.
 
     Call this before building a model: one of other sizes may need more memory than there is.
 
     Raises:
         UserError: if a file cannot be read, or the folder has other weights.
     """
-    return check_shapes(tensor_files(folder or bridge.path), bridge.hf_config)
+    return check_shapes(tensor_files(bridge.path), bridge.hf_config)
 
 
 def _check_finite(model_chunks: Sequence[PolicyModel], folder: Path) -> None:

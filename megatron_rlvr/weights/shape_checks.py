@@ -26,11 +26,13 @@ class FolderWeights:
     """What a folder holds.
 
     Attributes:
+        files: the file of every weight, and of every derived tensor.
         dtypes: the dtypes of the weights.
         derived: names of tensors that the model does not load, because it computes their value.
         prediction: names of tensors for multi-token prediction, which is not trained.
     """
 
+    files: Mapping[str, Path]
     dtypes: frozenset[torch.dtype]
     derived: frozenset[str]
     prediction: frozenset[str] = frozenset()
@@ -54,7 +56,7 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
     folder = next(iter(files.values())).parent
     prediction = _prediction(files, hf_config)
     files = {name: file for name, file in files.items() if name not in prediction}
-    layers = {int(match[1]) for name in files if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    layers = {layer for name in files if (layer := _layer_of(name)) is not None}
     for file in sorted(set(files.values())):
         with safe_open(file, framework="pt", device="cpu") as opened:
             for name in opened.keys():  # noqa: SIM118, it is not a dict
@@ -87,16 +89,20 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
     for name in sorted(others):
         if reason := difference(name, files, hf_config):
             raise UserError(f"{folder}: {reason}")
-    return FolderWeights(frozenset(dtypes), frozenset(others), prediction)
+    return FolderWeights(files, frozenset(dtypes), frozenset(others), prediction)
 
 
 def _prediction(files: Mapping[str, Path], hf_config: Any) -> frozenset[str]:
     """Return the tensors of the layers for multi-token prediction, which follow the model's own layers."""
     first = hf_config.num_hidden_layers
     layers = range(first, first + (getattr(hf_config, "num_nextn_predict_layers", None) or 0))
-    return frozenset(
-        name for name in files if (match := re.match(r"model\.layers\.(\d+)\.", name)) and int(match[1]) in layers
-    )
+    return frozenset(name for name in files if _layer_of(name) in layers)
+
+
+def _layer_of(name: str) -> int | None:
+    """Return the layer that a tensor belongs to by its name; None if it belongs to no layer."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def unused_warning(found: FolderWeights) -> str | None:

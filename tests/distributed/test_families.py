@@ -16,7 +16,7 @@ from megatron_rlvr.megatron.config import ParallelConfig
 from megatron_rlvr.rollout.engines.local import LocalEngine
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.weights.export import export_folder
-from megatron_rlvr.weights.loading import load_folder
+from megatron_rlvr.weights.loading import check_folder, load_folder
 from tests.families import (
     CHOICE_BIAS,
     FAMILIES,
@@ -117,7 +117,7 @@ def test_one_process(
     model = AutoModelForCausalLM.from_pretrained(folders / name, experts_implementation="eager").double()
     with torch.no_grad():
         expected = model(tokens).logits.transpose(0, 1).flatten(0, 1)
-        load_folder(policy.bridge, policy.model_chunks)  # undo the update
+        load_folder(policy.bridge, policy.model_chunks, check_folder(policy.bridge))  # undo the update
         logits = policy.model_chunks[-1](tokens)
     assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
     _check_generation(policy)
