@@ -26,7 +26,7 @@ from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.rotary import inverse_frequencies
 from megatron_rlvr.megatron.transformer_settings import transformer_settings
 from megatron_rlvr.megatron.weight_export import WeightExport
-from megatron_rlvr.megatron.weight_loading import EMBEDDING, OUTPUT, TensorReader, load_weights
+from megatron_rlvr.megatron.weight_loading import TensorReader, load_weights, stored_name
 from megatron_rlvr.megatron.weight_shards import local_name
 
 
@@ -144,8 +144,7 @@ class PolicyBridge:
 
     def weight_format(self, name: str) -> WeightFormat:
         """Return how the weight `name`, which must not be split over ranks, maps to Hugging Face tensors."""
-        tied = name == OUTPUT and is_tied(self.hf_config)
-        entry, names = self.family.table.find(EMBEDDING if tied else local_name(name))
+        entry, names = self.family.table.find(stored_name(local_name(name), self.hf_config))
 
         def to_huggingface(weight: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield from zip(names, entry.to_huggingface(weight, self.hf_config), strict=True)

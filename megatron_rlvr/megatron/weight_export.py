@@ -67,11 +67,9 @@ class WeightExport:
         self._shards = [shard for shard in shards(model_chunks) if not (tied and shard.name == OUTPUT)]
         self._entries: list[WeightMap] = []
         own = []
-        experts = family.settings(hf_config).get("num_moe_experts", 0)
-        per_rank = experts // self._expert_group.size()
         for index, shard in enumerate(self._shards):
             ranks = range(self._expert_group.size()) if shard.expert is not None else range(1)
-            found = [family.table.find(shard.name_on(rank, per_rank)) for rank in ranks]
+            found = [family.table.find(shard.name_on(rank)) for rank in ranks]
             entry = found[0][0]
             self._entries.append(entry)
             shapes = [list(part.shape) for part in entry.to_huggingface(shard.weight.detach(), hf_config)]

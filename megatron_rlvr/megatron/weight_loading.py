@@ -18,6 +18,11 @@ from megatron_rlvr.megatron.weight_shards import Shard, shards
 OUTPUT, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
+def stored_name(name: str, hf_config: Any) -> str:
+    """Return the weight whose Hugging Face tensors hold the weight `name`: the embedding, for a tied output layer."""
+    return EMBEDDING if name == OUTPUT and is_tied(hf_config) else name
+
+
 class TensorReader(Protocol):
     """Reads tensors by name. Raises KeyError for a name that it does not have."""
 
@@ -44,13 +49,9 @@ def load_weights(model_chunks: Sequence[PolicyModel], family: Family, hf_config:
         WeightShapeError: if one has another shape than config.json describes.
     """
     expert_rank = parallel_state.get_expert_model_parallel_rank()
-    experts = family.settings(hf_config).get("num_moe_experts", 0)
-    per_rank = experts // parallel_state.get_expert_model_parallel_world_size()
     with torch.no_grad():
         for shard in shards(model_chunks):
-            name = shard.name_on(expert_rank, per_rank)
-            if name == OUTPUT and is_tied(hf_config):
-                name = EMBEDDING
+            name = stored_name(shard.name_on(expert_rank), hf_config)
             shard.weight.copy_(_read(shard, name, family, hf_config, reader))
 
 

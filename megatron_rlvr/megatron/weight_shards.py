@@ -33,19 +33,21 @@ class Shard:
         group: the ranks that each hold a shard of it.
         dim: the dimension that they split; None if each of them holds all of it.
         expert: the number of its expert on this rank, or None.
+        experts_per_rank: experts of a layer on each expert-parallel rank; 0 if the weight is not of an expert.
     """
 
     name: str
     weight: Tensor
     group: dist.ProcessGroup
     dim: int | None
-    expert: int | None
+    expert: int | None = None
+    experts_per_rank: int = 0
 
-    def name_on(self, expert_rank: int, experts_per_rank: int) -> str:
+    def name_on(self, expert_rank: int) -> str:
         """Return the name in the whole model of the weight that another expert-parallel rank has in its place."""
         if self.expert is None:
             return self.name
-        return _EXPERT.sub(str(expert_rank * experts_per_rank + self.expert), self.name)
+        return _EXPERT.sub(str(expert_rank * self.experts_per_rank + self.expert), self.name)
 
 
 def local_name(name: str) -> str:
@@ -59,7 +61,9 @@ def shards(model_chunks: Sequence[PolicyModel]) -> Iterator[Shard]:
     """Yield the weights of this rank, in the order of their modules."""
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     expert_group = parallel_state.get_expert_tensor_parallel_group()
+    expert_ranks = parallel_state.get_expert_model_parallel_world_size()
     for chunk in model_chunks:
+        experts_per_rank = (chunk.config.num_moe_experts or 0) // expert_ranks
         layer_numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for own_name, weight in weights_of(chunk):
             name = local_name(own_name)
@@ -68,12 +72,12 @@ def shards(model_chunks: Sequence[PolicyModel]) -> Iterator[Shard]:
             expert = _EXPERT.search(name)
             if expert:
                 # Grouped experts of Transformer Engine do not say how they are split.
-                split_dim = 0 if ".linear_fc1." in name else 1
-                yield Shard(name, weight, expert_group, split_dim if expert_group.size() > 1 else None, int(expert[0]))
+                split_dim = (0 if ".linear_fc1." in name else 1) if expert_group.size() > 1 else None
+                yield Shard(name, weight, expert_group, split_dim, int(expert[0]), experts_per_rank)
                 continue
             split = getattr(weight, "tensor_model_parallel", False) and tensor_group.size() > 1
             dim: int | None = weight.partition_dim if split else None  # type: ignore[attr-defined]
-            yield Shard(name, weight, tensor_group, dim, None)
+            yield Shard(name, weight, tensor_group, dim)
 
 
 def weights_of(chunk: PolicyModel) -> Iterator[tuple[str, Tensor]]:
