@@ -149,9 +149,9 @@ def check(config: Config) -> None:
         raise UserError(
             "rollout.dynamic_sampling would replace prompts that data.stratify_key chose: set only one of them"
         )
-    if (config.checkpoint.keep_best or "").startswith("evaluation/") and not data.heldout:
-        raise UserError(f"checkpoint.keep_best={config.checkpoint.keep_best} needs data.heldout: set it")
     best = config.checkpoint.keep_best or ""
+    if best.startswith("evaluation/") and not data.heldout:
+        raise UserError(f"checkpoint.keep_best={best} needs data.heldout: set it")
     if best.startswith("evaluation/") and best not in config.evaluation.metrics:
         raise UserError(
             f"checkpoint.keep_best={best} is not a metric of evaluations with evaluation.samples="

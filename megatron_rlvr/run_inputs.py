@@ -7,12 +7,12 @@ checkpoint has both.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.machinery
 import json
 import sys
 from pathlib import Path
 
+from megatron_rlvr import checksums
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.checked_input import read_json
 from megatron_rlvr.config import Config
@@ -95,8 +95,7 @@ def fingerprints(config: Config) -> dict[str, str]:
 def _digest(path: Path) -> str | None:
     """Return the SHA-256 of a file; None if it cannot be read, which whoever needs it will report."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return checksums.digest(path)
     except (OSError, ValueError):
         return None
 

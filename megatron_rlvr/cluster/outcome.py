@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rlvr.atomic_write import write_text
-from megatron_rlvr.cluster import node_name
+from megatron_rlvr.node import node_name
 
 # torchrun waits 30 s between SIGTERM and SIGKILL, so the outcome of one node can come that much later than another's.
 _OTHER_NODES_TIMEOUT_S = 60

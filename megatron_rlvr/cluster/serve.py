@@ -19,11 +19,11 @@ from pathlib import Path
 
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.bound_to_parent import exit_with_parent
-from megatron_rlvr.cluster import node_name
 from megatron_rlvr.config import Config, load_config, resolve
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device
+from megatron_rlvr.node import node_name
 from megatron_rlvr.node_address import node_address
 from megatron_rlvr.rollout.engines.sglang.kept_sets import with_kept_sets
 from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace, register

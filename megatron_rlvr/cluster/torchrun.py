@@ -28,13 +28,13 @@ from types import FrameType
 import psutil
 
 from megatron_rlvr.bound_to_parent import exit_with_parent
-from megatron_rlvr.cluster import node_name
 from megatron_rlvr.cluster.outcome import Outcome, await_outcomes
 from megatron_rlvr.cluster.rank_exit import STOP_SIGNALS, RankExit, first_failure, log_path, read_exit
 from megatron_rlvr.cluster.rank_supervisor import supervisor_command
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED
 from megatron_rlvr.log_tail import last_error
+from megatron_rlvr.node import node_name
 from megatron_rlvr.node_address import LOOPBACK, listening_store, node_address, resolves_to
 
 _JOIN_TIMEOUT_S = 300

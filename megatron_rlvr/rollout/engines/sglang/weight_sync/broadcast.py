@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from megatron_rlvr.megatron import device
+from megatron_rlvr.node import node_name
 from megatron_rlvr.node_address import LOOPBACK, listening_store, node_address
 from megatron_rlvr.rollout.engines.sglang.endpoint import ServerLostError
 from megatron_rlvr.rollout.engines.sglang.weight_sync.transport import Receiver
@@ -65,7 +66,7 @@ class BroadcastTransport:
             return
         self.abandon()
         local = all(r.endpoint.connections.host in ("127.0.0.1", "localhost") for r in receivers)
-        host = LOOPBACK if local else node_address(os.environ.get("SLURMD_NODENAME") or socket.gethostname())
+        host = LOOPBACK if local else node_address(node_name())
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
