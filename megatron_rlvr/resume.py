@@ -62,15 +62,10 @@ def continue_run(config: Config, directory: Path) -> tuple[Config, list[Change]]
             f"{directory} has done {done} steps, steps={config.steps} is less: set steps to at least {done}, or choose "
             "another run_directory"
         )
-    changes = check_same_run(config, directory / "config.yaml")
-    saved = _saved_config(directory / "config.yaml")
-    config = with_lengths(config, saved and with_lengths(saved))
-    if saved is not None:
-        config.checkpoint.start_from = saved.checkpoint.start_from
-    return config, changes
+    return check_same_run(config, directory / "config.yaml")
 
 
-def check_same_run(config: Config, path: Path) -> list[Change]:
+def check_same_run(config: Config, path: Path) -> tuple[Config, list[Change]]:
     """Refuse to resume a run with settings that would make it a different run, unless ``resume.allow`` names them.
 
     Args:
@@ -78,7 +73,7 @@ def check_same_run(config: Config, path: Path) -> list[Change]:
         path: the run's config.yaml; nothing is checked if it does not exist.
 
     Returns:
-        every setting that differs.
+        as `continue_run`.
 
     Raises:
         UserError: if a setting differs; names its key, both values, and what to add to change it. Also if the run's
@@ -86,7 +81,7 @@ def check_same_run(config: Config, path: Path) -> list[Change]:
     """
     saved = _saved_config(path)
     if saved is None:
-        return []
+        return with_lengths(config), []
     saved = with_lengths(saved)
     config = with_lengths(config, saved)
     start = config.checkpoint.start_from
@@ -110,7 +105,8 @@ def check_same_run(config: Config, path: Path) -> list[Change]:
             f"{path.parent} holds a run with {key}={old}, this one has {new}{others}: choose another run_directory, or "
             f"set {key} back, or add resume.allow=[{','.join([*allow, *names])}] to continue with the change"
         )
-    return differences
+    config.checkpoint.start_from = saved.checkpoint.start_from
+    return config, differences
 
 
 def _saved_config(path: Path) -> Config | None:

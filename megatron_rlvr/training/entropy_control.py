@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_rlvr.checked_input import InvalidInputError, checked
 from megatron_rlvr.config_schema import names_key
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.control.schedules import RelativeSchedule
@@ -18,6 +17,7 @@ from megatron_rlvr.objectives import UpdateObjective, build_objective
 from megatron_rlvr.training.config import AlgorithmConfig
 from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.rollout_metrics import RolloutMeasure
+from megatron_rlvr.training.run_state import check_alike, run_state_errors
 from megatron_rlvr.training.update_metrics import entropy_shift
 
 
@@ -120,19 +120,14 @@ class EntropyControl:
             UserError: if another schedule saved the state, it lacks an entropy bonus that this run has, or it is not a
                 state at all.
         """
-        try:
-            _check_alike({"tokens_seen": 0, "schedule": {"schedule": ""}, "objective": {}}, state, "run.json")
+        with run_state_errors():
+            check_alike({"tokens_seen": 0, "schedule": {"schedule": ""}, "objective": {}}, state, "run.json")
             same_schedule = state["schedule"]["schedule"] == self._schedule.name
             if same_schedule:
-                _check_alike(self._schedule.state_dict(), state["schedule"], "schedule")
-            _check_alike({"initial_entropy": None}, {"initial_entropy": None} | state, "run.json")
+                check_alike(self._schedule.state_dict(), state["schedule"], "schedule")
+            check_alike({"initial_entropy": None}, {"initial_entropy": None} | state, "run.json")
             if "entropy_bonus" in state["objective"]:
-                _check_alike(self.objective.state_dict(), state["objective"], "objective")
-        except InvalidInputError as error:
-            raise UserError(
-                f"run.json of the checkpoint holds no state of this run ({error}): remove this checkpoint to continue "
-                "from the one before"
-            ) from error
+                check_alike(self.objective.state_dict(), state["objective"], "objective")
         self.tokens_seen = state["tokens_seen"]
         self._initial_entropy = state.get("initial_entropy")  # checkpoints of earlier versions lack it
         with as_user_error():
@@ -162,22 +157,3 @@ class EntropyControl:
                     "algorithm.schedule.initial_entropy, in nats per token"
                 )
             self._schedule.initial_entropy = self._initial_entropy
-
-
-def _check_alike(present: Any, saved: Any, name: str) -> None:
-    """Raise InvalidInputError if a saved state lacks an entry of the present one, or has another type there."""
-    if isinstance(present, dict):
-        checked(saved, dict, name)
-        for key, value in present.items():
-            if key not in saved:
-                raise InvalidInputError(f"no {key!r} in {name!r}")
-            _check_alike(value, saved[key], key)
-    elif isinstance(present, list):
-        if present and len(checked(saved, list, name)) != len(present):
-            raise InvalidInputError(f"{name!r} has {len(saved)} entries instead of {len(present)}")
-        for number, value in enumerate(checked(saved, list, name)):  # an empty list is filled when a filter starts
-            _check_alike(present[number] if present else [] if isinstance(value, list) else 0.0, value, name)
-    elif present is not None:
-        checked(saved, type(present) if isinstance(present, bool | str) else float, name)
-    elif saved is not None:  # measured in the first steps of a run
-        checked(saved, float, name)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rlvr.checked_input import InvalidInputError, field
-from megatron_rlvr.errors import UserError
+from megatron_rlvr.checked_input import field
 from megatron_rlvr.training.policy import UpdateReport
+from megatron_rlvr.training.run_state import run_state_errors
 
 
 @dataclass
@@ -53,10 +53,5 @@ class UpdateGuard:
         Raises:
             UserError: if it is not a state.
         """
-        try:
+        with run_state_errors():
             self.in_a_row = field(state, "skipped_in_a_row", int, at_least=0, default=0)
-        except InvalidInputError as error:
-            raise UserError(
-                f"run.json of the checkpoint holds no state of this run ({error}): remove this checkpoint to continue "
-                "from the one before"
-            ) from error
