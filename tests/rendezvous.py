@@ -2,16 +2,23 @@
 
 import os
 
-_launched_at = int(os.environ.get("MASTER_PORT", "0"))
+import torch.distributed as dist
+
+_agent = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+_served: list[dist.TCPStore] = []  # by rank 0, as long as the processes run
 
 
 def renew(number: int) -> None:
     """Give the process groups of training ``number`` a new store: torchrun's store holds the previous addresses.
 
-    All ranks compute the same port, which lies below the range of ports that systems assign to other programs. A
-    process that was started without torchrun needs no port.
+    Rank 0 serves the store at a port that the system chooses, and announces the port in torchrun's store. A process
+    that was started without torchrun needs no port.
     """
     if "RANK" not in os.environ:
         return
-    port = 10_000 + (7 * _launched_at + 13 * number) % 20_000
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    agent, key = dist.TCPStore(*_agent), f"port of store {number}"
+    if os.environ["RANK"] == "0":
+        _served.append(dist.TCPStore(_agent[0], 0, is_master=True, wait_for_workers=False))
+        agent.set(key, str(_served[-1].port))
+    # With the agent's store, no rank starts another one at this port.
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": agent.get(key).decode()}
