@@ -76,14 +76,7 @@ void kept_logits_gradient_of(const KeptLogitsGradientArguments& arguments, int64
   const LogitsGradientArguments& a = arguments.row;
   const KeptSets& kept = arguments.kept;
   float block[kBlock];
-  for (int64_t row = begin; row < end; row++) {
-    const T* p = static_cast<const T*>(a.logits) + row * a.row_stride;
-    T* out = static_cast<T*>(a.gradient) + row * a.gradient_row_stride;
-    const RowGradient gradient(a, row);
-    if (gradient.is_zero) {
-      memset(out, 0, size_t(a.vocabulary) * sizeof(T));
-      continue;
-    }
+  with_row_gradients<T>(a, begin, end, [&](int64_t row, const RowGradient& gradient, const T* p, T* out) {
     const int64_t target = target_column(a, row);
     const formulas::KeptRange range = kept_of_shard(a, kept, row);
     int64_t written = 0;  // the columns before this one have their gradient
@@ -112,7 +105,7 @@ void kept_logits_gradient_of(const KeptLogitsGradientArguments& arguments, int64
       }
     }
     memset(out + written, 0, size_t(a.vocabulary - written) * sizeof(T));
-  }
+  });
 }
 
 void kept_row_statistics(const KeptRowStatisticsArguments& a, int64_t begin, int64_t end) {

@@ -204,20 +204,28 @@ void write_gradients(const RowGradient& gradient, const T* p, T* out, int64_t co
   }
 }
 
-template <class T>
-void logits_gradient_of(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
+// Calls `write(row, gradient, p, out)` for each row from `begin` to `end` whose gradient is not zero everywhere, with
+// its logits and the place of its gradient. Writes the zeros of the others.
+template <class T, class F>
+void with_row_gradients(const LogitsGradientArguments& a, int64_t begin, int64_t end, const F& write) {
   for (int64_t row = begin; row < end; row++) {
     const T* p = static_cast<const T*>(a.logits) + row * a.row_stride;
     T* out = static_cast<T*>(a.gradient) + row * a.gradient_row_stride;
     const RowGradient gradient(a, row);
-    if (gradient.is_zero) {
+    if (gradient.is_zero)
       memset(out, 0, size_t(a.vocabulary) * sizeof(T));
-      continue;
-    }
+    else
+      write(row, gradient, p, out);
+  }
+}
+
+template <class T>
+void logits_gradient_of(const LogitsGradientArguments& a, int64_t begin, int64_t end) {
+  with_row_gradients<T>(a, begin, end, [&](int64_t row, const RowGradient& gradient, const T* p, T* out) {
     write_gradients(gradient, p, out, a.vocabulary);
     const int64_t column = target_column(a, row);
     if (column >= 0) assign(out[column], gradient.at_target);
-  }
+  });
 }
 
 // Calls `run` with a value of the type that the logits have.

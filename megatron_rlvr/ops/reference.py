@@ -45,18 +45,28 @@ def row_statistics(
     exponential = shifted.exp()
     product = torch.where(exponential > 0, shifted * exponential, exponential)  # e = 0 adds 0, and a NaN stays NaN
     others = exponential.scatter(-1, position, 0.0)  # without the maximum's own 1: see the top of this file
-    local = targets - vocab_start
-    inside = (local >= 0) & (local < width) & (targets >= 0)
-    picked = x.gather(-1, local.clamp(0, width - 1).unsqueeze(-1)).squeeze(-1)
+    column, inside = target_columns(targets, vocab_start, width)
+    picked = x.gather(-1, column)
     columns = [
         maximum.squeeze(-1),
         others.sum(-1),
         product.sum(-1),
-        torch.where(inside, picked, torch.full_like(picked, -torch.inf)),
+        torch.where(inside, picked, torch.full_like(picked, -torch.inf)).squeeze(-1),
     ]
     if second_moments:
         columns += [others.square().sum(-1), (product * exponential).sum(-1)]
     return torch.stack(columns, dim=-1)
+
+
+def target_columns(targets: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
+    """The columns of the targets in a vocabulary shard of ``width`` ids from ``vocab_start`` on.
+
+    Returns the column of each target, int64 [T, 1], and whether the shard has it, bool [T, 1]. Where it has not, the
+    column is one of the shard's, so that it can be read.
+    """
+    local = targets - vocab_start
+    inside = (local >= 0) & (local < width) & (targets >= 0)
+    return local.clamp(0, width - 1).unsqueeze(-1), inside.unsqueeze(-1)
 
 
 def combine_statistics(
@@ -123,18 +133,14 @@ def logits_gradient(
         beta * (g (1[j = target] - p_j) - h p_j (ln p_j + H)).
     At the target 1 - p is computed as -expm1(log-prob), which keeps its relative accuracy where p is almost 1.
     """
-    width = logits.shape[-1]
     maximum, log_sum, entropy, logprob = state.unbind(-1)
     g, h = grad_logprob.unsqueeze(-1), grad_entropy.unsqueeze(-1)
-    has_target = targets >= 0
-    g = torch.where(has_target.unsqueeze(-1), g, torch.zeros_like(g))
+    g = torch.where((targets >= 0).unsqueeze(-1), g, torch.zeros_like(g))
     logp = (logits.float() - maximum.unsqueeze(-1)) * inverse_temperature - log_sum.unsqueeze(-1)
     prob = logp.exp()
     gradient = prob * (-g - h * (logp + entropy.unsqueeze(-1)))
     gradient = torch.where(prob == 0, prob, gradient)  # p ln p = 0 at p = 0, also where ln p = -inf
-    local = targets - vocab_start
-    inside = (has_target & (local >= 0) & (local < width)).unsqueeze(-1)
-    column = local.clamp(0, width - 1).unsqueeze(-1)
+    column, inside = target_columns(targets, vocab_start, logits.shape[-1])
     target_prob = logprob.exp()
     spread = torch.where(target_prob > 0, target_prob * (logprob + entropy), target_prob)
     at_target = g * -torch.expm1(logprob.unsqueeze(-1)) - h * spread.unsqueeze(-1)

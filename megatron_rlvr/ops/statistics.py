@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import reference
+from . import statistics_operators  # noqa: F401, registers what torch.ops.megatron_rlvr has below
 from .compiled import check_device
 from .kept import KeptSets, check_kept
-from .library import define
 from .vocab_parallel import VocabShard, gather_partials
 
 LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -298,78 +297,3 @@ def _traceable(
     else:
         logprob, entropy, _, moments = ops.kept_token_statistics(logits, targets, kept.ids, kept.offsets, *settings)
     return logprob, entropy, moments
-
-
-def _fake_row_statistics(logits: Tensor, *arguments: Any) -> Tensor:
-    second_moments = arguments[-1]
-    return logits.new_empty((logits.shape[0], 6 if second_moments else 4), dtype=torch.float32)
-
-
-def _fake_combine_statistics(gathered: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = gathered.shape[1]
-    shapes = ((rows,), (rows,), (rows, 4), (2 if gathered.shape[2] == 6 else 0, rows))
-    logprob, entropy, state, moments = (gathered.new_empty(shape) for shape in shapes)
-    return logprob, entropy, state, moments
-
-
-def _eager_token_statistics(
-    logits: Tensor, targets: Tensor, gathered: Tensor, vocab_start: int, vocab_size: int, inverse_temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.megatron_rlvr.combine_statistics(gathered, targets, vocab_size, inverse_temperature)
-
-
-def _eager_gradient_in_place(logits: Tensor, *arguments: Any) -> None:
-    logits.copy_(reference.logits_gradient(logits, *arguments))
-
-
-def _save_for_gradient(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, targets, _, ctx.vocab_start, _, ctx.inverse_temperature = inputs
-    _, _, state, moments = output
-    ctx.save_for_backward(logits, targets, state)
-    ctx.mark_non_differentiable(state, moments)
-
-
-def _statistics_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, *_: Any) -> tuple:
-    logits, targets, state = ctx.saved_tensors
-    gradients = (grad_logprob.contiguous(), grad_entropy.contiguous())
-    gradient = torch.ops.megatron_rlvr.logits_gradient(
-        logits, targets, state, *gradients, ctx.vocab_start, ctx.inverse_temperature
-    )
-    return gradient, None, None, None, None, None
-
-
-_STATISTICS = "(Tensor logprob, Tensor entropy, Tensor state, Tensor moments)"
-_GRADIENT_ARGUMENTS = (
-    "Tensor targets, Tensor state, Tensor grad_logprob, Tensor grad_entropy, int vocab_start, float inverse_temperature"
-)
-define(
-    "row_statistics(Tensor logits, Tensor targets, int vocab_start, int vocab_size, float inverse_temperature,"
-    " bool second_moments) -> Tensor",
-    eager=reference.row_statistics,
-    fake=_fake_row_statistics,
-)
-define(
-    f"combine_statistics(Tensor gathered, Tensor targets, int vocab_size, float inverse_temperature) -> {_STATISTICS}",
-    eager=reference.combine_statistics,
-    fake=_fake_combine_statistics,
-)
-# combine_statistics with the logits as an argument, so that autograd can differentiate with respect to them.
-define(
-    "token_statistics(Tensor logits, Tensor targets, Tensor gathered, int vocab_start, int vocab_size,"
-    f" float inverse_temperature) -> {_STATISTICS}",
-    eager=_eager_token_statistics,
-    fake=lambda logits, targets, gathered, *_: _fake_combine_statistics(gathered),
-    backward=_statistics_backward,
-    setup_context=_save_for_gradient,
-    has_kernel=False,
-)
-define(
-    f"logits_gradient(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor",
-    eager=reference.logits_gradient,
-    fake=lambda logits, *_: torch.empty_like(logits),
-)
-define(
-    f"logits_gradient_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()",
-    eager=_eager_gradient_in_place,
-    fake=lambda *_: None,
-)

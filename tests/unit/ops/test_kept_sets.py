@@ -121,7 +121,7 @@ def test_rows_without_target_have_the_entropy_of_their_set():
 
 
 def test_kernels_equal_the_eager_reference():
-    from megatron_rlvr.ops import kept as definitions
+    from megatron_rlvr.ops import statistics_operators as definitions
 
     logits, targets, kept, g, h = inputs([1, 6, 300, 299], 300, seed=3)
     logits[1, kept.ids[kept.offsets[1]].long()] = -math.inf
@@ -129,14 +129,17 @@ def test_kernels_equal_the_eager_reference():
     for start, width in ((0, 300), (100, 100), (200, 100)):  # the whole vocabulary, and shards of it
         shard = logits[:, start : start + width].contiguous()
         partials = OPS.kept_row_statistics(shard, *arguments[1:], start, 300, 0.8, True)
-        expected = definitions._eager_row_statistics(shard, *arguments[1:], start, 300, 0.8, True)
+        expected = definitions._kept_row_statistics(shard, *arguments[1:], start, 300, 0.8, True)
         has_sum = expected[:, 0] > -math.inf
         torch.testing.assert_close(partials[:, [0, 3]], expected[:, [0, 3]], rtol=0, atol=0)
         torch.testing.assert_close(partials[has_sum], expected[has_sum], rtol=1e-5, atol=1e-6)
         state = torch.tensor([[5.0, 1.0, 0.7, -1.2]]).repeat(4, 1)
         gradient = OPS.kept_logits_gradient(shard, *arguments[1:], state, g, h, start, 0.8)
         torch.testing.assert_close(
-            gradient, definitions._eager_gradient(shard, *arguments[1:], state, g, h, start, 0.8), rtol=1e-5, atol=1e-6
+            gradient,
+            definitions._kept_logits_gradient(shard, *arguments[1:], state, g, h, start, 0.8),
+            rtol=1e-5,
+            atol=1e-6,
         )
 
 
