@@ -9,6 +9,8 @@ backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,18 +130,12 @@ class GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, joined: Tensor) -> Tensor:
         ctx.save_for_backward(joined)
-        gate, up = joined.chunk(2, dim=-1)
-        return silu(gate).mul_(up)
+        return _gated(joined, silu)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         (joined,) = ctx.saved_tensors
-        gate, up = joined.chunk(2, dim=-1)
-        grad_joined = torch.empty_like(joined)
-        grad_gate, grad_up = grad_joined.chunk(2, dim=-1)
-        torch.mul(grad_output, silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad_output * up, gate, grad_input=grad_gate)
-        return grad_joined
+        return _gated_gradient(joined, grad_output, silu, torch.ops.aten.silu_backward.grad_input)
 
 
 class GatedGELU(torch.autograd.Function):
@@ -148,15 +144,30 @@ class GatedGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, joined: Tensor) -> Tensor:
         ctx.save_for_backward(joined)
-        gate, up = joined.chunk(2, dim=-1)
-        return gelu(gate, approximate="tanh").mul_(up)
+        return _gated(joined, _tanh_gelu)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         (joined,) = ctx.saved_tensors
-        gate, up = joined.chunk(2, dim=-1)
-        grad_joined = torch.empty_like(joined)
-        grad_gate, grad_up = grad_joined.chunk(2, dim=-1)
-        torch.mul(grad_output, gelu(gate, approximate="tanh"), out=grad_up)
-        torch.ops.aten.gelu_backward.grad_input(grad_output * up, gate, approximate="tanh", grad_input=grad_gate)
-        return grad_joined
+        return _gated_gradient(joined, grad_output, _tanh_gelu, _tanh_gelu_backward)
+
+
+_tanh_gelu = partial(gelu, approximate="tanh")
+_tanh_gelu_backward = partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh")
+
+
+def _gated(joined: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    gate, up = joined.chunk(2, dim=-1)
+    return activation(gate).mul_(up)
+
+
+def _gated_gradient(
+    joined: Tensor, grad_output: Tensor, activation: Callable[[Tensor], Tensor], write_gradient: Callable[..., Tensor]
+) -> Tensor:
+    """Return the gradient of `_gated`; ``write_gradient(grad, gate, grad_input=...)`` is that of the activation."""
+    gate, up = joined.chunk(2, dim=-1)
+    grad_joined = torch.empty_like(joined)
+    grad_gate, grad_up = grad_joined.chunk(2, dim=-1)
+    torch.mul(grad_output, activation(gate), out=grad_up)
+    write_gradient(grad_output * up, gate, grad_input=grad_gate)
+    return grad_joined

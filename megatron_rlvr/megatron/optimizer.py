@@ -56,8 +56,8 @@ def build_optimizer(
     Args:
         wrapped: result of `wrap_data_parallel`.
         optimizer_config: section ``optimizer`` of the configuration.
-        model_config: configuration of the model. Its fields for gradient scaling and reduction, which the pipeline
-            schedule reads, are set here; see also `finalize_gradients_with`.
+        model_config: configuration of the model. The function that scales its loss is set here; `Policy.update` sets
+            the one that reduces gradients (`finalize_gradients_with`).
         distributed: shard the state over data-parallel ranks.
 
     Raises:
@@ -87,7 +87,6 @@ def build_optimizer(
     for single in chained_optimizers(optimizer):
         _check_copies_in_norm(single)
     model_config.grad_scale_func = optimizer.scale_loss if half_precision else None
-    model_config.finalize_model_grads_func = finalize_model_grads
     return optimizer
 
 
