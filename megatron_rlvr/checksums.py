@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr.errors import first_line
 
 LIST = "SHA256SUMS"
 """Name of the list in a folder."""
@@ -177,4 +178,4 @@ def file_names(folder: Path) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+    return getattr(error, "strerror", None) or first_line(error)

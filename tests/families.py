@@ -137,6 +137,13 @@ class Measurement:
     weights: dict[str, torch.Tensor]
 
 
+def make_families(folder: Path) -> Path:
+    """Make a model of every family and mixture in the subfolder of its name; returns `folder`."""
+    for name in FAMILIES | MIXTURES:
+        make_family(folder / name, name)
+    return folder
+
+
 def make_family(folder: Path, name: str, **changes: Any) -> Path:
     """Save a random model of the family as a Hugging Face folder; no weight has its initial value."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_rlvr import ops
+from megatron_rlvr.errors import first_line
 
 Clock = Callable[[], float]
 Meter = Callable[["Contender"], tuple[float, int]]
@@ -85,7 +86,7 @@ def measure(contenders: list[Contender], repeats: int, meter: Meter) -> None:
         except Exception as error:
             if contender.peer is None:
                 raise
-            print(f"{contender.peer}: does not run here ({type(error).__name__}: {str(error).splitlines()[0]})")
+            print(f"{contender.peer}: does not run here ({type(error).__name__}: {first_line(error)})")
             contenders.remove(contender)
     for _ in range(repeats):
         for contender in contenders:

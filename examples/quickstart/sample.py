@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from megatron_rlvr.errors import UserError
+from megatron_rlvr.errors import UserError, first_line
 from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
 from megatron_rlvr.rollout.tokenizer_folder import load_tokenizer
 from megatron_rlvr.verifiers import build_verifier
@@ -35,10 +35,8 @@ def sample_texts(folder: Path, prompt: str, count: int, temperature: float, max_
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{folder} has no model that can be loaded ({type(error).__name__}: {reason}): copy the folder again"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{folder} has no model that can be loaded ({reason}): copy the folder again") from error
     inputs = tokenizer(prompt, return_tensors="pt")
     decoded = tokenizer.decode(inputs.input_ids[0], skip_special_tokens=True)
     if "".join(decoded.split()) != "".join(prompt.split()):

@@ -100,8 +100,9 @@ def uniforms(seeds: np.ndarray, position: int) -> np.ndarray:
 def kept_tokens(probability: Tensor, top_p: float, top_k: int) -> Tensor:
     """Return which tokens a cut keeps, as SGLang does: the intersection of both cuts of the same distribution.
 
-    A token is kept if fewer than `top_k` tokens are more probable and their probabilities sum to less than `top_p`. Of
-    tokens with equal probabilities, the one with the lower id comes first. A token of probability 0 is never kept.
+    Tokens are sorted by descending probability, and by ascending id where probabilities are equal. The cuts keep the
+    first `top_k` of them, and those before which the probabilities sum to less than `top_p`. Tokens of probability 0
+    are never kept.
 
     Args:
         probability: float64 [n, V], over the whole vocabulary, after the temperature.

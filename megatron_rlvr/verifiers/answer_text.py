@@ -51,7 +51,7 @@ _SYNONYMS = [
     (re.compile(r"\\(?:varnothing)(?![a-zA-Z])"), r"\\emptyset "),
     (re.compile(r"\^\s?\\circ(?![a-zA-Z])|\\(?:text)?degree(?![a-zA-Z])"), r"^{\\circ}"),
     (re.compile(r"\\(?:dots|cdots|dotsc)(?![a-zA-Z])"), r"\\ldots "),
-    # Space of any kind; between digits it is told apart from thousands separators below.
+    # Commands for space. `_GROUPS_OF_THOUSANDS` and `_SEPARATE_NUMBERS` decide about a space between digits.
     (re.compile(r"(?<!\\)\\(?:[,;:! ]|quad|qquad|thinspace|enspace|space)(?![a-zA-Z])|~"), " "),
     (re.compile(r"(?<!\\)\\[()\[\]]"), " "),
     (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),

@@ -24,7 +24,7 @@ from tests.families import (
     TEMPERATURE,
     Measurement,
     make_batch,
-    make_family,
+    make_families,
     measure,
     reference,
 )
@@ -57,10 +57,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("families")
-    for name in FAMILIES | MIXTURES:
-        make_family(folder / name, name)
-    return folder
+    return make_families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="module")

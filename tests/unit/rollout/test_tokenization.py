@@ -139,7 +139,7 @@ CODE = (
 def test_python_code_of_a_model_folder_is_never_run(
     places: tuple[str, ...], model_type: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers asks on stdin whether to run it, unless it is told not to; here stdin always says yes."""
+    """By default, transformers asks on stdin whether to run the code. Here stdin answers every question with yes."""
     folder, trace = shutil.copytree(small_model, tmp_path / "hidden"), tmp_path / "trace"
     (folder / "hidden.py").write_text(CODE.format(str(trace)))
     config = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}

@@ -17,7 +17,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights.huggingface_folder import INDEX, tensor_files, write_folder
 from megatron_rlvr.weights.shape_checks import check_shapes, expected_weights, rounding, unused_warning
-from tests.families import FAMILIES, MIXTURES, make_family
+from tests.families import FAMILIES, MIXTURES, make_families
 
 Tensors = dict[str, Tensor]
 
@@ -39,10 +39,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("families")
-    for family in FAMILIES | MIXTURES:
-        make_family(folder / family, family)
-    return folder
+    return make_families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture
