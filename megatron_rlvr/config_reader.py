@@ -55,6 +55,8 @@ class _Reader:
             if expected.optional:
                 return None
             raise UserError(f"{key} has no value: it must be {_words(expected, key, value)}")
+        if (expected := expected.for_value(value)).is_section_list:
+            return [self._list_item(expected.element, f"{key}[{number}]", item) for number, item in enumerate(value)]
         if not expected.is_section:
             return _convert_key(expected, key, value)
         if not isinstance(value, Mapping):
@@ -68,6 +70,14 @@ class _Reader:
             hint = f": did you mean {close[0]}?" if close else ""
             raise UserError(f"{key}.name must be one of {', '.join(expected.by_name)}, not {shown(chosen)}{hint}")
         return self.section(expected.by_name[chosen], value, f"{key}.", chosen)
+
+    def _list_item(self, expected: KeyType | None, key: str, value: Any) -> Any:
+        """Build a section that is an element of a list; a text alone is its first key."""
+        assert expected is not None
+        first = next(iter(key_types(expected.type)))
+        if not isinstance(value, str | Mapping):
+            raise UserError(f"{key}={shown(value)}: {key} must be a section: write {{{first}: ..., ...}}")
+        return self.section(expected.type, {first: value} if isinstance(value, str) else value, f"{key}.")
 
     def _hint(self, name: str, known: list[str], prefix: str, chosen: str) -> str:
         """Return what to write instead of an unknown key."""
@@ -134,4 +144,6 @@ def _words(expected: KeyType, key: str, value: Any) -> str:
         if isinstance(value, list):  # then one of its elements does not fit
             return f"a list of {_PLURALS[expected.element.type]}"
         return f"a list: write {key}=[{example}]"
+    if expected.or_list is not None and (element := expected.or_list.element) is not None:
+        return f"text or a list: write {key}=[{{{next(iter(key_types(element.type)))}: ..., ...}}, ...]"
     return _WORDS[expected.type]

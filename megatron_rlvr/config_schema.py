@@ -127,6 +127,7 @@ class KeyType:
         limits: the allowed range of a number; None if any number is allowed.
         choices: the allowed texts; empty if any text is allowed.
         element: type of the elements of a list, or of the values of a dict.
+        or_list: the list that may take the place of a text.
         by_name: the dataclasses of a section that its key ``name`` selects from.
     """
 
@@ -135,12 +136,22 @@ class KeyType:
     limits: Limits | None = None
     choices: tuple[str, ...] = ()
     element: KeyType | None = None
+    or_list: KeyType | None = None
     by_name: Mapping[str, type] | None = None
 
     @property
     def is_section(self) -> bool:
         """Whether the key is a section."""
         return dataclasses.is_dataclass(self.type)
+
+    def for_value(self, value: Any) -> KeyType:
+        """Return the type that ``value`` must have: of a key that takes a text or a list, the one or the other."""
+        return self.or_list if self.or_list is not None and isinstance(value, list | tuple) else self
+
+    @property
+    def is_section_list(self) -> bool:
+        """Whether the key is a list of sections."""
+        return self.type is list and self.element is not None and self.element.is_section
 
     def problem(self, value: Any) -> str | None:
         """Complete "KEY must ..." for a ``value`` of the right type that is not allowed; None if it is allowed."""
@@ -174,8 +185,8 @@ def key_type(annotation: Any) -> KeyType:
                 inner = dataclasses.replace(inner, limits=mark)
         return inner
     if origin in (Union, types.UnionType):
-        (inner,) = (key_type(argument) for argument in arguments if argument is not type(None))
-        return dataclasses.replace(inner, optional=True)
+        inner, *lists = (key_type(argument) for argument in arguments if argument is not type(None))
+        return dataclasses.replace(inner, optional=type(None) in arguments, or_list=next(iter(lists), None))
     if origin is Literal:
         return KeyType(str, choices=arguments)
     if origin in (list, Sequence):
@@ -224,6 +235,9 @@ def check_values(section: Any, prefix: str = "") -> None:
             )
         if expected.is_section:
             check_values(value, f"{key}.")
+        elif (expected := expected.for_value(value)).is_section_list:
+            for number, item in enumerate(value):
+                check_values(item, f"{key}[{number}].")
         elif problem := expected.problem(value):
             raise UserError(f"{key} must {problem}")
     if hasattr(section, "check"):
@@ -243,7 +257,8 @@ def to_dict(section: Any) -> dict[str, Any]:
             changed = {k: v for k, v in dataclasses.asdict(value).items() if v != getattr(default, k)}
             values[name] = {"name": value.name} | changed
         else:
-            values[name] = to_dict(value) if expected.is_section else value
+            sections = expected.for_value(value).is_section_list
+            values[name] = to_dict(value) if expected.is_section else list(map(to_dict, value)) if sections else value
     return values
 
 

@@ -66,7 +66,8 @@ def read_overrides(texts: Iterable[str], root: type) -> Any:
 
 def _read_value(text: str, value: str, expected: KeyType) -> Any:
     quoted = value[:1] in ("'", '"')
-    if expected.type is str and not expected.choices and not quoted:
+    listed = expected.or_list is not None and value[:1] == "["
+    if expected.type is str and not expected.choices and not quoted and not listed:
         return None if _NULL.fullmatch(value) else value
     try:
         node = yaml.compose(value, Loader=yaml.SafeLoader)
@@ -108,6 +109,8 @@ def _inner(expected: KeyType, name: str) -> KeyType:
         return next((known[name] for known in types if name in known), _UNTYPED)
     if expected.is_section:
         return key_types(expected.type).get(name, _UNTYPED)
+    if expected.or_list is not None:
+        return expected.or_list.element or _UNTYPED
     return expected.element or _UNTYPED
 
 

@@ -17,6 +17,7 @@ from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.checked_input import read_json
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_schema import names_key
+from megatron_rlvr.data.config import DataSource
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.resume import Change
 
@@ -82,14 +83,20 @@ def _key(name: str) -> str:
 def fingerprints(config: Config) -> dict[str, str]:
     """Return the SHA-256 of every input that exists, by the key of the configuration that leads to it."""
     model = Path(config.model.path)
-    files = {"data.train": Path(config.data.train)}
-    if config.data.heldout is not None:
-        files["data.heldout"] = Path(config.data.heldout)
-    named = {f"{key} ({file.name})": file for key, file in files.items()}
+    data = config.data
+    named = {f"data.train ({_name(source, data.train)})": Path(source.path) for source in data.sources()}
+    if data.heldout is not None:
+        named[f"data.heldout ({Path(data.heldout).name})"] = Path(data.heldout)
     named |= {f"{name} in model.path": model / name for name in _MODEL_FILES}
     if ":" in config.verifier.name and (source := _source(config.verifier.name.partition(":")[0])):
         named[f"verifier.name ({source.name})"] = source
     return {key: digest for key, file in named.items() if (digest := _digest(file)) is not None}
+
+
+def _name(source: DataSource, train: str | list[DataSource]) -> str:
+    """Return the name of a training file: of several, also by that of its source, because folders may differ."""
+    file = Path(source.path).name
+    return file if isinstance(train, str) else f"{source.label}: {file}"
 
 
 def _digest(path: Path) -> str | None:

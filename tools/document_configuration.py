@@ -87,6 +87,12 @@ def section(key: str, kind: type) -> Iterator[str]:
             if not expected_types[field.name].is_section
         ]
     )
+    for name, expected in expected_types.items():
+        if (listed_type := expected.or_list or expected).is_section_list:
+            yield f"An entry of the list `{key}.{name}` has:"
+            element = listed_type.element.type
+            kinds = key_types(element)
+            yield table([row(f, kinds[f.name], field_docstring(element, f.name)) for f in dataclasses.fields(element)])
     inner = {f"{key}.{name}".lstrip("."): expected for name, expected in expected_types.items() if expected.is_section}
     if not key:
         yield "Sections:"
@@ -156,6 +162,8 @@ def takes(expected: KeyType) -> str:
     """What a key takes, in words."""
     if expected.choices:
         words = ", ".join(f"`{choice}`" for choice in expected.choices)
+    elif expected.is_section_list:
+        words = f"list of sections with {listed(key_types(expected.element.type))}"
     elif expected.type is list and expected.element is not None:
         words = f"list of {takes(expected.element)}"
     elif expected.type is dict:
@@ -168,6 +176,7 @@ def takes(expected: KeyType) -> str:
         if cap not in (None, LARGEST_INT, 1e6) and not str(expected.limits).startswith("in "):
             words += f", {expected.limits.cap_words}" if isinstance(expected.limits, Bounds) else f", at most {cap:g}"
             words += " or `.inf`" if getattr(expected.limits, "infinite", False) else ""
+    words += f", or {takes(expected.or_list)}" if expected.or_list is not None else ""
     return words + (" or `null`" if expected.optional else "")
 
 

@@ -70,7 +70,7 @@ def check_node(node: str, config: Config, processes: int, trains: bool, folder: 
     if trains and report.gpus:
         sglang = config.rollout.sglang
         report.problems += software_problems(NO_SERVERS if sglang.urls else sglang.python)
-    data = [config.data.train, config.data.heldout] if trains else []
+    data = [*(source.path for source in config.data.sources()), config.data.heldout] if trains else []
     try:
         for file in [*model_files(Path(config.model.path)), *(Path(name) for name in data if name)]:
             check_readable(file)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_rlvr.config import Config
-from megatron_rlvr.data import PromptSampler
+from megatron_rlvr.data import MixtureSampler
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.parallel import Layout
@@ -21,11 +21,12 @@ from megatron_rlvr.rollout.grading import Grader
 from megatron_rlvr.rollout.groups import Group, GroupSource, RankRollout
 from megatron_rlvr.rollout.leaders import run_on_leaders
 from megatron_rlvr.rollout.prefetch import RolloutPrefetcher
-from megatron_rlvr.rollout.prompts import load_prompts
+from megatron_rlvr.rollout.prompts import load_training_prompts
 from megatron_rlvr.rollout.recording import record_group
 from megatron_rlvr.rollout.requirements import check_groups
 from megatron_rlvr.rollout.samples import Row, rows_of_groups
 from megatron_rlvr.rollout.sampling import SamplingSettings
+from megatron_rlvr.rollout.source_metrics import SourceMetrics
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.rollout.verifier_alarm import VerifierAlarm, stop_if_broken
 from megatron_rlvr.verifiers import VerifierPool
@@ -73,8 +74,14 @@ class RolloutCollector:
         self.samples_every = config.telemetry.samples_every
         self.recording = Path(config.run_directory) / "rollouts" if rollout.record else None
         sampling = SamplingSettings.for_training(rollout, tokenization.stops(rollout.stop))
-        self.prompts = load_prompts(config.data, rollout, tokenization, verifiers)
-        self.sampler = PromptSampler(len(self.prompts), rollout.prompts_per_step, config.seed, self.prompts.strata)
+        self.prompts = load_training_prompts(config.data, rollout, tokenization, verifiers)
+        weights = [source.weight for source in config.data.sources()]
+        self.sampler = self.prompts.sampler(weights, rollout.prompts_per_step, config.seed)
+        self.source_metrics = (
+            SourceMetrics(self.prompts.sources, self.sampler) if isinstance(self.sampler, MixtureSampler) else None
+        )
+        # Replacements change how many prompts of each file a step trains on, which is then random.
+        self.strata = None if rollout.dynamic_sampling else self.prompts.strata
         self.source = GroupSource(
             rollout=rollout,
             seed=config.seed,
@@ -126,9 +133,8 @@ class RolloutCollector:
             [verdict.reward for group in groups for verdict in group.verdicts],
             self.padding,
         )
-        if self.sampler.stratified:
-            strata = [self.prompts.examples[group.example].stratum for group in groups]
-            batch.strata = torch.tensor(strata, dtype=torch.float64)
+        if self.strata is not None:
+            batch.strata = torch.tensor([self.strata[group.example] for group in groups], dtype=torch.float64)
             batch.slots = torch.tensor([group.slot for group in groups])
         if self.rollout.overlong_buffer:
             batch.penalty = overlong_penalty(
@@ -156,6 +162,8 @@ class RolloutCollector:
             spans = [s for c in completions for s in c.version_spans or ((c.weight_version, len(c.token_ids)),)]
             sums |= {"stale": sum((step - version) * tokens for version, tokens in spans), "tokens": batch.token_count}
             sums["interrupted"] = sum(bool(c.version_spans) for c in completions)
+        if self.source_metrics is not None:
+            sums |= self.source_metrics.sums(result.groups)
         # A leader may still be writing its rollouts to the disk.
         what = f"the metrics of the rollout of step {step}"
         total = waiting.sum_over_job(sums, contributes=self.layout.is_leader, what=what)
@@ -173,6 +181,8 @@ class RolloutCollector:
         if rollout.max_staleness:
             metrics["staleness/mean"] = total["stale"] / total["tokens"]
             metrics["staleness/interrupted_fraction"] = total["interrupted"] / total["sequences"]
+        if self.source_metrics is not None:
+            metrics |= self.source_metrics.metrics(step, total, batch.group_size)
         return metrics
 
 

@@ -11,7 +11,7 @@ from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.rollout.engines.base import EngineLostError, GroupRequest, RolloutEngine, RolloutError
 from megatron_rlvr.rollout.grading import Grader
 from megatron_rlvr.rollout.leaders import run_on_leaders
-from megatron_rlvr.rollout.prompts import load_prompts
+from megatron_rlvr.rollout.prompts import load_heldout_prompts
 from megatron_rlvr.rollout.samples import Row, collected, rows_of_prompt
 from megatron_rlvr.rollout.sampling import SamplingSettings, sample_seed
 from megatron_rlvr.rollout.tokenization import Tokenization
@@ -48,7 +48,7 @@ class Evaluator:
         self.grader = Grader(tokenization, verifiers)
         self.pass_at = evaluation.pass_at
         self.sampling = SamplingSettings.for_evaluation(evaluation, rollout, tokenization.stops(rollout.stop))
-        self.prompts = load_prompts(config.data, rollout, tokenization, verifiers, evaluation=evaluation)
+        self.prompts = load_heldout_prompts(config.data, rollout, evaluation, tokenization, verifiers)
         self.keep_samples = config.telemetry.samples_every > 0
         self.samples: list[Row] = []
 

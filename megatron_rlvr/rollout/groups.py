@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_rlvr.data import PromptSampler
+from megatron_rlvr.data import Sampler
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import GroupRequest, RolloutEngine
@@ -85,7 +85,7 @@ class GroupSource:
         seed: int,
         slots: Sequence[int],
         prompts: PromptSet,
-        sampler: PromptSampler,
+        sampler: Sampler,
         engine: RolloutEngine,
         grader: Grader,
         sampling: SamplingSettings,
@@ -127,7 +127,7 @@ class GroupSource:
         """Return (slot, example) of the `number`-th replacement prompt of this rank in a step."""
         slot = self.rollout.prompts_per_step * (1 + number // len(self.slots))
         slot += self.slots[number % len(self.slots)]
-        return slot, sample_seed(self.seed, step, slot, _REPLACEMENT_DRAW) % len(self.prompts)
+        return slot, self.sampler.replacement(sample_seed(self.seed, step, slot, _REPLACEMENT_DRAW))
 
     def _complete(self, step: int, candidates: Sequence[tuple[int, int]], enough: int) -> tuple[list[Group], float]:
         """Generate and verify the groups of `candidates`, which are pairs of (slot, example).

@@ -80,10 +80,10 @@ def check_context(config: Config, positions: int) -> None:
         config: the configuration.
         positions: longest sequence that the model supports, in tokens.
     """
-    responses = {"rollout.max_tokens": (config.rollout.max_tokens, config.data.train)}
+    responses = [("rollout.max_tokens", config.rollout.max_tokens, source.path) for source in config.data.sources()]
     if config.data.heldout and config.evaluation.max_tokens:
-        responses["evaluation.max_tokens"] = (config.evaluation.max_tokens, config.data.heldout)
-    for setting, (response, path) in responses.items():
+        responses.append(("evaluation.max_tokens", config.evaluation.max_tokens, config.data.heldout))
+    for setting, response, path in responses:
         prompt, source = config.data.max_prompt_tokens, "data.max_prompt_tokens"
         if not exceeds_context(prompt, response, positions):
             continue

@@ -9,17 +9,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_rlvr.config import load_config
 from tests.processes import ROOT, environment
 
 PAGE = ROOT / "docs" / "your_task.md"
 
 
+def blocks() -> list[tuple[str, str]]:
+    """The blocks of code of the page in its order: language and text."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
 def script() -> str:
-    """All code of the page in its order, as one program of bash."""
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert {language for language, _ in blocks} == {"bash", "python"}
-    commands = [text if kind == "bash" else f"python - <<'EOF_PYTHON'\n{text}EOF_PYTHON\n" for kind, text in blocks]
+    """All commands of the page in its order, as one program of bash."""
+    assert {language for language, _ in blocks()} == {"bash", "python", "yaml"}
+    commands = [
+        text if kind == "bash" else f"python - <<'EOF_PYTHON'\n{text}EOF_PYTHON\n"
+        for kind, text in blocks()
+        if kind != "yaml"
+    ]
     return "\n".join(commands).replace("source .venv/bin/activate\n", "")
+
+
+def test_the_page_s_configurations_are_valid(tmp_path: Path) -> None:
+    for number, text in enumerate(text for kind, text in blocks() if kind == "yaml"):
+        (tmp_path / "part.yaml").write_text(f"run_directory: runs/{number}\nmodel: {{path: model}}\n{text}")
+        load_config(tmp_path / "part.yaml")
 
 
 def test_every_command_of_the_page_works(tmp_path: Path) -> None:
