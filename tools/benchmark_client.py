@@ -11,9 +11,11 @@ import asyncio
 import json
 import multiprocessing
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -73,13 +75,15 @@ def canned_server(samples: int, tokens: int) -> Iterator[str]:
         process.join()
 
 
-def rollout(url: str, prompts: list[list[int]], sampling: SamplingSettings, concurrency: int) -> list[Completion]:
+def rollout(
+    url: str, prompts: list[list[int]], sampling: SamplingSettings, config: SGLangConfig, key: str | None = None
+) -> list[Completion]:
     """Generate the samples of all prompts with the SGLang client."""
     requests = [GroupRequest(prompt, range(sampling.samples)) for prompt in prompts]
-    state = ServerState(0, folder=None, max_staleness=10**9)
+    state = ServerState(0, folder=None, max_staleness=10**9, key=key)
 
     async def ask() -> list[Completion]:
-        async with Client([url], SGLangConfig(concurrency=concurrency), state) as client:
+        async with Client([url], config, state) as client:
             client.endpoints[0].up = True  # no health check, which takes SGLang a second
             return [completion for group in await client.generate(requests, sampling) for completion in group]
 
@@ -96,28 +100,39 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=100, help="number of token ids that prompts are drawn from")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--key", help="the key of that server")
     options = parser.parse_args()
     rng = random.Random(0)
-    prompts = [rng.choices(range(3, options.vocabulary), k=options.prompt_tokens) for _ in range(options.prompts)]
     sampling = SamplingSettings(samples=options.samples, max_tokens=options.tokens)
 
-    def measure(url: str, name: str) -> None:
-        for _ in range(options.repeat):
-            cpu, wall = time.process_time(), time.perf_counter()
-            completions = rollout(url, prompts, sampling, options.concurrency)
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            count = len(completions)
-            tokens = sum(len(c.token_ids) for c in completions)
-            print(
-                f"{name}: {count} completions, {tokens} tokens in {wall:.2f} s; client CPU {cpu:.3f} s = "
-                f"{100 * cpu / wall:.1f} % of the time, {1e6 * cpu / count:.0f} us per "
-                f"completion, {1e6 * cpu / tokens:.2f} us per token"
-            )
+    def measure(url: str, name: str, config: SGLangConfig) -> float:
+        prompts = [rng.choices(range(3, options.vocabulary), k=options.prompt_tokens) for _ in range(options.prompts)]
+        cpu, wall = time.process_time(), time.perf_counter()
+        completions = rollout(url, prompts, sampling, config, options.key)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        count = len(completions)
+        tokens = sum(len(c.token_ids) for c in completions)
+        print(
+            f"{name}: {count} completions, {tokens} tokens in {wall:.2f} s; client CPU {cpu:.3f} s = "
+            f"{100 * cpu / wall:.1f} % of the time, {1e6 * cpu / count:.0f} us per "
+            f"completion, {1e6 * cpu / tokens:.2f} us per token"
+        )
+        return wall
 
+    config = SGLangConfig(concurrency=options.concurrency, prefill_once_from=0)
     with canned_server(options.samples, options.tokens) as url:
-        measure(url, "canned replies")
+        for _ in range(options.repeat):
+            measure(url, "canned replies", config)
     if options.url:
-        measure(options.url, "SGLang")
+        once = replace(config, prefill_once_from=1)
+        ratios = []
+        for _ in range(options.repeat):
+            each = measure(options.url, "SGLang, prompts computed per sample", config)
+            ratios.append(each / measure(options.url, "SGLang, prompts computed once", once))
+        print(
+            f"computing prompts once is {statistics.median(ratios):.2f} times as fast ({sorted(ratios)[0]:.2f} to "
+            f"{sorted(ratios)[-1]:.2f})"
+        )
 
 
 if __name__ == "__main__":

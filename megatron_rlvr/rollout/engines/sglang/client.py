@@ -12,7 +12,8 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import EngineLostError, GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
-from megatron_rlvr.rollout.engines.sglang.protocol import generate_body, largest_reply, read_completions
+from megatron_rlvr.rollout.engines.sglang.http import LARGEST_REPLY
+from megatron_rlvr.rollout.engines.sglang.protocol import generate_body, largest_reply, prefill_body, read_completions
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.sampling import SamplingSettings
 
@@ -95,11 +96,14 @@ class Client:
     async def _generate_group(
         self, request: GroupRequest, sampling: SamplingSettings, endpoint: Endpoint, limit: int
     ) -> list[Completion]:
-        """Request all samples of a prompt at once, so that the server computes the prompt once."""
+        """Request all samples of a prompt from one server, whose prefix cache then holds the prompt for all of them."""
         body = generate_body(request.prompt, sampling, request.seeds)
+        prefill = prefill_body(request.prompt) if self._prefills_once(request, sampling) else None
         losses: list[str] = []
         while True:
             try:
+                if prefill is not None:
+                    await endpoint.generate(prefill, LARGEST_REPLY)  # if it is refused, so are the samples
                 return await self._request_group(endpoint, body, sampling)
             except ServerLostError as error:
                 losses.append(str(error))
@@ -112,6 +116,10 @@ class Client:
                     f"the last error: {losses[-1]}"
                 )
             endpoint = await self._claim_endpoint(limit)
+
+    def _prefills_once(self, request: GroupRequest, sampling: SamplingSettings) -> bool:
+        shortest = self.config.prefill_once_from
+        return shortest > 0 and len(request.prompt) >= shortest and sampling.samples > 1 and self.config.caches_prefixes
 
     async def _request_group(self, endpoint: Endpoint, body: bytes, sampling: SamplingSettings) -> list[Completion]:
         completions = read_completions(endpoint.url, await endpoint.generate(body, largest_reply(sampling)), sampling)

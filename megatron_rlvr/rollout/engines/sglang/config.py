@@ -43,6 +43,10 @@ class SGLangConfig:
     concurrency: PositiveInt = 256
     """Completions that one data-parallel rank keeps in flight per server. All completions of a prompt are requested
     together."""
+    prefill_once_from: Annotated[int, Bounds(at_least=0, cap=2**24)] = 128
+    """Prompts of at least this many tokens are computed once, not once per sample: a request without new tokens puts
+    the prompt into the server's prefix cache before its samples are requested. 0 never does; nor do servers without a
+    prefix cache (``server.disable_radix_cache``)."""
     weight_sync: Literal["auto", "disk", "tensor", "distributed"] = "auto"
     """How servers receive new weights. ``tensor``: through shared memory (CUDA IPC on a GPU), for servers on the nodes
     of training processes. ``distributed``: broadcasts in a process group with the servers (NCCL, or gloo on a CPU).
@@ -77,6 +81,11 @@ class SGLangConfig:
     when_all_lost: Literal["stop", "wait"] = "stop"
     """What to do if all servers are lost and none comes back within `start_timeout_seconds`: ``stop`` with a checkpoint
     and exit status 75, or ``wait``."""
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether the servers that the trainer starts keep prefixes; running ones are taken to."""
+        return not any(self.server.get(name) for name in ("disable_radix_cache", "disable-radix-cache"))
 
     def check(self) -> None:
         """Refuse combinations of keys that cannot work."""

@@ -48,6 +48,15 @@ def generate_body(prompt: Sequence[int], sampling: SamplingSettings, seeds: Sequ
     return f'{{"input_ids":[{prompts}],"sampling_params":{parameters},"return_logprob":true{kept}}}'.encode()
 
 
+def prefill_body(prompt: Sequence[int]) -> bytes:
+    """Return the JSON of a request that computes `prompt` into the prefix cache and generates nothing.
+
+    SGLang computes prompts that arrive together once each, equal or not. It sends such a request itself for
+    ``sampling_params.n``, which allows one seed only (TokenizerManager._handle_batch_request).
+    """
+    return json.dumps({"input_ids": [list(prompt)], "sampling_params": [{"max_new_tokens": 0}]}).encode()
+
+
 def largest_reply(sampling: SamplingSettings) -> int:
     """Return the maximum size of a reply of ``/generate``, in bytes; larger ones are not read.
 

@@ -91,6 +91,23 @@ def test_samples_of_a_prompt_go_to_one_server(fake: FakeServer, other: FakeServe
     assert min(len(first), len(second)) >= 6
 
 
+def test_a_long_prompt_is_computed_once_before_its_samples(fake: FakeServer) -> None:
+    prompts = [[7, 8, 9], [1, 2]]
+    bodies: list[dict[str, Any]] = []
+    fake.answer = lambda body: (bodies.append(body), fake.completion(body))[1]
+    _generate([fake.url], dataclasses.replace(CONFIG, prefill_once_from=3), prompts=prompts)
+    long, short = ([body for body in bodies if body["input_ids"][0] == prompt] for prompt in prompts)
+    assert [len(body["input_ids"]) for body in long] == [1, 4] and [len(body["input_ids"]) for body in short] == [4]
+    assert [p["max_new_tokens"] for body in long for p in body["sampling_params"]] == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("settings", [{"prefill_once_from": 0}, {"server": {"disable-radix-cache": True}}])
+def test_no_prompt_is_computed_beforehand_without_use(fake: FakeServer, settings: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, **({"prefill_once_from": 1} | settings))
+    _generate([fake.url], config, prompts=[[7, 8, 9]])
+    assert len(fake.prompts) == 4
+
+
 def test_prompts_of_a_server_that_closes_connections_go_to_another(fake: FakeServer, other: FakeServer) -> None:
     answered: list[int] = []
 
