@@ -21,7 +21,7 @@ from megatron_rlvr.control import build_schedule
 from megatron_rlvr.control.build import has_end
 from megatron_rlvr.data.config import DataConfig
 from megatron_rlvr.errors import UserError, as_user_error
-from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rlvr.megatron.config import LoRAConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.node import node_name
 from megatron_rlvr.rollout.config import EvaluationConfig, RolloutConfig
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
@@ -46,6 +46,7 @@ class Config:
     threads: Annotated[int, Bounds(at_least=0, cap=1024)] = 0
     """CPU threads per process; 0 leaves the choice to torch."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -156,6 +157,10 @@ def check(config: Config) -> None:
         raise UserError(
             f"checkpoint.keep_best={best} is not a metric of evaluations with evaluation.samples="
             f"{config.evaluation.samples}: use one of {', '.join(config.evaluation.metrics)}"
+        )
+    if config.lora.rank and config.model.fp8 != "none":
+        raise UserError(
+            f"lora.rank={config.lora.rank} with model.fp8={config.model.fp8} is not supported: set fp8=none"
         )
     if config.optimizer.cpu_offload and not parallel.distributed_optimizer:
         raise UserError("optimizer.cpu_offload needs parallel.distributed_optimizer=true: set it, or offload nothing")

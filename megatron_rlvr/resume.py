@@ -24,7 +24,7 @@ from megatron_rlvr.training.config import ResumeConfig
 
 # Sections that may only change if resume.allow names the key. The others, such as steps, parallel and telemetry, may
 # change.
-IDENTITY = ("seed", "data", "verifier", "rollout", "algorithm", "optimizer")
+IDENTITY = ("seed", "lora", "data", "verifier", "rollout", "algorithm", "optimizer")
 # Keys of these sections that may change: how completions are generated and stored, but not how they are sampled.
 MAY_CHANGE = ("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang")
 # Sections whose parameters belong to their name: if the name changes, they change together.

@@ -17,15 +17,15 @@ from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_p
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_rlvr.megatron import device, fusions, layer_spec
-from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
+from megatron_rlvr.megatron import device, fusions, layer_spec, lora
+from megatron_rlvr.megatron.config import LoRAConfig, ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.families import family_of
 from megatron_rlvr.megatron.huggingface_config import is_tied, read_config
 from megatron_rlvr.megatron.layout_checks import check_layout
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.rotary import inverse_frequencies
 from megatron_rlvr.megatron.transformer_settings import transformer_settings
-from megatron_rlvr.megatron.weight_export import WeightExport
+from megatron_rlvr.megatron.weight_export import WeightExport, adapter_sources, weight_sources
 from megatron_rlvr.megatron.weight_loading import TensorReader, load_weights, stored_name
 from megatron_rlvr.megatron.weight_shards import local_name
 
@@ -50,12 +50,14 @@ class PolicyBridge:
 
     Args:
         model, parallel: sections of the configuration, with ``auto`` resolved; ``model.path`` is the folder.
+        adapters: section ``lora``; None, or a rank of 0, for a model whose own weights are trained.
 
     Raises:
-        UserError: if the folder is missing, the model is not supported, or the layout does not divide the model.
+        UserError: if the folder is missing, the model is not supported, the layout does not divide the model, or
+            ``lora.target_modules`` names a module that it does not have.
     """
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig):
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, adapters: LoRAConfig | None = None):
         self.path = Path(model.path)
         self.hf_config = read_config(self.path)
         check_layout(self.hf_config, parallel)
@@ -66,6 +68,9 @@ class PolicyBridge:
         fusions.check_fusions(settings)
         self.family = family_of(self.hf_config)
         self.config = TransformerConfig(**settings)
+        self.adapters = adapters if adapters is not None and adapters.rank else None
+        if self.adapters is not None:
+            lora.chosen_modules(self.family, self.adapters)
 
     @property
     def vocab_size(self) -> int:
@@ -84,7 +89,9 @@ class PolicyBridge:
         return -(-self.vocab_size // ranks) * ranks
 
     def build(self, shapes_only: bool = False) -> list[PolicyModel]:
-        """Build this rank's model chunks: one, or one per virtual pipeline stage. Weights are not loaded.
+        """Build this rank's model chunks: one, or one per virtual pipeline stage.
+
+        Weights are not loaded, and adapters have no values yet (`lora.initialize`).
 
         Args:
             shapes_only: build on the meta device, so that parameters of a model of any size can be counted.
@@ -101,7 +108,9 @@ class PolicyBridge:
         with torch.device("meta") if shapes_only else nullcontext(), fusions.output_layer_without_apex():
             model = PolicyModel(
                 config=config,
-                transformer_layer_spec=layer_spec.layer_spec(config, self.spec_name, self.family, vp_stage),
+                transformer_layer_spec=layer_spec.layer_spec(
+                    config, self.spec_name, self.family, vp_stage, fused_norms=self.adapters is None
+                ),
                 vocab_size=self.padded_vocabulary,
                 max_sequence_length=self.context_length,
                 pre_process=parallel_state.is_pipeline_first_stage(**stage),
@@ -110,6 +119,8 @@ class PolicyBridge:
                 position_embedding_type="rope",
                 vp_stage=vp_stage,
             )
+            if self.adapters is not None:
+                lora.add_adapters(model, self.family, self.hf_config, self.adapters)
         if not shapes_only:
             # megatron-core knows only some of the types of RoPE, and not all of their parameters.
             model.rotary_pos_emb.inv_freq = inverse_frequencies(self.hf_config, device.device())
@@ -136,10 +147,17 @@ class PolicyBridge:
 
     def weight_export(self, model_chunks: Sequence[PolicyModel]) -> WeightExport:
         """Prepare exports of the weights of `model_chunks`. Collective over the job."""
-        return WeightExport(model_chunks, self.family, self.hf_config)
+        return WeightExport(weight_sources(model_chunks, self.family, self.hf_config), self.hf_config)
+
+    def adapter_export(self, model_chunks: Sequence[PolicyModel]) -> WeightExport:
+        """Prepare exports of the adapters of `model_chunks`, by their names in PEFT. Collective over the job."""
+        return WeightExport(adapter_sources(model_chunks, self.family), self.hf_config)
 
     def export(self, model_chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
-        """Yield every complete Hugging Face tensor on every process, one at a time. Collective over the job."""
+        """Yield every complete Hugging Face tensor on every process, one at a time. Collective over the job.
+
+        Adapters are merged into the weights.
+        """
         yield from self.weight_export(model_chunks).tensors()
 
     def weight_format(self, name: str) -> WeightFormat:

@@ -45,6 +45,35 @@ class ModelConfig:
             raise UserError(f"model.fp8={self.fp8} needs model.dtype=bfloat16: set it, or model.fp8=none")
 
 
+ALL_LINEAR = "all-linear"
+"""Stands for every module that can have an adapter, as in PEFT."""
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685), which are trained in place of the weights of the model.
+
+    An adapter adds ``alpha / rank * B A x`` to the output of a linear layer. There is no dropout.
+    """
+
+    rank: Annotated[int, Bounds(at_least=0, cap=4096)] = 0
+    """Rank of every adapter: rows of A and columns of B. 0 trains all weights of the model and no adapters."""
+    alpha: Annotated[float, Bounds(above=0, cap=1e6)] = 32.0
+    """Numerator of the factor of the adapters, ``alpha / rank``."""
+    target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+    """Modules with an adapter, by the last part of their Hugging Face name: of most models, q_proj, k_proj, v_proj,
+    o_proj, gate_proj, up_proj and down_proj, also those of experts. ``[all-linear]`` means all of them."""
+
+    def check(self) -> None:
+        """Refuse a list that names nothing, or something twice."""
+        if not self.target_modules:
+            raise UserError("lora.target_modules=[] leaves nothing to train: name modules, or write [all-linear]")
+        if twice := [name for name in self.target_modules if self.target_modules.count(name) > 1]:
+            raise UserError(f"lora.target_modules names {twice[0]} twice: name every module once")
+        if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
+            raise UserError("lora.target_modules: all-linear includes every other module: write it alone")
+
+
 @dataclass
 class OptimizerConfig:
     """Adam and its learning-rate schedule."""

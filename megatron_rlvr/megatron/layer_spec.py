@@ -67,7 +67,7 @@ def check_installed(name: str) -> None:
 
 
 def layer_spec(
-    config: TransformerConfig, name: str, family: Family, vp_stage: int | None = None
+    config: TransformerConfig, name: str, family: Family, vp_stage: int | None = None, *, fused_norms: bool = True
 ) -> TransformerBlockSubmodules:
     """Return megatron-core's block spec for this pipeline stage.
 
@@ -76,9 +76,14 @@ def layer_spec(
         name: ``local`` or ``transformer_engine``.
         family: family of the model.
         vp_stage: the virtual pipeline stage, if there are several.
+        fused_norms: whether Transformer Engine may compute a norm and the linear layer after it in one module, whose
+            input is not that of the linear layer. Adapters need the latter.
     """
     if name == "transformer_engine":
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        if not fused_norms:
+            for layer in {id(layer): layer for layer in block.layer_specs}.values():
+                _separate_norms(layer)
         if family.post_norms:
             from megatron.core.extensions.transformer_engine import TENorm
 
@@ -91,6 +96,25 @@ def layer_spec(
     kinds = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
     layers = [mixture if kind else dense for kind in kinds[first : first + count]]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _separate_norms(layer: ModuleSpec) -> None:
+    """Change the spec of a layer of Transformer Engine so that a norm is not part of the linear layer after it.
+
+    With frozen weights this costs no memory: the norm keeps its input, and the adapter the output of the norm.
+    """
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+    )
+
+    parts = {"input_layernorm": ("self_attention", "linear_qkv"), "pre_mlp_layernorm": ("mlp", "linear_fc1")}
+    for norm, (part, linear) in parts.items():
+        submodules = getattr(layer.submodules, part).submodules
+        if getattr(submodules, linear, None) is TELayerNormColumnParallelLinear:
+            setattr(submodules, linear, TEColumnParallelLinear)
+            setattr(layer.submodules, norm, TENorm)
 
 
 def _local_layer(config: TransformerConfig, family: Family, experts: int | None) -> ModuleSpec:

@@ -6,7 +6,10 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.tensor_parallel.layers import (
+    linear_with_frozen_weight,
+    linear_with_grad_accumulation_and_async_allreduce,
+)
 from torch import Tensor
 
 from megatron_rlvr.megatron import device
@@ -22,10 +25,12 @@ class PolicyModel(GPTModel):
     Attributes:
         vocabulary: vocabulary size without the rows that pad the embedding; set by `PolicyBridge.build`.
         embedding_scale: factor of the embeddings; set by `PolicyBridge.build`.
+        adapted: whether the weights are frozen and adapters are trained (`lora.py`).
     """
 
     vocabulary: int
     embedding_scale: float = 1.0
+    adapted: bool = False
 
     def forward(
         self,
@@ -58,6 +63,9 @@ class PolicyModel(GPTModel):
         if decoder_input is not None and self.embedding_scale != 1.0:
             # The factor has the dtype of the weights, as in transformers.
             decoder_input = decoder_input * decoder_input.new_tensor(self.embedding_scale)
+        if decoder_input is not None and self.config.recompute_granularity and torch.is_grad_enabled():
+            # The output of a recomputed module has a gradient only if its input has one. A frozen embedding has none.
+            decoder_input.requires_grad_()
         if positions is not None:
             # The positions of a training microbatch end with its width. Reading their largest would wait for the GPU.
             width = tokens.size(1) * self.config.context_parallel_size
@@ -98,7 +106,8 @@ class PolicyModel(GPTModel):
     def project(self, hidden: Tensor) -> Tensor:
         """Compute logits [T, V / tp] from hidden states [T, h]."""
         weight = self.output_weight()
-        return linear_with_grad_accumulation_and_async_allreduce(
+        trained = linear_with_grad_accumulation_and_async_allreduce
+        return (trained if weight.requires_grad else linear_with_frozen_weight)(
             input=hidden,
             weight=weight,
             bias=None,

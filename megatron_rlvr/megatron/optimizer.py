@@ -122,7 +122,8 @@ def finalize_gradients_with(mark: Callable[[], torch.Tensor]) -> Callable[..., N
     """
 
     def finalize(model_chunks: Sequence[DistributedDataParallel], *arguments: Any, **settings: Any) -> None:
-        element = model_chunks[-1].buffers[0].grad_data[:1]
+        # Those of experts are the only ones if no other module has an adapter.
+        element = [*model_chunks[-1].buffers, *model_chunks[-1].expert_parallel_buffers][0].grad_data[:1]
         element.add_(mark().to(element.dtype))
         finalize_model_grads(model_chunks, *arguments, **settings)
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from megatron_rlvr.checksums import hashing_file
 from megatron_rlvr.errors import first_line, truncated
-from megatron_rlvr.megatron import optimizer_state, waiting
+from megatron_rlvr.megatron import lora_state, optimizer_state, waiting
 from megatron_rlvr.megatron.flat_slices import FlatSlice, SavePlannerWithSlices, read_slices
 from megatron_rlvr.megatron.model import PolicyModel
 
@@ -108,9 +108,13 @@ def training_state(
 ) -> TrainingState:
     """Return a description of the training state, for `save` or `load`. Collective over the job.
 
-    Without an optimizer, it is the model alone: loading then reads no optimizer state.
+    Without an optimizer, it is the model alone: loading then reads no optimizer state. Of a model with adapters, it is
+    the adapters: the other weights are those of a folder.
     """
-    model = {_chunk_key(number): chunk.sharded_state_dict() for number, chunk in enumerate(model_chunks)}
+    model = {
+        _chunk_key(number): lora_state.sharded_state(chunk) if chunk.adapted else chunk.sharded_state_dict()
+        for number, chunk in enumerate(model_chunks)
+    }
     if optimizer is None:
         return TrainingState(model)
     state, slots, slices = optimizer_state.sharded_state(optimizer, model, loading)
@@ -126,7 +130,11 @@ def load_training_state(
         UserError: if the optimizer state differs from the loaded state afterwards.
     """
     for number, chunk in enumerate(model_chunks):
-        chunk.load_state_dict(state.described[_chunk_key(number)])
+        loaded = state.described[_chunk_key(number)]
+        if chunk.adapted:
+            lora_state.load(chunk, loaded)
+        else:
+            chunk.load_state_dict(loaded)
     if optimizer is not None:
         optimizer_state.load(optimizer, state.described["optimizer"], state.slots)
 

@@ -1,8 +1,9 @@
 """The checkpoints of a run: written and loaded by all processes together, verified before they are loaded.
 
 ``checkpoints/step_N/`` contains weights and optimizer state in megatron-core's torch_dist format, which other parallel
-layouts can load, ``run.json`` with the state of the schedule and of the run, and the checksums of all files. A
-checkpoint that is damaged is never loaded: the one before it is.
+layouts can load, ``run.json`` with the state of the schedule and of the run, and the checksums of all files. Of a
+policy with adapters, it contains these instead of all weights. A checkpoint that is damaged is never loaded: the one
+before it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megatron_rlvr.training.checkpoint_loading import load_checkpoint
 from megatron_rlvr.training.checkpoints_folder import faults, place, remove_leftovers, steps
 from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy, check_finite_weights
+from megatron_rlvr.weights.adapter_record import RECORD
 from megatron_rlvr.weights.checkpoint_folder import fingerprint, write_record
 
 
@@ -89,6 +91,7 @@ class Checkpoints:
             "model": fingerprint(policy.bridge.hf_config, policy.bridge.dtype),
             "saved_at": time.time(),
             **state,
+            **({} if policy.adapter_record is None else {RECORD: policy.adapter_record}),
             "distributed_optimizer": optimizer_state.is_distributed(policy.optimizer),
             **self._score(metrics),
         }

@@ -17,6 +17,7 @@ from megatron_rlvr.megatron import optimizer_state, sharded_checkpoint, waiting
 from megatron_rlvr.training.checkpoints_folder import steps
 from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy, weights_are_finite_everywhere
+from megatron_rlvr.weights.adapter_record import check_same_adapters, stored_record
 from megatron_rlvr.weights.checkpoint_folder import check_same_model, fingerprint, open_folder
 
 _WRITER = re.compile(r"__([0-9]+)_[0-9]+\.distcp")
@@ -41,10 +42,11 @@ def load_checkpoint(
         UserError: if it belongs to another model, has optimizer state of another format, or cannot be loaded.
     """
     opened = _open(folder, step) if dist.get_rank() == 0 else None
-    record, listed, damage = waiting.broadcast_from_main(opened, f"rank 0 to open {folder}")
+    record, listed, adapters, damage = waiting.broadcast_from_main(opened, f"rank 0 to open {folder}")
     if damage:
         raise DamagedError(damage)
     check_same_model(record["model"], fingerprint(policy.bridge.hf_config, policy.bridge.dtype), folder, remedy=remedy)
+    check_same_adapters(adapters, policy.adapter_record, folder)
     optimizer = optimizer and has_optimizer_state(record)
     distributed = optimizer_state.is_distributed(policy.optimizer)
     if optimizer and record.get("distributed_optimizer", distributed) != distributed:
@@ -130,13 +132,21 @@ def checkpoints_in(source: Path) -> list[Path]:
     return [folder / f"step_{step}" for step in reversed(steps(folder))]
 
 
-def _open(folder: Path, step: int | None) -> tuple[dict[str, Any], dict[str, str] | None, str | None]:
-    """Return record and checksums of a checkpoint, and what is wrong with it, if anything."""
+def _open(
+    folder: Path, step: int | None
+) -> tuple[dict[str, Any], dict[str, str] | None, dict[str, Any] | None, str | None]:
+    """Return record, checksums and the record of adapters of a checkpoint, and what is wrong with it, if anything."""
     try:
         record, listed = open_folder(folder)
+        adapters = stored_record(record)
     except DamagedError as error:
-        return {}, None, str(error)
-    return record, listed, None if step in (None, record["step"]) else f"its run.json is of step {record['step']}"
+        return {}, None, None, str(error)
+    return (
+        record,
+        listed,
+        adapters,
+        None if step in (None, record["step"]) else f"its run.json is of step {record['step']}",
+    )
 
 
 def _check_files(folder: Path, listed: Mapping[str, str]) -> None:

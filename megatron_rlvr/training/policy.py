@@ -13,13 +13,15 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, build_microbatch, partition
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.megatron import optimizer, parallel, pipeline, waiting
+from megatron_rlvr.megatron import lora, optimizer, parallel, pipeline, waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.loss_scale import LossScale
 from megatron_rlvr.objectives import UpdateObjective
 from megatron_rlvr.training.head import Head, TokenScores
 from megatron_rlvr.training.loss import MinibatchLoss
+from megatron_rlvr.weights.adapter_record import adapter_record, weights_digest
 from megatron_rlvr.weights.loading import check_folder, load_folder
+from megatron_rlvr.weights.shape_checks import FolderWeights
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Policy:
         bridge: maps the weights to and from Hugging Face tensors.
         model_chunks: one model chunk, or one per virtual pipeline stage.
         optimizer: megatron-core's optimizer.
+        adapter_record: what checkpoints say of the adapters; None if all weights are trained.
         microbatching: how a minibatch is split into microbatches.
 
     Raises:
@@ -58,10 +61,14 @@ class Policy:
         distributed = config.parallel.distributed_optimizer
         self.layout = layout
         self.microbatching = _microbatching(config, layout)
-        self.bridge = PolicyBridge(config.model, config.parallel)
+        self.bridge = PolicyBridge(config.model, config.parallel, config.lora)
         found = check_folder(self.bridge)
         self.model_chunks = self.bridge.build()
         load_folder(self.bridge, self.model_chunks, found)
+        self.adapter_record = None
+        if self.bridge.adapters is not None:
+            lora.initialize(self.model_chunks, config.seed)
+            self.adapter_record = adapter_record(self.bridge, _base_digest(found, layout))
         self._wrapped = optimizer.wrap_data_parallel(
             self.model_chunks, self.bridge.config, distributed_optimizer=distributed
         )
@@ -161,6 +168,12 @@ class Policy:
             hidden_only=self._head.fused,
             forward_only=forward_only,
         )
+
+
+def _base_digest(found: FolderWeights, layout: parallel.Layout) -> str:
+    """Return the checksum of the frozen weights, which rank 0 reads. Collective over the job."""
+    digest = weights_digest(found) if layout.is_main else None
+    return waiting.broadcast_from_main(digest, "rank 0 to identify the weights of model.path")
 
 
 def check_finite_weights(policy: Policy, remedy: str) -> None:

@@ -1,0 +1,84 @@
+"""Train the adapters of small models for two updates in a parallel layout, and save what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rlvr.config import Config
+from megatron_rlvr.control import AffineThreshold, ClipThresholds
+from megatron_rlvr.megatron import lora, parallel
+from megatron_rlvr.megatron.config import LoRAConfig, OptimizerConfig, ParallelConfig
+from megatron_rlvr.objectives import UpdateObjective, build_objective
+from megatron_rlvr.training.checkpoint import Checkpoints
+from megatron_rlvr.training.config import AlgorithmConfig, CheckpointConfig
+from megatron_rlvr.training.policy import Policy, UpdateReport
+from tests.families import ADVANTAGE, MICROBATCH, WEIGHT, make_batch, policy_config
+from tests.rendezvous import renew
+
+LORA = LoRAConfig(rank=3, alpha=12.0)
+
+
+def config(model: Path, layout: ParallelConfig, adapters: LoRAConfig = LORA, **algorithm: Any) -> Config:
+    """Adam with a rate that changes the policy visibly in one update."""
+    return dataclasses.replace(
+        policy_config(model, dataclasses.replace(layout, microbatch_sequences=MICROBATCH)),
+        seed=5,
+        lora=adapters,
+        optimizer=OptimizerConfig(learning_rate=3e-2, clip_grad=1e9, weight_decay=0.1),
+        algorithm=AlgorithmConfig(**algorithm),
+    )
+
+
+def update(policy: Policy, here: parallel.Layout, scores: Any) -> UpdateReport:
+    bounds = AffineThreshold(0.2, 0.0)
+    objective = UpdateObjective(build_objective("clip"), ClipThresholds(bounds, bounds))
+    weight = WEIGHT / here.data_size  # every data-parallel rank has the whole batch
+    return policy.update(make_batch(), torch.arange(8), ADVANTAGE, weight, scores, objective)
+
+
+def trained(policy: Policy, here: parallel.Layout, updates: int = 2) -> dict[str, Any]:
+    """Gradient norms of some updates, log-probs and adapters before and after, and the merged weights after."""
+    batch = make_batch()
+    with lora.without_adapters(policy.model_chunks):
+        base = policy.score(batch, ADVANTAGE)
+    before = policy.score(batch, ADVANTAGE)
+    reports = [update(policy, here, base) for _ in range(updates)]
+    return {
+        "grad_norms": [report.grad_norm for report in reports],
+        "before": before.logprob,
+        "after": policy.score(batch, ADVANTAGE).logprob,
+        "base": base.logprob,
+        "adapters": {n: t.clone() for n, t in policy.bridge.adapter_export(policy.model_chunks).tensors()},
+        "merged": {n: t.clone() for n, t in policy.bridge.export(policy.model_chunks)},
+    }
+
+
+def run(job: dict[str, Any], here: parallel.Layout) -> dict[str, Any]:
+    """Train in the layout of this process, from the checkpoint of another layout if the job names one."""
+    layout = ParallelConfig(**job["layout"])
+    policy = Policy(config(Path(job["model"]), layout, **job.get("algorithm", {})), here)
+    if "resume" in job:
+        Checkpoints(Path(job["resume"]), CheckpointConfig()).load(1, policy)
+    return trained(policy, here, 1 if "resume" in job else 2)
+
+
+def main(arguments: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    for number, text in enumerate(arguments):
+        job = json.loads(text)
+        renew(number)
+        with parallel.parallel_groups(ParallelConfig(**job["layout"]), seed=0) as here:
+            result = run(job, here)
+            if here.is_reporting_rank and here.data_rank == 0:
+                torch.save(result, job["output"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
