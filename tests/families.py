@@ -118,6 +118,38 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
 }
+_LATENT = {
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+MIXTURES |= {
+    "deepseek-v3": {
+        **_LATENT,
+        "q_lora_rank": 24,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+        "rope_parameters": {**_YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
+    },
+    "moonlight": {
+        **_LATENT,
+        "q_lora_rank": None,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.446,
+    },
+}
 # Of a folder, by the names that transformers has in memory.
 MIXTRAL_NAMES = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 CHOICE_BIAS = "e_score_correction_bias"
@@ -195,7 +227,7 @@ def policy_config(folder: Path, layout: ParallelConfig) -> Config:
         model=ModelConfig(path=str(folder), dtype="float32", layer_spec="local", router_aux_loss=router_aux_loss),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         optimizer=OptimizerConfig(learning_rate=1e-12, clip_grad=1e9),
-        parallel=dataclasses.replace(layout, microbatch_sequences=MICROBATCH),
+        parallel=dataclasses.replace(layout, microbatch_sequences=0 if layout.microbatch_tokens else MICROBATCH),
     )
 
 

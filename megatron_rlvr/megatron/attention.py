@@ -24,7 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_rlvr.data.microbatch import zigzag
 
@@ -32,18 +32,25 @@ from megatron_rlvr.data.microbatch import zigzag
 class KeyValueCache:
     """Rotated keys and values of one layer.
 
+    Args:
+        capacity: tokens per sequence.
+
     Attributes:
-        keys, values: [batch, key heads, capacity, head size].
+        keys, values: [batch, key heads, capacity, head size], allocated by the first `append`.
         length: number of tokens in the cache.
     """
 
-    def __init__(self, batch: int, heads: int, capacity: int, head_size: int, dtype: torch.dtype, device: torch.device):
-        self.keys = torch.empty(batch, heads, capacity, head_size, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values [batch, key heads, new tokens, head size]; returns all keys and values as views."""
+        if self.length == 0:
+            self.keys, self.values = (x.new_empty(*x.shape[:2], self.capacity, x.size(3)) for x in (keys, values))
         end = self.length + keys.size(2)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
@@ -67,10 +74,10 @@ class KeyValueCache:
 class SDPAttention(MegatronModule):
     """Compute softmax(q k^T / sqrt(d)) v [s, b, heads * d] from q [s, b, heads, d] and k, v [s, b, key heads, d].
 
-    Without a mask, attention is causal. A mask is bool [b, 1, queries, keys]; as in megatron-core, True hides a key.
-    Packed sequences (thd) have no batch dimension and attend only to themselves. Under context parallelism, s is this
-    rank's share in the order of `zigzag`; the forward pass has one all-gather of keys and values, and the backward pass
-    one reduce-scatter of their gradients.
+    Heads of values may be narrower than those of queries and keys. Without a mask, attention is causal. A mask is bool
+    [b, 1, queries, keys]; as in megatron-core, True hides a key. Packed sequences (thd) have no batch
+    dimension and attend only to themselves. Under context parallelism, s is this rank's share in the order of `zigzag`;
+    the forward pass has one all-gather of keys and values, and the backward pass one reduce-scatter of their gradients.
 
     Attributes:
         cache: key/value cache of the local rollout engine; None in training.
@@ -87,6 +94,7 @@ class SDPAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        **_sizes: int,
     ):
         super().__init__(config=config)
         if config.attention_dropout:
@@ -124,15 +132,7 @@ class SDPAttention(MegatronModule):
             # A mask of prompts is causal already, and one of a single new token hides only padding.
             causal = visible if visible is not None else True
             visible = _latest_keys(q.size(2), k.size(2), self.window, q.device) & causal
-        context = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=visible,
-            is_causal=visible is None and q.size(2) > 1,
-            scale=self.scale,
-            enable_gqa=k.size(1) != q.size(1),
-        )
+        context = self._attend(q, k, v, visible)
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
     def _segments(self, query: Tensor, key: Tensor, value: Tensor, boundaries: Sequence[int]) -> Tensor:
@@ -166,12 +166,23 @@ class SDPAttention(MegatronModule):
             mask = _latest_keys(queries, keys, self.window, q.device)
         elif keys > queries:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        causal = mask is None and queries > 1
-        grouped = k.size(1) != q.size(1)
+        return self._attend(q, k, v, mask).permute(2, 0, 1, 3)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        """Compute attention [b, heads, queries, d] to the keys that `visible` marks; causal if it is None."""
+        narrower = q.size(3) - v.size(3)
+        if narrower:  # without this, torch would use its kernel that materialises all scores
+            v = pad(v, (0, narrower))
         context = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
+            q,
+            k,
+            v,
+            attn_mask=visible,
+            is_causal=visible is None and q.size(2) > 1,
+            scale=self.scale,
+            enable_gqa=k.size(1) != q.size(1),
         )
-        return context.permute(2, 0, 1, 3)
+        return context[..., : context.size(3) - narrower]
 
 
 def _latest_keys(queries: int, keys: int, window: int, device: torch.device) -> Tensor:

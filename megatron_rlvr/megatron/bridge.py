@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_rlvr.megatron import device, fusions, layer_spec, lora
@@ -23,7 +24,7 @@ from megatron_rlvr.megatron.families import family_of
 from megatron_rlvr.megatron.huggingface_config import is_tied, read_config
 from megatron_rlvr.megatron.layout_checks import check_layout
 from megatron_rlvr.megatron.model import PolicyModel
-from megatron_rlvr.megatron.rotary import inverse_frequencies
+from megatron_rlvr.megatron.rotary import attention_factor, inverse_frequencies
 from megatron_rlvr.megatron.transformer_settings import transformer_settings
 from megatron_rlvr.megatron.weight_export import WeightExport, adapter_sources, weight_sources
 from megatron_rlvr.megatron.weight_loading import TensorReader, load_weights, stored_name
@@ -67,7 +68,8 @@ class PolicyBridge:
         settings = transformer_settings(self.hf_config, model, parallel, self.spec_name)
         fusions.check_fusions(settings)
         self.family = family_of(self.hf_config)
-        self.config = TransformerConfig(**settings)
+        latent = settings.get("multi_latent_attention", False)
+        self.config: TransformerConfig = (MLATransformerConfig if latent else TransformerConfig)(**settings)
         self.adapters = adapters if adapters is not None and adapters.rank else None
         if self.adapters is not None:
             lora.chosen_modules(self.family, self.adapters)
@@ -121,6 +123,10 @@ class PolicyBridge:
             )
             if self.adapters is not None:
                 lora.add_adapters(model, self.family, self.hf_config, self.adapters)
+        if config.multi_latent_attention:
+            # megatron-core leaves the angles of latent attention to its layers.
+            model.rotary_pos_emb = RotaryEmbedding(config.kv_channels, rotary_percent=1.0, use_cpu_initialization=True)
+            model.rotary_factor = attention_factor(self.hf_config)
         if not shapes_only:
             # megatron-core knows only some of the types of RoPE, and not all of their parameters.
             model.rotary_pos_emb.inv_freq = inverse_frequencies(self.hf_config, device.device())

@@ -22,6 +22,11 @@ _SIZES = {
     "num_attention_heads": (1, 2**14),
     "num_key_value_heads": (1, 2**14),
     "head_dim": (1, 2**14),
+    "q_lora_rank": (1, 2**16),
+    "kv_lora_rank": (1, 2**16),
+    "qk_nope_head_dim": (1, 2**14),
+    "qk_rope_head_dim": (2, 2**14),
+    "v_head_dim": (1, 2**14),
     "num_experts": (1, 2**14),
     "n_routed_experts": (1, 2**14),
     "n_shared_experts": (1, 2**10),
@@ -33,6 +38,7 @@ _SIZES = {
     "sliding_window": (1, 2**31),
     "query_pre_attn_scalar": (1, 2**20),
 }
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _NUMBERS = {
     "rms_norm_eps": (1e-12, 1.0),
     "initializer_range": (0.0, 100.0),
@@ -53,6 +59,17 @@ _ROPE = {
     "mscale_all_dim": (0.0, 1e3),
 }
 
+_SAME_AS = {"kimi_k2": "deepseek_v3"}
+"""Model types that have the layers and the keys of config.json of a type that transformers knows."""
+_REASONS = {
+    "gpt_oss": "its attention has sinks and its experts have biases and clamped activations",
+    "deepseek_v2": "its router weighs experts by a softmax",
+    "deepseek_v32": "its attention is sparse",
+    "glm_moe_dsa": "its attention is sparse",
+    "kimi_k25": "it is multimodal",
+}
+"""Why models that are near supported ones are refused."""
+
 
 def read_config(path: Path) -> Any:
     """Read the transformers configuration of a model folder.
@@ -69,16 +86,24 @@ def read_config(path: Path) -> Any:
     if not (path / "config.json").is_file():
         raise UserError(f"{path} has no config.json: give a Hugging Face model folder")
     file = path / "config.json"
-    model_type = read_json(file, remedy="download the model again").get("model_type")
+    settings = read_json(file, remedy="download the model again")
+    named = settings.get("model_type")
+    model_type = _SAME_AS.get(named, named) if isinstance(named, str) else named
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         shown = describe(model_type).removeprefix("str ")
-        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
+        known = (*FAMILIES, *_SAME_AS)
+        near = difflib.get_close_matches(str(model_type), known, n=1)
+        reason = _REASONS.get(str(model_type))
+        why = (f", because {reason}" if reason else "") + (f" (the nearest is {near[0]})" if near else "")
         raise UserError(
-            f"{path}: model_type {shown} is not supported{f' (the nearest is {near[0]})' if near else ''}: use one of "
-            f"{', '.join(FAMILIES)}. Python code in a model folder is never run"
+            f"{path}: model_type {shown} is not supported{why}: use one of {', '.join(known)}. Python code in a model "
+            "folder is never run"
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if named == model_type:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        else:
+            config = AutoConfig.for_model(**settings | {"model_type": model_type})
     except Exception as error:  # the validators of transformers raise many types
         raise UserError(f"{file} cannot be read: {one_line(error)}") from error
     try:
@@ -98,7 +123,7 @@ def _check_values(config: Any) -> None:
     for name, (low, high) in _SIZES.items():
         if getattr(config, name, None) is not None:
             checked(getattr(config, name), int, name, at_least=low, at_most=high)
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    for name in (*_REQUIRED, *family_of(config).sizes):
         checked(getattr(config, name, None), int, name)
     for name in _FLAGS:
         if getattr(config, name, None) is not None:
@@ -117,6 +142,8 @@ def _check_values(config: Any) -> None:
         raise InvalidInputError(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
     if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
         raise InvalidInputError(f"num_attention_heads={heads} does not divide hidden_size={config.hidden_size}")
+    if error := family_of(config).size_error(config):
+        raise InvalidInputError(error)
     if is_mixture(config):
         sizes = family_of(config).settings(config)
         if sizes["moe_router_topk"] > sizes["num_moe_experts"]:

@@ -7,6 +7,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -19,6 +20,7 @@ from megatron_rlvr.errors import UserError, first_line
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.attention import SDPAttention
 from megatron_rlvr.megatron.families import Family
+from megatron_rlvr.megatron.latent_attention import LatentAttention
 from megatron_rlvr.megatron.local_layers import GatedActivation, LocalSelfAttention
 from megatron_rlvr.megatron.post_norms import add_post_norms
 
@@ -81,13 +83,14 @@ def layer_spec(
     """
     if name == "transformer_engine":
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-        if not fused_norms:
-            for layer in {id(layer): layer for layer in block.layer_specs}.values():
+        for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers share their spec
+            if config.multi_latent_attention:
+                layer.submodules.self_attention.module = LatentAttention
+            if not fused_norms:
                 _separate_norms(layer)
-        if family.post_norms:
-            from megatron.core.extensions.transformer_engine import TENorm
+            if family.post_norms:
+                from megatron.core.extensions.transformer_engine import TENorm
 
-            for layer in {id(layer): layer for layer in block.layer_specs}.values():  # layers share their spec
                 add_post_norms(layer, TENorm)
         return block
     dense, mixture = _local_layer(config, family, None), _local_layer(config, family, config.num_moe_experts)
@@ -117,13 +120,27 @@ def _separate_norms(layer: ModuleSpec) -> None:
             setattr(layer.submodules, norm, TENorm)
 
 
+def _checkpoint_names(latent: bool, mixture: bool) -> dict[str, str]:
+    """Return the names of norms in a checkpoint: those of Transformer Engine, which fuses some with a projection."""
+    attention = "self_attention."
+    if latent:
+        names = {f"{attention}{x}_layernorm.": f"{attention}linear_{x}_up_proj.layer_norm_" for x in ("q", "kv")}
+    else:
+        names = {"input_layernorm.": f"{attention}linear_qkv.layer_norm_"}
+    return names if mixture else names | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
 def _local_layer(config: TransformerConfig, family: Family, experts: int | None) -> ModuleSpec:
     """Return the spec of a local layer, with a mixture of `experts` or a dense feed-forward layer (None)."""
+    latent = config.multi_latent_attention
     layer = get_gpt_layer_local_spec(
-        num_experts=experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=experts,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=latent,
+        normalization=config.normalization,
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.module = LocalSelfAttention
+    layer.submodules.self_attention.module = LatentAttention if latent else LocalSelfAttention
     feed_forward = layer.submodules.mlp.submodules
     for part in (feed_forward.experts, feed_forward.shared_experts) if experts else ():
         part.submodules.activation_func = GatedActivation
@@ -132,7 +149,11 @@ def _local_layer(config: TransformerConfig, family: Family, experts: int | None)
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SDPAttention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = RMSNorm
+        setattr(attention, "kv_layernorm" if latent else "k_layernorm", RMSNorm)
+    if latent:
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear  # not split, as in Transformer Engine
+    layer.submodules.sharded_state_dict_keys_map = _checkpoint_names(latent, experts is not None)
     if family.post_norms:
         add_post_norms(layer, RMSNorm)
     return layer

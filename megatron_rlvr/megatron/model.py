@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.fusions import output_layer_is_fused
+from megatron_rlvr.megatron.latent_attention import latent_rotary, packed_positions
 
 
 class PolicyModel(GPTModel):
@@ -26,11 +27,13 @@ class PolicyModel(GPTModel):
         vocabulary: vocabulary size without the rows that pad the embedding; set by `PolicyBridge.build`.
         embedding_scale: factor of the embeddings; set by `PolicyBridge.build`.
         adapted: whether the weights are frozen and adapters are trained (`lora.py`).
+        rotary_factor: factor of the rotated part of queries and keys in latent attention; set by `PolicyBridge.build`.
     """
 
     vocabulary: int
     embedding_scale: float = 1.0
     adapted: bool = False
+    rotary_factor: float = 1.0
 
     def forward(
         self,
@@ -66,12 +69,17 @@ class PolicyModel(GPTModel):
         if decoder_input is not None and self.config.recompute_granularity and torch.is_grad_enabled():
             # The output of a recomputed module has a gradient only if its input has one. A frozen embedding has none.
             decoder_input.requires_grad_()
+        latent = self.config.multi_latent_attention
+        if latent and positions is None:
+            positions = self._positions(tokens, packed)
         if positions is not None:
             # The positions of a training microbatch end with its width. Reading their largest would wait for the GPU.
             width = tokens.size(1) * self.config.context_parallel_size
             longest = width if positions.dim() == 1 else int(positions.max()) + 1
             angles = self.rotary_pos_emb(longest)[:, 0, 0][positions]  # [b, s, d] or [s, d]
             rotary = angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1).unsqueeze(2)
+        if latent:
+            rotary = latent_rotary(rotary, self.rotary_factor, self.config.params_dtype)
         hidden = self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
@@ -89,6 +97,14 @@ class PolicyModel(GPTModel):
         if rows is not None:
             hidden = hidden.index_select(0, rows)
         return hidden if hidden_only else self.project(hidden)
+
+    def _positions(self, tokens: Tensor, packed: PackedSeqParams | None) -> Tensor:
+        """Return the positions of this rank's tokens in their sequences, int64 [s], for latent attention."""
+        width = tokens.size(1)
+        if packed is None:
+            return torch.arange(width, device=tokens.device)
+        group = self.pg_collection.cp
+        return packed_positions(packed.cu_seqlens_q, width, group.size(), group.rank())
 
     def _local_padding(self, padding: Tensor | None) -> Tensor | None:
         """Return this rank's share of `padding`: [b, s / tp] under sequence parallelism, otherwise all of it."""

@@ -40,7 +40,7 @@ from megatron_rlvr.weights.huggingface_folder import (
 )
 from megatron_rlvr.weights.safetensors_writer import is_complete as is_complete_shard
 from megatron_rlvr.weights.safetensors_writer import nbytes, plan_shards, write_shard
-from megatron_rlvr.weights.shape_checks import check_shapes, rounding, unused_warning
+from megatron_rlvr.weights.shape_checks import check_shapes, rounding, stored_dtype, unused_warning
 from megatron_rlvr.weights.whole_weights import WholeWeights, check_finite
 
 Report = Callable[[str], None]
@@ -130,7 +130,10 @@ def to_huggingface(
     dtype = dtype or bridge.dtype
     if rounded := rounding({bridge.dtype}, dtype):
         report(f"warning: {rounded}")
-    described = {key: (dtype, shape) for key, (_, shape) in weights.huggingface_tensors().items()}
+    described = {
+        key: (stored_dtype(own, bridge.dtype, dtype), shape)
+        for key, (own, shape) in weights.huggingface_tensors().items()
+    }
     source = {"checkpoint": str(checkpoint.resolve()), "files": _sizes(set(checkpoint.iterdir())), "shard": shard_bytes}
     source |= {"dtype": str(dtype)}
     partial = _begin(target, source, report)
@@ -141,11 +144,11 @@ def to_huggingface(
         for number, (names, file) in enumerate(zip(shards, shard_names(len(shards)), strict=True)):
             in_shard = {name: described[name] for name in names}
             if not is_complete_shard(partial / file, in_shard):
-                write_shard(partial / file, in_shard, ((name, tensors(name).to(dtype)) for name in names))
+                write_shard(partial / file, in_shard, ((name, tensors(name).to(described[name][0])) for name in names))
             report(f"{number + 1} of {len(shards)} files")
         if len(shards) > 1:
             write_index(partial, shards, sum(map(nbytes, described.values())))
-        copy_companions(bridge.path, partial, {dtype})
+        copy_companions(bridge.path, partial, dtype)
         compared = 0
         if verify:
             report("comparing every tensor")
@@ -247,8 +250,10 @@ def _compare(weights: WholeWeights, loaded: StreamedLoad, folder: Path, dtype: t
             seen.add(key)
             if key not in files:
                 difference = difference or f"{folder} lacks {key}"
-            elif difference is None and not _bit_equal(read_tensor(files[key], key).to(dtype), tensor.to(dtype)):
-                difference = f"{key} differs from the one in {files[key]}"
+            elif difference is None:
+                compared = stored_dtype(tensor.dtype, weights.bridge.dtype, dtype)
+                if not _bit_equal(read_tensor(files[key], key).to(compared), tensor.to(compared)):
+                    difference = f"{key} differs from the one in {files[key]}"
     unknown = sorted(files.keys() - seen - derived)
     if difference is None and unknown:
         difference = f"{folder} holds {len(unknown)} tensors that the model does not have, such as {unknown[0]}"

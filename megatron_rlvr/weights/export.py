@@ -13,7 +13,7 @@ from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.weights.huggingface_folder import write_folder
-from megatron_rlvr.weights.shape_checks import rounding
+from megatron_rlvr.weights.shape_checks import rounding, stored_dtype
 
 _BYTES_PER_TURN = 2**30
 
@@ -42,7 +42,8 @@ def export_folder(
     if write:
         if rounded := rounding({bridge.dtype}, dtype or bridge.dtype):
             print(f"warning: {folder}: {rounded}", file=sys.stderr)
-        write_folder(folder, ((name, t.to(dtype or t.dtype)) for name, t in tensors), companions=bridge.path)
+        converted = ((name, t.to(stored_dtype(t.dtype, bridge.dtype, dtype))) for name, t in tensors)
+        write_folder(folder, converted, companions=bridge.path)
     else:
         for _ in tensors:  # every process must take part in gathering every tensor
             pass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +32,9 @@ _COMPANIONS = (
     "chat_template*",
     "additional_chat_templates",
     "added_tokens.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -58,8 +62,8 @@ def write_folder(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        count, dtypes = _write_shards(partial, tensors, shard_bytes)
-        copy_companions(companions, partial, dtypes)
+        count, sizes = _write_shards(partial, tensors, shard_bytes)
+        copy_companions(companions, partial, max(sizes, key=sizes.__getitem__, default=torch.float32))
         replace_folder(partial, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -67,14 +71,15 @@ def write_folder(
     return count
 
 
-def copy_companions(source: Path, folder: Path, dtypes: Collection[torch.dtype]) -> None:
+def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
     """Copy config, generation config, tokenizer and licence, without which weights are no complete model.
 
     Args:
         source: folder to copy from.
         folder: folder of the weights.
-        dtypes: dtypes of the weights. config.json names another one if the policy was trained in another precision than
-            the model that it started from. transformers and SGLang would round the weights to it.
+        dtype: dtype of the weights; of a few that are always in float32, config.json says nothing. It names another one
+            if the policy was trained in another precision than the model that it started from. transformers and SGLang
+            would round the weights to it.
     """
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
@@ -86,20 +91,20 @@ def copy_companions(source: Path, folder: Path, dtypes: Collection[torch.dtype])
     if not (source / "config.json").is_file():
         return
     shutil.copy2(source / "config.json", config)
-    dtype = str(torch.float32 if len(dtypes) > 1 else next(iter(dtypes), torch.float32)).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     settings = parse_object(read_bytes(config))
     # `torch_dtype` is the name of the key before transformers 4.56
     found = {key: settings[key] for key in ("dtype", "torch_dtype") if key in settings}
-    if not found or any(value != dtype for value in found.values()):
-        settings |= dict.fromkeys(found or ("dtype",), dtype)
+    if not found or any(value != name for value in found.values()):
+        settings |= dict.fromkeys(found or ("dtype",), name)
         config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _write_shards(
     folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], shard_bytes: int
-) -> tuple[int, set[torch.dtype]]:
-    """Write the tensors; returns their number and their dtypes."""
-    dtypes: set[torch.dtype] = set()
+) -> tuple[int, Counter[torch.dtype]]:
+    """Write the tensors; returns their number and the bytes of each dtype."""
+    sizes: Counter[torch.dtype] = Counter()
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
     size = total = 0
@@ -116,7 +121,7 @@ def _write_shards(
         if shard and size + copy.nbytes > shard_bytes:
             close_shard()
         shard[name] = copy
-        dtypes.add(copy.dtype)
+        sizes[copy.dtype] += copy.nbytes
         size += copy.nbytes
         total += copy.nbytes
     close_shard()
@@ -124,7 +129,7 @@ def _write_shards(
         (folder / f"shard-{number}").rename(folder / file)
     if len(shards) > 1:
         write_index(folder, shards, total)
-    return sum(map(len, shards)), dtypes
+    return sum(map(len, shards)), sizes
 
 
 def shard_names(count: int) -> list[str]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.families import family_of
-from megatron_rlvr.megatron.families.weight_map import QKV, GatedMLP, Vocabulary, WeightMap, head_size_of
+from megatron_rlvr.megatron.families.weight_map import QKV, Float32, GatedMLP, Vocabulary, WeightMap, head_size_of
 from megatron_rlvr.megatron.huggingface_config import is_tied
 from megatron_rlvr.weights.derived_tensors import HEAD, difference
 
@@ -27,7 +27,7 @@ class FolderWeights:
 
     Attributes:
         files: the file of every weight, and of every derived tensor.
-        dtypes: the dtypes of the weights.
+        dtypes: the dtypes of the weights that have the dtype of the model.
         derived: names of tensors that the model does not load, because it computes their value.
         prediction: names of tensors for multi-token prediction, which is not trained.
     """
@@ -51,6 +51,8 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
         UserError: for the first tensor that is wrong, missing or unknown, or if the weights have other layers.
     """
     expected = expected_weights(hf_config)
+    table = family_of(hf_config).weights
+    in_float32 = tuple(entry.huggingface.rpartition("*")[2] for entry in table if isinstance(entry, Float32))
     others: list[str] = []
     dtypes: set[torch.dtype] = set()
     folder = next(iter(files.values())).parent
@@ -76,7 +78,8 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
                         f"{file}: {name} has dtype {stored.get_dtype()}: use the model before its quantization, in "
                         "float32, bfloat16 or float16"
                     )
-                dtypes.add(DTYPES[stored.get_dtype()])
+                if not name.endswith(in_float32):
+                    dtypes.add(DTYPES[stored.get_dtype()])
     count = hf_config.num_hidden_layers
     if layers != set(range(count)):
         raise UserError(
@@ -112,6 +115,17 @@ def unused_warning(found: FolderWeights) -> str | None:
     return f"{len(found.prediction)} tensors for multi-token prediction are not trained, and an export lacks them"
 
 
+def stored_dtype(own: torch.dtype, model: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of a weight in a folder: the requested one, unless the weight has another dtype than the model.
+
+    Args:
+        own: dtype of the weight.
+        model: dtype of the model.
+        requested: dtype for the weights of the folder; None keeps them.
+    """
+    return requested if requested is not None and own == model else own
+
+
 def rounding(dtypes: Collection[torch.dtype], dtype: torch.dtype) -> str | None:
     """Return a warning if weights of `dtypes` change when they are converted to `dtype`, and None if none does."""
     rounded = [str(d).removeprefix("torch.") for d in dtypes if torch.promote_types(d, dtype) != dtype]
@@ -136,6 +150,9 @@ def expected_weights(hf_config: Any) -> dict[str, list[int]]:
     return expected
 
 
+_OF_QUERY_LATENT = ("linear_q_down_proj", "q_layernorm", "linear_q_up_proj")
+
+
 def _layers(entry: WeightMap, settings: Mapping[str, Any], count: int) -> list[int]:
     """Return the layers that have a weight."""
     name = entry.megatron
@@ -143,6 +160,10 @@ def _layers(entry: WeightMap, settings: Mapping[str, Any], count: int) -> list[i
         return []
     if name.endswith(("q_layernorm.weight", "k_layernorm.weight")) and not settings.get("qk_layernorm"):
         return []
+    if settings.get("multi_latent_attention"):
+        latent = settings["q_lora_rank"] is not None
+        if name.split(".")[-2] in (("linear_q_proj",) if latent else _OF_QUERY_LATENT):
+            return []
     kinds = settings.get("moe_layer_freq", [int("num_moe_experts" in settings)] * count)
     if ".mlp.router." in name or ".mlp.experts." in name or ".mlp.shared_experts." in name:
         return [layer for layer, mixture in enumerate(kinds) if mixture]
@@ -177,7 +198,26 @@ def _shapes(entry: WeightMap, hf_config: Any) -> list[list[int]]:
         "q_layernorm": [head],
         "k_layernorm": [head],
     }
+    if settings.get("multi_latent_attention"):
+        by_module |= _latent_shapes(settings, hf_config)
     return [by_module.get(entry.megatron.split(".")[-2], [hidden])]
+
+
+def _latent_shapes(settings: Mapping[str, Any], hf_config: Any) -> dict[str, list[int]]:
+    """Return the shapes of the weights of latent attention by module."""
+    hidden, heads = hf_config.hidden_size, hf_config.num_attention_heads
+    query_rank, rank = settings["q_lora_rank"], settings["kv_lora_rank"]
+    content, rotary, value = (settings[name] for name in ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"))
+    return {
+        "linear_q_proj": [heads * (content + rotary), hidden],
+        "linear_q_down_proj": [query_rank, hidden],
+        "q_layernorm": [query_rank],
+        "linear_q_up_proj": [heads * (content + rotary), query_rank],
+        "linear_kv_down_proj": [rank + rotary, hidden],
+        "kv_layernorm": [rank],
+        "linear_kv_up_proj": [heads * (content + value), rank],
+        "linear_proj": [hidden, heads * value],
+    }
 
 
 def _why(name: str, hf_config: Any) -> str:

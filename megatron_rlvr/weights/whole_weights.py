@@ -39,12 +39,13 @@ class WholeWeights:
         self.names = list(weights)
         self.formats = {name: bridge.weight_format(name) for name in self.names}
         self._shapes = {name: weight.shape for name, weight in weights.items()}
+        self._dtypes = {name: weight.dtype for name, weight in weights.items()}
 
     def huggingface_tensors(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Return dtype and shape of every tensor of the Hugging Face folder, in the order of `to_huggingface`."""
         described: dict[str, tuple[torch.dtype, torch.Size]] = {}
         for name in self.names:
-            weight = torch.empty(self._shapes[name], dtype=self.bridge.dtype, device="meta")
+            weight = torch.empty(self._shapes[name], dtype=self._dtypes[name], device="meta")
             for key, tensor in self.to_huggingface(name, weight):
                 described.setdefault(key, (tensor.dtype, tensor.shape))
         return described
@@ -84,7 +85,7 @@ class WholeWeights:
                 f"{self.bridge.path}: {shapes} does not match its config.json, where {name} has shape "
                 f"{list(self._shapes[name])}: download the model again"
             )
-        weight = weight.to(self.bridge.dtype)
+        weight = weight.to(self._dtypes[name])
         check_finite(weight, f"{self.bridge.path}: {' or '.join(weight_format.names)}")
         return weight
 
@@ -98,7 +99,7 @@ class WholeWeights:
 
     def empty(self, name: str) -> Tensor:
         """Allocate uninitialised memory for a weight."""
-        return torch.empty(self._shapes[name], dtype=self.bridge.dtype)
+        return torch.empty(self._shapes[name], dtype=self._dtypes[name])
 
 
 def check_finite(weight: Tensor, name: str) -> None:

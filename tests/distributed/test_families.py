@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,28 @@ MIXTURE_LAYOUTS: dict[str, dict[str, Any]] = {
     "moe-pp2": {"pipeline": 2},
     "cp2-ep2": {"context": 2, "expert": 2},
     "ep2-recompute": {"expert": 2, "recompute": "full"},
+    "cp2-packed": {"context": 2, "microbatch_tokens": 256},
 }
 MIXTURE_LAYOUTS_OF_4: dict[str, dict[str, Any]] = {
     "pp2-ep2": {"pipeline": 2, "expert": 2},
     "tp2-ep4": {"tensor": 2, "sequence": True, "expert": 4},
 }
+# The reference computes a load-balancing loss over padded microbatches, and other families rotate packed sequences as
+# megatron-core does.
+PACKED = ["deepseek-v3", "moonlight"]
+
+
+def families_of(layout: str, families: Collection[str]) -> Collection[str]:
+    return PACKED if layout == "cp2-packed" else families
+
+
 CASES = [
     *((family, layout) for family in FAMILIES for layout in LAYOUTS),
-    *((family, layout) for family in MIXTURES for layout in (MIXTURE_LAYOUTS | MIXTURE_LAYOUTS_OF_4)),
+    *(
+        (family, layout)
+        for layout in MIXTURE_LAYOUTS | MIXTURE_LAYOUTS_OF_4
+        for family in families_of(layout, MIXTURES)
+    ),
 ]
 
 
@@ -80,8 +94,10 @@ def measured(folders: Path) -> Callable[[str], Path]:
     def folder_of(layout: str) -> Path:
         if not (output / layout).exists():
             processes, families, layouts = next(group for group in groups if layout in group[2])
-            names = [str(folders / name) for name in families]
-            jobs = [json.dumps({"name": n, "layout": settings, "folders": names}) for n, settings in layouts.items()]
+            jobs = [
+                json.dumps({"name": n, "layout": s, "folders": [str(folders / f) for f in families_of(n, families)]})
+                for n, s in layouts.items()
+            ]
             launch([str(ROOT / "tests" / "families.py"), str(output), *jobs], processes, check=True)
         return output / layout
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_rlvr.megatron.families.deepseek_v3 import DEEPSEEK_V3
 from megatron_rlvr.megatron.families.dense import LLAMA, QWEN2, QWEN3
 from megatron_rlvr.megatron.families.family import Family
 from megatron_rlvr.megatron.families.gemma3 import GEMMA3
@@ -18,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
     "mixtral": MIXTRAL,
     "glm4_moe": GLM4_MOE,
+    "deepseek_v3": DEEPSEEK_V3,
 }
 """Families by the ``model_type`` of config.json. Each is tested against transformers."""
 

@@ -21,6 +21,8 @@ class Family:
         settings: returns fields of TransformerConfig, by name, from the transformers configuration; added to those of
             `transformer_settings`.
         supported: returns, by key of config.json, the value that the model has and the values that are supported.
+        sizes: keys of config.json that must be integers, in addition to those of every model.
+        size_error: returns why sizes of config.json exclude each other, or None.
         mixture: whether feed-forward layers are mixtures of experts.
         post_norms: whether the outputs of attention and feed-forward layers are normalized before they are added to
             the residual stream.
@@ -31,6 +33,8 @@ class Family:
     weights: Sequence[WeightMap]
     settings: Callable[[Any], dict[str, Any]]
     supported: Callable[[Any], Mapping[str, tuple[Any, tuple[Any, ...]]]] = lambda hf_config: {}
+    sizes: Sequence[str] = ()
+    size_error: Callable[[Any], str | None] = lambda hf_config: None
     mixture: bool = False
     post_norms: bool = False
     partial_rotary: bool = False

@@ -46,6 +46,11 @@ class Vocabulary(Plain):
 
 
 @dataclass(frozen=True)
+class Float32(Plain):
+    """A weight that is in float32, whatever the dtype of the model."""
+
+
+@dataclass(frozen=True)
 class GatedMLP:
     """The weight of gate and up projection [2 f, h], gate first, from two Hugging Face tensors [f, h]."""
 

@@ -166,12 +166,8 @@ class LocalEngine:
         width = max(len(p) for p in prompts)
         padding = torch.tensor([width - len(p) for p in prompts])
         tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-        config = self.config
-        heads = config.num_query_groups // config.tensor_model_parallel_size
         for attention in self.attentions:
-            attention.cache = KeyValueCache(
-                len(prompts), heads, width, config.kv_channels, config.params_dtype, device.device()
-            )
+            attention.cache = KeyValueCache(width)
         position = torch.arange(width)
         hidden_key = position[None, None, :] > position[None, :, None]
         hidden_key = hidden_key | (position[None, None, :] < padding[:, None, None])

@@ -62,6 +62,14 @@ def test_a_weight_that_the_table_lacks() -> None:
             "decoder.layers.1.mlp.experts.linear_fc2.weight15",
             "decoder.layers.1.mlp.experts.local_experts.15.linear_fc2.weight",
         ),
+        (
+            "decoder.layers.3.self_attention.linear_kv_up_proj.layer_norm_weight",
+            "decoder.layers.3.self_attention.kv_layernorm.weight",
+        ),
+        (
+            "decoder.layers.3.self_attention.linear_q_up_proj.layer_norm_weight",
+            "decoder.layers.3.self_attention.q_layernorm.weight",
+        ),
         ("decoder.layers.1.mlp.linear_fc2.weight", "decoder.layers.1.mlp.linear_fc2.weight"),
     ],
 )

@@ -17,7 +17,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights.huggingface_folder import INDEX, tensor_files, write_folder
 from megatron_rlvr.weights.shape_checks import check_shapes, expected_weights, rounding, unused_warning
-from tests.families import FAMILIES, MIXTURES, make_families
+from tests.families import CHOICE_BIAS, FAMILIES, MIXTURES, make_families
 
 Tensors = dict[str, Tensor]
 
@@ -56,7 +56,9 @@ def test_every_family_has_exactly_the_expected_weights(family: str, families: Pa
     assert {name: list(tensor.shape) for name, tensor in stored.items()} == expected_weights(config)
 
 
-@pytest.mark.parametrize("family", ["qwen2-untied", "qwen3-tied-wide-heads", "llama-untied", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "family", ["qwen2-untied", "qwen3-tied-wide-heads", "llama-untied", "qwen3-moe", "deepseek-v3"]
+)
 def test_every_missing_or_reshaped_weight_is_named(family: str, copy: Callable[[str], Path]) -> None:
     folder = copy(family)
     intact = load_file(folder / "model.safetensors")
@@ -175,6 +177,57 @@ def test_models_that_are_computed_otherwise_are_refused(
     edit_config(folder, **changes)
     with pytest.raises(UserError, match=message):
         read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt_oss"}, "'gpt_oss' is not supported, because its attention has sinks"),
+        (
+            {"model_type": "deepseek_v2"},
+            r"because its router weighs experts by a softmax \(the nearest is deepseek_v3\)",
+        ),
+        ({"model_type": "kimi_k3"}, r"'kimi_k3' is not supported \(the nearest is kimi_k2\)"),
+        ({"model_type": ["deepseek_v3"]}, r"model_type list \['deepseek_v3'\] is not supported"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax' is not supported: use a model with 'sigmoid'"),
+        ({"topk_method": "greedy"}, "topk_method='greedy' is not supported: use a model with 'noaux_tc'"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"rope_interleave": False}, "rope_interleave=False is not supported"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2 is not supported: use a model with 4"),
+        ({"num_experts_per_tok": 1, "n_group": 1}, "num_experts_per_tok=1 is not supported"),
+        ({"topk_group": 2}, "num_experts_per_tok=2 is not supported: use a model with 4"),
+        ({"topk_group": 5}, "topk_group=5 is more than n_group=4"),
+        ({"n_group": 3}, "n_group=3 does not divide n_routed_experts=8"),
+        ({"n_group": None}, "'n_group' is NoneType None instead of an integer"),
+        ({"v_head_dim": None}, "'v_head_dim' is NoneType None"),
+        ({"kv_lora_rank": 0}, "'kv_lora_rank' is int 0, which is out of range"),
+    ],
+)
+def test_models_near_deepseek_v3_are_refused(
+    changes: dict[str, Any], message: str, copy: Callable[[str], Path]
+) -> None:
+    folder = copy("deepseek-v3")
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=message) as raised:
+        read_config(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_kimi_k2_is_read_as_deepseek_v3(copy: Callable[[str], Path]) -> None:
+    folder = copy("deepseek-v3")
+    expected = read_config(folder)
+    edit_config(folder, model_type="kimi_k2", auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"})
+    assert read_config(folder).to_diff_dict() | {"auto_map": None} == expected.to_diff_dict() | {"auto_map": None}
+    assert check(folder).dtypes == {torch.float32}
+
+
+def test_a_bias_of_the_router_stays_in_float32(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("moonlight")
+    name = f"model.layers.1.mlp.gate.{CHOICE_BIAS}"
+    edit(folder, lambda t: t.update({n: x.bfloat16() for n, x in t.items() if n != name}))
+    assert check(folder).dtypes == {torch.bfloat16}
+    write_folder(tmp_path / "out", iter(load_file(folder / "model.safetensors").items()), folder)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_each_tensor_is_in_one_file(copy: Callable[[str], Path]) -> None:
