@@ -207,9 +207,10 @@ def warnings_of(config: Config) -> list[str]:
             f"schedule stays at its end; to stretch it, add algorithm.schedule.total_steps={config.steps} "
             "resume.allow=[algorithm.schedule.total_steps]"
         )
-    if config.rollout.max_staleness and config.algorithm.objective.importance_cap is None:
+    corrections = config.algorithm.objective.importance or config.algorithm.objective.importance_cap
+    if config.rollout.max_staleness and corrections is None:
         warnings.append(
-            f"rollout.max_staleness={config.rollout.max_staleness} without algorithm.objective.importance_cap: tokens "
-            "of older weights count as if the current weights had sampled them; set it, for example to 2.0"
+            f"rollout.max_staleness={config.rollout.max_staleness} without algorithm.objective.importance: tokens of "
+            "older weights count as if the current weights had sampled them; set it, for example to decoupled or tis"
         )
     return warnings

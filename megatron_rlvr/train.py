@@ -36,6 +36,7 @@ from megatron_rlvr.training.entropy_control import EntropyControl
 from megatron_rlvr.training.learning_rate import learning_rate
 from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.rollout_metrics import measure_rollout
+from megatron_rlvr.training.step_importance import step_importance
 from megatron_rlvr.training.token_weights import token_weights
 from megatron_rlvr.training.update_guard import UpdateGuard
 from megatron_rlvr.training.update_metrics import update_metrics
@@ -94,7 +95,10 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
         with report.timed_phase("scoring", "score"):
             scores = policy.score(batch, advantage)
         weight = token_weights(batch, algorithm, config.rollout.max_tokens, layout)
-        measured = measure_rollout(batch, weight, scores, layout)
+        importance = step_importance(
+            control.objective.importance, batch, advantage, scores, algorithm.minibatches, layout
+        )
+        measured = measure_rollout(batch, weight, scores, layout, importance)
         if rollout.samples is not None:
             report.samples(step, collected(rollout.samples, layout, batch, scores.entropy))
         if problem := alarm.observe(step, measured.metrics):

@@ -13,7 +13,7 @@ from megatron_rlvr.control.steering import NEUTRAL
 from megatron_rlvr.objectives.clip import Clip
 from megatron_rlvr.objectives.covariance import CovarianceClip, CovarianceKL
 from megatron_rlvr.objectives.entropy_bonus import EntropyBonus
-from megatron_rlvr.objectives.importance import TruncatedImportance
+from megatron_rlvr.objectives.importance import ImportanceWeights, SampledTokens
 from megatron_rlvr.objectives.tokens import TokenInputs, TokenObjective, TokenOutputs
 
 
@@ -21,16 +21,16 @@ from megatron_rlvr.objectives.tokens import TokenInputs, TokenObjective, TokenOu
 class PolicyObjective:
     """A token objective with importance weights and an entropy bonus, which combine with any of them.
 
-    The importance weight multiplies the policy term. The bonus is added unweighted.
+    The importance weights multiply the policy term. The bonus is added unweighted.
     """
 
     token_objective: TokenObjective
-    importance: TruncatedImportance | None = None
+    importance: ImportanceWeights | None = None
     entropy_bonus: EntropyBonus | None = None
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
         if self.importance is not None:
-            inputs = replace(inputs, weight=inputs.weighted(self.importance(inputs)))
+            inputs = _with_importance(inputs, self.importance)
         outputs = self.token_objective(inputs)
         objective = outputs.objective
         if self.entropy_bonus is not None:
@@ -39,9 +39,12 @@ class PolicyObjective:
 
     @property
     def is_plain_clip(self) -> bool:
-        """Whether this is the clipped objective and nothing else, which ``ops.fused_linear_objective`` can compute."""
+        """Whether this is the clipped objective times weights that are known before an update.
+
+        ``ops.fused_linear_objective`` can compute it.
+        """
         plain = isinstance(self.token_objective, Clip) and self.token_objective.dual_clip is None
-        return plain and self.importance is None and self.entropy_bonus is None
+        return plain and self.entropy_bonus is None and not (self.importance and self.importance.follow_updates)
 
     @property
     def ignores_zero_advantage(self) -> bool:
@@ -75,6 +78,24 @@ class PolicyObjective:
         self.entropy_bonus.load_state_dict(state["entropy_bonus"])
 
 
+def _with_importance(inputs: TokenInputs, importance: ImportanceWeights) -> TokenInputs:
+    """``inputs`` with the importance weights in their ``weight``."""
+    if inputs.rollout_logprob is None:
+        raise ValueError("importance weights: rollout_logprob is None; pass the log-probs of the sampling engine")
+
+    def seen_by(logprob: Tensor) -> SampledTokens:
+        rollout = inputs.rollout_logprob
+        assert rollout is not None
+        return SampledTokens(logprob, rollout, inputs.advantage, inputs.sequence_index, inputs.sequence_count)
+
+    weight = inputs.importance_weight
+    if weight is None:
+        weight = importance.before_updates(seen_by(inputs.old_logprob)).weight
+    if importance.follow_updates:
+        weight = weight * importance.during_update(seen_by(inputs.logprob)).weight
+    return replace(inputs, weight=inputs.weighted(weight))
+
+
 @dataclass(frozen=True)
 class UpdateObjective:
     """What one optimizer step maximises: a policy objective under the clip thresholds of this update.
@@ -83,11 +104,14 @@ class UpdateObjective:
         policy_objective: the same in every update of a run.
         thresholds: clip thresholds and region steering of this update.
         response: how the step's tokens respond to region steering.
+        importance_weight: float32 [T], weight of each token of the rollout, from the corrections that do not follow
+            updates; None for 1.
     """
 
     policy_objective: PolicyObjective
     thresholds: ClipThresholds
     response: SteeringResponse = NEUTRAL
+    importance_weight: Tensor | None = None
 
     @property
     def is_steered(self) -> bool:

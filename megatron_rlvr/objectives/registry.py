@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from megatron_rlvr.control.bounds import Within
 from megatron_rlvr.control.by_name import check_name, check_parameters, parameters_dataclass
 from megatron_rlvr.objectives.clip import Clip, DynamicClip
 from megatron_rlvr.objectives.covariance import CovarianceClip, CovarianceKL
 from megatron_rlvr.objectives.entropy_bonus import EntropyBonus
 from megatron_rlvr.objectives.gradient_preserving import ClippedImportanceWeight, GradientPreservingClip
-from megatron_rlvr.objectives.importance import ImportanceCap, ImportanceLevel, TruncatedImportance
+from megatron_rlvr.objectives.importance import Correction, ImportanceWeights
+from megatron_rlvr.objectives.importance_presets import parse_importance
 from megatron_rlvr.objectives.policy_objective import PolicyObjective
 from megatron_rlvr.objectives.sequence_ratio import SequenceClip
 
@@ -38,12 +40,15 @@ class ObjectiveParameters:
     """
 
     name: str = "clip"
-    importance_cap: ImportanceCap | None = None
-    """Largest importance weight pi_old / pi_rollout, to correct for the mismatch between the engine that sampled and
-    the weights that train; null applies no weights."""
-    importance_level: ImportanceLevel | None = None
-    """Whether a token's weight is its own (``token``) or the product over its sequence (``sequence``); null is token.
-    Needs `importance_cap`."""
+    importance_cap: Annotated[float, Within(1.0, includes_low=True)] | None = None
+    """Short for `importance`: ``tis(cap=...)``, which is the largest importance weight pi_old / pi_rollout."""
+    importance_level: Literal["token", "sequence"] | None = None
+    """With `importance_cap`: whether a token's weight is its own (``token``) or the product over its sequence
+    (``sequence``); null is token."""
+    importance: str | None = None
+    """Corrections of the difference between the sampling policy and the one that trains: ``tis``, ``sequence-tis``,
+    ``icepop``, ``decoupled``, ``mis``, ``geometric``, ``k3``, ``opsm`` or ``m2po``. Parentheses hold other values, as
+    in ``icepop(floor=0.4, cap=4)``. Several joined by ``+`` multiply. Null corrects nothing."""
 
 
 def _parameters(name: str, objective_class: type, preset: Mapping[str, Any]) -> type[ObjectiveParameters]:
@@ -81,18 +86,31 @@ def build_objective(chosen: str | ObjectiveParameters = "clip", **parameters: An
         name = chosen
     check_parameters(f"objective {name}", parameters, objective_parameters(name))
     overrides = {key: value for key, value in parameters.items() if value is not None}
-    bonus, importance = _take(overrides, "entropy_"), _take(overrides, "importance_")
-    if importance and "cap" not in importance:
-        raise ValueError(f"objective {name}: importance_level needs importance_cap, for example importance_cap=2.0")
+    corrections = overrides.pop("importance", None)
+    bonus, shorthand = _take(overrides, "entropy_"), _take(overrides, "importance_")
     objective_class, preset = OBJECTIVES[name]
     try:
         return PolicyObjective(
             objective_class(**{**preset, **overrides}),
-            TruncatedImportance(**importance) if importance else None,
+            _importance_weights(name, corrections, shorthand),
             EntropyBonus(**bonus) if bonus.get("coefficient") or bonus.get("target") is not None else None,
         )
     except TypeError as error:
         raise ValueError(f"objective {name}: {error}") from error
+
+
+def _importance_weights(name: str, corrections: str | None, shorthand: dict[str, Any]) -> ImportanceWeights | None:
+    """The corrections that ``importance`` writes out, or those of ``importance_cap`` and ``importance_level``."""
+    if corrections is not None and shorthand:
+        raise ValueError(
+            f"objective {name}: importance_{next(iter(shorthand))} is short for importance=tis(...), but importance is "
+            f"{corrections}: set only one of them"
+        )
+    if corrections is not None:
+        return parse_importance(corrections)
+    if shorthand and "cap" not in shorthand:
+        raise ValueError(f"objective {name}: importance_level needs importance_cap, for example importance_cap=2.0")
+    return ImportanceWeights((Correction(**shorthand),)) if shorthand else None
 
 
 def _take(parameters: dict[str, Any], prefix: str) -> dict[str, Any]:

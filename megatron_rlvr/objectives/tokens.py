@@ -63,6 +63,7 @@ class TokenInputs:
         weight: multiplies each token's objective (region steering, importance weights); None for 1, which
             ``clipped_objective`` refuses if the thresholds steer.
         rollout_logprob: of the engine that sampled the token.
+        importance_weight: of the corrections that do not follow updates; None computes it from these tokens.
         sum_squared_prob, sum_squared_prob_logprob: from ``ops.token_statistics(..., second_moments=True)``.
     """
 
@@ -75,6 +76,7 @@ class TokenInputs:
     thresholds: ClipThresholds
     weight: Tensor | None = None
     rollout_logprob: Tensor | None = None
+    importance_weight: Tensor | None = None
     sum_squared_prob: Tensor | None = None
     sum_squared_prob_logprob: Tensor | None = None
 

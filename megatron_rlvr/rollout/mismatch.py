@@ -44,7 +44,7 @@ class MismatchAlarm:
         if self.in_a_row >= self.patience:
             return (
                 f"{measured}; this is step {self.in_a_row} in a row: engine and trainer compute different policies; "
-                "check rollout.sglang.weight_sync and dtypes, set algorithm.objective.importance_cap, or raise "
+                "check rollout.sglang.weight_sync and dtypes, set algorithm.objective.importance, or raise "
                 "rollout.mismatch_alarm"
             )
         if self.is_main:

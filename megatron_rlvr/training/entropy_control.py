@@ -74,7 +74,9 @@ class EntropyControl:
             self._initial_entropy = measured.entropy
         self.tokens_seen += int(measured.metrics["tokens"])
         self._step, self._steering = step, []
-        self._current = UpdateObjective(self.objective, self._schedule.thresholds(step), measured.response)
+        self._current = UpdateObjective(
+            self.objective, self._schedule.thresholds(step), measured.response, measured.importance_weight
+        )
         return self._current
 
     def after_update(self, update: UpdateReport) -> UpdateObjective:

@@ -73,12 +73,17 @@ class MinibatchLoss:
 
         advantage, weight = of_sequences(self.advantage), of_sequences(self.token_weight)
         old_logprob, old_entropy = of_tokens(self.scores.logprob), of_tokens(self.scores.entropy)
-        steering = None
+        steering, importance = None, None
         if self.objective.is_steered:
             steering = self.objective.steering_weights(of_tokens(self.scores.entropy_change))
+        if self.objective.importance_weight is not None:
+            importance = of_tokens(self.objective.importance_weight)
         # Context-parallel ranks exchange token statistics before the loss, so the loss cannot be part of the operator.
         if self.head.fused and self.objective.policy_objective.is_plain_clip and microbatch.local_targets is None:
-            loss, logprob, entropy, outputs = self._fused(output, microbatch, old_logprob, advantage, weight, steering)
+            factor = importance if steering is None else steering
+            if steering is not None and importance is not None:
+                factor = steering * importance
+            loss, logprob, entropy, outputs = self._fused(output, microbatch, old_logprob, advantage, weight, factor)
         else:
             statistics = self.head.statistics(output, microbatch)
             logprob, entropy = statistics.logprob, statistics.entropy
@@ -93,6 +98,7 @@ class MinibatchLoss:
                     thresholds=self.objective.thresholds,
                     weight=steering,
                     rollout_logprob=of_tokens(self.batch.rollout_logprob),
+                    importance_weight=importance,
                 )
             )
             loss = -(weight * outputs.objective).sum()
@@ -106,9 +112,9 @@ class MinibatchLoss:
         old_logprob: Tensor,
         advantage: Tensor,
         token_weight: Tensor,
-        steering_weight: Tensor | None,
+        factor: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, TokenOutputs]:
-        """Compute loss, log-probs, entropies and outputs of the plain clipped objective from hidden states [T, h]."""
+        """Compute loss, log-probs, entropies and outputs of the clipped objective times `factor` from hidden states."""
         try:
             fused = ops.fused_linear_objective(
                 hidden,
@@ -118,7 +124,7 @@ class MinibatchLoss:
                 advantage,
                 self.objective.thresholds,
                 token_weight=token_weight,
-                steering_weight=steering_weight,
+                steering_weight=factor,
                 temperature=self.head.temperature,
                 group=self.head.group,
                 vocabulary=self.head.model.vocabulary,

@@ -15,6 +15,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import collectives
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives import informative_groups
+from megatron_rlvr.objectives.importance import Corrected
 from megatron_rlvr.objectives.tokens import log_ratio_of
 from megatron_rlvr.training.head import TokenScores
 
@@ -31,15 +32,23 @@ class RolloutMeasure:
         standard_error: standard error of `entropy`, in nats per token.
         response: how the step's tokens respond to region steering.
         metrics: metrics by name.
+        importance_weight: float32 [T], importance weight of each token; None without corrections.
     """
 
     entropy: float
     standard_error: float
     response: SteeringResponse
     metrics: dict[str, float]
+    importance_weight: Tensor | None = None
 
 
-def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScores, layout: Layout) -> RolloutMeasure:
+def measure_rollout(
+    batch: RolloutBatch,
+    token_weight: Tensor,
+    scores: TokenScores,
+    layout: Layout,
+    importance: Corrected | None = None,
+) -> RolloutMeasure:
     """Measure reward, lengths, exact entropy, train/rollout mismatch, and the response to steering.
 
     Collective over the job: four all-reduces. A log-prob of NaN from the engine makes the mismatch NaN, nothing else.
@@ -49,6 +58,7 @@ def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScor
         token_weight: float32 [N], aggregation weight of the tokens of each sequence.
         scores: token scores before the updates; only those of reporting ranks are used.
         layout: position of this process in the process groups.
+        importance: the importance weights of the step's tokens, if there are corrections.
 
     Raises:
         UserError: on every process, if the entropy is not finite.
@@ -102,7 +112,7 @@ def measure_rollout(batch: RolloutBatch, token_weight: Tensor, scores: TokenScor
         "mismatch/max": collectives.max_over_job({"largest": largest})["largest"],
     }
     steering = SteeringResponse.from_sums([total[f"response/{i}"] for i in range(4)])
-    return RolloutMeasure(entropy, standard_error, steering, metrics)
+    return RolloutMeasure(entropy, standard_error, steering, metrics, importance.weight if importance else None)
 
 
 def _floats(values: dict[str, float | Tensor]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,13 @@ CUTS = {
     "cut-tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true", *CUT]),
     "cut-pp2-fused": (2, ["parallel.pipeline=2", "algorithm.fused_linear=true", *CUT]),
     "cut-cp2": (2, ["parallel.context=2", *CUT]),
+}
+# Rollouts whose log-probs are not those of the policy that trains, with corrections of every kind.
+OFF = ["algorithm.objective.importance='icepop(cap=2) + mis(cap=2) + opsm(cap=0.02) + m2po(cap=0.2)'"]
+OFF_POLICY = {
+    "off-dp2-fused": (2, ["parallel.microbatch_sequences=3", "algorithm.fused_linear=true", *OFF]),
+    "off-cp2-packed": (2, ["parallel.context=2", "parallel.microbatch_tokens=100", *OFF]),
+    "off-pp2": (2, ["parallel.pipeline=2", *OFF]),
 }
 # Tensor, pipeline and data parallelism combined, and layouts with every option.
 EIGHT = {
@@ -130,11 +138,12 @@ checkpoint: {{every: 3, keep: 9}}
         self.models = {"one": model, "cut-one": model, "moe-one": make_small_model(folder / "mixture", mixture=True)}
         settings = {"cut-one": CUT}
         run_trainers([self.run(n, "rollout.record=true", self.model(n), *settings.get(n, [])) for n in self.models])
+        self.models["off-one"] = model
 
     @staticmethod
     def single(layout: str) -> str:
         """The one-process run that a layout replays."""
-        return next((f"{kind}-one" for kind in ("moe", "cut") if layout.startswith(kind)), "one")
+        return next((f"{kind}-one" for kind in ("moe", "cut", "off") if layout.startswith(kind)), "one")
 
     def model(self, layout: str) -> str:
         return f"model.path={self.models[self.single(layout)]}"
@@ -148,7 +157,10 @@ checkpoint: {{every: 3, keep: 9}}
 
     def finished(self, name: str) -> Path:
         """The finished run of a layout."""
-        group = next(group for group in (LAYOUTS, MIXTURES, CUTS, EIGHT, HALF) if name in group)
+        if name in OFF_POLICY and not (self.folder / "off-one").exists():
+            move_rollout_logprobs(self.folder / "one" / "rollouts", self.folder / "off-one" / "rollouts")
+            run_trainers([self.replay("off-one", overrides=OFF)])
+        group = next(group for group in (LAYOUTS, MIXTURES, CUTS, OFF_POLICY, EIGHT, HALF) if name in group)
         processes = group[name][0]
         if not (self.folder / name).exists():
             chosen = {n: overrides for n, (count, overrides) in group.items() if count == processes}
@@ -180,7 +192,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_model: Path, problems: 
     return Runs(tmp_path_factory.mktemp("layouts"), small_model, problems)
 
 
-@pytest.mark.parametrize("name", LAYOUTS | MIXTURES | CUTS | EIGHT)
+@pytest.mark.parametrize("name", LAYOUTS | MIXTURES | CUTS | OFF_POLICY | EIGHT)
 def test_layout_equals_one_process(name: str, runs: Runs) -> None:
     agree(runs, name, runs.finished(name))
 
@@ -268,6 +280,17 @@ def test_a_cut_policy_is_the_one_that_is_trained(runs: Runs) -> None:
     for file in (runs.folder / "cut-one" / "rollouts").rglob("*.jsonl"):
         for row in map(json.loads, file.read_text().splitlines()):
             assert all(token in kept for token, kept in zip(row["token_ids"], row["kept"], strict=True))
+
+
+def move_rollout_logprobs(recording: Path, moved: Path) -> None:
+    """Copy a recording with other log-probs: every token's by a few hundredths, those of each fifth one by more."""
+    for file in recording.rglob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rng = random.Random(f"{file.parent.name} {file.name}")
+        for row in rows:
+            row["logprobs"] = [min(0.0, x + rng.gauss(0, 0.4 if rng.random() < 0.2 else 0.05)) for x in row["logprobs"]]
+        (moved / file.parent.name).mkdir(parents=True, exist_ok=True)
+        (moved / file.parent.name / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _token_ids(path: Path) -> list[list[int]]:

@@ -8,6 +8,7 @@ import torch
 
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.objectives import OBJECTIVES, TokenInputs, build_objective
+from megatron_rlvr.objectives.importance_presets import PRESETS
 
 LARGEST = torch.finfo(torch.float32).max
 THRESHOLDS = ClipThresholds(AffineThreshold(0.3, -0.13), AffineThreshold(0.5, -0.25))
@@ -15,6 +16,7 @@ LOG_RATIOS = [0.0, *(s * x for x in (1e-2, 1.0, 88.0, 89.0, 100.0, 1e4, 1e30, 3e
 ADVANTAGES = [0.0, 1.0, -1.0, 1e-20, -1e-20, 1e30, -1e30]
 EVERY = [(name, extra) for name in OBJECTIVES for extra in ({}, {"importance_cap": 5.0})]
 EVERY += [(name, {"importance_cap": 5.0, "importance_level": "sequence"}) for name in ("clip", "gspo")]
+EVERY += [(name, {"importance": text}) for text in PRESETS for name in ("clip", "cispo")]
 EVERY += [
     ("cispo", {"clip_low": True}),
     ("ce-gppo", {"beta_low": 0.0, "beta_high": 1e5}),

@@ -1,0 +1,308 @@
+"""Corrections of the sampling policy: every preset against its paper's formula, and against what its peers compute.
+
+``PAPERS`` states each formula again, sequence by sequence in plain float64 Python. ``PEERS`` holds weights that verl
+0.9.1, TRL 1.16.0 and AReaL (commit 00ed924) computed for the tokens of this module.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Barrier
+
+import pytest
+import torch
+
+from megatron_rlvr.objectives import OBJECTIVES, build_objective
+from megatron_rlvr.objectives.importance import Correction, ImportanceWeights, SampledTokens, SecondMoment
+from megatron_rlvr.objectives.importance_presets import PRESETS, parse_importance
+from megatron_rlvr.objectives.order_statistics import largest_cut, quantile
+from tests.unit.objectives.test_objectives import bounds, ppo, rows, tokens
+
+SEEDS = range(4)
+
+
+def of_sequences(weigh):
+    """Apply ``weigh(gaps, advantage)``, of the log-ratios of one sequence, to every sequence of flat lists."""
+
+    def formula(gaps, index, advantages):
+        weights = [0.0] * len(gaps)
+        for sequence in set(index):
+            members = [i for i, found in enumerate(index) if found == sequence]
+            found = weigh([gaps[i] for i in members], advantages[members[0]])
+            for i, weight in zip(members, found, strict=True):
+                weights[i] = weight
+        return weights
+
+    return formula
+
+
+def tis(cap):  # fengyao.notion.site/off-policy-rl: min(pi_old / pi_rollout, C)
+    return of_sequences(lambda d, _: [min(math.exp(x), cap) for x in d])
+
+
+def sequence_tis(cap):  # richardli.xyz/rl-collapse: min(prod_t ratio_t, C)
+    return of_sequences(lambda d, _: [min(math.exp(sum(d)), cap)] * len(d))
+
+
+def icepop(low, high):  # ringtech.notion.site/icepop: M(k) = k in [alpha, beta], 0 elsewhere
+    return of_sequences(lambda d, _: [math.exp(x) if low <= math.exp(x) <= high else 0.0 for x in d])
+
+
+def mis(cap):  # richardli.xyz/rl-collapse: w(y|x) 1[w(y|x) <= C]
+    return of_sequences(lambda d, _: [math.exp(sum(d)) if math.exp(sum(d)) <= cap else 0.0] * len(d))
+
+
+def geometric(low, high):  # the same: 1[low <= (prod_t ratio_t)^(1/T) <= high]
+    return of_sequences(lambda d, _: [float(low <= math.prod(map(math.exp, d)) ** (1 / len(d)) <= high)] * len(d))
+
+
+def k3(cap):  # Schulman's estimate of KL(rollout || train), mean over a sequence
+    return of_sequences(lambda d, _: [float(sum(math.exp(x) - 1 - x for x in d) / len(d) <= cap)] * len(d))
+
+
+def opsm(delta):  # DeepSeek-V3.2, arXiv 2512.02556, equation 9; here d = ln pi_theta - ln pi_rollout
+    return of_sequences(lambda d, a: [float(not (a < 0 and sum(-x for x in d) / len(d) > delta))] * len(d))
+
+
+def m2po(
+    threshold,
+):  # arXiv 2510.01161, algorithm 1, among the tokens that PPO could clip; the kept ones as in equation 5
+    def formula(gaps, index, advantages):
+        region = [i for i, (d, a) in enumerate(zip(gaps, advantages, strict=True)) if (a > 0 < d) or (a < 0 > d)]
+        masked = set()
+        while region and sum(gaps[i] ** 2 for i in region) / len(region) > threshold:
+            worst = max(region, key=lambda i: gaps[i] ** 2)
+            region.remove(worst)
+            masked.add(worst)
+        return [0.0 if i in masked else math.exp(d) for i, d in enumerate(gaps)]
+
+    return formula
+
+
+PAPERS = {
+    "tis": tis(2.0),
+    "sequence-tis": sequence_tis(2.0),
+    "icepop": icepop(0.5, 5.0),
+    "decoupled": icepop(0.0, 5.0),  # arXiv 2505.24298, equation 5, with AReaL's cap on pi_prox / pi_behav
+    "mis": mis(3.0),
+    "geometric": geometric(0.999, 1.001),
+    "k3": k3(0.01),
+    "opsm": opsm(0.5),
+    "m2po": m2po(0.04),
+    # With other values, where those of a preset leave all of these tokens inside or outside.
+    "tis(floor=0.7,cap=1.2)": of_sequences(lambda d, _: [min(max(math.exp(x), 0.7), 1.2) for x in d]),
+    "decoupled(cap=1.5)": icepop(0.0, 1.5),
+    "geometric(floor=0.9,cap=1.1)": geometric(0.9, 1.1),
+    "k3(cap=0.08)": k3(0.08),
+    "opsm(cap=0.05)": opsm(0.05),
+    "m2po(cap=0.1)": m2po(0.1),
+}
+
+
+def expected_weights(text, inputs):
+    of = inputs.logprob if "opsm" in text else inputs.old_logprob
+    gaps = [a - b for a, b in zip(of.tolist(), inputs.rollout_logprob.tolist(), strict=True)]
+    return PAPERS[text](gaps, inputs.sequence_index.tolist(), inputs.advantage.tolist())
+
+
+@pytest.mark.parametrize("text", PAPERS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_value_and_gradient_are_those_of_the_paper(seed, text):
+    inputs = tokens(seed, dtype=torch.float32)
+    weights = expected_weights(text, inputs)
+    objective = build_objective("clip", importance=text)(inputs).objective
+    (gradient,) = torch.autograd.grad(objective.sum(), inputs.logprob)
+    plain = [ppo(r, A, *bounds(inputs.thresholds, p)) for r, A, p in rows(inputs)]
+    for found, column in ((objective.detach(), 0), (gradient, 1)):
+        wanted = torch.tensor([w * row[column] for w, row in zip(weights, plain, strict=True)], dtype=torch.float64)
+        torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-6)
+    if "(" in text:
+        assert 5 < sum(w == 0 for w in weights) < 295 or len(set(weights)) > 20
+
+
+@pytest.mark.parametrize("text", PRESETS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_correction_multiplies_every_objective(name, text):
+    inputs = tokens(5)
+    plain = build_objective(name)(inputs).objective
+    (slope,) = torch.autograd.grad(plain.sum(), inputs.logprob)
+    corrected = build_objective(name, importance=text)(inputs).objective
+    (corrected_slope,) = torch.autograd.grad(corrected.sum(), inputs.logprob)
+    weight = torch.tensor(expected_weights(text, inputs), dtype=corrected.dtype)
+    torch.testing.assert_close(corrected.detach(), plain.detach() * weight, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(corrected_slope, slope * weight.to(slope.dtype), atol=1e-6, rtol=1e-6)
+
+
+LENGTHS = torch.tensor([4, 1, 6, 3, 5])
+ADVANTAGE = [-1.0, 0.5, -0.8, 1.2, -0.4]
+OLD = [
+    *(-1.86, -1.93, -0.87, -2.02, -0.88, -1.3, -0.61, -1.69, -1.98, -0.37),
+    *(-1.97, -1.29, -1.84, -1.24, -1.58, -0.96, -1.87, -1.25, -0.63),
+]
+ROLLOUT = [
+    *(-1.8591, -1.9315, -0.8678, -2.0194, -1.5771, -1.2721, -0.3531, -0.4311, -2.6564, 0.0),
+    *(-1.4203, -2.7716, -2.4255, -2.9417, -1.5531, -0.9585, -1.802, -1.2146, -0.643),
+]
+CURRENT = [
+    *(-2.1, -2.15, -1.12, -1.95, -0.88, -1.34, -0.55, -2.03, -1.88, 0.0),
+    *(-1.97, -1.18, -1.87, -1.1, -1.75, -0.64, -2.31, -0.82, -0.41),
+]
+TOKEN_RATIOS = [
+    *(0.9991, 1.001501, 0.997802, 0.9994, 2.007921, 0.972486, 0.773446, 0.283966, 1.966784, 0.690734),
+    *(0.577123, 4.39998, 1.795888, 5.483976, 0.973459, 0.998501, 0.934261, 0.965219, 1.013085),
+]
+
+
+def each(*values):
+    """A value per sequence, for each of its tokens."""
+    return torch.tensor(values, dtype=torch.float64).repeat_interleave(LENGTHS).tolist()
+
+
+# What verl's compute_rollout_correction_and_rejection_mask (weight times mask) and TRL's get_off_policy_mask and block
+# in _generate_and_score_completions (mis) returned.
+PEERS = {
+    "tis": [min(r, 2.0) for r in TOKEN_RATIOS],
+    "sequence-tis": each(0.997802, 2.0, 0.167462, 2.0, 0.887985),
+    "icepop": [r if 0.5 <= r <= 5 else 0.0 for r in TOKEN_RATIOS],
+    "geometric": each(1, 0, 0, 0, 0),
+    "k3": each(1, 0, 0, 0, 1),
+    "mis": each(0.997802, 2.007921, 0.167462, 0, 0.887985),
+    "opsm(cap=0.05)": each(0, 1, 0, 1, 1),
+}
+
+
+def peer_tokens(logprob=OLD, advantage=None):
+    index = torch.arange(5).repeat_interleave(LENGTHS)
+    advantage = torch.tensor(ADVANTAGE)[index] if advantage is None else advantage
+    return SampledTokens(*(torch.tensor(x, dtype=torch.float64) for x in (logprob, ROLLOUT)), advantage, index, 5)
+
+
+@pytest.mark.parametrize("text", PEERS)
+def test_weights_equal_those_of_verl_and_trl(text):
+    importance = parse_importance(text)
+    weight = importance.before_updates(peer_tokens()).weight * importance.during_update(peer_tokens(CURRENT)).weight
+    torch.testing.assert_close(weight, torch.tensor(PEERS[text], dtype=torch.float64), atol=1e-6, rtol=1e-6)
+
+
+def test_m2po_leaves_out_what_areal_does():
+    """AReaL compares all tokens, and so does this call, in which an advantage with the sign of ln r concerns each."""
+    gap = torch.tensor(OLD) - torch.tensor(ROLLOUT)
+    masked = SecondMoment()(peer_tokens(advantage=gap.sign())).masked
+    assert masked.nonzero()[:, 0].tolist() == [4, 7, 8, 11, 12, 13]
+
+
+def test_second_moments_are_cut_over_all_processes():
+    """Two threads, each with a share of the tokens, leave out what one with all of them leaves out."""
+    inputs = tokens(0)
+    per_token = torch.stack([inputs.old_logprob, inputs.rollout_logprob, inputs.advantage]).detach()
+
+    def share(part):
+        return SampledTokens(*per_token[:, part], inputs.sequence_index[part], inputs.sequence_count)
+
+    barrier, sums = Barrier(2, timeout=60), [torch.zeros(()), torch.zeros(())]
+
+    def masked(rank, part):
+        def total(own):
+            sums[rank] = own
+            barrier.wait()
+            both = sums[0] + sums[1]
+            barrier.wait()
+            return both
+
+        return SecondMoment(0.1)(share(part), total).masked
+
+    with ThreadPoolExecutor() as pool:
+        shares = list(pool.map(masked, (0, 1), (slice(0, 100), slice(100, 300))))
+    together = SecondMoment(0.1)(share(slice(0, 300))).masked
+    alone = [SecondMoment(0.1)(share(part)).masked for part in (slice(0, 100), slice(100, 300))]
+    assert torch.equal(torch.cat(shares), together) and together.any() and not torch.equal(torch.cat(alone), together)
+
+
+def test_bounds_are_inside_and_rejection_takes_whole_sequences():
+    values = SampledTokens(
+        torch.tensor([0.0, 2.0, 0.5, 3.0, 1.0], dtype=torch.float64).log().nan_to_num(neginf=0.0),
+        torch.zeros(5),
+        torch.ones(5),
+        torch.tensor([0, 0, 1, 1, 2]),
+        3,
+    )
+    masked = Correction(action="mask", floor=0.5, cap=2.0)(values)
+    assert masked.weight.tolist() == pytest.approx([1.0, 2.0, 0.5, 0.0, 1.0]) and masked.masked.sum() == 1
+    rejected = Correction(action="reject", floor=0.5, cap=2.0)(values)
+    assert rejected.weight.tolist() == [1.0, 1.0, 0.0, 0.0, 1.0] and not rejected.truncated.any()
+    truncated = Correction(floor=0.6, cap=2.0)(values)
+    assert truncated.weight.tolist() == pytest.approx([1.0, 2.0, 0.6, 2.0, 1.0])
+    assert truncated.truncated.tolist() == [False, False, True, True, False]
+    both = ImportanceWeights((Correction(action="reject", floor=0.5, cap=2.0), Correction(cap=1.5)))
+    assert both.before_updates(values).weight.tolist() == pytest.approx([1.0, 1.5, 0.0, 0.0, 1.0])
+    assert both.weigh and not ImportanceWeights((both.corrections[0],)).weigh
+
+
+@pytest.mark.parametrize("text", PRESETS)
+def test_equal_policies_are_not_corrected(text):
+    inputs = tokens(1)
+    inputs = replace(inputs, rollout_logprob=inputs.old_logprob, logprob=inputs.old_logprob.clone().requires_grad_())
+    plain, corrected = (build_objective("cispo", **k)(inputs).objective for k in ({}, {"importance": text}))
+    assert torch.equal(plain, corrected)
+
+
+def test_given_weights_are_used_instead_of_those_of_the_microbatch():
+    inputs = replace(tokens(2), importance_weight=torch.full((300,), 0.5, dtype=torch.float64))
+    plain = build_objective("gspo")(inputs).objective
+    torch.testing.assert_close(build_objective("gspo", importance="mis")(inputs).objective, plain * 0.5)
+    follows = build_objective("gspo", importance="opsm(cap=0.05)")(inputs).objective
+    weight = torch.tensor(expected_weights("opsm(cap=0.05)", inputs)) * 0.5
+    torch.testing.assert_close(follows, plain * weight, check_dtype=False)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_quantiles_and_cuts_are_exact(seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(997, generator=generator, dtype=torch.float64).exp().mul(10.0 ** (seed * 40 - 80))
+    ordered = sorted(values.tolist())
+    for share in (0.01, 0.5, 0.99, 1.0):
+        assert quantile(values, share, 997) == ordered[math.ceil(share * 997) - 1]
+    limit = 0.3 * values.mean()
+    cut = largest_cut(values, lambda count, sums: sums <= limit * count)
+    kept = [v for v in ordered if v <= cut]
+    following = ordered[len(kept)]
+    assert 0 < len(kept) < 997 and sum(kept) / len(kept) <= limit < (sum(kept) + following) / (len(kept) + 1)
+    assert quantile(values[:0], 0.99, 0) == 0.0 and quantile(torch.zeros(5, dtype=torch.float64), 0.99, 5) == 0.0
+    assert math.isnan(quantile(torch.full((5,), torch.nan, dtype=torch.float64), 0.99, 5))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("icepob", ["importance", "'icepob'", "did you mean 'icepop'", "m2po"]),
+        ("", ["importance: ''", "write for example mis"]),
+        ("mis+", ["importance: ''"]),
+        ("mis(cap=3", ["'mis(cap=3'", "write for example"]),
+        ("mis(3)", ["importance mis", "'3' is not KEY=VALUE", "mis(cap=2)"]),
+        ("mis(cp=3)", ["'cp'", "did you mean 'cap'"]),
+        ("mis(cap=big)", ["cap must be a number", "'big'"]),
+        ("mis(cap=0.5)", ["cap must be at least 1", "0.5"]),
+        ("mis(cap=nan)", ["cap", "nan"]),
+        ("mis(cap=null)", ["neither floor nor cap", "cap=2.0"]),
+        ("mis(level=word)", ["level: unknown 'word'", "token, sequence, geometric"]),
+        ("icepop(floor=1.5)", ["floor must be in [0, 1]", "1.5"]),
+        ("icepop(floor=-1)", ["floor must be in [0, 1]"]),
+        ("k3(action=truncate)", ["only a ratio can be truncated", "mask or reject"]),
+        ("k3(floor=-1)", ["k3 is never negative", "only cap"]),
+        ("k3(cap=-1)", ["cap must be at least 0"]),
+        ("m2po(cap=0)", ["cap must be greater than 0"]),
+        ("m2po(level=token)", ["importance m2po", "'level'", "valid: cap"]),
+    ],
+)
+def test_a_wrong_correction_is_answered_in_one_line(text, words):
+    with pytest.raises(ValueError) as error:
+        build_objective("clip", importance=text)
+    for word in words:
+        assert word in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+def test_the_short_form_and_the_long_one_exclude_each_other():
+    short, long = (build_objective("clip", **k) for k in ({"importance_cap": 3.0}, {"importance": "tis(cap=3)"}))
+    assert short.importance == long.importance
+    with pytest.raises(ValueError, match=r"importance_cap is short for importance=tis.*set only one"):
+        build_objective("clip", importance="mis", importance_cap=3.0)
