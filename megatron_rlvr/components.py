@@ -42,7 +42,9 @@ class Components:
 
     def collector(self) -> RolloutCollector:
         """Build the collector of training rollouts; this reads and checks the training data."""
-        return RolloutCollector(self.config, self.layout, self.engine, self.tokenization, self.verifiers)
+        return RolloutCollector(
+            self.config, self.layout, self.engine, self.tokenization, self.verifiers, self.policy.routers
+        )
 
     def evaluator(self) -> Evaluator | None:
         """Build the evaluator; this reads and checks the held-out data. None without ``data.heldout``."""

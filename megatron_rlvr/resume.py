@@ -26,7 +26,10 @@ from megatron_rlvr.training.config import ResumeConfig
 # change.
 IDENTITY = ("seed", "lora", "data", "verifier", "rollout", "algorithm", "optimizer")
 # Keys of these sections that may change: how completions are generated and stored, but not how they are sampled.
-MAY_CHANGE = ("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang")
+MAY_CHANGE = (
+    *("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang"),
+    "rollout.routing_replay_compare_every",
+)
 # Sections whose parameters belong to their name: if the name changes, they change together.
 _BY_NAME = ("algorithm.schedule", "algorithm.objective")
 

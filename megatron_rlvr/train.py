@@ -36,6 +36,7 @@ from megatron_rlvr.training.entropy_control import EntropyControl
 from megatron_rlvr.training.learning_rate import learning_rate
 from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.rollout_metrics import measure_rollout
+from megatron_rlvr.training.routing_metrics import routing_metrics
 from megatron_rlvr.training.step_importance import step_importance
 from megatron_rlvr.training.token_weights import token_weights
 from megatron_rlvr.training.update_guard import UpdateGuard
@@ -81,7 +82,6 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
     for step in range(first, config.steps):
         if step == 0 or (config.evaluation.every and step % config.evaluation.every == 0):
             evaluate(step)
-
         report.phase("rolling out")
         try:
             batch, rollout = collector.collect(step, report.phase)
@@ -94,6 +94,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
 
         with report.timed_phase("scoring", "score"):
             scores = policy.score(batch, advantage)
+            routing = routing_metrics(policy, batch, advantage, layout, compare=config.rollout.compares_routing(step))
         weight = token_weights(batch, algorithm, config.rollout.max_tokens, layout)
         importance = step_importance(
             control.objective.importance, batch, advantage, scores, algorithm.minibatches, layout
@@ -121,7 +122,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
             objective = control.after_update(update)
             report.add_seconds(forward_backward=update.forward_backward_seconds, optimizer=update.optimizer_seconds)
             updates.append(update)
-        metrics = {"step": step, **measured.metrics, **rollout.metrics, "lr": rate, **control.metrics()}
+        metrics = {"step": step, **measured.metrics, **routing, **rollout.metrics, "lr": rate, **control.metrics()}
         metrics |= update_metrics(updates, algorithm.epochs, policy.weights_are_finite(), layout.is_reporting_rank)
         engine.update_weights(step + 1)
 

@@ -1,7 +1,8 @@
 """Small random models of every supported family, and what a policy and transformers in float64 compute with them.
 
 As a program under torchrun, ``families.py OUTPUT JOB...`` measures every folder of its jobs and saves
-OUTPUT/<job name>/<folder name>.pt. A job is JSON: {"name": ..., "layout": fields of ParallelConfig, "folders": [...]}.
+OUTPUT/<job name>/<folder name>.pt. A job is JSON: {"name": ..., "layout": fields of ParallelConfig, "folders": [...],
+"replay": whether random routes are replayed}.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.control import AffineThreshold, ClipThresholds
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.data.routes import RouterShape, Routes
 from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.objectives import UpdateObjective, build_objective
@@ -207,37 +209,54 @@ def make_family(folder: Path, name: str, **changes: Any) -> Path:
     return folder
 
 
-def make_batch() -> RolloutBatch:
-    """Eight responses to two prompts, long enough for the low rotary frequencies to matter."""
+def make_batch(routers: RouterShape | None = None) -> RolloutBatch:
+    """Eight responses to two prompts, long enough for the low rotary frequencies to matter; routed at random."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in (45, 31)]
     lengths = (14, 1, 27, 13, 6, 22, 5, 15)
     responses = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
-    completions = [Completion(r, [-1.0] * len(r), "stop", 0) for r in responses]
+    routes: list[Routes | None] = [None] * 8
+    if routers is not None:
+        # A sequence has no route for its last token, and the fourth has none at all.
+        tokens = [0 if i == 3 else len(prompts[i // 4]) + length - 1 for i, length in enumerate(lengths)]
+        routes = [random_routes(count, routers, generator) for count in tokens]
+    completions = [
+        Completion(r, [-1.0] * len(r), "stop", 0, routes=of_sequence)
+        for r, of_sequence in zip(responses, routes, strict=True)
+    ]
     return RolloutBatch.from_completions(prompts, completions, [0.0] * 8, padding=0)
+
+
+def random_routes(tokens: int, routers: RouterShape, generator: torch.Generator | None = None) -> Routes:
+    """Distinct experts for each token and router, drawn at random."""
+    scores = torch.rand(tokens, len(routers.routed), routers.experts, generator=generator)
+    return Routes(scores.topk(routers.chosen).indices.numpy().astype(routers.dtype))
 
 
 def has_aux_loss(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text())["model_type"] in ("qwen3_moe", "mixtral")
 
 
-def policy_config(folder: Path, layout: ParallelConfig) -> Config:
-    router_aux_loss = ROUTER_AUX_LOSS if has_aux_loss(folder) else 0.0
+def policy_config(folder: Path, layout: ParallelConfig, replay: bool = False) -> Config:
+    # The load-balancing loss depends on how sequences are divided into microbatches.
+    router_aux_loss = ROUTER_AUX_LOSS if has_aux_loss(folder) and not layout.microbatch_tokens else 0.0
     return Config(
         model=ModelConfig(path=str(folder), dtype="float32", layer_spec="local", router_aux_loss=router_aux_loss),
-        rollout=RolloutConfig(temperature=TEMPERATURE),
+        rollout=RolloutConfig(temperature=TEMPERATURE, routing_replay=replay),
         optimizer=OptimizerConfig(learning_rate=1e-12, clip_grad=1e9),
         parallel=dataclasses.replace(layout, microbatch_sequences=0 if layout.microbatch_tokens else MICROBATCH),
     )
 
 
-def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tuple[Measurement, Any]:
+def measure(
+    folder: Path, layout: ParallelConfig, here: parallel.Layout, replay: bool = False
+) -> tuple[Measurement, Any]:
     """What a policy in this layout computes for the batch, and the policy. Log-probs are on the last stage only."""
     from megatron_rlvr.training.policy import Policy
 
-    policy = Policy(policy_config(folder, layout), here)
+    policy = Policy(policy_config(folder, layout, replay), here)
     weights = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model_chunks)}
-    batch = make_batch()
+    batch = make_batch(policy.routers)
     scores = policy.score(batch, ADVANTAGE)
     wide = AffineThreshold(0.2, 0.0)
     weight = WEIGHT / here.data_size  # every data-parallel rank has the whole batch
@@ -255,8 +274,11 @@ def measure(folder: Path, layout: ParallelConfig, here: parallel.Layout) -> tupl
     return Measurement(scores.logprob, scores.entropy, report.grad_norm, gradients, weights), policy
 
 
-def reference(folder: Path) -> Measurement:
-    """The same, computed by transformers in float64. At ratio 1 the clipped objective has the gradient of A ln p."""
+def reference(folder: Path, routers: RouterShape | None = None, aux_loss: bool = True) -> Measurement:
+    """The same, computed by transformers in float64. At ratio 1 the clipped objective has the gradient of A ln p.
+
+    With `routers`, the experts are those of the batch's routes.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
@@ -264,14 +286,21 @@ def reference(folder: Path) -> Measurement:
         {name: tensor.clone() for name, tensor in model.state_dict().items()}, model.config.model_type
     )
     model = model.double()
-    batch = make_batch()
+    batch = make_batch(routers)
     taken, entropies, routed = [], [], []
-    for tokens, prompt, response in zip(batch.tokens, batch.prompt_lengths, batch.response_lengths, strict=True):
+    current: list[torch.Tensor] = []
+    if routers is not None:
+        replace_routes(model, routers, current)
+    counts = [0] * 8 if batch.routes is None else batch.routes.counts.tolist()
+    given = [None] * 8 if batch.routes is None else batch.routes.experts.long().split(counts)
+    sequences = zip(batch.tokens, batch.prompt_lengths, batch.response_lengths, given, strict=True)
+    for tokens, prompt, response, routes in sequences:
+        current[:] = [routes]
         output = model(tokens[None, : prompt + response])
         logprobs = (output.logits[0, prompt - 1 : -1] / TEMPERATURE).log_softmax(-1)
         taken.append(logprobs.gather(1, tokens[prompt : prompt + response, None])[:, 0])
         entropies.append(-(logprobs.exp() * logprobs).sum(1))
-        if has_aux_loss(folder):
+        if aux_loss and has_aux_loss(folder):
             routed.append(model(tokens[None, : prompt + response], output_router_logits=True).router_logits)
     logprob = torch.cat(taken)
     factor = (ADVANTAGE * WEIGHT).double()[batch.sequence_of_token()]
@@ -286,6 +315,24 @@ def reference(folder: Path) -> Measurement:
     gradients = single_experts({name: p.grad for name, p in model.named_parameters()}, model.config.model_type)
     norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
     return Measurement(logprob.detach(), torch.cat(entropies).detach(), norm, gradients, weights)
+
+
+def replace_routes(model: Any, routers: RouterShape, current: list[torch.Tensor]) -> None:
+    """Let the routers of a transformers model use `current[0]`, [tokens, routers, chosen], for the first tokens."""
+    for number, layer in enumerate(routers.routed):
+
+        def replaced(_module: Any, _inputs: Any, output: Any, number: int = number) -> Any:
+            logits, _, own = output
+            given = current[0][:, number]
+            indices = torch.cat([given, own[len(given) :]])
+            if hasattr(model.config, "routed_scaling_factor"):
+                gates = logits.sigmoid().gather(1, indices)
+                gates = model.config.routed_scaling_factor * gates / gates.sum(1, keepdim=True)
+            else:
+                gates = logits.gather(1, indices).softmax(1)
+            return logits, gates, indices
+
+        model.model.layers[layer].mlp.gate.register_forward_hook(replaced)
 
 
 def imbalance(sequences: list[tuple[torch.Tensor, ...]], chosen: int = 2) -> torch.Tensor:
@@ -330,7 +377,7 @@ def main(arguments: list[str]) -> None:
         renew(number)
         with parallel.parallel_groups(ParallelConfig(**job["layout"]), seed=0) as here:
             for folder in map(Path, job["folders"]):
-                measurement, _ = measure(folder, ParallelConfig(**job["layout"]), here)
+                measurement, _ = measure(folder, ParallelConfig(**job["layout"]), here, job.get("replay", False))
                 if here.is_reporting_rank and here.data_rank == 0:
                     output = Path(arguments[0]) / job["name"]
                     output.mkdir(exist_ok=True, parents=True)

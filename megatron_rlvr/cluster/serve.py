@@ -27,6 +27,7 @@ from megatron_rlvr.node import node_name
 from megatron_rlvr.node_address import node_address
 from megatron_rlvr.rollout.engines.sglang.kept_sets import with_kept_sets
 from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace, register
+from megatron_rlvr.rollout.engines.sglang.routed_experts import with_routed_experts
 from megatron_rlvr.rollout.engines.sglang.server_key import KEY_VARIABLE, key_from_environment
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 from megatron_rlvr.rollout.engines.sglang.weight_sync.placement import gpu_uuids, nccl_version
@@ -38,7 +39,7 @@ def node_pool(config: Config, logs: Path, key: str) -> ServerPool:
     """Return the servers of this node, not started yet. Other nodes can reach them, and each has its own GPUs."""
     folder = Path(config.model.path).resolve()
     sglang = replace(
-        with_kept_sets(config.rollout, folder),
+        with_routed_experts(config.rollout, with_kept_sets(config.rollout, folder)),
         server={"host": node_address(node_name()), **config.rollout.sglang.server},
         # This process does not know when the trainer has a server load weights, and a server may be silent as long as
         # an update takes. The trainer's clients notice a server that hangs earlier, and send its prompts to another.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.data.completion import Completion
+from megatron_rlvr.data.routes import BatchRoutes
 from megatron_rlvr.ops import KeptSets
 
 
@@ -31,6 +32,7 @@ class RolloutBatch:
         slots: int64 [N / G], the places of the rank's prompts in the step; None unless prompts are stratified.
         strata: float64 [N / G], the number by which each prompt is stratified; None unless prompts are stratified.
         kept: kept sets of the T response tokens, to which the policy is restricted; None if it is not.
+        routes: the experts that the rollout used, to be replayed; None if there are none.
     """
 
     tokens: Tensor
@@ -44,6 +46,7 @@ class RolloutBatch:
     slots: Tensor | None = None
     strata: Tensor | None = None
     kept: KeptSets | None = None
+    routes: BatchRoutes | None = None
 
     @classmethod
     def from_completions(
@@ -79,6 +82,7 @@ class RolloutBatch:
             group_size=group_size,
             penalty=torch.zeros(len(rewards)),
             kept=_kept_sets(completions),
+            routes=_routes(completions),
         )
 
     @property
@@ -127,3 +131,13 @@ def _kept_sets(completions: Sequence[Completion]) -> KeptSets | None:
         raise ValueError(f"{len(sets)} of {len(completions)} completions have kept sets; one policy drew all of them")
     counts, ids = (np.concatenate([getattr(kept, name) for kept in sets]) for name in ("counts", "ids"))
     return KeptSets.of(torch.from_numpy(counts), torch.from_numpy(ids))
+
+
+def _routes(completions: Sequence[Completion]) -> BatchRoutes | None:
+    """Return the routes of all completions; None if they have none."""
+    routes = [completion.routes for completion in completions if completion.routes is not None]
+    if not routes:
+        return None
+    if len(routes) < len(completions):
+        raise ValueError(f"{len(routes)} of {len(completions)} completions have routes; one engine generated all")
+    return BatchRoutes.of(routes)

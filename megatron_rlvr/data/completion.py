@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from megatron_rlvr.checked_input import InvalidInputError, checked, describe
 from megatron_rlvr.data.kept_tokens import KeptTokens, checked_kept_tokens
+from megatron_rlvr.data.routes import Routes
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Completion:
         version_spans: (version, number of tokens) in the order of the tokens if the weights changed during generation;
             otherwise empty.
         kept: the kept set of each token; None if tokens were drawn from the whole vocabulary.
+        routes: the experts of all tokens of prompt and response but the last; None unless they were requested.
     """
 
     token_ids: list[int]
@@ -30,6 +32,7 @@ class Completion:
     weight_version: int
     version_spans: tuple[tuple[int, int], ...] = ()
     kept: KeptTokens | None = None
+    routes: Routes | None = None
 
     @property
     def oldest_version(self) -> int:
@@ -53,6 +56,7 @@ def checked_completion(
     *,
     max_tokens: int,
     kept: Any = None,
+    routes: Routes | None = None,
 ) -> Completion:
     """Build a completion from values that a server sent or a file holds.
 
@@ -61,6 +65,7 @@ def checked_completion(
         spans: pairs (version, number of tokens); empty if the weights did not change during generation.
         max_tokens: maximum length of a completion.
         kept: one list of token ids per token, from which it was drawn; None if that is the whole vocabulary.
+        routes: checked routes of the sequence (`decoded_routes`); None if there are none.
 
     Raises:
         InvalidInputError: if there are no or too many tokens, not one log-prob for each, a token id or log-prob that is
@@ -83,4 +88,4 @@ def checked_completion(
     if pairs and sum(length for _, length in pairs) != len(tokens):
         raise InvalidInputError(f"{len(tokens)} tokens with weight versions of another number of tokens: {pairs}")
     sets = None if kept is None else checked_kept_tokens(kept, tokens, largest_id=LARGEST_TOKEN_ID)
-    return Completion(tokens, floats, finish_reason, weight_version, pairs, sets)
+    return Completion(tokens, floats, finish_reason, weight_version, pairs, sets, routes)

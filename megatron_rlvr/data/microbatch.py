@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.routes import MicrobatchRoutes
 from megatron_rlvr.ops import KeptSets
 
 
@@ -68,6 +69,7 @@ class Microbatch:
         longest: an upper bound of the lengths of packed sequences; None if padded.
         padding: bool [b, s], which tokens are padding; None unless `MicrobatchConfig.mark_padding` is set.
         kept: kept sets of the R targets that this rank predicts; None if the policy is not restricted to kept sets.
+        routes: routes of the tokens of this rank, to be replayed; None if the routers choose all experts.
     """
 
     tokens: Tensor
@@ -82,6 +84,7 @@ class Microbatch:
     padding: Tensor | None = None
     longest: int | None = None
     kept: KeptSets | None = None
+    routes: MicrobatchRoutes | None = None
 
 
 def zigzag(boundaries: Sequence[int], size: int, rank: int) -> Tensor:
@@ -159,6 +162,9 @@ def build_microbatch(batch: RolloutBatch, sequences: Tensor, config: MicrobatchC
         sequence_index=sequence,
         sequences=sequences,
     )
+    if batch.routes is not None:
+        rows = batch.routes.rows_of(sequences, width) if len(sequences) else torch.full((1, width), -1)
+        microbatch.routes = MicrobatchRoutes(batch.routes.experts, rows)
     is_token = column < lengths[:, None]
     if config.tokens:
         _pack(microbatch, lengths, position, is_token, config)
@@ -178,6 +184,8 @@ def _pad(microbatch: Microbatch, is_token: Tensor, config: MicrobatchConfig) -> 
     extra_columns = -microbatch.tokens.size(1) % config.whole_width_multiple
     if extra_columns:
         microbatch.tokens = torch.nn.functional.pad(microbatch.tokens, (0, extra_columns))
+        if microbatch.routes is not None:
+            microbatch.routes.rows = torch.nn.functional.pad(microbatch.routes.rows, (0, extra_columns), value=-1)
     if config.mark_padding:
         microbatch.padding = torch.ones_like(microbatch.tokens, dtype=torch.bool)
         microbatch.padding[:rows, :width] = ~is_token
@@ -202,6 +210,10 @@ def _pack(
     sequence, column = is_token.nonzero(as_tuple=True)
     packed = torch.zeros(1, int(ends[-1]), dtype=torch.int64)
     packed[0, starts[sequence] + column] = microbatch.tokens[sequence, column]
+    if microbatch.routes is not None:
+        rows = torch.full_like(packed, -1)
+        rows[0, starts[sequence] + column] = microbatch.routes.rows[sequence, column]
+        microbatch.routes.rows = rows
     microbatch.tokens = packed
     microbatch.rows = starts[microbatch.sequence_index] + position
     microbatch.boundaries = torch.cat([starts[:1], ends]).int()
@@ -224,6 +236,8 @@ def _keep_local_positions(microbatch: Microbatch, config: MicrobatchConfig) -> N
     microbatch.tokens = microbatch.tokens[:, local_positions]
     if microbatch.padding is not None:
         microbatch.padding = microbatch.padding[:, local_positions]
+    if microbatch.routes is not None:
+        microbatch.routes.rows = microbatch.routes.rows[:, local_positions]
     microbatch.positions = local_positions if microbatch.boundaries is None else None
 
 

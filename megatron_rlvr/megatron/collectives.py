@@ -77,6 +77,18 @@ def object_from_last_stage(value: Any) -> Any:
     return objects[0]
 
 
+def objects_of_stages(value: Any) -> list[Any]:
+    """Return the `value` (any picklable object) of every pipeline stage, in their order.
+
+    Two all-gathers over the pipeline-parallel group, of the sizes and of the bytes; none if there is one stage.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    values = [value] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def receive_from_previous_stage(buffer: Tensor) -> None:
     """Fill `buffer` with the tensor that the previous pipeline stage sends. One point-to-point message."""
     source = parallel_state.get_pipeline_model_parallel_prev_rank()

@@ -89,3 +89,13 @@ def _check_experts(hf_config: Any, parallel: ParallelConfig) -> None:
             f"parallel.expert=1 with parallel.tensor={parallel.tensor} needs parallel.expert_tensor={parallel.tensor}: "
             "set it, or split the experts with parallel.expert"
         )
+
+
+def check_routers(hf_config: Any, path: str) -> None:
+    """Refuse to replay the routes of a model that has none; `path` is its folder.
+
+    Raises:
+        UserError: if the model has no experts.
+    """
+    if not is_mixture(hf_config):
+        raise UserError(f"rollout.routing_replay=true but {path} has no experts: set rollout.routing_replay=false")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -12,9 +14,11 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor
 
+from megatron_rlvr.data.routes import MicrobatchRoutes
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.fusions import output_layer_is_fused
 from megatron_rlvr.megatron.latent_attention import latent_rotary, packed_positions
+from megatron_rlvr.megatron.routing_replay import RoutingReplay
 
 
 class PolicyModel(GPTModel):
@@ -28,12 +32,14 @@ class PolicyModel(GPTModel):
         embedding_scale: factor of the embeddings; set by `PolicyBridge.build`.
         adapted: whether the weights are frozen and adapters are trained (`lora.py`).
         rotary_factor: factor of the rotated part of queries and keys in latent attention; set by `PolicyBridge.build`.
+        routing: replays and records the routes of this chunk; None unless ``rollout.routing_replay`` is set.
     """
 
     vocabulary: int
     embedding_scale: float = 1.0
     adapted: bool = False
     rotary_factor: float = 1.0
+    routing: RoutingReplay | None = None
 
     def forward(
         self,
@@ -44,6 +50,7 @@ class PolicyModel(GPTModel):
         attention_mask: Tensor | None = None,
         packed: PackedSeqParams | None = None,
         padding: Tensor | None = None,
+        routes: MicrobatchRoutes | None = None,
         hidden_only: bool = False,
     ) -> Tensor:
         """Run this pipeline stage.
@@ -56,6 +63,7 @@ class PolicyModel(GPTModel):
             attention_mask: bool [b, 1, s, keys], True hides a key; None means causal attention.
             packed: where the packed sequences (b = 1) begin and end; None if padded.
             padding: bool [b, s], tokens that the load-balancing loss of a mixture of experts must ignore.
+            routes: the experts that the routers must use, on the host; None if they choose.
             hidden_only: return final hidden states instead of logits on the last stage, for the fused head.
 
         Returns:
@@ -80,13 +88,14 @@ class PolicyModel(GPTModel):
             rotary = angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1).unsqueeze(2)
         if latent:
             rotary = latent_rotary(rotary, self.rotary_factor, self.config.params_dtype)
-        hidden = self.decoder(
-            hidden_states=decoder_input,
-            attention_mask=attention_mask,
-            rotary_pos_emb=rotary,
-            packed_seq_params=packed,
-            padding_mask=self._local_padding(padding),
-        )
+        with self.routing.forward_pass(routes) if self.routing is not None else nullcontext():
+            hidden = self.decoder(
+                hidden_states=decoder_input,
+                attention_mask=attention_mask,
+                rotary_pos_emb=rotary,
+                packed_seq_params=packed,
+                padding_mask=self._local_padding(padding),
+            )
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:

@@ -69,6 +69,7 @@ def forward_backward(
                 positions=None if microbatch.positions is None else device.to_device(microbatch.positions, target),
                 packed=packed_sequences(microbatch.boundaries, target, microbatch.longest),
                 padding=None if microbatch.padding is None else device.to_device(microbatch.padding, target),
+                routes=microbatch.routes,
                 hidden_only=hidden_only,
             )
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_rlvr.config import Config, resolve
+from megatron_rlvr.megatron.huggingface_config import read_config
+from megatron_rlvr.megatron.layout_checks import check_routers
 from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage, model_stages
 from megatron_rlvr.planning.generation import ServerLoad, server_load
 from megatron_rlvr.planning.job import ASSUMED_UTILISATION, Hardware, Job
@@ -121,6 +124,8 @@ def make_plan(
     check_engine(config)
     shape, dtype, stages = model_stages(config.model, config.parallel, world_size)
     parallel, rollout = config.parallel, config.rollout
+    if rollout.routing_replay:
+        check_routers(read_config(Path(config.model.path)), config.model.path)
     data_parallel = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
     check_groups(rollout.prompts_per_step, config.algorithm.minibatches, data_parallel)
     check_context(config, shape.positions)

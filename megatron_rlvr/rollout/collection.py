@@ -12,6 +12,7 @@ import torch
 from megatron_rlvr.config import Config
 from megatron_rlvr.data import MixtureSampler
 from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.data.routes import RouterShape
 from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives.advantages import overlong_penalty
@@ -55,6 +56,14 @@ class RolloutCollector:
     slots d, d + D, ... of each minibatch. Groups then move between ranks to balance the load, once their lengths are
     known.
 
+    Args:
+        config: configuration of the run.
+        layout: position of this process in the process groups.
+        engine: generates completions.
+        tokenization: tokenizer of the model.
+        verifiers: computes rewards.
+        routers: routers of the policy, if their routes are to be replayed.
+
     Raises:
         UserError: if the data cannot be read, or the data-parallel size does not divide the prompts of a minibatch.
     """
@@ -66,6 +75,7 @@ class RolloutCollector:
         engine: RolloutEngine,
         tokenization: Tokenization,
         verifiers: VerifierPool,
+        routers: RouterShape | None = None,
     ):
         rollout = config.rollout
         self.rollout, self.algorithm, self.layout, self.engine = rollout, config.algorithm, layout, engine
@@ -73,7 +83,7 @@ class RolloutCollector:
         self.verifiers, self.failure_alarm = verifiers, VerifierAlarm(layout.is_main)
         self.samples_every = config.telemetry.samples_every
         self.recording = Path(config.run_directory) / "rollouts" if rollout.record else None
-        sampling = SamplingSettings.for_training(rollout, tokenization.stops(rollout.stop))
+        sampling = SamplingSettings.for_training(rollout, tokenization.stops(rollout.stop), routers)
         self.prompts = load_training_prompts(config.data, rollout, tokenization, verifiers)
         weights = [source.weight for source in config.data.sources()]
         self.sampler = self.prompts.sampler(weights, rollout.prompts_per_step, config.seed)

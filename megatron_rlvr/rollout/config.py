@@ -56,6 +56,12 @@ class RolloutConfig:
     """KL(rollout || train), in nats per token, above which a step prints a warning; 0 disables the alarm."""
     mismatch_patience: PositiveInt = 3
     """Consecutive steps above `mismatch_alarm` after which the run writes a checkpoint and ends."""
+    routing_replay: bool = False
+    """Rollout routing replay (R3) for mixtures of experts: scoring and updates use the experts that the rollout used
+    for each token, with the gates of the router that is trained. The ``recorded`` engine needs a recording with it."""
+    routing_replay_compare_every: NonNegativeInt = 0
+    """With `routing_replay`, steps between measurements of the mismatch without replay, each of which costs one more
+    scoring pass; 0 disables them."""
     ignore_eos: bool = False
     """Always generate `max_tokens` tokens, past any end-of-sequence token; for benchmarks."""
     local_batch: Annotated[int, Bounds(above=0, cap=2**20)] = 1024
@@ -65,6 +71,10 @@ class RolloutConfig:
     To read samples, see ``telemetry.samples_every``."""
     recording: str | None = None
     """Folder of stored completions that the ``recorded`` engine replays."""
+
+    def compares_routing(self, step: int) -> bool:
+        """Whether a step measures the mismatch without routing replay."""
+        return self.routing_replay_compare_every > 0 and step % self.routing_replay_compare_every == 0
 
     def check(self) -> None:
         """Refuse combinations of keys that cannot work."""
@@ -90,6 +100,17 @@ class RolloutConfig:
             raise UserError(
                 f"rollout.max_staleness={self.max_staleness} needs rollout.engine=sglang, because the {self.engine} "
                 "engine cannot generate during training: set rollout.max_staleness=0, or change the engine"
+            )
+        if self.routing_replay_compare_every and not self.routing_replay:
+            raise UserError(
+                f"rollout.routing_replay_compare_every={self.routing_replay_compare_every} needs "
+                "rollout.routing_replay=true: set it to 0, or enable routing replay"
+            )
+        if self.routing_replay and self.max_staleness and self.sglang.interrupt == "retract":
+            raise UserError(
+                "rollout.sglang.interrupt=retract recomputes the routes of tokens that were already sampled, so "
+                "rollout.routing_replay would replay others: set rollout.sglang.interrupt to in_place or finish, or "
+                "rollout.max_staleness=0"
             )
         if self.max_staleness and self.sglang.release_memory:
             raise UserError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_rlvr.checked_input import InvalidInputError, checked, field, parse_object, read_bytes
 from megatron_rlvr.data.completion import Completion, checked_completion
+from megatron_rlvr.data.routes import RouterShape, decoded_routes
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.groups import Group
 
@@ -39,22 +40,45 @@ def record_group(folder: Path, step: int, group: Group, prompt: Any) -> None:
             row["version_spans"] = completion.version_spans
         if completion.kept is not None:
             row["kept"] = completion.kept.sets()
+        if completion.routes is not None:
+            row["routes"] = completion.routes.encoded()
         lines.append(json.dumps(row))
     path.write_text("\n".join(lines) + "\n")
 
 
-def read_recorded_group(folder: Path, step: int, slot: int, samples: int, max_tokens: int) -> list[Completion]:
+def read_recorded_group(
+    folder: Path,
+    step: int,
+    slot: int,
+    samples: int,
+    max_tokens: int,
+    routers: RouterShape | None = None,
+    prompt_tokens: int = 0,
+) -> list[Completion]:
     """Read the completions of a group that `record_group` wrote.
 
+    Args:
+        folder, step, slot: see `recording_path`.
+        samples: number of completions.
+        max_tokens: longest completion.
+        routers: routers of the model, to read routes as well; None leaves them out.
+        prompt_tokens: length of the prompt, which routes include.
+
     Raises:
-        UserError: if the file is missing or damaged, or does not hold `samples` completions of at most `max_tokens`.
+        UserError: if the file is missing or damaged, or does not hold `samples` completions of at most `max_tokens`,
+            with the routes of `routers` if they are given.
     """
     path = recording_path(folder, step, slot)
     if not path.is_file():
         raise UserError(f"no recorded rollout {path}: record a run with rollout.record=true and the same settings")
     try:
         rows = [parse_object(line) for line in read_bytes(path, LARGEST_FILE).splitlines()]
-        completions = [_completion(row, max_tokens) for row in rows]
+        if routers is not None and not all("routes" in row for row in rows):
+            raise UserError(
+                f"{path} was recorded without rollout.routing_replay, which needs the routes of its tokens: record it "
+                "again with rollout.routing_replay=true, or set it to false"
+            )
+        completions = [_completion(row, max_tokens, routers, prompt_tokens) for row in rows]
     except (OSError, InvalidInputError) as error:
         raise UserError(
             f"{path} is not a recorded rollout ({error}): record it again with rollout.record=true"
@@ -67,7 +91,11 @@ def read_recorded_group(folder: Path, step: int, slot: int, samples: int, max_to
     return completions
 
 
-def _completion(row: dict[str, Any], max_tokens: int) -> Completion:
+def _completion(row: dict[str, Any], max_tokens: int, routers: RouterShape | None, prompt_tokens: int) -> Completion:
+    routes = None
+    if routers is not None:
+        length = prompt_tokens + len(field(row, "token_ids", list))
+        routes = decoded_routes(row["routes"], length - 1, routers, of_server=False)
     spans = field(row, "version_spans", list, default=[])
     if not all(isinstance(span, list) and len(span) == 2 for span in spans):
         raise InvalidInputError("'version_spans' has entries that are not [version, tokens]")
@@ -85,4 +113,5 @@ def _completion(row: dict[str, Any], max_tokens: int) -> Completion:
         ],
         max_tokens=max_tokens,
         kept=row.get("kept"),
+        routes=routes,
     )

@@ -11,7 +11,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.data import load_examples
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
-from megatron_rlvr.megatron.layout_checks import check_layout, check_world_size
+from megatron_rlvr.megatron.layout_checks import check_layout, check_routers, check_world_size
 from megatron_rlvr.rollout.tokenization import Tokenization, exceeds_context
 
 
@@ -54,6 +54,8 @@ def check_job(config: Config, ranks: int) -> None:
     if (Path(config.model.path) / "config.json").is_file():
         model = read_config(Path(config.model.path))
         check_layout(model, parallel)
+        if config.rollout.routing_replay:
+            check_routers(model, config.model.path)
         check_context(config, model.max_position_embeddings)
 
 

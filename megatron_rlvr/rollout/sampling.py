@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rlvr.data.routes import RouterShape
 from megatron_rlvr.rollout.config import EvaluationConfig, RolloutConfig
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -32,6 +33,7 @@ class SamplingSettings:
             those of the distribution over these tokens.
         stop_token_ids: a completion ends with the first of these; if empty, only `max_tokens` ends it.
         returns_kept: whether completions come with their kept sets, which training under `top_p` or `top_k` needs.
+        routers: routers of the model, if completions must come with the experts that these chose; otherwise None.
     """
 
     samples: int
@@ -41,10 +43,13 @@ class SamplingSettings:
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
     returns_kept: bool = False
+    routers: RouterShape | None = None
 
     @classmethod
-    def for_training(cls, config: RolloutConfig, stop_token_ids: Sequence[int]) -> SamplingSettings:
-        """Return the settings of training rollouts."""
+    def for_training(
+        cls, config: RolloutConfig, stop_token_ids: Sequence[int], routers: RouterShape | None = None
+    ) -> SamplingSettings:
+        """Return the settings of training rollouts; `routers` if their routes are to be replayed."""
         return cls(
             samples=config.samples_per_prompt,
             max_tokens=config.max_tokens,
@@ -53,6 +58,7 @@ class SamplingSettings:
             top_k=config.top_k,
             stop_token_ids=() if config.ignore_eos else tuple(stop_token_ids),
             returns_kept=config.top_p < 1.0 or config.top_k > 0,
+            routers=routers,
         )
 
     @classmethod

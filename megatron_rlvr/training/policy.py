@@ -15,7 +15,9 @@ from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, build_mi
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import lora, optimizer, parallel, pipeline, waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
+from megatron_rlvr.megatron.layout_checks import check_routers
 from megatron_rlvr.megatron.loss_scale import LossScale
+from megatron_rlvr.megatron.routing_replay import connect, router_shape
 from megatron_rlvr.objectives import UpdateObjective
 from megatron_rlvr.training.head import Head, TokenScores
 from megatron_rlvr.training.loss import MinibatchLoss
@@ -52,6 +54,7 @@ class Policy:
         optimizer: megatron-core's optimizer.
         adapter_record: what checkpoints say of the adapters; None if all weights are trained.
         microbatching: how a minibatch is split into microbatches.
+        routers: routers of the model, whose routes rollouts must have; None without ``rollout.routing_replay``.
 
     Raises:
         UserError: if the model, its weights or a setting cannot be used.
@@ -62,8 +65,14 @@ class Policy:
         self.layout = layout
         self.microbatching = _microbatching(config, layout)
         self.bridge = PolicyBridge(config.model, config.parallel, config.lora)
+        self.routers = None
+        if config.rollout.routing_replay:
+            check_routers(self.bridge.hf_config, config.model.path)
+            self.routers = router_shape(self.bridge.config)
         found = check_folder(self.bridge)
         self.model_chunks = self.bridge.build()
+        if self.routers is not None:
+            connect(self.model_chunks, self.routers)
         load_folder(self.bridge, self.model_chunks, found)
         self.adapter_record = None
         if self.bridge.adapters is not None:
@@ -88,7 +97,7 @@ class Policy:
         """Compute log-probs, exact entropies and first-order entropy changes under the current weights.
 
         Args:
-            batch: this rank's rollouts.
+            batch: this rank's rollouts; their routes are replayed.
             advantage: float32 [N], advantage of each sequence.
         """
         scores = TokenScores.zeros(batch.token_count)
@@ -141,6 +150,15 @@ class Policy:
         seconds = backward_ended - began, time.perf_counter() - backward_ended
         return UpdateReport(loss.sums, loss.ratio_max, grad_norm, applied, *seconds)
 
+    def take_route_counts(self) -> Tensor:
+        """Return and clear `RoutingReplay.counts` of this process: int64 [2] on the CPU."""
+        counts = torch.zeros(2, dtype=torch.int64)
+        for chunk in self.model_chunks:
+            if chunk.routing is not None:
+                counts += chunk.routing.counts.cpu()
+                chunk.routing.counts.zero_()
+        return counts
+
     @torch.no_grad()
     def weights_are_finite(self) -> Tensor:
         """Return whether all weights of this rank are finite: bool [], without waiting for the device."""
@@ -168,6 +186,9 @@ class Policy:
             hidden_only=self._head.fused,
             forward_only=forward_only,
         )
+        for chunk in self.model_chunks:
+            if chunk.routing is not None:
+                chunk.routing.check_finished()
 
 
 def _base_digest(found: FolderWeights, layout: parallel.Layout) -> str:

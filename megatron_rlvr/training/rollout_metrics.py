@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,18 +65,12 @@ def measure_rollout(
         UserError: on every process, if the entropy is not finite.
     """
     difference = log_ratio_of(scores.logprob, batch.rollout_logprob).double()
-    log_weight = difference.clamp(max=LARGEST_LOG_WEIGHT)
     sequence = batch.sequence_of_token()
     groups = batch.rewards.view(-1, batch.group_size)
     response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
     token_sums = {
         "entropy": scores.entropy.sum(dtype=torch.float64),
-        # The k3 estimate of KL(rollout || train) from tokens that the rollout policy sampled: r - 1 - ln r with the
-        # probability ratio r = train / rollout.
-        "kl_rollout": (log_weight.expm1() - difference).sum(),
-        "mismatch": difference.abs().sum(),
-        "importance": log_weight.exp().sum(),
-        "importance_squared": log_weight.mul(2).exp().sum(),
+        **mismatch_sums(scores.logprob, batch.rollout_logprob),
         **{f"response/{i}": value for i, value in enumerate(response)},
     }
     counts: dict[str, float | Tensor] = {
@@ -86,8 +81,8 @@ def measure_rollout(
         "truncated": batch.truncated.sum(),
         "mixed_groups": informative_groups(groups).sum(),
     }
-    total = collectives.sum_over_job(_floats(token_sums), contributes=layout.is_reporting_rank)
-    count = collectives.sum_over_job(_floats(counts), contributes=layout.is_leader)
+    total = collectives.sum_over_job(floats(token_sums), contributes=layout.is_reporting_rank)
+    count = collectives.sum_over_job(floats(counts), contributes=layout.is_leader)
     tokens = count["tokens"]
     entropy = total["entropy"] / tokens
     if not math.isfinite(entropy):
@@ -115,7 +110,27 @@ def measure_rollout(
     return RolloutMeasure(entropy, standard_error, steering, metrics, importance.weight if importance else None)
 
 
-def _floats(values: dict[str, float | Tensor]) -> dict[str, float]:
+def mismatch_sums(logprob: Tensor, rollout_logprob: Tensor) -> dict[str, float | Tensor]:
+    """Return sums over tokens that describe how train and rollout policy differ, by name.
+
+    Args:
+        logprob: float32 [T], log-prob of each token under the training weights.
+        rollout_logprob: float32 [T], log-prob when the engine sampled it.
+    """
+    difference = log_ratio_of(logprob, rollout_logprob).double()
+    log_weight = difference.clamp(max=LARGEST_LOG_WEIGHT)
+    return {
+        # The k3 estimate of KL(rollout || train) from tokens that the rollout policy sampled: r - 1 - ln r with the
+        # probability ratio r = train / rollout.
+        "kl_rollout": (log_weight.expm1() - difference).sum(),
+        "mismatch": difference.abs().sum(),
+        "importance": log_weight.exp().sum(),
+        "importance_squared": log_weight.mul(2).exp().sum(),
+    }
+
+
+def floats(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Return the values as Python numbers."""
     return {name: float(value) for name, value in values.items()}
 
 

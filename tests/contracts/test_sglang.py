@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from megatron_rlvr.data.routes import RouterShape
 from megatron_rlvr.rollout.engines.sglang.kept_sets import ARGUMENT
 from megatron_rlvr.rollout.engines.sglang.protocol import generate_body
-from megatron_rlvr.rollout.engines.sglang.server import without_expandable_segments
+from megatron_rlvr.rollout.engines.sglang.server import ROUTES_ARGUMENT, without_expandable_segments
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from tests.contracts.our_requests import bodies, endpoints, memory_tags, server_arguments
 from tests.contracts.records import read_record
@@ -27,7 +28,11 @@ def refused(record: dict[str, Any]) -> list[str]:
         request = record["endpoints"].get(path)
         known = record["requests"].get(request, []) if request else []
         found += [f"{path}: {key}" for key in sorted(keys - set(known))]
-    found += [f"--{name}" for name in sorted(server_arguments() | {ARGUMENT}) if name not in record["arguments"]]
+    found += [
+        f"--{name}"
+        for name in sorted(server_arguments() | {ARGUMENT, ROUTES_ARGUMENT})
+        if name not in record["arguments"]
+    ]
     return found + [f"tag {tag}" for tag in sorted(memory_tags() - set(record["memory_tags"]))]
 
 
@@ -43,10 +48,11 @@ def test_the_server_takes_what_the_client_sends(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize("stop", [(), (7,)])
 def test_the_server_takes_a_request_for_completions(record: dict[str, Any], stop: tuple[int, ...]) -> None:
     settings = {"samples": 2, "max_tokens": 8, "temperature": 1.0, "top_p": 0.9, "top_k": 5, "stop_token_ids": stop}
-    sampling = SamplingSettings(**settings, returns_kept=True)  # type: ignore[arg-type]
+    routers = RouterShape(layers=2, routed=(0, 1), experts=4, chosen=2)
+    sampling = SamplingSettings(**settings, returns_kept=True, routers=routers)  # type: ignore[arg-type]
     body = json.loads(generate_body([1, 2], sampling, [3, 4]))
     assert set(body) <= set(record["requests"]["GenerateReqInput"])
-    assert "return_sampling_mask" in body
+    assert {"return_sampling_mask", "return_routed_experts"} <= set(body)
     for parameters in body["sampling_params"]:
         assert set(parameters) <= set(record["requests"]["SamplingParams"])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT, run_trainers
+from tests.small_model import make_small_model
 
 SETTINGS = {
     "target-entropy": [
@@ -18,6 +19,7 @@ SETTINGS = {
         "rollout.overlong_buffer=4",
     ],
     "oscillatory-decay": ["algorithm.schedule.name=oscillatory-decay", "rollout.top_p=0.9"],
+    "routing-replay": ["rollout.routing_replay=true", "rollout.routing_replay_compare_every=2"],
 }
 # Recorded by features that need SGLang servers.
 NOT_RECORDED_HERE = {"staleness/mean", "staleness/interrupted_fraction"}
@@ -39,7 +41,12 @@ def runs(run_yaml: Path, problems: Path, tmp_path: Path) -> list[Path]:
     """Short runs with all features that record additional metrics and need no servers."""
     directories = [tmp_path / name for name in SETTINGS]
     two_sources = f"data.train=[{{path: {problems}, name: a}}, {{path: {problems}, name: b}}]"
-    settings = {**SETTINGS, "oscillatory-decay": [*SETTINGS["oscillatory-decay"], two_sources]}
+    mixture = f"model.path={make_small_model(tmp_path / 'mixture', mixture=True)}"
+    settings = {
+        **SETTINGS,
+        "oscillatory-decay": [*SETTINGS["oscillatory-decay"], two_sources],
+        "routing-replay": [*SETTINGS["routing-replay"], mixture],
+    }
     run_trainers(
         [[run_yaml, "steps=3", f"run_directory={directory}", *settings[directory.name]] for directory in directories]
     )

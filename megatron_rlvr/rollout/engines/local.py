@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from megatron_rlvr.megatron.attention import KeyValueCache, SDPAttention
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.pipeline_forward import pipeline_forward
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
+from megatron_rlvr.rollout.engines.route_recorder import RouteRecorder
 from megatron_rlvr.rollout.sampling import SamplingSettings, draw, uniforms
 
 # Finished sequences are removed from the batch when a smaller share than this is still running. Removing them copies
@@ -84,8 +85,9 @@ class LocalEngine:
         with self._inference_mode():
             for start in range(0, len(order), prompts_per_batch):
                 chosen = order[start : start + prompts_per_batch]
-                with cpu_shim.without_shim():
-                    completions = self._generate_batch([requests[i] for i in chosen], sampling)
+                recorder = RouteRecorder(self.model_chunks, sampling.routers) if sampling.routers else None
+                with cpu_shim.without_shim(), recorder.recording() if recorder else nullcontext():
+                    completions = self._generate_batch([requests[i] for i in chosen], sampling, recorder)
                 for place, index in enumerate(chosen):
                     groups[index] = completions[place * sampling.samples : (place + 1) * sampling.samples]
         return groups
@@ -109,10 +111,14 @@ class LocalEngine:
             for owner, name in switched_off:
                 setattr(owner, name, True)
 
-    def _generate_batch(self, requests: Sequence[GroupRequest], sampling: SamplingSettings) -> list[Completion]:
+    def _generate_batch(
+        self, requests: Sequence[GroupRequest], sampling: SamplingSettings, recorder: RouteRecorder | None
+    ) -> list[Completion]:
         seeds = np.array([seed for request in requests for seed in request.seeds], dtype=np.uint64)
         rows = torch.arange(len(requests)).repeat_interleave(sampling.samples)
         logits, padding, width = self._prefill([request.prompt for request in requests])
+        if recorder:
+            recorder.prefilled(padding, width, sampling.samples, sampling.max_tokens)
         for attention in self.attentions:
             attention.cache.reorder(rows, width + sampling.max_tokens)  # type: ignore[union-attr]
         logits, padding = (logits[rows] if logits is not None else None), padding[rows]
@@ -144,15 +150,18 @@ class LocalEngine:
                 for attention in self.attentions:
                     attention.cache.reorder(keep, width + sampling.max_tokens)  # type: ignore[union-attr]
             logits = self._decode(token, padding, width + t)
+            if recorder:
+                recorder.decoded(batch, t)
         for attention in self.attentions:
             attention.cache = None
         kept_tokens: list[KeptTokens | None] = [None] * len(rows)
         if sampling.returns_kept:
             kept_tokens = collectives.object_from_last_stage([_kept_tokens(sets) for sets in kept_sets])
+        routes = recorder.routes(lengths) if recorder else [None] * len(rows)
         return [
-            Completion(ids[:n], values[:n], "stop" if done else "length", self.version, kept=kept)
-            for ids, values, n, done, kept in zip(
-                tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), kept_tokens, strict=True
+            Completion(ids[:n], values[:n], "stop" if done else "length", self.version, kept=kept, routes=experts)
+            for ids, values, n, done, kept, experts in zip(
+                tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), kept_tokens, routes, strict=True
             )
         ]
 

@@ -36,13 +36,18 @@ class ReplayEngine:
 
         Raises:
             UserError: if a recording is missing, has a different number of completions, or has the kept tokens of
-                sampling under top-p or top-k where `sampling` has no such cut, or lacks them where it has.
+                sampling under top-p or top-k where `sampling` has no such cut, or lacks them where it has. Also if it
+                lacks the routes that `sampling` asks for; routes that are not asked for are ignored.
         """
-        places = [request.place for request in requests if request.place is not None]
-        if not places and self.evaluation is not None:
+        recorded = [request for request in requests if request.place is not None]
+        if not recorded and self.evaluation is not None:
             return self.evaluation.generate(requests, sampling)
         groups = [
-            read_recorded_group(self.folder, step, slot, sampling.samples, sampling.max_tokens) for step, slot in places
+            read_recorded_group(
+                self.folder, *place, sampling.samples, sampling.max_tokens, sampling.routers, len(request.prompt)
+            )
+            for request in recorded
+            if (place := request.place) is not None
         ]
         if sampling.returns_kept and any(completion.kept is None for group in groups for completion in group):
             raise UserError(

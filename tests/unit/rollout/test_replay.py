@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scripted_engine import ScriptedEngine
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.data.kept_tokens import KeptTokens
+from megatron_rlvr.data.routes import RouterShape, Routes
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.base import GroupRequest
 from megatron_rlvr.rollout.engines.replay import ReplayEngine
@@ -48,6 +50,35 @@ def _request(slot: int, step: int = 3) -> GroupRequest:
 def test_a_recorded_group_comes_back_exactly(folder: Path) -> None:
     engine = ReplayEngine(folder, evaluation=None)
     assert engine.generate([_request(5), _request(0)], SAMPLING) == [RECORDED[3, 5], RECORDED[3, 0]]
+
+
+def test_routes_come_back_exactly(tmp_path: Path) -> None:
+    shape = RouterShape(layers=3, routed=(1, 2), experts=9, chosen=2)
+    sampling = replace(SAMPLING, routers=shape)
+    routes = Routes(np.arange(12, dtype=np.uint8).reshape(3, 2, 2) % 9)
+    unknown = Routes(routes.experts[:0])
+    completions = [
+        Completion([7, 8], [-0.1, -0.2], "stop", 3, routes=routes),
+        Completion([9], [-0.3], "stop", 3, routes=unknown),
+    ]
+    group = Group(0, 11, completions, [Verdict(1.0, "ok"), Verdict(0.0, "ok")], ["one", "two"])
+    record_group(tmp_path, 3, group, prompt="1")
+    engine = ReplayEngine(tmp_path, evaluation=None)
+    assert engine.generate([_request(0)], sampling) == [completions]
+    # The same rollout can be trained on without replay.
+    assert engine.generate([_request(0)], SAMPLING) == [[replace(c, routes=None) for c in completions]]
+    with pytest.raises(UserError, match="12 bytes of routes instead of 16: 4 tokens"):
+        engine.generate([GroupRequest([1, 2, 3], [10, 11], (3, 0))], sampling)
+    path = recording_path(tmp_path, 3, 0)
+    path.write_text(path.read_text().replace(routes.encoded(), ""))
+    assert engine.generate([_request(0)], sampling)[0][0].routes == unknown
+
+
+def test_recordings_without_routes_are_refused(folder: Path) -> None:
+    routers = RouterShape(layers=1, routed=(0,), experts=4, chosen=2)
+    with pytest.raises(UserError, match=r"was recorded without rollout\.routing_replay") as caught:
+        ReplayEngine(folder, evaluation=None).generate([_request(0)], replace(SAMPLING, routers=routers))
+    assert "\n" not in str(caught.value)
 
 
 def test_kept_sets_come_back_exactly(tmp_path: Path) -> None:

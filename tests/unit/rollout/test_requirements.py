@@ -30,6 +30,7 @@ def model(tmp_path: Path) -> Path:
         ("parallel.tensor=3", "does not divide the 8 processes"),
         ("parallel.tensor=8", "parallel.tensor=8 does not divide the model's 28 attention heads"),
         ("rollout.prompts_per_step=8", "the nearest that divides is 16"),
+        ("rollout.routing_replay=true", "has no experts: set rollout.routing_replay=false"),
         ("model.layer_spec=transformer_engine rollout.engine=local", "needs model.layer_spec=local"),
     ],
 )

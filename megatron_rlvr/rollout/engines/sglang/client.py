@@ -104,7 +104,7 @@ class Client:
             try:
                 if prefill is not None:
                     await endpoint.generate(prefill, LARGEST_REPLY)  # if it is refused, so are the samples
-                return await self._request_group(endpoint, body, sampling)
+                return await self._request_group(endpoint, body, sampling, len(request.prompt))
             except ServerLostError as error:
                 losses.append(str(error))
             finally:
@@ -121,8 +121,11 @@ class Client:
         shortest = self.config.prefill_once_from
         return shortest > 0 and len(request.prompt) >= shortest and sampling.samples > 1 and self.config.caches_prefixes
 
-    async def _request_group(self, endpoint: Endpoint, body: bytes, sampling: SamplingSettings) -> list[Completion]:
-        completions = read_completions(endpoint.url, await endpoint.generate(body, largest_reply(sampling)), sampling)
+    async def _request_group(
+        self, endpoint: Endpoint, body: bytes, sampling: SamplingSettings, prompt_tokens: int
+    ) -> list[Completion]:
+        reply = await endpoint.generate(body, largest_reply(sampling, prompt_tokens))
+        completions = read_completions(endpoint.url, reply, sampling, prompt_tokens)
         if completions is None:
             raise endpoint.mark_lost("it aborted a request")
         for completion in completions:

@@ -17,11 +17,13 @@ from megatron_rlvr.megatron import device, waiting
 from megatron_rlvr.node import node_name
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
+from megatron_rlvr.rollout.engines.sglang import kept_sets, routed_experts
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
-from megatron_rlvr.rollout.engines.sglang.kept_sets import check_server, is_cut, requested_top_k, with_kept_sets
+from megatron_rlvr.rollout.engines.sglang.kept_sets import is_cut, requested_top_k, with_kept_sets
 from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace, read_registry
+from megatron_rlvr.rollout.engines.sglang.routed_experts import with_routed_experts
 from megatron_rlvr.rollout.engines.sglang.server_key import key_from_environment
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
@@ -62,7 +64,7 @@ class SGLangEngine:
             if self.layout.is_main:
                 _check_reachable(self.config)
                 dtype = str(policy.bridge.dtype).removeprefix("torch.")
-                servers = with_kept_sets(rollout, model_folder)
+                servers = with_routed_experts(rollout, with_kept_sets(rollout, model_folder))
                 self.pool = resources.enter_context(ServerPool(servers, model_folder, dtype, directory / "logs"))
             started = (self.pool.urls, self.pool.key) if self.pool else None
             urls, self.state.key = waiting.broadcast_from_main(started, "the start of the SGLang servers")
@@ -74,8 +76,8 @@ class SGLangEngine:
         )
         self.weight_sync = WeightSync(self.config, policy, places, ranks, self.state, directory / "weights", self.pool)
         resources.callback(self.weight_sync.close)
-        if is_cut(rollout) and self.layout.is_main:
-            asyncio.run(self._check_kept_sets(rollout.top_k))
+        if self.layout.is_main:
+            asyncio.run(self._check_servers(rollout))
         self._outcome = UpdateOutcome()
         self._generating = 0  # calls of `generate` that have not returned
         self._generation_ended = threading.Condition()
@@ -149,12 +151,15 @@ class SGLangEngine:
 
         return places, list(await asyncio.gather(*[ranks(place) for place in places]))
 
-    async def _check_kept_sets(self, top_k: int) -> None:
-        """Refuse servers that cannot return the kept sets of tokens. Servers that do not answer are skipped."""
-        needed = requested_top_k(top_k, self.policy.bridge.vocab_size)
+    async def _check_servers(self, rollout: RolloutConfig) -> None:
+        """Refuse servers that cannot return what training needs of tokens. Servers that do not answer are skipped."""
+        needed = requested_top_k(rollout.top_k, self.policy.bridge.vocab_size)
         for endpoint in self.weight_sync.control.endpoints():
             with suppress(ServerLostError):
-                await check_server(endpoint, needed)
+                if is_cut(rollout):
+                    await kept_sets.check_server(endpoint, needed)
+                if rollout.routing_replay:
+                    await routed_experts.check_server(endpoint)
 
     def assist(self) -> None:
         """See `RolloutEngine.assist`. Only the leader talks to the servers, so there is nothing to do."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_rlvr.checked_input import InvalidInputError, checked, describe, field
 from megatron_rlvr.data.completion import Completion, checked_completion
+from megatron_rlvr.data.routes import RouterShape, Routes, decoded_routes
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.http import LARGEST_REPLY, Reply
 from megatron_rlvr.rollout.sampling import SamplingSettings
@@ -45,7 +46,8 @@ def generate_body(prompt: Sequence[int], sampling: SamplingSettings, seeds: Sequ
     prompts = ",".join([json.dumps(list(prompt))] * len(seeds))
     parameters = json.dumps([sampling_parameters(sampling, seed) for seed in seeds])
     kept = ',"return_sampling_mask":true' if sampling.returns_kept else ""
-    return f'{{"input_ids":[{prompts}],"sampling_params":{parameters},"return_logprob":true{kept}}}'.encode()
+    routes = ',"return_routed_experts":true' if sampling.routers else ""
+    return f'{{"input_ids":[{prompts}],"sampling_params":{parameters},"return_logprob":true{kept}{routes}}}'.encode()
 
 
 def prefill_body(prompt: Sequence[int]) -> bytes:
@@ -57,17 +59,28 @@ def prefill_body(prompt: Sequence[int]) -> bytes:
     return json.dumps({"input_ids": [list(prompt)], "sampling_params": [{"max_new_tokens": 0}]}).encode()
 
 
-def largest_reply(sampling: SamplingSettings) -> int:
+def largest_reply(sampling: SamplingSettings, prompt_tokens: int = 0) -> int:
     """Return the maximum size of a reply of ``/generate``, in bytes; larger ones are not read.
 
     A token takes about 40 bytes: its id twice, and its log-prob with up to 20 digits. Each id of its kept set takes 8.
+    The routes of a token take 4 bytes per layer and expert in base64, which makes 3 bytes 4.
     """
     kept = 12 * sampling.top_k if sampling.returns_kept else 0
-    return min(LARGEST_REPLY + (256 + kept) * sampling.samples * sampling.max_tokens, 2**32)
+    routes = 6 * sampling.routers.layers * sampling.routers.chosen if sampling.routers else 0
+    tokens = (256 + kept + routes) * sampling.max_tokens + routes * prompt_tokens
+    return min(LARGEST_REPLY + tokens * sampling.samples, 2**32)
 
 
-def read_completions(url: str, reply: Reply, sampling: SamplingSettings) -> list[Completion] | None:
+def read_completions(
+    url: str, reply: Reply, sampling: SamplingSettings, prompt_tokens: int = 0
+) -> list[Completion] | None:
     """Read the completions in a reply of ``/generate``; returns None if the server aborted one of them.
+
+    Args:
+        url: URL of the server.
+        reply: its reply.
+        sampling: what was requested.
+        prompt_tokens: length of the prompt, which routes include.
 
     Raises:
         UserError: if the server refused the request, or the reply is malformed.
@@ -82,7 +95,9 @@ def read_completions(url: str, reply: Reply, sampling: SamplingSettings) -> list
         reasons = [field(field(meta, "finish_reason", dict), "type", str) for meta in metas]
         if "abort" in reasons:
             return None
-        return [_read_completion(*parts, sampling) for parts in zip(content, metas, reasons, strict=True)]
+        return [
+            _read_completion(*parts, sampling, prompt_tokens) for parts in zip(content, metas, reasons, strict=True)
+        ]
     except InvalidInputError as error:
         raise UserError(
             f"{url} sent a malformed reply ({error}): {reply.excerpt()}; use an SGLang server of the version that "
@@ -91,7 +106,7 @@ def read_completions(url: str, reply: Reply, sampling: SamplingSettings) -> list
 
 
 def _read_completion(
-    content: dict[str, Any], meta: dict[str, Any], reason: str, sampling: SamplingSettings
+    content: dict[str, Any], meta: dict[str, Any], reason: str, sampling: SamplingSettings, prompt_tokens: int
 ) -> Completion:
     tokens, entries = field(content, "output_ids", list), field(meta, "output_token_logprobs", list)
     if not all(isinstance(entry, list) and len(entry) >= 2 for entry in entries):
@@ -123,8 +138,21 @@ def _read_completion(
         spans=spans,
         max_tokens=sampling.max_tokens,
         kept=kept,
+        routes=_read_routes(meta, prompt_tokens + len(tokens) - 1, sampling.routers) if sampling.routers else None,
     )
     return completion if len(spans) > 1 else replace(completion, version_spans=())
+
+
+def _read_routes(meta: dict[str, Any], tokens: int, routers: RouterShape) -> Routes:
+    """Read the routes of a sequence's first `tokens` tokens.
+
+    A server that runs out of memory retracts a sequence: later it computes the sequence anew, and reports the routes of
+    this second pass with the log-probs of the first. Such routes are left out.
+    """
+    if meta.get("routed_experts") is None:
+        raise InvalidInputError("no 'routed_experts', the routes that rollout.routing_replay needs")
+    routes = decoded_routes(meta["routed_experts"], tokens, routers, of_server=True)
+    return Routes(routes.experts[:0]) if field(meta, "num_retractions", int, at_least=0) else routes
 
 
 def _version(name: object) -> int:

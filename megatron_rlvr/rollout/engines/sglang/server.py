@@ -28,6 +28,9 @@ from megatron_rlvr.rollout.engines.sglang.server_files import ServerFiles
 from megatron_rlvr.rollout.engines.sglang.server_key import KEY_VARIABLE, headers
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+ROUTES_ARGUMENT = "enable_return_routed_experts"
+"""SGLang's name of the argument that makes a server record routes."""
+_CPU_ROUTES = Path(__file__).with_name("cpu_routes")
 _END_PERIOD_S = 0.05
 _PROGRAM = Path(__file__).with_name("launch_with_key.py")
 _TRAINER_ONLY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
@@ -85,6 +88,8 @@ class Server:
             defaults |= {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 65536}
             defaults["sleep_on_idle"] = True  # otherwise an idle server keeps a core busy
             self.environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+            if normalized(config.server).get(ROUTES_ARGUMENT):
+                self.environment["PYTHONPATH"] = str(_CPU_ROUTES)
         without_expandable_segments(self.environment)
         self.environment.pop(KEY_VARIABLE, None)
         self.environment |= config.environment | ({KEY_VARIABLE: key} if key else {})

@@ -1,0 +1,49 @@
+"""Measurements of routing replay, under the names of docs/metrics.md."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from megatron_rlvr.data.batch import RolloutBatch
+from megatron_rlvr.megatron import collectives
+from megatron_rlvr.megatron.parallel import Layout
+from megatron_rlvr.training.policy import Policy
+from megatron_rlvr.training.rollout_metrics import floats, mismatch_sums
+
+
+def routing_metrics(
+    policy: Policy, batch: RolloutBatch, advantage: Tensor, layout: Layout, *, compare: bool
+) -> dict[str, float]:
+    """Measure routing replay after `Policy.score` and before the updates; nothing without ``rollout.routing_replay``.
+
+    Collective over the job: two all-reduces, and with `compare` one more scoring pass and all-reduce.
+
+    Args:
+        policy: the policy that scored the batch.
+        batch: this rank's rollouts.
+        advantage: float32 [N], advantage of each sequence of the batch.
+        layout: position of this process in the process groups.
+        compare: also measure the mismatch of rollout and training if the routers choose all experts.
+    """
+    if batch.routes is None:
+        return {}
+    # Every process counts the tokens and layers that it computed.
+    differing, replayed = policy.take_route_counts().tolist()
+    counted = collectives.sum_over_job({"differing": differing, "replayed": replayed}, contributes=True)
+    sums = {"sequences": float(len(batch.tokens)), "unknown": float((batch.routes.counts == 0).sum())}
+    sums["tokens"] = float(batch.token_count)
+    total = collectives.sum_over_job(sums, contributes=layout.is_leader)
+    metrics = {
+        "routing_replay/differing": counted["differing"] / max(1.0, counted["replayed"]),
+        "routing_replay/unknown_fraction": total["unknown"] / total["sequences"],
+    }
+    if compare:
+        scores = policy.score(replace(batch, routes=None), advantage)
+        mismatch = collectives.sum_over_job(
+            floats(mismatch_sums(scores.logprob, batch.rollout_logprob)), contributes=layout.is_reporting_rank
+        )
+        metrics["routing_replay/kl_rollout_without"] = mismatch["kl_rollout"] / total["tokens"]
+        metrics["routing_replay/mismatch_without"] = mismatch["mismatch"] / total["tokens"]
+    return metrics
