@@ -117,7 +117,8 @@ def _source(module: str) -> Path | None:
     path: list[str] | None = None
     for depth in range(1, len(names) + 1):
         try:
-            spec = importlib.machinery.PathFinder.find_spec(".".join(names[:depth]), path)
+            # By its last name, because a dotted name below a folder without __init__.py needs that folder imported.
+            spec = importlib.machinery.PathFinder.find_spec(names[depth - 1], path)
         except (ImportError, ValueError):
             return None
         if spec is None or (depth <= len(packages) and spec.submodule_search_locations is None):
