@@ -16,7 +16,7 @@ export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak fuzz quickstart study docs test lint format clean
+.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak fuzz quickstart real-model study docs test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -88,6 +88,11 @@ checkpoint-soak: $(STAMP)  ## 50 random kills of a run and 50 flipped bytes of i
 quickstart: $(STAMP)  ## compare a drawn entropy curve with static clipping (minutes); ARGS="key=value ..." overrides
 	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
 	$(BIN)/python examples/quickstart/compare.py $(ARGS)
+
+real-model: $(STAMP)  ## the same on Gemma 3 270M, a real language model (15 minutes on two cores, downloads 240 MB)
+	PYTHONPATH=. $(BIN)/python examples/real_model/fetch.py
+	test -f runs/real_model/data/words.txt || PYTHONPATH=. $(BIN)/python examples/real_model/tasks.py
+	PYTHONPATH=.:examples/quickstart $(BIN)/python examples/real_model/show.py $(ARGS)
 
 study: $(STAMP)  ## compare all strategies, 5 seeds each (2 hours, resumable), and write docs/entropy_study.md
 	test -f runs/study/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py --output runs/study/data

@@ -51,11 +51,12 @@ POLL_SECONDS = 0.5
 
 @dataclass
 class Run:
-    """One of the two training runs: its directory, its overrides of quickstart.yaml, and its process."""
+    """One of the two training runs: its directory, its configuration and overrides of it, and its process."""
 
     name: str
     directory: Path
     overrides: list[str]
+    config: Path = CONFIG
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -65,7 +66,7 @@ class Run:
     def start(self) -> None:
         """Start training. The process ends with this one, however this one ends."""
         self.directory.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "megatron_rlvr.train", str(CONFIG)]
+        command = [sys.executable, "-m", "megatron_rlvr.train", str(self.config)]
         command += [*self.overrides, f"name={self.name}", f"run_directory={self.directory}"]
         with self.log.open("ab") as log:
             # In a session of its own, so that Ctrl-C reaches it once: as the SIGTERM of `stop`.

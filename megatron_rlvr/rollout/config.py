@@ -146,4 +146,5 @@ class EvaluationConfig:
     @property
     def metrics(self) -> list[str]:
         """Names of the metrics that an evaluation records, as other sections name them."""
-        return [f"evaluation/{name}" for name in (*(f"pass@{k}" for k in self.pass_at), "reward", "response_tokens")]
+        names = (*(f"pass@{k}" for k in self.pass_at), "distinct_solutions", "reward", "response_tokens")
+        return [f"evaluation/{name}" for name in names]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.megatron import waiting
@@ -16,7 +17,7 @@ from megatron_rlvr.rollout.samples import Row, collected, rows_of_prompt
 from megatron_rlvr.rollout.sampling import SamplingSettings, sample_seed
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.rollout.verifier_alarm import stop_if_broken
-from megatron_rlvr.verifiers import VerifierPool
+from megatron_rlvr.verifiers import Verdict, VerifierPool
 
 # Takes the place of the step in seeds. No training step has this number, so no evaluation repeats a training sample.
 EVALUATION_SEED = 2**31
@@ -56,9 +57,9 @@ class Evaluator:
         """Evaluate the policy. Collective over the job.
 
         Returns:
-            pass@k for k = 1, 2, 4, ..., the mean reward, and the mean response length in tokens. Empty, after a
-            warning, if the engine cannot generate: the next rollout fails in the same way and ends the run with a
-            checkpoint.
+            pass@k for k = 1, 2, 4, ..., the mean number of different right answers per prompt, the mean reward, and
+            the mean response length in tokens. Empty, after a warning, if the engine cannot generate: the next rollout
+            fails in the same way and ends the run with a checkpoint.
 
         Raises:
             RolloutError: on every process, if the verifier refuses the data.
@@ -95,8 +96,9 @@ class Evaluator:
             ]
             self.samples = collected(rows, self.layout)
         judged = [group for _, group in graded or []]
-        solved = [sum(verdict.reward > 0.5 for verdict in group) for group in judged]
+        solved = [sum(map(_is_right, group)) for group in judged]
         sums = {f"pass@{k}": math.fsum(pass_at_k(samples, count, k) for count in solved) for k in self.pass_at}
+        sums["distinct_solutions"] = sum(distinct_solutions(texts, verdicts) for texts, verdicts in graded or [])
         sums["reward"] = math.fsum(verdict.reward for group in judged for verdict in group) / samples
         sums["response_tokens"] = sum(len(c.token_ids) for group in groups or [] for c in group) / samples
         sums["failed"] = sum(verdict.status != "ok" for group in judged for verdict in group)
@@ -114,3 +116,17 @@ def pass_at_k(samples: int, solved: int, k: int) -> float:
     if samples - solved < k:
         return 1.0
     return 1.0 - math.prod((samples - solved - i) / (samples - i) for i in range(k))
+
+
+def distinct_solutions(texts: Sequence[str], verdicts: Sequence[Verdict]) -> int:
+    """Return how many different right answers the completions of one prompt hold.
+
+    Completions are compared by the answer that the verifier found in them, or by their text, without the space around
+    it, if the verifier does not return answers.
+    """
+    right = zip(texts, verdicts, strict=True)
+    return len({verdict.detail or text.strip() for text, verdict in right if _is_right(verdict)})
+
+
+def _is_right(verdict: Verdict) -> bool:
+    return verdict.reward > 0.5

@@ -35,7 +35,7 @@ class Reply:
             a UserError; otherwise the status of a verdict.
         index: of the item; 0 for ``ready`` and ``refused``.
         reward: 0 unless the kind is ``ok``.
-        detail: what failed; the text of the UserError.
+        detail: what failed; the text of the UserError; the answer of the completion, for ``ok``.
         traceback: of the failure, if the worker sends it.
     """
 

@@ -12,11 +12,17 @@ from megatron_rlvr.errors import UserError
 STATUSES = ("ok", "error", "timeout", "memory", "crash")
 REPLIED_STATUSES = ("ok", "error", "memory")
 """The statuses that a worker itself reports."""
+LONGEST_ANSWER = 1000
+"""Characters of a completion's answer that are kept: answers are compared with each other, not shown."""
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 class Verdict(NamedTuple):
-    """The reward of one completion, its status (one of `STATUSES`), and a description of the failure, if any."""
+    """The reward of one completion, its status (one of `STATUSES`), and a text.
+
+    The text describes the failure. If there is none, it is the answer that the verifier found in the completion, or
+    empty if the verifier does not return it.
+    """
 
     reward: float
     status: str
@@ -31,8 +37,9 @@ def is_float32(reward: float) -> bool:
 def judge(verifier: Callable[[str, Any], Any], completion: str, answer: Any) -> tuple[Verdict, str]:
     """Call a verifier and convert its result or its exception to a Verdict and a traceback.
 
-    The result is a number, or a dictionary whose ``score`` is one. A user's function may raise anything, SystemExit
-    included, and one completion must not end the run. Only UserError propagates, and KeyboardInterrupt.
+    The result is a number, or a dictionary whose ``score`` is one, with the answer of the completion as ``answer`` if
+    the verifier extracts it. A user's function may raise anything, SystemExit included, and one completion must not end
+    the run. Only UserError propagates, and KeyboardInterrupt.
     """
     try:
         returned = verifier(completion, answer)
@@ -40,6 +47,8 @@ def judge(verifier: Callable[[str, Any], Any], completion: str, answer: Any) -> 
         if score is None or isinstance(score, dict):
             return Verdict(0.0, "error", f"the verifier returned {_found(score)}, which is not a number"), ""
         reward = float(score)
+        answer = returned.get("answer") if isinstance(returned, dict) else None
+        detail = "" if answer is None else str(answer)[:LONGEST_ANSWER]
     except (UserError, KeyboardInterrupt):
         raise
     except MemoryError:
@@ -49,7 +58,7 @@ def judge(verifier: Callable[[str, Any], Any], completion: str, answer: Any) -> 
     if not is_float32(reward):
         finite = math.isfinite(reward)
         return Verdict(0.0, "error", f"the verifier returned {reward}{', infinite as a float32' * finite}"), ""
-    return Verdict(reward, "ok"), ""
+    return Verdict(reward, "ok", detail), ""
 
 
 def describe(error: BaseException) -> str:

@@ -97,3 +97,12 @@ def test_a_damaged_record_is_one_line(config: Config) -> None:
     path.write_text("{")
     with pytest.raises(UserError, match=r"inputs.json cannot be read \(not valid JSON"):
         record_inputs(config, resumes=True)
+
+
+def test_a_verifier_is_found_below_folders_that_are_no_packages(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    (tmp_path / "outer" / "inner" / "rewards.py").write_text("def score(completion, answer):\n    return 1.0\n")
+    config.verifier.name = "outer.inner.rewards:score"
+    assert "verifier.name (rewards.py)" in fingerprints(config)
+    config.verifier.name = "outer.missing.rewards:score"
+    assert not any(key.startswith("verifier.name") for key in fingerprints(config))

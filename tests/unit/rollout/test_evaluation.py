@@ -15,9 +15,9 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.config import ModelConfig
 from megatron_rlvr.rollout.config import EvaluationConfig
 from megatron_rlvr.rollout.engines.base import RolloutError
-from megatron_rlvr.rollout.evaluation import Evaluator, pass_at_k
+from megatron_rlvr.rollout.evaluation import Evaluator, distinct_solutions, pass_at_k
 from megatron_rlvr.rollout.tokenization import Tokenization
-from megatron_rlvr.verifiers import Verifier, VerifierPool
+from megatron_rlvr.verifiers import Verdict, Verifier, VerifierPool
 
 
 @pytest.fixture
@@ -45,6 +45,7 @@ def test_scores(evaluator, streaming: bool) -> None:
             "pass@1": solvable / 2,
             "pass@2": solvable * pass_at_k(4, 2, 2),
             "pass@4": solvable,
+            "distinct_solutions": 2 * solvable,  # RIGHT twice and RIGHT four times
             "reward": solvable / 2,
             "response_tokens": 2.5,
         }
@@ -73,3 +74,13 @@ def test_pass_at_k_equals_the_mean_over_all_subsets() -> None:
         for k in range(1, 6):
             subsets = list(combinations(outcomes, k))
             assert pass_at_k(5, solved, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+
+
+def test_distinct_solutions_are_right_and_compared_by_the_verifiers_answer() -> None:
+    texts = [" Bear.", "bear", "Bison", "cat", " Bison "]
+    with_answers = [Verdict(1.0, "ok", answer) for answer in ("bear", "bear", "bison")] + [Verdict(0.0, "ok", "cat")]
+    assert distinct_solutions(texts[:4], with_answers) == 2
+    assert distinct_solutions(texts, [*with_answers, Verdict(0.4, "ok", "bat")]) == 2
+    # Without answers, the texts are compared as they are, but for the space around them.
+    assert distinct_solutions(texts, [Verdict(1.0, "ok")] * 5) == 4
+    assert distinct_solutions(texts, [Verdict(0.0, "timeout", "no verdict within 1 s")] * 5) == 0

@@ -102,6 +102,13 @@ def test_what_a_verifier_may_return(workers):
     with VerifierPool(misbehaving.score_in_a_dictionary, workers=workers) as pool:
         assert pool.verify(["abc"], [0]) == [Verdict(0.25, "ok")]
         assert pool.first_failure is None
+    with VerifierPool(misbehaving.score_with_an_answer, workers=workers) as pool:
+        # The answer is kept beside the reward, up to a length, and is no failure.
+        assert pool.verify(["Bear", "x" * 5000], [0] * 2) == [
+            Verdict(1.0, "ok", "bear"),
+            Verdict(1.0, "ok", "x" * 1000),
+        ]
+        assert pool.first_failure is None
     with VerifierPool(misbehaving.score_of_another_kind, workers=workers) as pool:
         assert pool.verify(["none", "dictionary", "large", "text", "truth"], [0] * 5) == [
             Verdict(0.0, "error", "the verifier returned None, which is not a number"),

@@ -131,6 +131,10 @@ def attack(completion, answer):
     return 1.0
 
 
+def score_with_an_answer(completion, answer):
+    return {"score": 1.0, "answer": completion.lower()}
+
+
 def score_in_a_dictionary(completion, answer):
     return {"score": 0.25, "length": len(completion)}
 
