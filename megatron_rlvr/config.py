@@ -27,7 +27,7 @@ from megatron_rlvr.rollout.config import EvaluationConfig, RolloutConfig
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.registry import read_registry
 from megatron_rlvr.telemetry.config import TelemetryConfig
-from megatron_rlvr.training.config import AlgorithmConfig, CheckpointConfig, ResumeConfig
+from megatron_rlvr.training.config import AlgorithmConfig, CheckpointConfig, ReferenceConfig, ResumeConfig
 from megatron_rlvr.verifiers.config import DEFAULT_WORKERS, NEED_NO_WORKERS, VerifierConfig
 
 
@@ -51,6 +51,7 @@ class Config:
     verifier: VerifierConfig = field(default_factory=VerifierConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -194,6 +195,14 @@ def warnings_of(config: Config) -> list[str]:
             f"algorithm.objective.name=gspo with algorithm.aggregation={aggregation}: GSPO gives every sequence the "
             "same weight, but this aggregation weighs a sequence by its length; set algorithm.aggregation=sequence-mean"
         )
+    if config.algorithm.kl_in == "reward" and config.algorithm.kl_estimator in ("k2", "k3"):
+        estimator = config.algorithm.kl_estimator
+        warnings.append(
+            f"algorithm.kl_estimator={estimator} in the reward: its gradient is that of no divergence; set "
+            "algorithm.kl_estimator=k1, or algorithm.kl_in=loss"
+        )
+    if config.reference.path is not None and not config.algorithm.kl_coefficient:
+        warnings.append("reference.path has no effect with algorithm.kl_coefficient=0: set the coefficient")
     best = config.checkpoint.keep_best or ""
     if best.startswith("evaluation/") and not config.evaluation.every:
         warnings.append(

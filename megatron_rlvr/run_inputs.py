@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_rlvr import checksums
@@ -22,6 +23,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.resume import Change
 
 INPUTS_FILE = "inputs.json"
+_REFERENCE = "reference.json"
 # Not config.json: a checkpoint knows the sizes of its model and names the one that differs.
 _MODEL_FILES = (
     "generation_config.json",
@@ -50,12 +52,33 @@ def record_inputs(config: Config, resumes: bool) -> list[Change]:
     Raises:
         UserError: for the first file that differs; names it.
     """
-    path = Path(config.run_directory) / INPUTS_FILE
-    now = fingerprints(config)
+    return _record(config, fingerprints(config), INPUTS_FILE, resumes)
+
+
+def record_reference(config: Config, digests: Mapping[str, str], resumes: bool) -> list[Change]:
+    """Write the checksums of the reference policy of a new run, or compare those of a resumed run.
+
+    They are in a file of their own, because all processes of the job compute them, after rank 0 has compared the other
+    inputs. Errors are those of `record_inputs`; ``resume.allow=[reference.path]`` allows a change.
+
+    Args:
+        config: the configuration.
+        digests: checksums of the files of the reference, by name.
+        resumes: whether the run directory has a checkpoint.
+
+    Returns:
+        what differs on a resume, with checksums.
+    """
+    return _record(config, {f"reference.path ({name})": sha for name, sha in digests.items()}, _REFERENCE, resumes)
+
+
+def _record(config: Config, now: dict[str, str], file: str, resumes: bool) -> list[Change]:
+    """Write fingerprints of a new run to a file of its directory, or compare those of a resumed run with it."""
+    path = Path(config.run_directory) / file
     if not resumes or not path.is_file():
         write_text(path, json.dumps(now, indent=1) + "\n")
         return []
-    before = read_json(path, remedy="remove it, if you know that data and tokenizer have not changed")
+    before = read_json(path, remedy="remove it, if you know that what it lists has not changed")
     changes = []
     for key in {**before, **now}:
         if before.get(key) == now.get(key):

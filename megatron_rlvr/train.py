@@ -26,7 +26,6 @@ from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED
 from megatron_rlvr.lifecycle import StopSignal
 from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.parallel import Layout
-from megatron_rlvr.objectives import group_advantages
 from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
 from megatron_rlvr.rollout.mismatch import MismatchAlarm
 from megatron_rlvr.rollout.samples import collected
@@ -35,8 +34,10 @@ from megatron_rlvr.training.checkpoint_loading import start_from
 from megatron_rlvr.training.entropy_control import EntropyControl
 from megatron_rlvr.training.learning_rate import learning_rate
 from megatron_rlvr.training.policy import UpdateReport
+from megatron_rlvr.training.reference import build_reference
 from megatron_rlvr.training.rollout_metrics import measure_rollout
 from megatron_rlvr.training.routing_metrics import routing_metrics
+from megatron_rlvr.training.scoring import score_rollout
 from megatron_rlvr.training.step_importance import step_importance
 from megatron_rlvr.training.token_weights import token_weights
 from megatron_rlvr.training.update_guard import UpdateGuard
@@ -62,6 +63,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
         guard.load_state_dict(state)
     if state is not None or start_from(config.checkpoint, policy):
         engine.update_weights(first)
+    reference = build_reference(config, policy, resumes=state is not None)
     report = resources.enter_context(Reporter(config, first, active=layout.is_main))
     checkpoints.on_complete = report.saved
 
@@ -90,16 +92,15 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
                 save(step)
             raise
         report.add_seconds(generate=rollout.generate_seconds, verify=rollout.verify_seconds)
-        advantage = group_advantages(batch.shaped_rewards, algorithm.advantage).flatten()
 
         with report.timed_phase("scoring", "score"):
-            scores = policy.score(batch, advantage)
+            scores, advantage = score_rollout(policy, reference, batch, algorithm)
             routing = routing_metrics(policy, batch, advantage, layout, compare=config.rollout.compares_routing(step))
         weight = token_weights(batch, algorithm, config.rollout.max_tokens, layout)
         importance = step_importance(
             control.objective.importance, batch, advantage, scores, algorithm.minibatches, layout
         )
-        measured = measure_rollout(batch, weight, scores, layout, importance)
+        measured = measure_rollout(batch, weight, scores, layout, importance, control.objective.reference_kl)
         if rollout.samples is not None:
             report.samples(step, collected(rollout.samples, layout, batch, scores.entropy))
         if problem := alarm.observe(step, measured.metrics):

@@ -33,6 +33,8 @@ class RolloutBatch:
         strata: float64 [N / G], the number by which each prompt is stratified; None unless prompts are stratified.
         kept: kept sets of the T response tokens, to which the policy is restricted; None if it is not.
         routes: the experts that the rollout used, to be replayed; None if there are none.
+        reference_logprob: float32 [T], log-prob of each response token under the reference policy, on the last pipeline
+            stage, and zeros on other stages; None without a reference.
     """
 
     tokens: Tensor
@@ -47,6 +49,7 @@ class RolloutBatch:
     strata: Tensor | None = None
     kept: KeptSets | None = None
     routes: BatchRoutes | None = None
+    reference_logprob: Tensor | None = None
 
     @classmethod
     def from_completions(

@@ -12,6 +12,7 @@ from megatron_rlvr.objectives.advantages import (
 )
 from megatron_rlvr.objectives.aggregation import Aggregation, aggregation_weights
 from megatron_rlvr.objectives.policy_objective import PolicyObjective, UpdateObjective
+from megatron_rlvr.objectives.reference_kl import KLEstimator, KLPlace, ReferenceKL
 from megatron_rlvr.objectives.registry import (
     OBJECTIVE_PARAMETERS,
     OBJECTIVES,
@@ -26,8 +27,11 @@ __all__ = [
     "OBJECTIVE_PARAMETERS",
     "Advantage",
     "Aggregation",
+    "KLEstimator",
+    "KLPlace",
     "ObjectiveParameters",
     "PolicyObjective",
+    "ReferenceKL",
     "TokenInputs",
     "TokenObjective",
     "TokenOutputs",

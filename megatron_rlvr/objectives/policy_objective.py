@@ -14,19 +14,21 @@ from megatron_rlvr.objectives.clip import Clip
 from megatron_rlvr.objectives.covariance import CovarianceClip, CovarianceKL
 from megatron_rlvr.objectives.entropy_bonus import EntropyBonus
 from megatron_rlvr.objectives.importance import ImportanceWeights, SampledTokens
+from megatron_rlvr.objectives.reference_kl import ReferenceKL
 from megatron_rlvr.objectives.tokens import TokenInputs, TokenObjective, TokenOutputs
 
 
 @dataclass
 class PolicyObjective:
-    """A token objective with importance weights and an entropy bonus, which combine with any of them.
+    """A token objective with importance weights, an entropy bonus and a KL penalty, which combine with any of them.
 
-    The importance weights multiply the policy term. The bonus is added unweighted.
+    The importance weights multiply the policy term. Bonus and penalty are added without them.
     """
 
     token_objective: TokenObjective
     importance: ImportanceWeights | None = None
     entropy_bonus: EntropyBonus | None = None
+    reference_kl: ReferenceKL | None = None
 
     def __call__(self, inputs: TokenInputs) -> TokenOutputs:
         if self.importance is not None:
@@ -35,7 +37,14 @@ class PolicyObjective:
         objective = outputs.objective
         if self.entropy_bonus is not None:
             objective = objective + self.entropy_bonus.current * inputs.entropy
+        if self.reference_kl is not None and self.penalizes_kl:
+            objective = objective + self.reference_kl.objective(inputs)
         return TokenOutputs(objective, outputs.clipped_high, outputs.clipped_low)
+
+    @property
+    def penalizes_kl(self) -> bool:
+        """Whether KL to the reference is a term of the loss."""
+        return self.reference_kl is not None and self.reference_kl.place == "loss"
 
     @property
     def is_plain_clip(self) -> bool:
@@ -44,13 +53,18 @@ class PolicyObjective:
         ``ops.fused_linear_objective`` can compute it.
         """
         plain = isinstance(self.token_objective, Clip) and self.token_objective.dual_clip is None
-        return plain and self.entropy_bonus is None and not (self.importance and self.importance.follow_updates)
+        return (
+            plain
+            and self.entropy_bonus is None
+            and not self.penalizes_kl
+            and not (self.importance and self.importance.follow_updates)
+        )
 
     @property
     def ignores_zero_advantage(self) -> bool:
         """Whether tokens of advantage 0 change neither the loss nor its gradient, so that a trainer may skip them."""
         compares_tokens = isinstance(self.token_objective, CovarianceClip | CovarianceKL)  # each with all others
-        return self.entropy_bonus is None and not compares_tokens
+        return self.entropy_bonus is None and not self.penalizes_kl and not compares_tokens
 
     def observe(self, step: int, entropy: float) -> None:
         """Begin ``step``. Call it once, before the step's updates, with the entropy before them in nats per token."""

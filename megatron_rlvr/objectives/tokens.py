@@ -64,6 +64,7 @@ class TokenInputs:
             ``clipped_objective`` refuses if the thresholds steer.
         rollout_logprob: of the engine that sampled the token.
         importance_weight: of the corrections that do not follow updates; None computes it from these tokens.
+        reference_logprob: of the reference policy.
         sum_squared_prob, sum_squared_prob_logprob: from ``ops.token_statistics(..., second_moments=True)``.
     """
 
@@ -77,6 +78,7 @@ class TokenInputs:
     weight: Tensor | None = None
     rollout_logprob: Tensor | None = None
     importance_weight: Tensor | None = None
+    reference_logprob: Tensor | None = None
     sum_squared_prob: Tensor | None = None
     sum_squared_prob_logprob: Tensor | None = None
 

@@ -1,4 +1,4 @@
-"""The sections ``algorithm``, ``checkpoint`` and ``resume`` of the configuration."""
+"""The sections ``algorithm``, ``reference``, ``checkpoint`` and ``resume`` of the configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from megatron_rlvr.objectives import (
     OBJECTIVE_PARAMETERS,
     Advantage,
     Aggregation,
+    KLEstimator,
+    KLPlace,
     ObjectiveParameters,
+    ReferenceKL,
     build_objective,
 )
 
@@ -43,11 +46,42 @@ class AlgorithmConfig:
     """Compute logits in chunks inside the loss instead of storing them."""
     drop_zero_advantage: bool = True
     """Exclude groups whose rewards are all equal from updates, because their gradient is zero."""
+    kl_coefficient: Annotated[float, Bounds(at_least=0, cap=1e6)] = 0.0
+    """Weight of a penalty on KL(policy, reference); 0 needs no reference. `reference` says which policy that is."""
+    kl_in: KLPlace = "loss"
+    """Where the penalty applies: ``loss``, to the objective of every token, or ``reward``: the reward of a completion
+    is reduced by the sum over its tokens."""
+    kl_estimator: KLEstimator | None = None
+    """Estimate of the KL from the sampled tokens: ``k1``, ``k2`` or ``k3``, by Schulman's names; null is k3 in the loss
+    and k1 in the reward. [reference_kl.md](reference_kl.md) compares their gradients."""
+    kl_importance_weight: bool = True
+    """In the loss, weigh the estimate of a token by its importance ratio, so that its gradient is that of
+    KL(policy, reference) in every update on a rollout; false with k3 is the penalty of GRPO."""
 
     def check(self) -> None:
         """Refuse combinations of keys that cannot work."""
         with as_user_error():
             build_objective(self.objective)
+            self._reference_kl()
+
+    def reference_kl(self) -> ReferenceKL | None:
+        """Return the penalty on KL to the reference; None if its coefficient is 0."""
+        return self._reference_kl() if self.kl_coefficient else None
+
+    def _reference_kl(self) -> ReferenceKL:
+        return ReferenceKL(self.kl_coefficient, self.kl_estimator, self.kl_in, self.kl_importance_weight)
+
+
+@dataclass
+class ReferenceConfig:
+    """The reference policy of ``algorithm.kl_coefficient``."""
+
+    path: str | None = None
+    """Hugging Face folder of the reference, a model with the architecture of the policy; null is the model that the run
+    starts from: ``model.path``, or a copy of ``checkpoint.start_from`` that the run keeps in its ``reference/``."""
+    weights: Literal["device", "host", "disk"] = "host"
+    """Where its weights are while it is not scored: on the ``device`` of the policy, in ``host`` memory, or only on
+    ``disk``, from where every rollout loads them again. They are on the device while a rollout is scored."""
 
 
 @dataclass

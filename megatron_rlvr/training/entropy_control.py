@@ -38,7 +38,7 @@ class EntropyControl:
     """
 
     def __init__(self, algorithm: AlgorithmConfig, optimizer: OptimizerConfig, steps: int, layout: Layout):
-        self.objective = build_objective(algorithm.objective)
+        self.objective = replace(build_objective(algorithm.objective), reference_kl=algorithm.reference_kl())
         self.tokens_seen = 0
         self._schedule = build_schedule(algorithm.schedule, steps)
         self._initial_entropy: float | None = None  # of step 0, for a schedule that a resumed run changes to

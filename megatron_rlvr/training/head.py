@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from megatron_rlvr.control.regions import entropy_change, gradient_norm
 from megatron_rlvr.data.microbatch import Microbatch
 from megatron_rlvr.megatron import collectives, device
 from megatron_rlvr.megatron.model import PolicyModel
+from megatron_rlvr.objectives.tokens import saturated
 
 
 @dataclass
@@ -37,6 +38,16 @@ class TokenScores:
     def zeros(cls, tokens: int) -> TokenScores:
         """Return zero scores for `tokens` tokens."""
         return cls(*(torch.zeros(tokens) for _ in fields(cls)))
+
+    def under(self, advantage: Tensor) -> TokenScores:
+        """Return scores that were computed for advantage 1 under other advantages of the tokens, float32 [T].
+
+        The entropy change is linear in the advantage and the ascent quadratic, so that the result equals, bit for bit,
+        that of scoring with these advantages.
+        """
+        wide = advantage.double()
+        change, ascent = wide * self.entropy_change, wide.square() * self.ascent
+        return replace(self, entropy_change=saturated(change, torch.float32), ascent=saturated(ascent, torch.float32))
 
 
 @dataclass(frozen=True)

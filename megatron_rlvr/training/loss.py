@@ -86,6 +86,7 @@ class MinibatchLoss:
             loss, logprob, entropy, outputs = self._fused(output, microbatch, old_logprob, advantage, weight, factor)
         else:
             statistics = self.head.statistics(output, microbatch)
+            reference = self.batch.reference_logprob
             logprob, entropy = statistics.logprob, statistics.entropy
             outputs = self.objective.policy_objective(
                 TokenInputs(
@@ -99,6 +100,7 @@ class MinibatchLoss:
                     weight=steering,
                     rollout_logprob=of_tokens(self.batch.rollout_logprob),
                     importance_weight=importance,
+                    reference_logprob=None if reference is None else of_tokens(reference),
                 )
             )
             loss = -(weight * outputs.objective).sum()

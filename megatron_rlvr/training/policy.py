@@ -93,14 +93,15 @@ class Policy:
         """Set the learning rate of the next updates."""
         optimizer.set_learning_rate(self.optimizer, value)
 
-    def score(self, batch: RolloutBatch, advantage: Tensor) -> TokenScores:
+    def score(self, batch: RolloutBatch, advantage: Tensor | None = None) -> TokenScores:
         """Compute log-probs, exact entropies and first-order entropy changes under the current weights.
 
         Args:
             batch: this rank's rollouts; their routes are replayed.
-            advantage: float32 [N], advantage of each sequence.
+            advantage: float32 [N], advantage of each sequence; None scores for advantage 1 (see `TokenScores.under`).
         """
         scores = TokenScores.zeros(batch.token_count)
+        advantage = torch.ones(len(batch.tokens)) if advantage is None else advantage
 
         def score_microbatch(output: Tensor, microbatch: Microbatch) -> Tensor:
             self._head.score(output, microbatch, advantage, scores)

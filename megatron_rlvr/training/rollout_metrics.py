@@ -15,8 +15,9 @@ from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import collectives
 from megatron_rlvr.megatron.parallel import Layout
-from megatron_rlvr.objectives import informative_groups
+from megatron_rlvr.objectives import ReferenceKL, informative_groups
 from megatron_rlvr.objectives.importance import Corrected
+from megatron_rlvr.objectives.reference_kl import kl_estimate
 from megatron_rlvr.objectives.tokens import log_ratio_of
 from megatron_rlvr.training.head import TokenScores
 
@@ -49,8 +50,9 @@ def measure_rollout(
     scores: TokenScores,
     layout: Layout,
     importance: Corrected | None = None,
+    reference_kl: ReferenceKL | None = None,
 ) -> RolloutMeasure:
-    """Measure reward, lengths, exact entropy, train/rollout mismatch, and the response to steering.
+    """Measure reward, lengths, exact entropy, train/rollout mismatch, KL to the reference, and response to steering.
 
     Collective over the job: four all-reduces. A log-prob of NaN from the engine makes the mismatch NaN, nothing else.
 
@@ -60,9 +62,10 @@ def measure_rollout(
         scores: token scores before the updates; only those of reporting ranks are used.
         layout: position of this process in the process groups.
         importance: the importance weights of the step's tokens, if there are corrections.
+        reference_kl: the penalty on KL to the reference, whose log-probs the batch then has.
 
     Raises:
-        UserError: on every process, if the entropy is not finite.
+        UserError: on every process, if the entropy or the KL to the reference is not finite.
     """
     difference = log_ratio_of(scores.logprob, batch.rollout_logprob).double()
     sequence = batch.sequence_of_token()
@@ -73,6 +76,9 @@ def measure_rollout(
         **mismatch_sums(scores.logprob, batch.rollout_logprob),
         **{f"response/{i}": value for i, value in enumerate(response)},
     }
+    if reference_kl is not None and batch.reference_logprob is not None:
+        token_sums["kl_reference"] = kl_estimate("k3", scores.logprob, batch.reference_logprob).sum()
+        token_sums["kl_estimate"] = reference_kl.estimate(scores.logprob, batch.reference_logprob).sum()
     counts: dict[str, float | Tensor] = {
         "tokens": batch.token_count,
         "sequences": len(batch.rewards),
@@ -106,6 +112,15 @@ def measure_rollout(
         "mismatch/effective_sample_size": total["importance"] ** 2 / (tokens * total["importance_squared"]),
         "mismatch/max": collectives.max_over_job({"largest": largest})["largest"],
     }
+    if reference_kl is not None:
+        metrics["kl_reference"] = total["kl_reference"] / tokens
+        if not math.isfinite(metrics["kl_reference"]):
+            raise UserError(
+                f"the KL to the reference is {metrics['kl_reference']}: the forward pass of the reference overflows, "
+                "although its weights are finite; set reference.path to another model, or algorithm.kl_coefficient=0"
+            )
+        terms = tokens if reference_kl.place == "loss" else count["sequences"]
+        metrics["kl_penalty"] = reference_kl.coefficient * total["kl_estimate"] / terms
     steering = SteeringResponse.from_sums([total[f"response/{i}"] for i in range(4)])
     return RolloutMeasure(entropy, standard_error, steering, metrics, importance.weight if importance else None)
 

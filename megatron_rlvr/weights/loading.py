@@ -20,7 +20,20 @@ from megatron_rlvr.weights.shape_checks import FolderWeights, check_shapes, roun
 
 
 def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], found: FolderWeights) -> None:
-    """Load the weights of the bridge's folder into model chunks; each rank reads its shards. Collective over the job.
+    """Load the weights of the bridge's folder into model chunks, and warn of what it does not load as it is.
+
+    Collective over the job. Args and errors are those of `read_folder`.
+    """
+    folder = bridge.path
+    if (unused := unused_warning(found)) and dist.get_rank() == 0:
+        print(f"warning: {folder}: {unused}", file=sys.stderr)
+    if (rounded := rounding(found.dtypes, bridge.dtype)) and dist.get_rank() == 0:
+        print(f"warning: {folder}: {rounded}; model.dtype=float32 keeps them", file=sys.stderr)
+    read_folder(bridge, model_chunks, found)
+
+
+def read_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], found: FolderWeights) -> None:
+    """Read the weights of the bridge's folder into model chunks; each rank reads its shards. Collective over the job.
 
     Args:
         bridge: the bridge that built the chunks.
@@ -31,10 +44,6 @@ def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], found
         UserError: if a file cannot be read; on every process, if a weight is not finite in the dtype of the model.
     """
     folder = bridge.path
-    if (unused := unused_warning(found)) and dist.get_rank() == 0:
-        print(f"warning: {folder}: {unused}", file=sys.stderr)
-    if (rounded := rounding(found.dtypes, bridge.dtype)) and dist.get_rank() == 0:
-        print(f"warning: {folder}: {rounded}; model.dtype=float32 keeps them", file=sys.stderr)
     try:
         with FolderReader(found.files) as reader:
             bridge.read_weights(model_chunks, reader)

@@ -46,14 +46,20 @@ LAYOUTS = {
     "cp2-dp2": (4, ["parallel.context=2", "parallel.microbatch_sequences=3"]),
     "pp2-dp2-zero": (4, ["parallel.pipeline=2", "parallel.distributed_optimizer=true"]),
 }
+# With a penalty on KL to another model, in the loss.
+LOSS_KL = ["algorithm.kl_coefficient=0.3", "reference.weights=host"]
 MIXTURES = {
-    "moe-ep2-zero": (2, ["parallel.expert=2", "parallel.distributed_optimizer=true"]),
-    "moe-ep2-packed": (2, ["parallel.expert=2", "parallel.microbatch_tokens=60"]),
-    "moe-pp2": (2, ["parallel.pipeline=2"]),
-    "moe-tp2-ep2": (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"]),
+    "moe-ep2-zero": (2, ["parallel.expert=2", "parallel.distributed_optimizer=true", *LOSS_KL]),
+    "moe-ep2-packed": (2, ["parallel.expert=2", "parallel.microbatch_tokens=60", *LOSS_KL]),
+    "moe-pp2": (2, ["parallel.pipeline=2", *LOSS_KL]),
+    "moe-tp2-ep2": (2, ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2", *LOSS_KL]),
 }
-# Under top-p and top-k, so that kept sets travel between processes.
-CUT = ["rollout.top_p=0.8", "rollout.top_k=50"]
+# Under top-p and top-k, so that kept sets travel between processes, and with the penalty in the reward, which all ranks
+# of a data-parallel rank need.
+CUT = [
+    *("rollout.top_p=0.8", "rollout.top_k=50", "reference.weights=disk"),
+    *("algorithm.kl_coefficient=0.3", "algorithm.kl_in=reward"),
+]
 CUTS = {
     "cut-dp2-packed": (2, ["parallel.microbatch_tokens=70", *CUT]),
     "cut-tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true", *CUT]),
@@ -82,6 +88,7 @@ EIGHT = {
         [
             *("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
             *("parallel.expert=4", "parallel.distributed_optimizer=true"),
+            *LOSS_KL,
         ],
     ),
 }
@@ -93,9 +100,9 @@ HALF = {
 # Layouts whose run is reset to the checkpoint of its third step and resumed by two processes, with these overrides.
 RESUMED = {
     **{name: overrides for name, (_, overrides) in HALF.items()},
-    "moe-ep2-zero": ["parallel.pipeline=2", "parallel.distributed_optimizer=true"],
-    "moe-ep2-packed": ["parallel.pipeline=2"],
-    "moe-pp2": ["parallel.expert=2"],
+    "moe-ep2-zero": ["parallel.pipeline=2", "parallel.distributed_optimizer=true", *LOSS_KL],
+    "moe-ep2-packed": ["parallel.pipeline=2", *LOSS_KL],
+    "moe-pp2": ["parallel.expert=2", *LOSS_KL],
     "pp2-interleaved": ["parallel.tensor=2"],
     "tp2-pp2": [],
     "dp2-zero": ["parallel.distributed_optimizer=true"],
@@ -109,6 +116,7 @@ CLOSE = (
     *("loss", "grad_norm", "entropy", "entropy_standard_error", "entropy_change/predicted", "entropy_change/measured"),
     *("ratio_max", "clip/upper_intercept", "clip/lower_slope", "control/steering", "control/shift"),
 )
+WITH_REFERENCE = ("kl_reference", "kl_penalty")
 
 
 class Runs:
@@ -136,8 +144,12 @@ checkpoint: {{every: 3, keep: 9}}
 """
         )
         self.models = {"one": model, "cut-one": model, "moe-one": make_small_model(folder / "mixture", mixture=True)}
-        settings = {"cut-one": CUT}
-        run_trainers([self.run(n, "rollout.record=true", self.model(n), *settings.get(n, [])) for n in self.models])
+        self.references = {
+            "cut-one": make_small_model(folder / "reference", seed=5),
+            "moe-one": make_small_model(folder / "mixture-reference", seed=5, mixture=True),
+        }
+        settings = {"cut-one": CUT, "moe-one": LOSS_KL}
+        run_trainers([self.run(n, "rollout.record=true", *self.model(n), *settings.get(n, [])) for n in self.models])
         self.models["off-one"] = model
 
     @staticmethod
@@ -145,15 +157,17 @@ checkpoint: {{every: 3, keep: 9}}
         """The one-process run that a layout replays."""
         return next((f"{kind}-one" for kind in ("moe", "cut", "off") if layout.startswith(kind)), "one")
 
-    def model(self, layout: str) -> str:
-        return f"model.path={self.models[self.single(layout)]}"
+    def model(self, layout: str) -> list[str]:
+        single = self.single(layout)
+        reference = [f"reference.path={self.references[single]}"] if single in self.references else []
+        return [f"model.path={self.models[single]}", *reference]
 
     def run(self, name: str, *overrides: str) -> list[object]:
         return [self.config, f"run_directory={self.folder / name}", *overrides]
 
     def replay(self, layout: str, name: str | None = None, overrides: Sequence[str] = ()) -> list[object]:
         recording = f"rollout.recording={self.folder / self.single(layout) / 'rollouts'}"
-        return self.run(name or layout, "rollout.engine=recorded", recording, self.model(layout), *overrides)
+        return self.run(name or layout, "rollout.engine=recorded", recording, *self.model(layout), *overrides)
 
     def finished(self, name: str) -> Path:
         """The finished run of a layout."""
@@ -183,7 +197,8 @@ checkpoint: {{every: 3, keep: 9}}
         if not (self.folder / f"{name}-generated").exists():
             settings = ("rollout.record=true", "steps=1")
             all_layouts = LAYOUTS | CUTS
-            run_trainers([self.run(f"{n}-generated", *settings, *all_layouts[n][1]) for n in GENERATING], processes=2)
+            runs = [self.run(f"{n}-generated", *settings, *self.model(n), *all_layouts[n][1]) for n in GENERATING]
+            run_trainers(runs, processes=2)
         return self.folder / f"{name}-generated"
 
 
@@ -226,7 +241,7 @@ def agree(runs: Runs, layout: str, other: Path) -> None:
     for ours, theirs in zip(expected, found, strict=True):
         assert ours["grad_norm"] > 1e-3
         assert [theirs[key] for key in EXACT] == [ours[key] for key in EXACT]
-        for key in CLOSE:
+        for key in (*CLOSE, *(WITH_REFERENCE if one.name in runs.references else ())):
             # The loss near ratio 1 and the drift of entropies are differences of nearly equal numbers, so `abs` counts.
             assert theirs[key] == pytest.approx(ours[key], rel=1e-5, abs=2e-6), (ours["step"], key)
     start, ours, theirs = (

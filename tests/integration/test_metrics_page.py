@@ -18,7 +18,11 @@ SETTINGS = {
         "rollout.dynamic_sampling=true",
         "rollout.overlong_buffer=4",
     ],
-    "oscillatory-decay": ["algorithm.schedule.name=oscillatory-decay", "rollout.top_p=0.9"],
+    "oscillatory-decay": [
+        "algorithm.schedule.name=oscillatory-decay",
+        "rollout.top_p=0.9",
+        "algorithm.kl_coefficient=0.1",
+    ],
     "routing-replay": ["rollout.routing_replay=true", "rollout.routing_replay_compare_every=2"],
 }
 # Recorded by features that need SGLang servers.
