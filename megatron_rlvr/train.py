@@ -32,6 +32,7 @@ from megatron_rlvr.rollout.samples import collected
 from megatron_rlvr.telemetry.reporter import Reporter
 from megatron_rlvr.training.checkpoint_loading import start_from
 from megatron_rlvr.training.entropy_control import EntropyControl
+from megatron_rlvr.training.final_export import export_policy
 from megatron_rlvr.training.learning_rate import learning_rate
 from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.reference import build_reference
@@ -42,7 +43,6 @@ from megatron_rlvr.training.step_importance import step_importance
 from megatron_rlvr.training.token_weights import token_weights
 from megatron_rlvr.training.update_guard import UpdateGuard
 from megatron_rlvr.training.update_metrics import update_metrics
-from megatron_rlvr.weights.export import export_folder
 
 
 def train(config: Config, layout: Layout, resources: ExitStack) -> int:
@@ -141,10 +141,8 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
             report.message(f"stopped by {stop.received or 'another rank'} after step {step}; start again to continue")
             return EXIT_STOPPED
 
-    if config.checkpoint.export_huggingface:
-        report.phase("exporting")
-        folder, dtype = Path(config.run_directory) / "huggingface", config.checkpoint.export_torch_dtype()
-        export_folder(policy.bridge, policy.model_chunks, folder, write=layout.is_main, dtype=dtype)
+    report.phase("exporting")
+    export_policy(policy, Path(config.run_directory), config.checkpoint)
     report.finish()
     return EXIT_DONE
 

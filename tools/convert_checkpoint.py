@@ -2,6 +2,10 @@
 
     python tools/convert_checkpoint.py to-megatron models/Qwen2.5-7B checkpoints/qwen --verify
     python tools/convert_checkpoint.py to-huggingface runs/math/checkpoints/step_400 exported --model models/Qwen2.5-7B
+    python tools/convert_checkpoint.py to-peft runs/lora/checkpoints/step_400 adapter --model models/Qwen2.5-7B
+
+A checkpoint of adapters (lora.rank > 0) becomes a complete model, merged with the weights of --model, or a folder in
+PEFT's format with the adapters alone.
 
 The conversion runs in one process. It holds one weight at a time, with the Hugging Face tensors that make it up, and
 prints its peak memory and the size of the largest weight. It writes to OUTPUT.partial, which it renames at the end. If
@@ -41,10 +45,10 @@ warnings.simplefilter("ignore")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("direction", choices=("to-megatron", "to-huggingface"))
+    parser.add_argument("direction", choices=("to-megatron", "to-huggingface", "to-peft"))
     parser.add_argument("input", type=Path, help="Hugging Face folder, or checkpoint folder with run.json")
     parser.add_argument("output", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--model", type=Path, help="to-huggingface: folder that config and tokenizer come from")
+    parser.add_argument("--model", type=Path, help="folder of the model, if the input is a checkpoint")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest safetensors file")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="dtype to write; default: one that holds every weight exactly"
@@ -58,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.shard_gib <= 0:
         raise UserError(f"--shard-gib must be greater than 0, found {options.shard_gib}")
-    if options.direction == "to-huggingface" and options.model is None:
-        raise UserError("to-huggingface needs --model FOLDER, the model whose config and tokenizer to copy")
+    if options.direction != "to-megatron" and options.model is None:
+        raise UserError(f"{options.direction} needs --model FOLDER, the model that the checkpoint was trained from")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the conversion runs in one process: start it without torchrun")
     with parallel.parallel_groups(ParallelConfig(), seed=0):
@@ -68,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bridge = _bridge(options.input, options.dtype or _dtype_of_folder(options.input, report))
             dtype = str(bridge.dtype).removeprefix("torch.")
             compared = conversion.to_megatron(bridge, options.output, report, options.verify)
+        elif options.direction == "to-peft":
+            bridge = _bridge(options.model, conversion.checkpoint_dtype(options.input))
+            count = conversion.to_peft(bridge, options.input, options.output, report)
+            report(f"{options.output} is complete: {count} tensors of adapters")
+            return EXIT_DONE
         else:
             bridge = _bridge(options.model, conversion.checkpoint_dtype(options.input))
             dtype = options.dtype or str(bridge.dtype).removeprefix("torch.")

@@ -85,14 +85,19 @@ class Adapter(Module):
             elif self.group.size() > 1:
                 parameter.sequence_parallel = sequence_parallel
 
-    def delta(self) -> Tensor:
-        """Return what the adapter adds to the weight of its module, float32 [outputs, inputs]."""
-        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return the weight of the module, or this rank's shard of it, merged with the adapter."""
+        return merged(weight, self.lora_A.detach(), self.lora_B.detach(), self.scale)
 
     def tensors(self) -> Iterator[tuple[str, Parameter, int | None]]:
         """Yield the tensors by their name in a folder of PEFT, less its prefix, with the dimension that is split."""
         for name, dim in self.split.items():
             yield f"{self.module_name}.{name}.weight", getattr(self, name), dim
+
+
+def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """Return ``weight + scale * B A`` [outputs, inputs], computed in float32 and rounded to the type of `weight`."""
+    return (weight.float() + scale * (lora_b.float() @ lora_a.float())).to(weight.dtype)
 
 
 class LayerAdapters(Module):

@@ -43,7 +43,7 @@ class Source:
         parts = self.entry.to_huggingface(weight, hf_config)
         for number, adapter in enumerate(self.adapters):
             if adapter is not None:
-                parts[number] = (parts[number].float() + adapter.delta()).to(weight.dtype)
+                parts[number] = adapter.merged(parts[number])
         return parts
 
 

@@ -112,6 +112,8 @@ class Reporter:
         results: dict[str, str | Path] = {"metrics": self.directory / "metrics.jsonl"}
         if self.config.telemetry.plots:
             results["plots"] = plot_run(self.directory, self.config.name)[0].parent
+        if self.config.lora.rank:
+            results["adapters (PEFT)"] = self.directory / "adapter"
         if self.config.checkpoint.export_huggingface:
             folder = self.directory / "huggingface"
             results["policy (Hugging Face)"] = folder

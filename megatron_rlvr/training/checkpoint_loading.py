@@ -19,6 +19,7 @@ from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy, weights_are_finite_everywhere
 from megatron_rlvr.weights.adapter_record import check_same_adapters, stored_record
 from megatron_rlvr.weights.checkpoint_folder import check_same_model, fingerprint, open_folder
+from megatron_rlvr.weights.peft_folder import is_adapter_folder, read_adapters
 
 _WRITER = re.compile(r"__([0-9]+)_[0-9]+\.distcp")
 
@@ -87,7 +88,7 @@ def start_from(config: CheckpointConfig, policy: Policy) -> bool:
     """Load the weights that a new run begins with, and the optimizer state if there is any. Collective over the job.
 
     The source is a run directory, of which the newest checkpoint that is not damaged is taken; one of its checkpoints;
-    or the output of ``tools/convert_checkpoint.py to-megatron``.
+    the output of ``tools/convert_checkpoint.py to-megatron``; or adapters in PEFT's format.
 
     Args:
         config: section ``checkpoint`` of the configuration, with the source and whether to load its optimizer state.
@@ -102,6 +103,9 @@ def start_from(config: CheckpointConfig, policy: Policy) -> bool:
     source, optimizer = config.start_from, config.start_optimizer
     if source is None:
         return False
+    if is_adapter_folder(Path(source)):
+        _start_from_adapters(Path(source), policy)
+        return True
     found = checkpoints_in(Path(source)) if dist.get_rank() == 0 else None
     candidates = waiting.broadcast_from_main(found, f"rank 0 to list {source}")
     damage = []
@@ -120,8 +124,26 @@ def start_from(config: CheckpointConfig, policy: Policy) -> bool:
         return True
     raise UserError(
         f"checkpoint.start_from={source}: {'; '.join(damage) or 'there is no checkpoint'}: give a run directory, its "
-        "checkpoints/step_N, or the output of tools/convert_checkpoint.py to-megatron"
+        "checkpoints/step_N, the output of tools/convert_checkpoint.py to-megatron, or adapters in PEFT's format"
     )
+
+
+def _start_from_adapters(folder: Path, policy: Policy) -> None:
+    """Begin with the adapters in a folder of PEFT, and a fresh optimizer. Collective over the job.
+
+    Raises:
+        UserError: if they do not belong to the policy.
+    """
+    if policy.adapter_record is None:
+        raise UserError(f"checkpoint.start_from={folder} holds adapters, but lora.rank=0 trains all weights: set it")
+    warning = read_adapters(folder, policy.model_chunks, policy.bridge.hf_config, policy.adapter_record)
+    policy.optimizer.reload_model_params()  # the master weights
+    if not weights_are_finite_everywhere(policy):
+        raise UserError(f"{folder} holds values that are NaN or infinite: save the adapters again")
+    if dist.get_rank() == 0:
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"starting from {folder}: its adapters and a fresh optimizer", file=sys.stderr)
 
 
 def checkpoints_in(source: Path) -> list[Path]:

@@ -111,7 +111,8 @@ class CheckpointConfig:
     start_from: str | None = None
     """Folder with the weights, and the optimizer state if there is any, that a new run begins with instead of the
     weights of ``model.path``: the directory of another run, one of its ``checkpoints/step_N``, or the output of
-    ``tools/convert_checkpoint.py to-megatron``. A run that has checkpoints of its own resumes from them instead."""
+    ``tools/convert_checkpoint.py to-megatron``; with ``lora.rank`` above 0, also a folder of adapters in PEFT's format.
+    A run that has checkpoints of its own resumes from them instead."""
     start_optimizer: bool = True
     """Also begin with the optimizer state in `start_from`; otherwise the optimizer starts anew."""
     export_huggingface: bool = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.sharded_checkpoint import root_cause
 from megatron_rlvr.megatron.streamed_checkpoint import StreamedLoad, save_streamed
+from megatron_rlvr.weights.adapter_checkpoint import AdapterCheckpoint
+from megatron_rlvr.weights.adapter_record import stored_record
 from megatron_rlvr.weights.checkpoint_folder import (
     check_same_model,
     fingerprint,
@@ -38,6 +41,7 @@ from megatron_rlvr.weights.huggingface_folder import (
     tensor_files,
     write_index,
 )
+from megatron_rlvr.weights.peft_folder import write_adapters
 from megatron_rlvr.weights.safetensors_writer import is_complete as is_complete_shard
 from megatron_rlvr.weights.safetensors_writer import nbytes, plan_shards, write_shard
 from megatron_rlvr.weights.shape_checks import check_shapes, rounding, stored_dtype, unused_warning
@@ -45,6 +49,8 @@ from megatron_rlvr.weights.whole_weights import WholeWeights, check_finite
 
 Report = Callable[[str], None]
 """Called with a line of text for every step of progress."""
+Load = Callable[[str], Iterator[tuple[str, Tensor]]]
+"""Yields the Hugging Face tensors of a weight, which it is given by its name in the model, by name."""
 _INPUT = "input.json"
 
 
@@ -72,25 +78,25 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
     weights = WholeWeights(bridge)
     inputs = {*files.values(), bridge.path / "config.json"}
     source = {"folder": str(bridge.path.resolve()), "files": _sizes(inputs), "dtype": str(bridge.dtype)}
-    partial = _begin(target, source, report)
+    unfinished = _begin(target, source, report)
     report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
     try:
         digests = save_streamed(
             weights.state,
-            partial,
+            unfinished,
             pieces=lambda name: weights.pieces(name, weights.from_huggingface(name, files)),
             report=lambda done, count: report(f"{done} of {count} files"),
         )
         compared = 0
         if verify:
             report("comparing every tensor")
-            compared = _compare(weights, StreamedLoad(partial), bridge.path, bridge.dtype)
-        (partial / _INPUT).unlink()
+            compared = _compare(weights, partial(_load, weights, StreamedLoad(unfinished)), bridge.path, bridge.dtype)
+        (unfinished / _INPUT).unlink()
         model = fingerprint(bridge.hf_config, bridge.dtype)
-        write_record(partial, {"step": 0, "model": model, "source": str(bridge.path)}, digests)
-        partial.rename(target)
+        write_record(unfinished, {"step": 0, "model": model, "source": str(bridge.path)}, digests)
+        unfinished.rename(target)
     except UserError:  # the input is wrong, so the output is of no use
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     except OSError as error:
         raise _cannot_write(target, error) from error
@@ -106,7 +112,7 @@ def to_huggingface(
     shard_bytes: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> int:
-    """Write a Megatron checkpoint as a complete Hugging Face folder.
+    """Write a Megatron checkpoint as a complete Hugging Face folder. Adapters are merged into the bridge's weights.
 
     Args:
         bridge: a bridge with all parallel sizes 1 and the local layers. Config and tokenizer are copied from its
@@ -125,8 +131,9 @@ def to_huggingface(
         UserError: if the checkpoint is damaged or belongs to another model, the target cannot be written, or a tensor
             differs.
     """
-    loaded = open_checkpoint(bridge, checkpoint, report)
+    loaded, adapters = open_checkpoint(bridge, checkpoint, report)
     weights = WholeWeights(bridge)
+    load = partial(_load, weights, loaded) if adapters is None else partial(_load_merged, weights, adapters)
     dtype = dtype or bridge.dtype
     if rounded := rounding({bridge.dtype}, dtype):
         report(f"warning: {rounded}")
@@ -136,35 +143,62 @@ def to_huggingface(
     }
     source = {"checkpoint": str(checkpoint.resolve()), "files": _sizes(set(checkpoint.iterdir())), "shard": shard_bytes}
     source |= {"dtype": str(dtype)}
-    partial = _begin(target, source, report)
+    unfinished = _begin(target, source, report)
     report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
     shards = plan_shards(described, shard_bytes)
-    tensors = _tensors(weights, loaded)
+    tensors = _tensors(weights, load)
     try:
         for number, (names, file) in enumerate(zip(shards, shard_names(len(shards)), strict=True)):
             in_shard = {name: described[name] for name in names}
-            if not is_complete_shard(partial / file, in_shard):
-                write_shard(partial / file, in_shard, ((name, tensors(name).to(described[name][0])) for name in names))
+            if not is_complete_shard(unfinished / file, in_shard):
+                write_shard(
+                    unfinished / file, in_shard, ((name, tensors(name).to(described[name][0])) for name in names)
+                )
             report(f"{number + 1} of {len(shards)} files")
         if len(shards) > 1:
-            write_index(partial, shards, sum(map(nbytes, described.values())))
-        copy_companions(bridge.path, partial, dtype)
+            write_index(unfinished, shards, sum(map(nbytes, described.values())))
+        copy_companions(bridge.path, unfinished, dtype)
         compared = 0
         if verify:
             report("comparing every tensor")
-            compared = _compare(weights, loaded, partial, dtype)
-        (partial / _INPUT).unlink()
-        partial.rename(target)
+            compared = _compare(weights, load, unfinished, dtype)
+        (unfinished / _INPUT).unlink()
+        unfinished.rename(target)
     except UserError:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     except OSError as error:
         raise _cannot_write(target, error) from error
     return compared
 
 
-def open_checkpoint(bridge: PolicyBridge, checkpoint: Path, report: Report) -> StreamedLoad:
-    """Open a Megatron checkpoint of any layout, from a conversion or from training.
+def to_peft(bridge: PolicyBridge, checkpoint: Path, target: Path, report: Report) -> int:
+    """Write the adapters of a checkpoint as a folder in PEFT's format; returns the number of their tensors.
+
+    Args:
+        bridge: a bridge of the model that the adapters belong to, with all parallel sizes 1 and the local layers.
+        checkpoint: a checkpoint from training with ``lora``, of any layout.
+        target: folder to write; must not exist.
+        report: called with lines of progress.
+
+    Raises:
+        UserError: if the checkpoint is damaged, has no adapters or those of another model, or the target cannot be
+            written.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists: remove it or name another output")
+    _, adapters = open_checkpoint(bridge, checkpoint, report)
+    if adapters is None:
+        raise UserError(f"{checkpoint} holds all weights and no adapters: convert it with to-huggingface")
+    tensors = dict(adapters.tensors())
+    write_adapters(target, tensors.items(), adapters.record)
+    return len(tensors)
+
+
+def open_checkpoint(
+    bridge: PolicyBridge, checkpoint: Path, report: Report
+) -> tuple[StreamedLoad, AdapterCheckpoint | None]:
+    """Open a Megatron checkpoint of any layout, from a conversion or from training; returns it and its adapters.
 
     Raises:
         UserError: if the checkpoint is missing or damaged, or does not belong to the bridge's model.
@@ -178,9 +212,11 @@ def open_checkpoint(bridge: PolicyBridge, checkpoint: Path, report: Report) -> S
         else:
             report(f"comparing {checkpoint} with its checksums")
             check_files(checkpoint, listed)
+        adapters = stored_record(record)
     except DamagedError as error:
         raise UserError(f"{checkpoint} cannot be read: {error}; use another checkpoint") from error
-    return StreamedLoad(checkpoint)
+    loaded = StreamedLoad(checkpoint)
+    return loaded, None if adapters is None else AdapterCheckpoint(bridge, loaded, adapters)
 
 
 def checkpoint_dtype(checkpoint: Path) -> str:
@@ -201,7 +237,7 @@ def checkpoint_dtype(checkpoint: Path) -> str:
     return name
 
 
-def _tensors(weights: WholeWeights, loaded: StreamedLoad) -> Callable[[str], Tensor]:
+def _tensors(weights: WholeWeights, load: Load) -> Callable[[str], Tensor]:
     """Return a function that returns the checkpoint's Hugging Face tensors by name.
 
     The function keeps the tensors of one weight, so each weight is read once if tensors are requested in order.
@@ -215,7 +251,7 @@ def _tensors(weights: WholeWeights, loaded: StreamedLoad) -> Callable[[str], Ten
     def tensor(key: str) -> Tensor:
         if key not in current:
             current.clear()
-            current.update(_load(weights, loaded, weight_of[key]))
+            current.update(load(weight_of[key]))
         return current[key]
 
     return tensor
@@ -229,12 +265,20 @@ def _load(weights: WholeWeights, loaded: StreamedLoad, name: str) -> Iterator[tu
     return weights.to_huggingface(name, weight)
 
 
-def _compare(weights: WholeWeights, loaded: StreamedLoad, folder: Path, dtype: torch.dtype) -> int:
+def _load_merged(weights: WholeWeights, adapters: AdapterCheckpoint, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the Hugging Face tensors of one weight of a policy with adapters, by name."""
+    for key, tensor in weights.to_huggingface(name, weights.from_huggingface(name, adapters.files)):
+        merged = adapters.merged(key, tensor)
+        check_finite(merged, f"{adapters.loaded.folder}: {key}")
+        yield key, merged
+
+
+def _compare(weights: WholeWeights, load: Load, folder: Path, dtype: torch.dtype) -> int:
     """Compare every tensor of a checkpoint with a Hugging Face folder, bit for bit; returns the number of tensors.
 
     Args:
         weights: the weights of the model.
-        loaded: the checkpoint.
+        load: yields the Hugging Face tensors of a weight of the checkpoint.
         folder: the folder.
         dtype: the dtype of the side that was written, to which the tensors of both sides are converted.
 
@@ -246,7 +290,7 @@ def _compare(weights: WholeWeights, loaded: StreamedLoad, folder: Path, dtype: t
     seen: set[str] = set()
     difference = None
     for name in weights.names:
-        for key, tensor in _load(weights, loaded, name):
+        for key, tensor in load(name):
             seen.add(key)
             if key not in files:
                 difference = difference or f"{folder} lacks {key}"

@@ -1,10 +1,11 @@
-"""Export this rank's model chunks to a Hugging Face folder."""
+"""Export this rank's model chunks to a Hugging Face folder, and adapters to one of PEFT."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.weights.huggingface_folder import write_folder
+from megatron_rlvr.weights.peft_folder import write_adapters
 from megatron_rlvr.weights.shape_checks import rounding, stored_dtype
 
 _BYTES_PER_TURN = 2**30
@@ -46,6 +48,33 @@ def export_folder(
         write_folder(folder, converted, companions=bridge.path)
     else:
         for _ in tensors:  # every process must take part in gathering every tensor
+            pass
+
+
+def export_adapters(
+    bridge: PolicyBridge,
+    model_chunks: Sequence[PolicyModel],
+    folder: Path,
+    record: Mapping[str, Any],
+    *,
+    write: bool,
+) -> None:
+    """Write the adapters as a folder in PEFT's format. Collective over the job.
+
+    Args:
+        bridge, model_chunks: as in `export_folder`.
+        folder: folder to write; replaced if it exists.
+        record: result of `adapter_record`.
+        write: True on the one process that writes.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    tensors = _in_turns(bridge.adapter_export(model_chunks).tensors(), f"{folder} to be written", keep=write)
+    if write:
+        write_adapters(folder, tensors, record)
+    else:
+        for _ in tensors:
             pass
 
 
