@@ -112,12 +112,16 @@ def _separate_norms(layer: ModuleSpec) -> None:
         TENorm,
     )
 
-    parts = {"input_layernorm": ("self_attention", "linear_qkv"), "pre_mlp_layernorm": ("mlp", "linear_fc1")}
-    for norm, (part, linear) in parts.items():
-        submodules = getattr(layer.submodules, part).submodules
-        if getattr(submodules, linear, None) is TELayerNormColumnParallelLinear:
-            setattr(submodules, linear, TEColumnParallelLinear)
-            setattr(layer.submodules, norm, TENorm)
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    for norm, norm_owner, linear, linear_owner in (
+        ("input_layernorm", layer.submodules, "linear_qkv", attention),
+        ("q_layernorm", attention, "linear_q_up_proj", attention),
+        ("kv_layernorm", attention, "linear_kv_up_proj", attention),
+        ("pre_mlp_layernorm", layer.submodules, "linear_fc1", mlp),
+    ):
+        if getattr(linear_owner, linear, None) is TELayerNormColumnParallelLinear:
+            setattr(linear_owner, linear, TEColumnParallelLinear)
+            setattr(norm_owner, norm, TENorm)
 
 
 def _checkpoint_names(latent: bool, mixture: bool) -> dict[str, str]:

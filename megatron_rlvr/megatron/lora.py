@@ -38,8 +38,19 @@ from megatron_rlvr.megatron.families.weight_map import WeightMap
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.weight_shards import Shard, shards
 
-_SPLIT_DIM = {"linear_qkv": 0, "linear_proj": 1, "linear_fc1": 0, "linear_fc2": 1}
-"""Layers of megatron-core that can have adapters, and the dimension of their weight that ranks split."""
+_SPLIT_DIM: dict[str, int | None] = {
+    "linear_qkv": 0,
+    "linear_q_proj": 0,
+    "linear_q_down_proj": None,
+    "linear_q_up_proj": 0,
+    "linear_kv_down_proj": None,
+    "linear_kv_up_proj": 0,
+    "linear_proj": 1,
+    "linear_fc1": 0,
+    "linear_fc2": 1,
+}
+"""Layers of megatron-core that can have adapters, and the dimension of their weight that tensor-parallel ranks split;
+None for those that compute this rank's tokens with the whole weight."""
 
 
 class Adapter(Module):
@@ -55,7 +66,7 @@ class Adapter(Module):
         of_expert: whether the module belongs to an expert.
     """
 
-    def __init__(self, module_name: str, shape: Sequence[int], shard: Shard, split_dim: int, lora: LoRAConfig):
+    def __init__(self, module_name: str, shape: Sequence[int], shard: Shard, split_dim: int | None, lora: LoRAConfig):
         super().__init__()
         outputs, inputs = shape
         self.module_name, self.scale = module_name, lora.alpha / lora.rank
@@ -133,7 +144,8 @@ class LayerAdapters(Module):
         self.split_dim = _SPLIT_DIM[_layer_of(entry)]
         self.sequence_parallel, self.enabled = config.sequence_parallel, True
         # The dispatcher of a mixture gathers the tokens of an expert that ranks split, and sums their outputs.
-        self.group = shard.group if shard.group.size() > 1 and shard.expert is None else None
+        exchanges = shard.group.size() > 1 and shard.expert is None and self.split_dim is not None
+        self.group = shard.group if exchanges else None
         self.rows = []
         self.parts: list[Adapter | None] = []
         for module_name, part in zip(module_names, entry.to_huggingface(shard.weight.detach(), hf_config), strict=True):
@@ -200,6 +212,10 @@ def add_adapters(model: PolicyModel, family: Family, hf_config: Any, lora: LoRAC
             experts.append(adapters)
         else:
             _attach(shard.owner, ExpertAdapters([adapters]))
+    if not any(True for _ in adapters_in([model])):
+        raise UserError(
+            f"lora.target_modules={lora.target_modules}: the layers of this model have none of these modules"
+        )
     model.adapted = True
 
 

@@ -190,6 +190,19 @@ class StreamedLoad:
             raise UserError(f"{folder} cannot be read: {root_cause(error)}") from error
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
+    def tensor_names(self) -> list[str]:
+        """Return the names of the stored tensors."""
+        stored = self.metadata.state_dict_metadata
+        return [name for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)]
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a whole stored tensor, which must have this dtype; raises as `fill`."""
+        stored = self.metadata.state_dict_metadata[name]
+        assert isinstance(stored, TensorStorageMetadata)
+        piece = ShardedTensor.from_rank_offsets(name, torch.empty(stored.size, dtype=dtype))
+        self.fill([piece])
+        return piece.data
+
     def fill(self, pieces: Iterable[ShardedTensor]) -> None:
         """Read the data of `pieces` from the checkpoint in place. Rows that pad the vocabulary are not read.
 

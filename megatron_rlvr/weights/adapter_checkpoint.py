@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.lora import merged
@@ -39,24 +36,18 @@ class AdapterCheckpoint:
         own = {"path": str(bridge.path), "weights": weights_digest(found)}
         check_same_base(record["base"], own, str(loaded.folder))
         self.files = found.files
+        self._names = set(loaded.tensor_names())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of all adapters by their name in PEFT, less its prefix."""
-        for name, stored in self.loaded.metadata.state_dict_metadata.items():
-            if isinstance(stored, TensorStorageMetadata) and name.startswith("model."):
-                yield name, self._read(name)
+        for name in self.loaded.tensor_names():
+            if not name.startswith("optimizer."):
+                yield name, self.loaded.read(name, self.bridge.dtype)
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """Return a Hugging Face tensor of the base, merged with its adapter if it has one."""
         module = name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" not in self.loaded.metadata.state_dict_metadata:
+        if f"{module}.lora_A.weight" not in self._names:
             return weight
-        a, b = (self._read(f"{module}.{part}.weight") for part in ("lora_A", "lora_B"))
+        a, b = (self.loaded.read(f"{module}.{part}.weight", self.bridge.dtype) for part in ("lora_A", "lora_B"))
         return merged(weight, a, b, self.record["alpha"] / self.record["rank"])
-
-    def _read(self, name: str) -> Tensor:
-        stored = self.loaded.metadata.state_dict_metadata[name]
-        assert isinstance(stored, TensorStorageMetadata)
-        piece = ShardedTensor.from_rank_offsets(name, torch.empty(stored.size, dtype=self.bridge.dtype))
-        self.loaded.fill([piece])
-        return piece.data

@@ -19,7 +19,7 @@ from tests.families import ADVANTAGE, make_batch, make_family
 from tests.lora_layouts import config, run, update
 from tests.processes import ROOT, launch
 
-DENSE, MIXTURE = "qwen2-tied", "glm4-moe"
+DENSE, MIXTURE = "qwen2-tied", "deepseek-v3"
 SEQUENCE: dict[str, Any] = {"tensor": 2, "sequence": True}
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "tp2": (DENSE, {"tensor": 2}),
