@@ -19,7 +19,7 @@ from megatron_rlvr.config_schema import REQUIRED, Bounds, PositiveInt, check_val
 from megatron_rlvr.config_yaml import read_document, read_overrides
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.control.build import has_end
-from megatron_rlvr.data.config import DataConfig
+from megatron_rlvr.data.config import DataConfig, is_gym
 from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.megatron.config import LoRAConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.node import node_name
@@ -113,6 +113,9 @@ def resolve(config: Config, on_gpu: bool) -> Config:
         model = replace(model, dtype="bfloat16" if on_gpu else "float32")
     if model.layer_spec == "auto":
         model = replace(model, layer_spec="transformer_engine" if on_gpu else "local")
+    if verifier.name == "auto":
+        paths = [*(source.path for source in config.data.sources()), config.data.heldout or ""]
+        verifier = replace(verifier, name="reasoning_gym" if any(map(is_gym, paths)) else "math")
     if verifier.workers is None:
         verifier = replace(verifier, workers=0 if verifier.name in NEED_NO_WORKERS else DEFAULT_WORKERS)
     sglang = rollout.sglang

@@ -18,7 +18,8 @@ from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.checked_input import read_json
 from megatron_rlvr.config import Config
 from megatron_rlvr.config_schema import names_key
-from megatron_rlvr.data.config import DataSource
+from megatron_rlvr.data.config import DataSource, is_gym
+from megatron_rlvr.data.gym_problems import gym_digest
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.resume import Change
 
@@ -107,13 +108,15 @@ def fingerprints(config: Config) -> dict[str, str]:
     """Return the SHA-256 of every input that exists, by the key of the configuration that leads to it."""
     model = Path(config.model.path)
     data = config.data
-    named = {f"data.train ({_name(source, data.train)})": Path(source.path) for source in data.sources()}
+    problems = {f"data.train ({_name(source, data.train)})": source.path for source in data.sources()}
     if data.heldout is not None:
-        named[f"data.heldout ({Path(data.heldout).name})"] = Path(data.heldout)
+        problems[f"data.heldout ({Path(data.heldout).name})"] = data.heldout
+    named = {key: Path(path) for key, path in problems.items() if not is_gym(path)}
+    generated = {key: gym_digest(path, data.reasoning_gym) for key, path in problems.items() if is_gym(path)}
     named |= {f"{name} in model.path": model / name for name in _MODEL_FILES}
     if ":" in config.verifier.name and (source := _source(config.verifier.name.partition(":")[0])):
         named[f"verifier.name ({source.name})"] = source
-    return {key: digest for key, file in named.items() if (digest := _digest(file)) is not None}
+    return generated | {key: digest for key, file in named.items() if (digest := _digest(file)) is not None}
 
 
 def _name(source: DataSource, train: str | list[DataSource]) -> str:

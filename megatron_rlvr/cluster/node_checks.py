@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_rlvr.config import Config
+from megatron_rlvr.data.config import is_gym
 from megatron_rlvr.doctor import NO_SERVERS
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.weights.huggingface_folder import INDEX, read_index
@@ -72,7 +73,10 @@ def check_node(node: str, config: Config, processes: int, trains: bool, folder: 
         report.problems += software_problems(NO_SERVERS if sglang.urls else sglang.python)
     data = [*(source.path for source in config.data.sources()), config.data.heldout] if trains else []
     try:
-        for file in [*model_files(Path(config.model.path)), *(Path(name) for name in data if name)]:
+        for file in [
+            *model_files(Path(config.model.path)),
+            *(Path(name) for name in data if name and not is_gym(name)),
+        ]:
             check_readable(file)
     except UserError as error:
         report.problems.append(str(error))

@@ -94,7 +94,7 @@ def load_examples(
                 prompt=_checked_prompt(prompt, where, prompt_key),
                 answer=_plain(answer, where, answer_key or MESSAGES_KEY),
                 source=path.stem if source is None else str(source),
-                stratum=None if stratify_key is None else _stratum(row, stratify_key, where),
+                stratum=None if stratify_key is None else read_stratum(row, stratify_key, where),
             )
         )
         if len(examples) == limit:
@@ -210,7 +210,12 @@ def _lookup(row: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _stratum(row: dict[str, Any], key: str, where: str) -> float:
+def read_stratum(row: dict[str, Any], key: str, where: str) -> float:
+    """Return the number at the dotted `key` of a row, by which prompts are stratified.
+
+    Raises:
+        UserError: if it is not a number; names the row, `where`.
+    """
     value = _lookup(row, key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(float_or_inf(value)):
         raise UserError(f"{where}: data.stratify_key={key} must name a number, found {describe(value)}")

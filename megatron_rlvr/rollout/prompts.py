@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_rlvr.data import Example, MixtureSampler, PromptSampler, Sampler, load_examples
-from megatron_rlvr.data.config import DataConfig
+from megatron_rlvr.data.config import DataConfig, is_gym
+from megatron_rlvr.data.gym_problems import load_gym_examples
 from megatron_rlvr.rollout.config import EvaluationConfig, RolloutConfig
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.verifiers import VerifierPool, check_answers
@@ -85,9 +86,7 @@ def load_training_prompts(
     """
     loaded = [
         _checked(
-            load_examples(
-                source.path, prompt_key=data.prompt_key, answer_key=data.answer_key, stratify_key=data.stratify_key
-            ),
+            _load(source.path, data),
             source.path,
             data.max_prompt_tokens,
             tokenization,
@@ -117,13 +116,21 @@ def load_heldout_prompts(
 ) -> PromptSet:
     """Read the held-out prompts of an evaluation, with the checks of `load_training_prompts`."""
     assert data.heldout is not None
-    examples = load_examples(
-        data.heldout, prompt_key=data.prompt_key, answer_key=data.answer_key, limit=evaluation.prompts
-    )
+    examples = _load(data.heldout, data, heldout=evaluation.prompts)
     response = (rollout.max_tokens, "rollout.max_tokens")
     if evaluation.max_tokens is not None:
         response = (evaluation.max_tokens, "evaluation.max_tokens")
     return _checked(examples, data.heldout, data.max_prompt_tokens, tokenization, verifiers, response)
+
+
+def _load(path: str, data: DataConfig, heldout: int | None = None) -> list[Example]:
+    """Read or generate training problems or, with `heldout`, that many held-out problems."""
+    stratify_key = data.stratify_key if heldout is None else None
+    if is_gym(path):
+        return load_gym_examples(path, data.reasoning_gym, stratify_key=stratify_key, heldout=heldout)
+    return load_examples(
+        path, prompt_key=data.prompt_key, answer_key=data.answer_key, stratify_key=stratify_key, limit=heldout
+    )
 
 
 def _checked(

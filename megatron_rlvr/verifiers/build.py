@@ -8,11 +8,17 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers.countdown import Countdown
 from megatron_rlvr.verifiers.exact import ExactMatch
 from megatron_rlvr.verifiers.math import MathAnswer
+from megatron_rlvr.verifiers.reasoning_gym import ReasoningGym
 from megatron_rlvr.verifiers.user import load_user_verifier
 
 Verifier = Callable[[str, Any], Any]
 
-VERIFIERS: dict[str, Callable[..., Verifier]] = {"countdown": Countdown, "exact": ExactMatch, "math": MathAnswer}
+VERIFIERS: dict[str, Callable[..., Verifier]] = {
+    "countdown": Countdown,
+    "exact": ExactMatch,
+    "math": MathAnswer,
+    "reasoning_gym": ReasoningGym,
+}
 
 
 def check_answers(verifier: object, answers: Iterable[Any], source: str = "the data set") -> None:

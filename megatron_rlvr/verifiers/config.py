@@ -16,8 +16,9 @@ NEED_NO_WORKERS = ("countdown", "exact")
 class VerifierConfig:
     """What computes the reward of a completion."""
 
-    name: str = "math"
-    """``math``, ``exact``, ``countdown``, or ``module:function`` for a Python function. The function returns a number
+    name: str = "auto"
+    """``math``, ``exact``, ``countdown``, ``reasoning_gym``, or ``module:function`` for a Python function. ``auto`` is
+    ``reasoning_gym`` if the data has tasks of that package, else ``math``. The function returns a number
     that is finite as a float32, or a dictionary whose ``score`` is one. If it fails for every completion of the first
     step, the run stops."""
     workers: Annotated[int, Bounds(at_least=0, cap=1024)] | None = None

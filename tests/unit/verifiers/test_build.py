@@ -117,7 +117,11 @@ def test_user_function(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("countdwon", {}, "verifier 'countdwon' is not known; write one of countdown, exact, math or module:function"),
+        (
+            "countdwon",
+            {},
+            "verifier 'countdwon' is not known; write one of countdown, exact, math, reasoning_gym or module:function",
+        ),
         ("exact", {"case": 1}, "verifier exact has no option 'case'; it has after, ignore_case"),
         ("no_such_module:f", {}, "cannot import no_such_module"),
         (":f", {}, "not of the form module:function"),
