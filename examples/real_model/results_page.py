@@ -1,0 +1,127 @@
+"""Archive finished runs of show.py, and write the results on docs/real_model.md and its picture.
+
+    python examples/real_model/results_page.py [runs/real_model/seed-* ...]
+
+Each folder holds the two runs of one seed, as ``show.py seed=1 --output runs/real_model/seed-1`` makes them. Finished
+runs are added to docs/real_model/runs.jsonl, in the format of the entropy study's archive. The page and the picture
+depend on the archive alone, and show every run in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import archive  # examples/entropy_study
+import figure
+from results import Run, Runs, count, percents, spread
+
+from megatron_rlvr.config import load_config
+from megatron_rlvr.control import build_schedule
+from megatron_rlvr.control.target import TargetEntropy
+from megatron_rlvr.telemetry.runs import load_run
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "real_model.md"
+ARCHIVE = ROOT / "docs" / "real_model" / "runs.jsonl"
+PICTURE = ROOT / "docs" / "real_model.png"
+METRICS = (*archive.METRICS, "control/target", "control/steering")
+BEGIN, END = "<!-- begin: written by examples/real_model/results_page.py -->\n", "<!-- end -->\n"
+LAST = 3  # steps that "at the end" averages over
+
+
+def finished(folders: Sequence[Path]) -> Runs:
+    """Return the runs in ``folders`` that completed all of their steps."""
+    runs: Runs = {}
+    for folder in folders:
+        for name in figure.NAMES:
+            config = load_config(folder / name / "config.yaml")
+            steps, evaluations = load_run(folder / name)
+            if len(steps) == config.steps and evaluations[-1]["step"] == config.steps:
+                runs.setdefault(name, {})[config.seed] = Run(name, config.seed, steps, evaluations)
+    return runs
+
+
+def curve_error(run: Run) -> float:
+    """Return the root mean square of entropy / drawn curve - 1 after the first tenth of the steps."""
+    schedule = build_schedule(
+        load_config(Path(__file__).with_name("real_model.yaml")).algorithm.schedule, len(run.steps)
+    )
+    assert isinstance(schedule, TargetEntropy)
+    return run.tracking_error(schedule.curve)
+
+
+def tables(runs: Runs) -> str:
+    """Return the results as Markdown: a row per measurement, a column per strategy."""
+    static, drawn = (list(runs[name].values()) for name in figure.NAMES)
+    steps = len(drawn[0].steps)
+    seeds = ", ".join(str(run.seed) for run in drawn)
+    rows: list[tuple[str, Callable[[Run], float], int]] = [
+        ("entropy at the start, nats per token", lambda run: run.steps[0]["entropy"], 2),
+        (f"entropy, last {LAST} steps", lambda run: run.mean("entropy", LAST), 2),
+        ("reward at the start", lambda run: run.steps[0]["reward"], 3),
+        (f"reward, last {LAST} steps", lambda run: run.mean("reward", LAST), 3),
+        *(
+            (f"held-out {label}, {when}", held_out(name, step), digits)
+            for label, name, digits in MEASURED
+            for when, step in (("start", 0), ("middle", steps // 2), ("end", steps))
+        ),
+        ("tokens clipped at the upper bound", lambda run: run.mean("clip/fraction_high"), 3),
+        ("tokens clipped at the lower bound", lambda run: run.mean("clip/fraction_low"), 3),
+        (
+            "predicted against measured entropy change, correlation over steps",
+            lambda run: run.prediction_correlation,
+            2,
+        ),
+    ]
+    lines = [
+        f"{steps} steps, {count(len(drawn), 'seed')} ({seeds}). Mean ± standard deviation, if there are several:",
+        "",
+        f"| | {' | '.join(figure.LABELS[name] for name in figure.NAMES)} |",
+        "| --- | --- | --- |",
+        *(
+            f"| {label} | {spread(map(value, static), digits)} | {spread(map(value, drawn), digits)} |"
+            for label, value, digits in rows
+        ),
+        "",
+        "Root mean square of entropy / drawn curve − 1 after the first tenth of the steps, each seed: "
+        f"**{percents(map(curve_error, drawn))} %** under target entropy; static clipping's distance from the curve is "
+        f"{percents(map(curve_error, static))} %. The standard error of a step's mean entropy is "
+        f"{100 * statistics.mean(run.noise_floor for run in drawn):.1f} %.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+MEASURED = (("pass@1", "pass@1", 3), ("pass@8", "pass@8", 3), ("distinct right answers of 16", "distinct_solutions", 2))
+
+
+def held_out(name: str, step: int) -> Callable[[Run], float]:
+    """Return what reads an evaluation after ``step`` steps."""
+    return lambda run: next(record[name] for record in run.evaluations if record["step"] == step)
+
+
+def page(text: str, runs: Runs) -> str:
+    """Return the page with the results in the place of those before."""
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + tables(runs) + END + rest.partition(END)[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Archive runs on the real model, and write docs/real_model.md.")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of finished pairs of runs")
+    options = parser.parse_args()
+    runs = archive.read(ARCHIVE)
+    for name, of_seed in finished(options.folders).items():
+        runs.setdefault(name, {}).update(of_seed)
+    archive.write(ARCHIVE, runs, METRICS)
+    runs = archive.read(ARCHIVE)  # rounded: everything below depends on the archive alone
+    figure.draw({name: [run.steps for run in runs[name].values()] for name in figure.NAMES}, PICTURE)
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

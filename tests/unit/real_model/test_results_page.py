@@ -1,0 +1,68 @@
+"""docs/real_model.md and its picture come from the archive of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import archive
+import figure
+import pytest
+import results_page
+from results import Run
+
+from megatron_rlvr.config import load_config
+from megatron_rlvr.control import build_schedule
+
+
+def run(name: str, seed: int, steps: int = 16, error: float = 0.0) -> Run:
+    """A run whose entropy lies above the drawn curve by a share of `error`; its other metrics depend on the seed."""
+    config = load_config(Path(results_page.__file__).with_name("real_model.yaml"))
+    curve = build_schedule(config.algorithm.schedule, steps).curve  # type: ignore[attr-defined]
+    records = [
+        {
+            "step": step,
+            "entropy": curve.value(step / steps, 4.0) * (1.0 + error * (step > 0)),
+            "entropy_standard_error": 0.04,
+            "reward": 0.25 + 0.01 * step + 0.1 * seed,
+            "grad_norm": 1.0,
+            "lr": 1e-6,
+            "clip/fraction_high": 0.1,
+            "clip/fraction_low": 0.2,
+            "entropy_change/predicted": float(step % 5),
+            "entropy_change/measured": float(step % 5) * 2,
+        }
+        | ({"control/target": 4.0, "control/steering": 0.5} if name == figure.DRAWN else {})
+        for step in range(steps)
+    ]
+    scores = {"pass@1": 0.3, "pass@8": 0.9, "pass@16": 1.0, "distinct_solutions": 5.0 + seed}
+    return Run(name, seed, records, [{"step": step, **scores} for step in (0, steps // 2, steps)])
+
+
+def test_the_tables_show_every_seed(tmp_path: Path) -> None:
+    runs = {
+        figure.STATIC: {seed: run(figure.STATIC, seed, error=-0.3) for seed in (0, 1, 2)},
+        figure.DRAWN: {seed: run(figure.DRAWN, seed, error=0.01 * (seed + 1)) for seed in (0, 1, 2)},
+    }
+    archive.write(tmp_path / "runs.jsonl", runs, results_page.METRICS)
+    text = results_page.tables(archive.read(tmp_path / "runs.jsonl"))
+    assert "16 steps, 3 seeds (0, 1, 2)" in text
+    assert "**1.0, 2.0, 3.0 %** under target entropy" in text and "30.0, 30.0, 30.0 %" in text
+    assert "| reward at the start | 0.350 ± 0.100 | 0.350 ± 0.100 |" in text
+    assert "| held-out distinct right answers of 16, end | 6.00 ± 1.00 | 6.00 ± 1.00 |" in text
+    assert "correlation over steps | 1.00 ± 0.00 |" in text
+
+
+def test_the_page_keeps_what_people_wrote() -> None:
+    runs = {name: {0: run(name, 0)} for name in figure.NAMES}
+    written = f"# Title\n\n{results_page.BEGIN}old\n{results_page.END}\n## After\n"
+    once = results_page.page(written, runs)
+    assert once.startswith("# Title\n") and once.endswith("\n## After\n") and "old" not in once
+    assert results_page.page(once, runs) == once
+
+
+@pytest.mark.skipif(not results_page.ARCHIVE.is_file(), reason="no run is archived yet")
+def test_the_page_is_up_to_date() -> None:
+    written = results_page.PAGE.read_text(encoding="utf-8")
+    assert results_page.page(written, archive.read(results_page.ARCHIVE)) == written, (
+        "run python examples/real_model/results_page.py"
+    )
