@@ -118,9 +118,9 @@ class WeightGradient:
         if hasattr(self.weight, "grad_added_to_main_grad"):
             # Megatron's data-parallel hook runs only if a gradient arrives, and ignores its value if this is set.
             self.weight.grad_added_to_main_grad = True
-            # A weight that is also the embedding gets a second gradient, added to this one, and Megatron reads the sum.
-            shared = getattr(self.weight, "zero_out_wgrad", False)
-            return torch.zeros_like(self.weight) if shared else torch.empty_like(self.weight)
+            # If the weight is also the embedding, Megatron sets `zero_out_wgrad` and adds what arrives. The gradient of
+            # the embedding does, so zeros of the size of the vocabulary would only be added to it.
+            return None if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like(self.weight)
         return None
 
 
