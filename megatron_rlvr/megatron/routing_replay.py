@@ -11,6 +11,7 @@ process and the data of one microbatch, so this module puts its own object in th
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,8 +77,6 @@ class RoutingReplay:
     def __init__(self, chunk: PolicyModel, shape: RouterShape):
         self.config, self.shape = chunk.config, shape
         self._tensor_group = chunk.pg_collection.tp
-        # The fused router chooses experts by itself.
-        self.config.moe_router_fusion = False
         routers = [module for module in chunk.modules() if isinstance(module, TopKRouter)]
         numbers = [shape.routed.index(router.layer_number - 1) for router in routers]
         first = numbers[0] if numbers else 0
@@ -92,6 +91,10 @@ class RoutingReplay:
         self._recomputed: list[deque[_Pass]] = [deque() for _ in routers]
         for index, router in enumerate(routers):
             router.router_replay = _Choice(self, index)
+            # The fused router chooses experts by itself. The configuration of the model stays as it is, because it is
+            # compared with that of a reference.
+            router.config = copy.copy(router.config)
+            router.config.moe_router_fusion = False
 
     @contextmanager
     def forward_pass(self, routes: MicrobatchRoutes | None) -> Iterator[None]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 import yaml
@@ -24,6 +26,7 @@ from safetensors.torch import load_file
 
 from megatron_rlvr.config import load_config, resolve, warnings_of
 from megatron_rlvr.data import load_examples
+from megatron_rlvr.data.routes import RouterShape, Routes
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.http import Reply, _read_reply
 from megatron_rlvr.rollout.engines.sglang.protocol import read_completions
@@ -38,6 +41,7 @@ from megatron_rlvr.verifiers import check_answers
 from megatron_rlvr.verifiers.build import build_verifier
 from tests.mutations import COUNT, HOSTILE, damaged, mutated, seeds
 
+ROUTERS = RouterShape(layers=2, routed=(0, 1), experts=4, chosen=2)
 DEADLINE_S = 120
 """Of one mutation; it usually takes less than a second."""
 READABLE = 0.02
@@ -148,8 +152,9 @@ def test_data(small_model: Path, tmp_path: Path) -> None:
 
 
 def test_server_reply() -> None:
-    tally, sampling = Tally(), SamplingSettings(samples=2, max_tokens=4)
+    tally, sampling = Tally(), SamplingSettings(samples=2, max_tokens=4, routers=ROUTERS)
     meta = {"finish_reason": {"type": "stop", "matched": 1}, "weight_version": "3", "prompt_tokens": 4}
+    meta |= {"routed_experts": base64.b64encode(np.int32(6 * [3, 1, 0, 2])).decode(), "num_retractions": 0}
     spans = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 3}]
     meta |= {"output_token_logprobs": [[-0.5, 7, None], [-1e-5, 8, None], [-3.25, 1, None]], "weight_versions": spans}
     good = [{"output_ids": [7, 8, 1], "meta_info": meta, "text": ""} for _ in range(2)]
@@ -174,7 +179,10 @@ def test_server_reply() -> None:
                     reply = asyncio.run(read(damaged(head, rng) + body))
                 except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:  # the server counts as lost
                     raise UserError(f"lost: {error!r}"[:200]) from error
-            for completion in read_completions("http://server", reply, sampling) or []:
+            for completion in read_completions("http://server", reply, sampling, 4) or []:
+                assert completion.routes is not None and completion.routes.experts.shape[1:] == (2, 2)
+                assert len(completion.routes.experts) in (0, 3 + len(completion.token_ids))
+                assert completion.routes.experts.max(initial=0) < 4
                 assert 0 < len(completion.token_ids) == len(completion.logprobs) <= 4
                 assert all(0 <= token < 2**31 for token in completion.token_ids)
                 assert all(-1e4 <= value <= 1e-3 for value in completion.logprobs)
@@ -185,6 +193,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     """Recordings, metrics, the status and the configuration that tools read."""
     row = {"prompt": "1", "completion": "2", "reward": 1.0, "finish_reason": "stop", "token_ids": [1, 2]}
     row |= {"logprobs": [-0.5, -0.25], "weight_version": 1, "version_spans": [[0, 1], [1, 1]]}
+    row["routes"] = Routes(np.uint8(3 * [[[3, 1], [0, 2]]])).encoded()
     metrics = [{"step": step, "reward": 0.5, "entropy": 1.0 / (1 + step), "time/step": None} for step in range(3)]
     status = {
         "name": "a",
@@ -199,7 +208,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     files: dict[str, tuple[Any, Callable[[], Any]]] = {
         "metrics.jsonl": (metrics, lambda: (read_metrics(tmp_path), group_runs([tmp_path]))),
         "status.json": ([status], lambda: read_status(tmp_path)),
-        str(recording_path(Path(), 0, 0)): ([row, row], lambda: read_recorded_group(tmp_path, 0, 0, 2, 4)),
+        str(recording_path(Path(), 0, 0)): ([row, row], lambda: read_recorded_group(tmp_path, 0, 0, 2, 4, ROUTERS, 2)),
         "config.yaml": ([{"name": "a", "seed": 3, "rollout": {"temperature": 1.0}}], lambda: group_runs([tmp_path])),
     }
     tally = Tally()

@@ -96,3 +96,19 @@ def test_without_routes_a_policy_records_nothing(policy, layout: parallel.Layout
     assert all(c.routes is None for c in completions)
     batch = RolloutBatch.from_completions(PROMPTS, completions, [0.0] * 8, padding=0)
     assert routing_metrics(policy, batch, torch.ones(8), layout, compare=True) == {}
+
+
+def test_the_fused_router_is_off_in_the_routers_alone(policy) -> None:
+    from megatron_rlvr.megatron.routing_replay import connect
+
+    (chunk,) = policy.model_chunks
+    chunk.config.moe_router_fusion = True  # as with Transformer Engine's layers
+    try:
+        connect(policy.model_chunks, policy.routers)
+        assert chunk.config.moe_router_fusion
+        routers = [layer.mlp.router for layer in chunk.decoder.layers if hasattr(layer.mlp, "router")]
+        assert len(routers) == len(policy.routers.routed)
+        assert not any(router.config.moe_router_fusion for router in routers)
+    finally:
+        chunk.config.moe_router_fusion = False
+        connect(policy.model_chunks, policy.routers)
