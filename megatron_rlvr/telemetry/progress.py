@@ -20,7 +20,7 @@ from rich.text import Text
 
 from megatron_rlvr.telemetry.metrics import Record
 from megatron_rlvr.telemetry.samples import Row, one_line, prompt_text
-from megatron_rlvr.telemetry.timer import StepPace
+from megatron_rlvr.telemetry.time_left import PeriodicWork, TimeLeft
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 DASH = "-"
@@ -42,7 +42,11 @@ class Progress(Protocol):
 
 
 def open_progress(
-    title: str, total_steps: int, history: Sequence[Record] = (), console: Console | None = None
+    title: str,
+    total_steps: int,
+    history: Sequence[Record] = (),
+    console: Console | None = None,
+    work: PeriodicWork | None = None,
 ) -> Progress:
     """A live panel if the output is a terminal, plain lines otherwise (CI, Slurm logs, pipes).
 
@@ -51,11 +55,12 @@ def open_progress(
         total_steps: number of steps of the run.
         history: records of the steps before this process, so that a resumed run shows all its steps.
         console: standard output by default.
+        work: when the run evaluates and saves.
     """
     console = console or Console()
     if console.is_terminal and not console.is_dumb_terminal:
-        return LiveProgress(title, total_steps, history, console)
-    return PlainProgress(total_steps, history, console)
+        return LiveProgress(title, total_steps, history, console, work)
+    return PlainProgress(total_steps, history, console, work)
 
 
 def sparkline(values: Sequence[float], width: int = 32) -> str:
@@ -87,14 +92,14 @@ def duration(seconds: float) -> str:
 class _History:
     """The records and step times so far, formatted for display."""
 
-    def __init__(self, total_steps: int, history: Sequence[Record]) -> None:
+    def __init__(self, total_steps: int, history: Sequence[Record], work: PeriodicWork | None) -> None:
         self.total_steps = total_steps
         self.records = list(history)
         self.finished_steps = history[-1]["step"] + 1 if history else 0
-        self._pace = StepPace()
+        self._time_left = TimeLeft(total_steps, work, history)
 
     def add(self, record: Record) -> None:
-        self._pace.step_ended()
+        self._time_left.step_ended(record)
         self.records.append(record)
         self.finished_steps = record["step"] + 1
 
@@ -102,11 +107,12 @@ class _History:
         return [record[name] for record in self.records if name in record]
 
     def step_seconds(self) -> float | None:
-        return self._pace.last()
+        return self._time_left.last_step()
 
-    def time_left(self) -> str:
-        mean = self._pace.mean()
-        return DASH if mean is None else duration(mean * (self.total_steps - self.finished_steps))
+    def time_left(self, now: bool) -> str:
+        """The time that the run still needs, or needed at the end of its last step."""
+        seconds = self._time_left.now() if now else self._time_left.at_last_end()
+        return DASH if seconds is None else duration(seconds)
 
     def latest(self, name: str, form: str = ".3f", scale: float = 1.0) -> str:
         value = self.records[-1].get(name) if self.records else None
@@ -128,8 +134,10 @@ class _History:
 class PlainProgress:
     """Prints a line per step: reward, entropy, thresholds at p = 0..1, clipped high/low, length, seconds, time left."""
 
-    def __init__(self, total_steps: int, history: Sequence[Record], console: Console) -> None:
-        self._history = _History(total_steps, history)
+    def __init__(
+        self, total_steps: int, history: Sequence[Record], console: Console, work: PeriodicWork | None = None
+    ) -> None:
+        self._history = _History(total_steps, history, work)
         self._console = console
 
     def phase(self, name: str) -> None:
@@ -151,7 +159,7 @@ class PlainProgress:
             f"clipped {_percent(history, 'clip/fraction_high')}/{_percent(history, 'clip/fraction_low')}",
             f"length {history.latest('response_length', '.1f')}",
             f"{history.step_seconds():.1f} s",
-            f"left {history.time_left()}",
+            f"left {history.time_left(now=False)}",
         ]
         # soft_wrap keeps a log line on one line, whatever width rich assumes.
         self._console.print("  ".join(parts), soft_wrap=True, highlight=False, markup=False)
@@ -168,9 +176,16 @@ class PlainProgress:
 class LiveProgress:
     """Shows a panel, redrawn only when a phase begins or a step ends, so that it needs no thread."""
 
-    def __init__(self, title: str, total_steps: int, history: Sequence[Record], console: Console) -> None:
+    def __init__(
+        self,
+        title: str,
+        total_steps: int,
+        history: Sequence[Record],
+        console: Console,
+        work: PeriodicWork | None = None,
+    ) -> None:
         self._title = title
-        self._history = _History(total_steps, history)
+        self._history = _History(total_steps, history, work)
         self._phase = "starting"
         self._samples: list[Row] = []
         self._live = Live(self._panel(), console=console, auto_refresh=False)
@@ -207,7 +222,7 @@ class LiveProgress:
             ProgressBar(total=history.total_steps, completed=history.finished_steps, width=24),
             Text(self._phase, style="cyan"),
             "" if step_seconds is None else f"{step_seconds:.1f} s per step",
-            f"{history.time_left()} left",
+            f"{history.time_left(now=True)} left",
         )
         body = Table.grid(padding=(0, 2))
         body.add_column(style="dim")

@@ -18,6 +18,7 @@ from megatron_rlvr.telemetry.samples import Row, three_of, write_samples
 from megatron_rlvr.telemetry.sinks import WeightsAndBiases
 from megatron_rlvr.telemetry.status import StatusWriter
 from megatron_rlvr.telemetry.summary import print_summary
+from megatron_rlvr.telemetry.time_left import PeriodicWork
 from megatron_rlvr.telemetry.timer import StepTimer
 
 
@@ -51,8 +52,9 @@ class Reporter:
             wandb = WeightsAndBiases(self.directory, {"project": settings.wandb_project, "name": config.name})
             self._writer.sinks.append(wandb)
         history = read_metrics(self.directory) if first_step else []
-        self._progress = open_progress(config.name, config.steps, history)
-        self._status = StatusWriter(self.directory, config.name, config.steps, first_step)
+        work = PeriodicWork(config.data.heldout is not None, config.evaluation.every, config.checkpoint.every)
+        self._progress = open_progress(config.name, config.steps, history, work=work)
+        self._status = StatusWriter(self.directory, config.name, config.steps, first_step, history, work)
 
     def phase(self, name: str) -> None:
         """Show what the run is doing now."""

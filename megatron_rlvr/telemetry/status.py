@@ -7,7 +7,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.checked_input import InvalidInputError, field, parse_object, read_bytes
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.telemetry.timer import StepPace
+from megatron_rlvr.telemetry.time_left import PeriodicWork, TimeLeft
 
 STATUS_FILE = "status.json"
 
@@ -33,8 +33,8 @@ class Status:
         reward, entropy, entropy_target: values of the last finished step. Entropies are in nats per token; the target
             is None unless the schedule has one.
         tokens_per_second: response tokens of the last step by its duration, including evaluation and checkpoint.
-        step_seconds: mean duration of the last steps.
-        seconds_left: expected duration of the remaining steps.
+        step_seconds: mean duration of the last steps, with evaluations and checkpoints.
+        seconds_left: expected time until the end of the run, with its evaluations and checkpoints.
         checkpoint: number of steps in the newest complete checkpoint.
         updated: when the file was written, in seconds since 1970.
         slurm_job: id of the Slurm job.
@@ -67,31 +67,41 @@ class StatusWriter:
         name: name of the run.
         steps: number of steps of the run.
         first_step: the step that this process begins with. If it is not 0, a checkpoint of that step exists.
+        history: records of the steps before it.
+        work: when the run evaluates and saves.
     """
 
-    def __init__(self, run_directory: Path, name: str, steps: int, first_step: int) -> None:
+    def __init__(
+        self,
+        run_directory: Path,
+        name: str,
+        steps: int,
+        first_step: int,
+        history: Sequence[Mapping[str, Any]] = (),
+        work: PeriodicWork | None = None,
+    ) -> None:
         self._path = run_directory / STATUS_FILE
         self.status = Status(name, steps, step=first_step, checkpoint=first_step or None)
         self.status.host, self.status.pid = socket.gethostname(), os.getpid()
         self.status.slurm_job = os.environ.get("SLURM_JOB_ID")
-        self._pace = StepPace()
+        self._time_left = TimeLeft(steps, work, history)
         self._write()
 
     def phase(self, name: str) -> None:
         self.status.phase = name
+        self.status.seconds_left = self._time_left.now()
         self._write()
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Update the status from the record of a finished step."""
-        seconds = self._pace.step_ended()
+        seconds = self._time_left.step_ended(record)
         status = self.status
         status.step = int(record["step"]) + 1
         status.reward, status.entropy = _finite(record.get("reward")), _finite(record.get("entropy"))
         status.entropy_target = _finite(record.get("control/target"))
         status.tokens_per_second = _finite(record.get("tokens", math.nan) / seconds)
-        mean = self._pace.mean() or seconds
-        status.step_seconds = mean
-        status.seconds_left = mean * (status.steps - status.step)
+        status.step_seconds = self._time_left.mean_step()
+        status.seconds_left = self._time_left.at_last_end()
         self._write()
 
     def saved(self, step: int) -> None:

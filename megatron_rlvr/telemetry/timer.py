@@ -1,14 +1,10 @@
-"""Wall-clock time of steps: where it goes, and how long the remaining steps will take."""
+"""Wall-clock time of steps: where it goes."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-# Enough steps to smooth the estimate, few enough that it follows responses that grow longer.
-RECENT_STEPS = 10
 
 
 class StepTimer:
@@ -43,26 +39,3 @@ class StepTimer:
         metrics["time/step"] = step
         self._step_began, self._parts = now, {}
         return metrics
-
-
-class StepPace:
-    """Seconds per step, from the ends of the steps of this process."""
-
-    def __init__(self) -> None:
-        self._last_end = time.monotonic()
-        self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
-
-    def step_ended(self) -> float:
-        """Record the end of a step and return its seconds. Evaluation and checkpoint count for the following step."""
-        now = time.monotonic()
-        seconds, self._last_end = now - self._last_end, now
-        self._recent.append(seconds)
-        return seconds
-
-    def last(self) -> float | None:
-        """Seconds of the last step, None before the first has ended."""
-        return self._recent[-1] if self._recent else None
-
-    def mean(self) -> float | None:
-        """Mean seconds of the last RECENT_STEPS steps, None before the first has ended."""
-        return sum(self._recent) / len(self._recent) if self._recent else None

@@ -59,7 +59,7 @@ def test_pipe_receives_one_line_per_step():
 
 def test_time_left_follows_the_recent_steps(monkeypatch):
     clock = iter([0.0, 100.0, *(100.0 + 2.0 * i for i in range(1, 11))])
-    monkeypatch.setattr("megatron_rlvr.telemetry.timer.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("megatron_rlvr.telemetry.time_left.time.monotonic", lambda: next(clock))
     out = console(terminal=False)
     progress = open_progress("study", 100, console=out)
     for step in range(11):
