@@ -1,4 +1,4 @@
-"""Buckets of weights in transit: many tensors of one dtype, contiguous in one flat buffer."""
+"""Buckets of weights in transit: many tensors, contiguous in one flat buffer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Bucket:
     """Whole Hugging Face tensors in one buffer.
 
     Attributes:
-        flat: uint8 [bytes], the tensors one after the other without gaps; empty on processes that do not hold it.
-        dtype: dtype of all tensors.
-        names, shapes: name and shape of each tensor, in the order of `flat`.
+        flat: uint8 [bytes], the tensors one after the other without gaps, each aligned to its dtype; empty on processes
+            that do not hold it.
+        names, dtypes, shapes: of each tensor, in the order of `flat`.
         last: whether this is the last bucket.
         shared: what a transport needs to send it, once `flat` is filled.
     """
 
     flat: Tensor
-    dtype: torch.dtype
     names: list[str] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
     last: bool = False
     shared: Any = None
@@ -32,14 +32,14 @@ class Bucket:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(shape.numel() for shape in self.shapes) * self.dtype.itemsize
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor by name, as a view of the buffer."""
         start = 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            end = start + shape.numel() * self.dtype.itemsize
-            yield name, self.flat[start:end].view(self.dtype).view(shape)
+        for name, dtype, shape in zip(self.names, self.dtypes, self.shapes, strict=True):
+            end = start + shape.numel() * dtype.itemsize
+            yield name, self.flat[start:end].view(dtype).view(shape)
             start = end
 
 
@@ -50,15 +50,21 @@ Described = tuple[str, torch.dtype, torch.Size]
 def plan_buckets(described: Iterable[Described], size: int) -> list[Bucket]:
     """Divide tensors into buckets of at most `size` bytes, in order; a larger tensor gets its own bucket.
 
+    A tensor that would not be aligned behind the one before it begins a new bucket, too.
+
     The buckets hold no memory yet. All processes plan the same buckets, so nothing about them needs to be exchanged.
     """
     planned: list[Bucket] = []
+    filled_to = 0
     for name, dtype, shape in described:
-        bucket = planned[-1] if planned else None
-        if bucket is None or bucket.dtype != dtype or bucket.nbytes + shape.numel() * dtype.itemsize > size:
-            bucket = Bucket(torch.empty(0, dtype=torch.uint8), dtype)
-            planned.append(bucket)
+        own = shape.numel() * dtype.itemsize
+        if not planned or filled_to % dtype.itemsize or filled_to + own > size:
+            planned.append(Bucket(torch.empty(0, dtype=torch.uint8)))
+            filled_to = 0
+        filled_to += own
+        bucket = planned[-1]
         bucket.names.append(name)
+        bucket.dtypes.append(dtype)
         bucket.shapes.append(shape)
     if planned:
         planned[-1].last = True
@@ -87,7 +93,7 @@ def filled(
     for number, plan in enumerate(planned):
         before_each()
         flat = buffers[number % 2][: plan.nbytes] if buffers else plan.flat
-        bucket = Bucket(flat, plan.dtype, plan.names, plan.shapes, plan.last)
+        bucket = Bucket(flat, plan.names, plan.dtypes, plan.shapes, plan.last)
         places: Iterable[tuple[str, Tensor | None]] = bucket.tensors() if buffers else [(n, None) for n in plan.names]
         for name, place in places:
             found, tensor = next(remaining)

@@ -63,7 +63,7 @@ def test_buckets_hold_every_tensor_once(size: int) -> None:
     assert list(found) == list(TENSORS)
     for name, tensor in found.items():
         assert torch.equal(tensor, TENSORS[name]) and tensor.dtype == TENSORS[name].dtype
-    assert len(planned) == {1: 6, 64: 5, 350: 4, 10**6: 3}[size]  # one dtype per bucket
+    assert len(planned) == {1: 6, 64: 4, 350: 2, 10**6: 1}[size]
 
 
 def test_process_that_holds_no_buckets_takes_part_in_the_export() -> None:
@@ -79,7 +79,7 @@ def test_process_that_holds_no_buckets_takes_part_in_the_export() -> None:
         steps.append(",".join(bucket.names))
         assert bucket.flat.numel() == 0
     assert taken == list(TENSORS)
-    assert steps[::2] == ["wait"] * 5 and ",".join(steps[1::2]) == ",".join(TENSORS)
+    assert steps[::2] == ["wait"] * 4 and ",".join(steps[1::2]) == ",".join(TENSORS)
 
 
 def test_export_that_differs_from_the_plan() -> None:
@@ -183,14 +183,14 @@ def test_update_has_a_begin_and_an_end_and_the_version_in_the_last_bucket(fake: 
         return 200, {"success": True}
 
     fake.control = control
-    assert _stream(fake, SharedMemoryTransport()) == (None, 5)
+    assert _stream(fake, SharedMemoryTransport()) == (None, 4)
     assert [path for path, _ in asked] == [
         "/begin_weight_update",
-        *["/update_weights_from_tensor"] * 5,
+        *["/update_weights_from_tensor"] * 4,
         "/end_weight_update",
     ]
-    assert [body.get("weight_version") for _, body in asked[1:-1]] == [None] * 4 + ["3"]
-    assert [body["flush_cache"] for _, body in asked[1:-1]] == [False] * 4 + [True]
+    assert [body.get("weight_version") for _, body in asked[1:-1]] == [None] * 3 + ["3"]
+    assert [body["flush_cache"] for _, body in asked[1:-1]] == [False] * 3 + [True]
 
 
 def test_an_open_update_is_ended_first(fake: FakeServer) -> None:
@@ -202,7 +202,7 @@ def test_an_open_update_is_ended_first(fake: FakeServer) -> None:
         return (400, {"success": False, "message": "already open"}) if len(asked) == 1 else (200, {"success": True})
 
     fake.control = control
-    assert _stream(fake, SharedMemoryTransport()) == (None, 5)
+    assert _stream(fake, SharedMemoryTransport()) == (None, 4)
     assert asked[:3] == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
 
 
@@ -231,10 +231,10 @@ def test_server_that_hangs_during_an_update_is_found_before_the_timeout(
         return 200, {"success": True}
 
     fake.control, fake.reply = control, count_probes  # type: ignore[method-assign]
-    assert _stream(fake, SharedMemoryTransport()) == (None, 5)
+    assert _stream(fake, SharedMemoryTransport()) == (None, 4)
     hanging = dataclasses.replace(CONFIG, update_timeout_seconds=1e6, health_timeout_seconds=3.0)
     failure, taken = _stream(fake, SharedMemoryTransport(), version=4, config=hanging)
-    assert failure is not None and "/end_weight_update: silent, and so is /model_info" in failure and taken == 5
+    assert failure is not None and "/end_weight_update: silent, and so is /model_info" in failure and taken == 4
 
 
 @pytest.mark.parametrize("transport", [SharedMemoryTransport(), BroadcastTransport(6.0)], ids=["tensor", "distributed"])
@@ -250,7 +250,7 @@ def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transpor
 
     fake.control = control
     failure, taken = _stream(fake, transport)
-    assert failure is not None and "it answered" in failure and taken == 5
+    assert failure is not None and "it answered" in failure and taken == 4
     assert asked.count(refused) == 1
     transport.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "weights"]

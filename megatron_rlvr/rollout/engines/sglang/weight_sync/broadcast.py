@@ -103,9 +103,9 @@ class BroadcastTransport:
         return group
 
     async def send(self, bucket: Bucket, fields: dict[str, Any]) -> None:
-        dtype = str(bucket.dtype).removeprefix("torch.")
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in bucket.dtypes]
         body = {"names": bucket.names, "shapes": [list(shape) for shape in bucket.shapes]}
-        body |= {"dtypes": [dtype] * len(bucket.names), "group_name": self.group_name, **fields}
+        body |= {"dtypes": dtypes, "group_name": self.group_name, **fields}
         body["load_format"] = "flattened_bucket"
         path, action = "/update_weights_from_distributed", "receive weights from the broadcast"
         group = self.group

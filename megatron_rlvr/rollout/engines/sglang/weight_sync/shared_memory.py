@@ -179,10 +179,10 @@ def with_uuid(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def _serialize(bucket: Bucket) -> str:
     """Return SGLang's flattened bucket, pickled, in base64. SGLang reads the metadata by attribute."""
     metadata, start = [], 0
-    for name, shape in zip(bucket.names, bucket.shapes, strict=True):
-        size = shape.numel() * bucket.dtype.itemsize
+    for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+        size = shape.numel() * dtype.itemsize
         extent = {"start_idx": start, "end_idx": start + size, "numel": size}
-        metadata.append(SimpleNamespace(name=name, shape=shape, dtype=bucket.dtype, **extent))
+        metadata.append(SimpleNamespace(name=name, shape=shape, dtype=dtype, **extent))
         start += size
     buffer = io.BytesIO()
     with _sharing_by_name():
