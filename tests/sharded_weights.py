@@ -17,6 +17,8 @@ from megatron_rlvr.megatron import parallel, sharded_checkpoint
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.sharded_checkpoint import TrainingState
+from megatron_rlvr.rollout.engines.rounded_weights import RoundedWeights
+from megatron_rlvr.weights import fp8
 from megatron_rlvr.weights.checkpoint_folder import fingerprint
 from megatron_rlvr.weights.huggingface_folder import read_tensor, tensor_files
 from tests.rendezvous import renew
@@ -31,6 +33,11 @@ def reshard(folder: Path, target: Path, here: parallel.Layout, layout: ParallelC
     loaded = sharded_checkpoint.load(TrainingState({"model": model.sharded_state_dict()}), Path(f"{folder}-converted"))
     model.load_state_dict(loaded.described["model"])
     files = tensor_files(folder)
+    rounded = RoundedWeights(bridge, [model])
+    with rounded.in_place():  # each rank holds its shard of what whole tensors round to
+        for name, tensor in bridge.export([model]):
+            [(_, expected)] = fp8.rounded([(name, read_tensor(files[name], name))])
+            assert tensor.equal(expected), (target.name, name)
     for name, tensor in bridge.export([model]):
         assert tensor.equal(read_tensor(files[name], name)), (target.name, name)
     if here.is_main:

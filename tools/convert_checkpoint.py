@@ -1,8 +1,9 @@
-"""Convert weights between a Hugging Face folder and a Megatron checkpoint (torch_dist), in both directions.
+"""Convert weights between a Hugging Face folder and a Megatron checkpoint (torch_dist), or to FP8 for servers.
 
     python tools/convert_checkpoint.py to-megatron models/Qwen2.5-7B checkpoints/qwen --verify
     python tools/convert_checkpoint.py to-huggingface runs/math/checkpoints/step_400 exported --model models/Qwen2.5-7B
     python tools/convert_checkpoint.py to-peft runs/lora/checkpoints/step_400 adapter --model models/Qwen2.5-7B
+    python tools/convert_checkpoint.py to-fp8 models/Qwen2.5-7B models/Qwen2.5-7B-FP8
 
 A checkpoint of adapters (lora.rank > 0) becomes a complete model, merged with the weights of --model, or a folder in
 PEFT's format with the adapters alone.
@@ -12,6 +13,9 @@ prints its peak memory and the size of the largest weight. It writes to OUTPUT.p
 it is killed, start it again: it continues after the files that are complete. `--verify` reads the output back and
 compares every tensor bit for bit, after the conversion to --dtype if that rounds. Config.json of an exported folder
 names the dtype of its weights.
+
+`to-fp8` writes the Hugging Face folder that SGLang servers start from under rollout.quantization=fp8. It holds one file
+in memory, and starts anew if it is killed.
 
 Checkpoints do not depend on the parallel layout that wrote them. Training reads them under any layout, so there is no
 conversion between layouts.
@@ -35,6 +39,7 @@ from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights import conversion
+from megatron_rlvr.weights.fp8_folder import quantize_folder
 from megatron_rlvr.weights.huggingface_folder import tensor_files
 from megatron_rlvr.weights.shape_checks import check_shapes
 
@@ -45,7 +50,7 @@ warnings.simplefilter("ignore")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("direction", choices=("to-megatron", "to-huggingface", "to-peft"))
+    parser.add_argument("direction", choices=("to-megatron", "to-huggingface", "to-peft", "to-fp8"))
     parser.add_argument("input", type=Path, help="Hugging Face folder, or checkpoint folder with run.json")
     parser.add_argument("output", type=Path, help="folder to write; must not exist")
     parser.add_argument("--model", type=Path, help="folder of the model, if the input is a checkpoint")
@@ -62,10 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.shard_gib <= 0:
         raise UserError(f"--shard-gib must be greater than 0, found {options.shard_gib}")
-    if options.direction != "to-megatron" and options.model is None:
+    if options.direction in ("to-huggingface", "to-peft") and options.model is None:
         raise UserError(f"{options.direction} needs --model FOLDER, the model that the checkpoint was trained from")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the conversion runs in one process: start it without torchrun")
+    if options.direction == "to-fp8":
+        count = quantize_folder(options.input, options.output, int(options.shard_gib * 1024**3))
+        report(f"{options.output} is complete; {count} tensors are in FP8")
+        return EXIT_DONE
     with parallel.parallel_groups(ParallelConfig(), seed=0):
         before = _peak_gib()
         if options.direction == "to-megatron":

@@ -25,6 +25,7 @@ from megatron_rlvr.exit_status import EXIT_DONE, EXIT_USER_ERROR
 from megatron_rlvr.megatron import device
 from megatron_rlvr.node import node_name
 from megatron_rlvr.node_address import node_address
+from megatron_rlvr.rollout.engines.sglang.fp8_servers import start_folder
 from megatron_rlvr.rollout.engines.sglang.kept_sets import with_kept_sets
 from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace, register
 from megatron_rlvr.rollout.engines.sglang.routed_experts import with_routed_experts
@@ -37,7 +38,7 @@ _WATCH_PERIOD_S = 0.5
 
 def node_pool(config: Config, logs: Path, key: str) -> ServerPool:
     """Return the servers of this node, not started yet. Other nodes can reach them, and each has its own GPUs."""
-    folder = Path(config.model.path).resolve()
+    folder = start_folder(config.rollout.sglang, Path(config.model.path))
     sglang = replace(
         with_routed_experts(config.rollout, with_kept_sets(config.rollout, folder)),
         server={"host": node_address(node_name()), **config.rollout.sglang.server},

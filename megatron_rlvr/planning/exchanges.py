@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_rlvr.planning.job import Job
+from megatron_rlvr.planning.servers import served_bytes
 
 
 def _layer_tokens(job: Job) -> float:
@@ -76,8 +77,9 @@ def weight_sync_time(job: Job) -> float:
         experts = job.itemsize * shape.layers * shape.experts * 3 * shape.hidden * shape.expert_feed_forward
         rate = job.link_rate(parallel.expert * parallel.expert_tensor)
         gathering += experts * (parallel.expert - 1) / parallel.expert / rate
-    copying = 2 * weights / hardware.reached_memory_rate
-    return between_stages + gathering + copying + _sending_time(job, weights)
+    served = served_bytes(shape, job.config, job.itemsize)
+    copying = (weights + served) / hardware.reached_memory_rate  # read, quantized if need be, and written
+    return between_stages + gathering + copying + _sending_time(job, served)
 
 
 def _sending_time(job: Job, weights: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rlvr.planning.job import Job
+from megatron_rlvr.planning.servers import served_bytes
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
 
 
@@ -60,7 +61,7 @@ def server_generation_time(job: Job) -> float:
     server = ServerLayout.from_arguments(job.config.rollout.sglang.server)
     load = server_load(job)
     steps = job.config.rollout.max_tokens + (load.waves - 1) * job.response_tokens
-    weights = job.shape.parameters * job.itemsize
+    weights = served_bytes(job.shape, job.config, job.itemsize)
     cache = load.sequences * (job.prompt_tokens + job.response_tokens / 2) * job.cache_bytes_per_token
     read = steps * weights / server.tensor + job.response_tokens * cache / server.gpus_per_replica
     compute = job.forward_flops * job.training_gpus / job.server_gpus / job.hardware.reached_flops

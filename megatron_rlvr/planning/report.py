@@ -11,6 +11,7 @@ from megatron_rlvr.planning.batch import local_batch, longest_sequence, microbat
 from megatron_rlvr.planning.job import ASSUMED_UTILISATION, MEASURED_UTILISATION
 from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, static_memory
 from megatron_rlvr.planning.plan import Plan
+from megatron_rlvr.planning.servers import served_bytes
 from megatron_rlvr.planning.suggestions import Suggestion
 
 
@@ -144,7 +145,7 @@ def _time(plan: Plan) -> list[str]:
             "distributed": "by a broadcast over the network",
             "disk": f"through a shared file system of {hardware.disk_rate / 1e9:.0f} GB/s, assumed",
         }[plan.config.rollout.sglang.weight_sync]
-        weights = plan.shape.parameters * plan.itemsize / 1e9
+        weights = served_bytes(plan.shape, plan.config, plan.itemsize) / 1e9
         lines.append(f"weights to the servers: {weights:.1f} GB {transport}, without the overhead of requests")
     return lines
 

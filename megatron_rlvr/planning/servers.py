@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
+
+import torch
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.megatron.stage_shapes import ModelShape
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout, normalized
+from megatron_rlvr.weights import fp8
+from megatron_rlvr.weights.shape_checks import expected_weights
 
 GIB = 1024**3
 SERVER_RUNTIME_BYTES = 6 * GIB
@@ -103,9 +110,25 @@ def memory_fraction(config: Config) -> float | None:
     return fraction
 
 
+def served_bytes(shape: ModelShape, config: Config, itemsize: int) -> int:
+    """Bytes of the weights that generate: all of them, on all GPUs of a replica."""
+    if config.rollout.quantization == "none":
+        return shape.parameters * itemsize
+    quantized, scales = _quantized_elements(Path(config.model.path))
+    return (shape.parameters - quantized) * itemsize + quantized + scales * fp8.SCALE_DTYPE.itemsize
+
+
+@functools.cache
+def _quantized_elements(folder: Path) -> tuple[int, int]:
+    """Return the number of elements that are quantized, and of their scales."""
+    shapes = [torch.Size(s) for name, s in expected_weights(read_config(folder)).items() if fp8.is_quantized(name)]
+    return sum(shape.numel() for shape in shapes), sum(fp8.scale_shape(shape).numel() for shape in shapes)
+
+
 def weight_bytes(shape: ModelShape, config: Config, itemsize: int) -> int:
     """Bytes of the weights on each GPU of a server."""
-    return shape.parameters * itemsize // ServerLayout.from_arguments(config.rollout.sglang.server).gpus_per_replica
+    gpus = ServerLayout.from_arguments(config.rollout.sglang.server).gpus_per_replica
+    return served_bytes(shape, config, itemsize) // gpus
 
 
 def cache_bytes_per_token(shape: ModelShape, itemsize: int) -> int:

@@ -20,6 +20,11 @@ class RolloutConfig:
     """What generates completions: the training processes themselves (``local``), SGLang servers (``sglang``), or a
     recording of an earlier run (``recorded``, see `recording`)."""
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
+    quantization: Literal["none", "fp8"] = "none"
+    """Form of the weights that generate. ``fp8``: projections in blocks of 128 x 128 FP8 numbers (e4m3) with a scale
+    each, quantized from the policy's weights after every step, so that half of the bytes travel. The policy still
+    trains its own weights; `importance` corrects for the difference. SGLang servers compute with them and need
+    `sglang.model_path`. The local engine generates with weights that are rounded in the same way."""
     prompts_per_step: Annotated[int, Bounds(above=0, cap=2**20)] = 64
     """Prompts per step, over all data-parallel ranks; divisible by `algorithm.minibatches`."""
     samples_per_prompt: Annotated[
@@ -95,6 +100,11 @@ class RolloutConfig:
         if self.engine == "recorded" and self.dynamic_sampling:
             raise UserError(
                 "rollout.engine=recorded replays groups and cannot replace any: set rollout.dynamic_sampling=false"
+            )
+        if self.quantization == "fp8" and self.engine == "sglang" and self.sglang.model_path is None:
+            raise UserError(
+                "rollout.quantization=fp8 needs rollout.sglang.model_path, a folder with FP8 weights that servers "
+                "start from: make it with tools/convert_checkpoint.py to-fp8 MODEL FOLDER"
             )
         if self.engine != "sglang" and self.max_staleness:
             raise UserError(

@@ -40,7 +40,7 @@ def export_folder(
     Raises:
         UserError: if the folder cannot be written.
     """
-    tensors = _in_turns(bridge.export(model_chunks), f"{folder} to be written", keep=write)
+    tensors = in_turns(bridge.export(model_chunks), f"{folder} to be written", keep=write)
     if write:
         if rounded := rounding({bridge.dtype}, dtype or bridge.dtype):
             print(f"warning: {folder}: {rounded}", file=sys.stderr)
@@ -70,7 +70,7 @@ def export_adapters(
     Raises:
         UserError: if the folder cannot be written.
     """
-    tensors = _in_turns(bridge.adapter_export(model_chunks).tensors(), f"{folder} to be written", keep=write)
+    tensors = in_turns(bridge.adapter_export(model_chunks).tensors(), f"{folder} to be written", keep=write)
     if write:
         write_adapters(folder, tensors, record)
     else:
@@ -78,7 +78,7 @@ def export_adapters(
             pass
 
 
-def _in_turns(tensors: Iterable[tuple[str, Tensor]], what: str, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+def in_turns(tensors: Iterable[tuple[str, Tensor]], what: str, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
     """Gather up to 1 GiB of tensors, yield them from host memory, wait for the other processes, and so on.
 
     So no process waits for the disk in a collective of the export, on a GPU in NCCL.

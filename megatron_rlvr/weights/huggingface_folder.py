@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from megatron_rlvr.atomic_write import replace_folder
 from megatron_rlvr.checked_input import InvalidInputError, checked, field, parse_object, read_bytes
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.weights import fp8
 
 SHARD_BYTES = 4 * 1024**3
 """Default maximum size of a safetensors file, in bytes."""
@@ -42,7 +43,11 @@ _COMPANIONS = (
 
 
 def write_folder(
-    folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], companions: Path, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    companions: Path,
+    shard_bytes: int = SHARD_BYTES,
+    quantization: Mapping[str, Any] | None = None,
 ) -> int:
     """Write a complete Hugging Face folder, which gets its name when every file is complete.
 
@@ -51,6 +56,7 @@ def write_folder(
         tensors: tensors by name, consumed one at a time; one shard is kept in memory.
         companions: folder from which config, generation config and tokenizer are copied.
         shard_bytes: maximum size of a shard, unless a tensor is larger. A model of one shard has no index.
+        quantization: ``quantization_config`` of config.json, for weights of which some are quantized.
 
     Returns:
         the number of tensors written.
@@ -63,15 +69,20 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         count, sizes = _write_shards(partial, tensors, shard_bytes)
-        copy_companions(companions, partial, max(sizes, key=sizes.__getitem__, default=torch.float32))
+        sizes.pop(fp8.DTYPE, None)  # the model computes in the dtype of the others
+        copy_companions(companions, partial, max(sizes, key=sizes.__getitem__, default=torch.float32), quantization)
         replace_folder(partial, folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         raise UserError(f"{folder} cannot be written: {error}; free some space or choose another folder") from error
     return count
 
 
-def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
+def copy_companions(
+    source: Path, folder: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
+) -> None:
     """Copy config, generation config, tokenizer and licence, without which weights are no complete model.
 
     Args:
@@ -80,6 +91,7 @@ def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
         dtype: dtype of the weights; of a few that are always in float32, config.json says nothing. It names another one
             if the policy was trained in another precision than the model that it started from. transformers and SGLang
             would round the weights to it.
+        quantization: ``quantization_config`` of config.json; None leaves it out.
     """
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
@@ -95,9 +107,9 @@ def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
     settings = parse_object(read_bytes(config))
     # `torch_dtype` is the name of the key before transformers 4.56
     found = {key: settings[key] for key in ("dtype", "torch_dtype") if key in settings}
-    if not found or any(value != name for value in found.values()):
-        settings |= dict.fromkeys(found or ("dtype",), name)
-        config.write_text(json.dumps(settings, indent=2) + "\n")
+    changes = dict.fromkeys(found or ("dtype",), name) | ({"quantization_config": quantization} if quantization else {})
+    if any(settings.get(key) != value for key, value in changes.items()):
+        config.write_text(json.dumps(settings | changes, indent=2) + "\n")
 
 
 def _write_shards(

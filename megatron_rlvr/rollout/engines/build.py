@@ -9,6 +9,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.rollout.engines.base import RolloutEngine
 from megatron_rlvr.rollout.engines.local import LocalEngine
 from megatron_rlvr.rollout.engines.replay import ReplayEngine
+from megatron_rlvr.rollout.engines.rounded_weights import RoundedWeights
 from megatron_rlvr.rollout.requirements import check_engine
 from megatron_rlvr.training.policy import Policy
 
@@ -34,4 +35,5 @@ def build_engine(config: Config, policy: Policy, resources: ExitStack) -> Rollou
     if rollout.engine == "recorded":
         evaluation = LocalEngine(policy.model_chunks, rollout.local_batch) if config.data.heldout else None
         return ReplayEngine(Path(rollout.recording or ""), evaluation)
-    return LocalEngine(policy.model_chunks, rollout.local_batch)
+    rounded = RoundedWeights(policy.bridge, policy.model_chunks) if rollout.quantization == "fp8" else None
+    return LocalEngine(policy.model_chunks, rollout.local_batch, rounded)

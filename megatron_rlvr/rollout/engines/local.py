@@ -17,6 +17,7 @@ from megatron_rlvr.megatron.attention import KeyValueCache, SDPAttention
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.pipeline_forward import pipeline_forward
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
+from megatron_rlvr.rollout.engines.rounded_weights import RoundedWeights
 from megatron_rlvr.rollout.engines.route_recorder import RouteRecorder
 from megatron_rlvr.rollout.sampling import SamplingSettings, draw, uniforms
 
@@ -36,6 +37,7 @@ class LocalEngine:
     Args:
         model_chunks: model chunks of this process.
         batch: number of sequences that are decoded together.
+        rounded: the weights to generate with; None generates with the trained weights.
 
     Raises:
         UserError: if the model uses Transformer Engine layers, whose attention cannot use this engine's cache.
@@ -44,7 +46,8 @@ class LocalEngine:
     streaming = False
     draws_from_policy = True
 
-    def __init__(self, model_chunks: Sequence[PolicyModel], batch: int):
+    def __init__(self, model_chunks: Sequence[PolicyModel], batch: int, rounded: RoundedWeights | None = None):
+        self.rounded = rounded
         self.model_chunks = model_chunks
         self.config = model_chunks[0].config
         self.batch = batch
@@ -58,6 +61,8 @@ class LocalEngine:
 
     def update_weights(self, version: int) -> None:
         self.version = version
+        if self.rounded is not None:
+            self.rounded.update()
 
     def generate(
         self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None
@@ -82,7 +87,7 @@ class LocalEngine:
         # Prompts of similar length share a batch, so that there is little padding.
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         prompts_per_batch = max(1, self.batch // sampling.samples)
-        with self._inference_mode():
+        with self._inference_mode(), self.rounded.in_place() if self.rounded else nullcontext():
             for start in range(0, len(order), prompts_per_batch):
                 chosen = order[start : start + prompts_per_batch]
                 recorder = RouteRecorder(self.model_chunks, sampling.routers) if sampling.routers else None

@@ -17,7 +17,7 @@ from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.stage_shapes import model_stages
 from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, peak_bytes, phase_memory, static_memory
 from megatron_rlvr.planning.plan import make_plan
-from megatron_rlvr.planning.servers import SERVER_RUNTIME_BYTES, Servers
+from megatron_rlvr.planning.servers import SERVER_RUNTIME_BYTES, Servers, served_bytes
 from tests.families import FAMILIES, make_family
 from tests.job_scripts import SCRIPTS, JobScript
 from tests.processes import ROOT
@@ -178,6 +178,20 @@ def test_bytes_by_hand(tmp_path: Path) -> None:
     assert shared.memory[0].phases.server == int(0.3 * 80e9)
     alone = make_plan(config, 16, 8, servers=Servers("nodes", 8))
     assert alone.stage_bytes(0) == static.total + max(phases.update, phases.export) + CONTEXT_BYTES
+
+
+def test_quantized_rollouts_halve_what_servers_read_and_receive(tmp_path: Path) -> None:
+    plain, quantized = (
+        example("llama3.3-70b", tmp_path, f"rollout.quantization={form}", "rollout.sglang.model_path=x")
+        for form in ("none", "fp8")
+    )
+    shape, _, _ = model_stages(plain.model, plain.parallel, 128)
+    embeddings = 2 * shape.vocabulary * shape.hidden
+    projections = 80 * shape.hidden * (2 * shape.query + 2 * shape.key_value + 3 * shape.feed_forward)
+    assert served_bytes(shape, plain, 2) == 2 * shape.parameters
+    scales = 4 * projections // 128**2
+    assert served_bytes(shape, quantized, 2) == 2 * shape.parameters - projections + scales
+    assert 2 * shape.parameters - 2 * projections == 2 * (embeddings + 161 * shape.hidden)
 
 
 def test_mixture_by_hand(tmp_path: Path) -> None:

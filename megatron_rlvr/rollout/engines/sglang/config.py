@@ -36,6 +36,9 @@ class SGLangConfig:
     """Servers that the trainer starts on the machine of its main process."""
     python: str | None = None
     """Python executable of the environment that SGLang is installed in; null means the trainer's Python."""
+    model_path: str | None = None
+    """Hugging Face folder that servers start from, for servers that hold the policy's weights in another form
+    (`quantization`); null means ``model.path``."""
     server: dict[str, Any] = field(default_factory=dict)
     """Arguments of ``sglang.launch_server`` by name, such as ``tensor_parallel_size: 2``; true sets a flag."""
     environment: dict[str, str] = field(default_factory=dict)

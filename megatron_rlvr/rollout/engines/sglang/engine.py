@@ -21,6 +21,7 @@ from megatron_rlvr.rollout.engines.sglang import kept_sets, routed_experts
 from megatron_rlvr.rollout.engines.sglang.client import Client
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
+from megatron_rlvr.rollout.engines.sglang.fp8_servers import check_blocks, start_folder
 from megatron_rlvr.rollout.engines.sglang.kept_sets import is_cut, requested_top_k, with_kept_sets
 from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace, read_registry
 from megatron_rlvr.rollout.engines.sglang.routed_experts import with_routed_experts
@@ -56,7 +57,7 @@ class SGLangEngine:
         self.config, self.policy = rollout.sglang, policy
         self.layout = policy.layout
         directory = directory.resolve()
-        model_folder = policy.bridge.path.resolve()
+        model_folder = start_folder(self.config, policy.bridge.path)
         self.state = ServerState(0, model_folder, max_staleness=rollout.max_staleness)
         self.pool: ServerPool | None = None
         urls = list(self.config.urls)
@@ -74,7 +75,12 @@ class SGLangEngine:
         places, ranks = waiting.broadcast_from_main(
             asyncio.run(self._locate(urls)) if self.layout.is_main else None, "the places of the SGLang servers"
         )
-        self.weight_sync = WeightSync(self.config, policy, places, ranks, self.state, directory / "weights", self.pool)
+        quantize = rollout.quantization == "fp8"
+        if quantize:
+            check_blocks(self.config, model_folder, policy.bridge.hf_config)
+        self.weight_sync = WeightSync(
+            self.config, policy, places, ranks, self.state, directory / "weights", self.pool, quantize
+        )
         resources.callback(self.weight_sync.close)
         if self.layout.is_main:
             asyncio.run(self._check_servers(rollout))

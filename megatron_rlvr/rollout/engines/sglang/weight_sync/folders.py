@@ -5,15 +5,15 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from megatron_rlvr.megatron.bridge import PolicyBridge
-from megatron_rlvr.training.policy import Policy
 from megatron_rlvr.weights.buckets import Bucket
-from megatron_rlvr.weights.export import export_folder
+from megatron_rlvr.weights.export import in_turns
 from megatron_rlvr.weights.huggingface_folder import write_folder
 
 
@@ -24,13 +24,20 @@ class WeightFolders:
 
     Args:
         root: parent of the folders.
+        quantization: ``quantization_config`` of their config.json; None for weights that are not quantized.
         bridge: bridge of the policy, whose model folder provides the configuration and tokenizer files.
         on_complete: called with each complete folder and its version, for background copies from their thread. Returns
             older folders that are still needed; the others are deleted.
     """
 
-    def __init__(self, root: Path, bridge: PolicyBridge, on_complete: Callable[[Path, int], set[Path]]):
-        self.root, self.bridge, self.on_complete = root, bridge, on_complete
+    def __init__(
+        self,
+        root: Path,
+        bridge: PolicyBridge,
+        on_complete: Callable[[Path, int], set[Path]],
+        quantization: Mapping[str, Any] | None = None,
+    ):
+        self.root, self.bridge, self.on_complete, self.quantization = root, bridge, on_complete, quantization
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -43,13 +50,20 @@ class WeightFolders:
         self.wait()
         shutil.rmtree(self.folder(version), ignore_errors=True)
 
-    def write(self, policy: Policy, version: int) -> None:
-        """Write the policy's current weights from the main process. Collective over the job."""
-        if policy.layout.is_main:
+    def write(self, tensors: Iterable[tuple[str, Tensor]], version: int, *, is_main: bool) -> None:
+        """Write an export of the policy's current weights from the main process. Collective over the job."""
+        folder = self.folder(version)
+        tensors = in_turns(tensors, f"{folder} to be written", keep=is_main)
+        if is_main:
             self.root.mkdir(parents=True, exist_ok=True)
-        export_folder(self.bridge, policy.model_chunks, self.folder(version), write=policy.layout.is_main)
-        if policy.layout.is_main:
-            self._publish(version)
+            self._write_folder(tensors, version)
+        else:
+            for _ in tensors:  # every process must take part in gathering every tensor
+                pass
+
+    def _write_folder(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
+        write_folder(self.folder(version), tensors, companions=self.bridge.path, quantization=self.quantization)
+        self._publish(version)
 
     def copying(self, stream: Iterable[Bucket], version: int) -> Iterator[Bucket]:
         """Yield the buckets of `stream` and write their tensors to the version's folder in the background.
@@ -69,8 +83,7 @@ class WeightFolders:
 
         def write() -> None:
             try:
-                write_folder(self.folder(version), tensors(), companions=self.bridge.path)
-                self._publish(version)
+                self._write_folder(tensors(), version)
             except Exception as error:  # `wait` raises it
                 self._failure = error
 
@@ -78,7 +91,7 @@ class WeightFolders:
         self._writer.start()
         try:
             for bucket in stream:
-                unwritten.put(Bucket(bucket.flat.to("cpu", copy=True), bucket.dtype, bucket.names, bucket.shapes))
+                unwritten.put(Bucket(bucket.flat.to("cpu", copy=True), bucket.names, bucket.dtypes, bucket.shapes))
                 yield bucket
         finally:
             unwritten.put(None)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device, waiting
-from megatron_rlvr.megatron.weight_export import WeightExport
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
 from megatron_rlvr.rollout.engines.sglang.server_control import ServerControl
@@ -33,6 +32,7 @@ from megatron_rlvr.rollout.engines.sglang.weight_sync.shared_memory import Share
 from megatron_rlvr.rollout.engines.sglang.weight_sync.transport import Receiver, Transport
 from megatron_rlvr.rollout.engines.sglang.weight_sync.update import load_on_servers, stream_to_servers
 from megatron_rlvr.training.policy import Policy
+from megatron_rlvr.weights import fp8
 from megatron_rlvr.weights.buckets import Bucket, filled, largest_bytes, plan_buckets
 
 
@@ -75,6 +75,7 @@ class WeightSync:
         state: the weights that servers should hold; updated by `publish`.
         root: folder in which the weights of each version get a folder.
         pool: the servers that the main process started, None for others. Restarted servers load the newest folder.
+        quantize: whether the servers hold the weights in FP8 (`weights.fp8`).
 
     Attributes:
         transport: sends buckets to running servers; None if servers load a folder (``disk``).
@@ -89,13 +90,16 @@ class WeightSync:
         state: ServerState,
         root: Path,
         pool: ServerPool | None = None,
+        quantize: bool = False,
     ):
         self.config, self.policy, self.state, self.pool = config, policy, state, pool
         self.urls = [place.url for place in places]
         self.control = ServerControl(self.urls, config, state.key)
-        self.folders = WeightFolders(root, policy.bridge, self._folder_complete)
+        quantization = fp8.QUANTIZATION_CONFIG if quantize else None
+        self.folders = WeightFolders(root, policy.bridge, self._folder_complete, quantization)
         self.transport: Transport | None = None
-        self._export: WeightExport | None = None
+        export = policy.bridge.weight_export(policy.model_chunks)
+        self._export: fp8.Export = fp8.QuantizedExport(export) if quantize else export
         self._sends_to: list[str] = []
         rank = policy.layout.rank
         if config.weight_sync == "distributed":
@@ -144,7 +148,7 @@ class WeightSync:
         if is_main:
             self.folders.discard(version)
         if self.transport is None:
-            self.folders.write(self.policy, version)
+            self.folders.write(self._export.tensors(), version, is_main=is_main)
         self.state.updating = True
         self.state.expected_version = version
         has_folder = self.transport is None or self.config.recovery_copy
@@ -199,8 +203,6 @@ class WeightSync:
         """
         transport, is_main = self.transport, self.policy.layout.is_main
         assert transport is not None
-        if self._export is None:
-            self._export = self.policy.bridge.weight_export(self.policy.model_chunks)
         planned = plan_buckets(self._export.described(), (self.config.bucket_mb or 1) * 2**20)
         copies = is_main and self.config.recovery_copy
         receivers: list[Receiver] = []

@@ -1,0 +1,44 @@
+"""A Hugging Face folder with FP8 weights, for servers to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron.huggingface_config import read_config
+from megatron_rlvr.weights import fp8
+from megatron_rlvr.weights.huggingface_folder import SHARD_BYTES, read_tensor, tensor_files, write_folder
+from megatron_rlvr.weights.shape_checks import check_shapes
+
+
+def quantize_folder(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> int:
+    """Write the model of a Hugging Face folder with its projections in FP8, one tensor at a time.
+
+    Args:
+        source: the folder, with weights in float32, bfloat16 or float16.
+        target: folder to write; must not exist.
+        shard_bytes: maximum size of a file, unless a tensor is larger.
+
+    Returns:
+        the number of tensors that were quantized.
+
+    Raises:
+        UserError: if the source is no complete model, a weight is not finite, or the target exists.
+    """
+    if target.exists():
+        raise UserError(f"{target} already exists: remove it, or choose another folder")
+    found = check_shapes(tensor_files(source), read_config(source))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(found.files):
+            tensor = read_tensor(found.files[name], name)
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{found.files[name]}: {name} has values that are not finite: download the model again")
+            yield name, tensor
+
+    write_folder(target, fp8.quantized(tensors()), source, shard_bytes, fp8.QUANTIZATION_CONFIG)
+    return sum(map(fp8.is_quantized, found.files))
