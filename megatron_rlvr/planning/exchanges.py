@@ -13,8 +13,9 @@ def _layer_tokens(job: Job) -> float:
 
 
 def _exchanging_passes(job: Job) -> int:
-    """Passes of a step in which layers exchange activations: the scoring pass, and those of the update."""
-    return 1 + job.backward_and_recomputation * job.config.algorithm.epochs
+    """Passes of a step in which layers exchange activations: scoring, also of a reference, and those of the update."""
+    algorithm = job.config.algorithm
+    return 1 + (algorithm.kl_coefficient > 0) + job.backward_and_recomputation * algorithm.epochs
 
 
 def tensor_exchange_time(job: Job) -> float:

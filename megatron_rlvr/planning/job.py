@@ -21,8 +21,8 @@ ASSUMED_UTILISATION = 0.40
 class Hardware:
     """One GPU and its links: peak rates, and the shares of them that are assumed to be reached.
 
-    The peaks are those of the H100 SXM data sheet: dense bfloat16, HBM3, NVLink 4 in one direction, one 400 Gb/s port
-    per GPU.
+    The peaks are those of the H100 SXM data sheet: dense bfloat16, HBM3, NVLink 4 and PCIe 5 in one direction, one
+    400 Gb/s port per GPU.
     """
 
     name: str = "H100 SXM 80 GB"
@@ -33,6 +33,8 @@ class Hardware:
     """Bytes per second, like the other rates."""
     nvlink_rate: float = 450e9
     network_rate: float = 50e9
+    host_rate: float = 64e9
+    """Rate between the memory of a GPU and page-locked host memory."""
     disk_rate: float = 2e9
     """Rate of a shared file system, for one writer or one reader. Assumed."""
     compute_share: float = MEASURED_UTILISATION
@@ -46,6 +48,10 @@ class Hardware:
     @property
     def reached_memory_rate(self) -> float:
         return self.memory_rate * self.memory_share
+
+    @property
+    def reached_host_rate(self) -> float:
+        return self.host_rate * self.link_share
 
     def reached_link_rate(self, within_node: bool) -> float:
         """Bytes per second between GPUs of one node, or of several."""

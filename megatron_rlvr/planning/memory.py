@@ -13,8 +13,9 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.megatron.config import ParallelConfig
 from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage
 from megatron_rlvr.ops.vocab_projection import DEFAULT_CHUNK_BYTES
-from megatron_rlvr.planning.activations import activation_bytes, feed_forward_gradient_bytes
+from megatron_rlvr.planning.activations import activation_bytes, feed_forward_gradient_bytes, layer_activation_bytes
 from megatron_rlvr.planning.batch import local_batch, longest_sequence, microbatches
+from megatron_rlvr.planning.reference import reference_memory
 from megatron_rlvr.planning.servers import GIB, SERVER_RUNTIME_BYTES, Servers, memory_fraction, weight_bytes
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 
@@ -24,20 +25,21 @@ CONTEXT_BYTES = 4 * GIB
 
 @dataclass(frozen=True)
 class StaticMemory:
-    """Bytes that a rank holds from its first step on."""
+    """Bytes that a rank holds from its first step on; `reference` has the weights of a reference on the GPU."""
 
     weights: int
     gradients: int
     optimizer: int
+    reference: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.reference
 
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """Bytes that update and generation, one after the other, add to the static memory.
+    """Bytes that scoring, update and generation, one after the other, add to the static memory.
 
     Attributes:
         activations: kept for the backward pass by the microbatches in flight.
@@ -48,6 +50,8 @@ class PhaseMemory:
             ``mem_fraction_static`` is not set.
         server_runtime: what the server's process takes besides, all the time.
         export: the tensor that an export or a weight update gathers, and the buckets that take it to the servers.
+        scoring: weights of the reference that are on the GPU only while it is scored, activations of a layer and head;
+            0 without such a reference, because scoring then needs less than the update.
     """
 
     activations: int
@@ -57,10 +61,16 @@ class PhaseMemory:
     server: int
     server_runtime: int
     export: int
+    scoring: int = 0
 
     @property
     def update(self) -> int:
         return self.activations + max(self.head, self.feed_forward)
+
+    @property
+    def training(self) -> int:
+        """The larger of scoring and update."""
+        return max(self.scoring, self.update)
 
     @property
     def generation(self) -> int:
@@ -82,8 +92,8 @@ def peak_bytes(stage: StageMemory, released: bool) -> int:
         released: whether the server releases its memory for the update (`rollout.sglang.release_memory`).
     """
     static, phases = stage
-    update = phases.update + (0 if released else phases.server)
-    return static.total + max(update, phases.generation) + CONTEXT_BYTES + phases.server_runtime
+    training = phases.training + (0 if released else phases.server)
+    return static.total + max(training, phases.generation) + CONTEXT_BYTES + phases.server_runtime
 
 
 def server_room(stages: Sequence[StageMemory], gpu_bytes: float, released: bool) -> float:
@@ -91,7 +101,7 @@ def server_room(stages: Sequence[StageMemory], gpu_bytes: float, released: bool)
     rooms = []
     for static, phases in stages:
         exporting = phases.cache + phases.export
-        busy = exporting if released else max(phases.update, exporting)
+        busy = exporting if released else max(phases.training, exporting)
         rooms.append(gpu_bytes - static.total - busy - CONTEXT_BYTES - phases.server_runtime)
     return min(rooms)
 
@@ -172,14 +182,19 @@ def phase_memory(
     served = rollout.engine == "sglang"
     shared = servers is not None and servers.placement == "colocated"
     fused = config.algorithm.fused_linear
+    head = _head_bytes(shape, parallel, tokens, response_tokens, itemsize, fused, local_layers) if last else 0
+    scoring = reference_memory(stage, config, itemsize).scoring
+    if scoring:
+        scoring += head + layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers)
     return PhaseMemory(
         activations=activation_bytes(shape, stage, parallel, tokens, micro.count, itemsize, local_layers),
-        head=_head_bytes(shape, parallel, tokens, response_tokens, itemsize, fused, local_layers) if last else 0,
+        head=head,
         feed_forward=feed_forward_gradient_bytes(shape, parallel, tokens, itemsize, local_layers),
         cache=0 if served else _cache_bytes(shape, stage, config, itemsize, data_parallel),
         server=_server_bytes(shape, config, itemsize, gpu_bytes) if shared else 0,
         server_runtime=SERVER_RUNTIME_BYTES if shared else 0,
         export=_export_bytes(stage, rollout.sglang if served else None, itemsize),
+        scoring=scoring,
     )
 
 

@@ -13,6 +13,7 @@ from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage, model_stages
 from megatron_rlvr.planning.generation import ServerLoad, server_load
 from megatron_rlvr.planning.job import ASSUMED_UTILISATION, Hardware, Job
 from megatron_rlvr.planning.memory import StageMemory, peak_bytes, phase_memory, server_room, static_memory
+from megatron_rlvr.planning.reference import ReferenceMemory, reference_memory
 from megatron_rlvr.planning.roofline import StepTime, step_time
 from megatron_rlvr.planning.servers import SERVER_RUNTIME_BYTES, Servers, cached_tokens, memory_fraction
 from megatron_rlvr.rollout.requirements import check_context, check_engine, check_groups
@@ -67,6 +68,13 @@ class Plan:
         return self.spare_bytes >= 0
 
     @property
+    def reference_bytes(self) -> ReferenceMemory:
+        """The most that a rank needs for the weights of the reference."""
+        return max(
+            (reference_memory(s, self.config, self.itemsize) for s in self.stages), key=lambda m: m.held + m.scoring
+        )
+
+    @property
     def server_share(self) -> float | None:
         """The largest ``mem_fraction_static`` that fits next to training, in hundredths; None without such servers."""
         if self.servers.placement != "colocated":
@@ -80,6 +88,7 @@ class Plan:
         """What takes the most memory on the fullest rank."""
         static, phases = self.memory[self.worst]
         needs = {"weights": static.weights, "gradients": static.gradients, "optimizer": static.optimizer}
+        needs["reference"] = static.reference + phases.scoring
         update = {
             "activations": phases.activations,
             "logits and head": phases.head,
@@ -89,7 +98,7 @@ class Plan:
         if self.config.rollout.engine == "sglang":
             needs |= update | {"servers": phases.server + phases.server_runtime}
         else:
-            needs |= generation if phases.generation > phases.update else update
+            needs |= generation if phases.generation > phases.training else update
         return max(needs, key=lambda name: needs[name])
 
 
@@ -131,7 +140,10 @@ def make_plan(
     check_context(config, shape.positions)
     memory = [
         StageMemory(
-            static_memory(stage, parallel, dtype, data_parallel, config.optimizer.cpu_offload),
+            replace(
+                static_memory(stage, parallel, dtype, data_parallel, config.optimizer.cpu_offload),
+                reference=reference_memory(stage, config, dtype.itemsize).held,
+            ),
             phase_memory(shape, stage, config, dtype.itemsize, data_parallel, servers, hardware.memory_bytes),
         )
         for stage in stages

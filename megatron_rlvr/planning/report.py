@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from megatron_rlvr.planning.batch import local_batch, longest_sequence, microbatches
 from megatron_rlvr.planning.job import ASSUMED_UTILISATION, MEASURED_UTILISATION
-from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, static_memory
+from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, StageMemory, peak_bytes, static_memory
 from megatron_rlvr.planning.plan import Plan
 from megatron_rlvr.planning.servers import served_bytes
 from megatron_rlvr.planning.suggestions import Suggestion
@@ -68,7 +69,7 @@ def _memory_table(plan: Plan) -> list[str]:
     for index, (stage, (static, phases)) in enumerate(zip(plan.stages, plan.memory, strict=True)):
         columns = [
             f"stage {index} ({stage.layers:3d} layers)".ljust(15),
-            f"{static.weights / GIB:8.2f}",
+            f"{(static.weights + static.reference) / GIB:8.2f}",
             f"{static.gradients / GIB:10.2f}",
             f"{static.optimizer / GIB:10.2f} |",
             f"{phases.activations / GIB:11.2f}",
@@ -101,6 +102,7 @@ def _advice(plan: Plan) -> list[str]:
         )
     if plan.server_share is not None:
         lines.append(f"the largest rollout.sglang.server.mem_fraction_static that fits: {plan.server_share}")
+    lines += _reference(plan)
     if config.parallel.distributed_optimizer:
         stored = torch.bfloat16  # a checkpoint has 12 bytes per parameter, of float32 weights, too
         own = max(static_memory(s, config.parallel, stored, plan.data_parallel).optimizer for s in plan.stages) / GIB
@@ -111,10 +113,31 @@ def _advice(plan: Plan) -> list[str]:
     return lines
 
 
+def _reference(plan: Plan) -> list[str]:
+    """Where the weights of the reference are; nothing without one."""
+    needed = plan.reference_bytes
+    if needed.held:
+        return [f"the weights include {needed.held / GIB:.2f} GiB of the reference (reference.weights=device)"]
+    if not needed.scoring:
+        return []
+    source = "read from the disk"
+    if needed.host:
+        source = f"copied from {needed.host * plan.gpus_per_node / GIB:.0f} GiB of host memory per node"
+    sets = "sets" if _reference_sets_peak(plan) else "does not set"
+    return [f"the reference: {needed.scoring / GIB:.2f} GiB while it is scored, {source}; it {sets} the peak"]
+
+
+def _reference_sets_peak(plan: Plan) -> bool:
+    """Whether a rank would need less if the reference were not scored."""
+    released = plan.config.rollout.sglang.release_memory
+    without = [(static, replace(phases, scoring=0)) for static, phases in plan.memory]
+    return max(peak_bytes(StageMemory(*stage), released) for stage in without) < plan.stage_bytes(plan.worst)
+
+
 def _largest_local_batch(plan: Plan) -> int:
     """The `rollout.local_batch` that would make the plan fit, if only the cache is too large; otherwise 0."""
     static, phases = plan.memory[plan.worst]
-    if plan.fits or plan.config.rollout.engine == "sglang" or phases.generation <= phases.update:
+    if plan.fits or plan.config.rollout.engine == "sglang" or phases.generation <= phases.training:
         return 0
     room = plan.hardware.memory_bytes - static.total - CONTEXT_BYTES - phases.export
     return max(0, int(room * local_batch(plan.config, plan.data_parallel) / phases.cache))

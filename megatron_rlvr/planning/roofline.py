@@ -14,6 +14,7 @@ from megatron_rlvr.planning.exchanges import (
 )
 from megatron_rlvr.planning.generation import local_generation_time, server_generation_time
 from megatron_rlvr.planning.job import Job
+from megatron_rlvr.planning.reference import reference_time
 
 _NOT_PHASES = ("response_tokens", "overlapped")
 
@@ -25,6 +26,7 @@ class StepTime:
     response_tokens: float
     generate: float
     score: float
+    reference: float
     update: float
     tensor_parallel: float
     expert_parallel: float
@@ -60,8 +62,8 @@ class StepTime:
 def step_time(job: Job) -> StepTime:
     """Time of a step in which every group has a gradient.
 
-    Scoring is one forward pass. The update is three, or four with full recomputation, ``epochs`` times. Both are
-    stretched by the pipeline's bubble.
+    Scoring is one forward pass, and that of a reference another one. The update is three, or four with full
+    recomputation, ``epochs`` times. All are stretched by the pipeline's bubble.
     """
     algorithm = job.config.algorithm
     compute = job.forward_flops * job.bubble / job.hardware.reached_flops
@@ -70,6 +72,7 @@ def step_time(job: Job) -> StepTime:
         response_tokens=job.response_tokens,
         generate=server_generation_time(job) if served else local_generation_time(job),
         score=compute,
+        reference=reference_time(job, compute),
         update=(1 + job.backward_and_recomputation) * compute * algorithm.epochs,
         tensor_parallel=tensor_exchange_time(job) * job.bubble,
         expert_parallel=expert_exchange_time(job) * job.bubble,

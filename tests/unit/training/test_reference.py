@@ -129,6 +129,9 @@ def test_the_reference_is_scored_and_leaves_the_policy_as_it_is(
         exact = exact_logprob(transformers_model(other_model), batch)
     assert (first - exact).abs().max() < 5e-6 < (first - own).abs().mean()
     assert same(everything(policy), before)
+    if resident != "disk":
+        weights = (weight for chunk in policy.model_chunks for weight in chunk.parameters())
+        assert sum(w.nbytes for w in reference._kept or []) == sum(w.nbytes for w in weights)  # as the plan counts
     # The start model is the policy itself, bit for bit.
     assert Reference(bridge(small_model), policy, resident).logprob(batch).equal(own)
 
