@@ -15,6 +15,8 @@ class TelemetryConfig:
     """Write TensorBoard event files to ``tensorboard/`` of the run directory."""
     wandb_project: str | None = None
     """Weights & Biases project to log to as well. Null turns W&B off."""
+    mlflow_experiment: str | None = None
+    """MLflow experiment to log to as well, at ``MLFLOW_TRACKING_URI``. Null turns MLflow off."""
     samples_every: NonNegativeInt = 1
     """Store the samples of every this many steps, and of every evaluation, in ``samples/`` of the run directory: one
     JSONL file per step, with prompt, answer, completion, reward, length and entropy. ``tools/show_samples.py`` shows

@@ -12,6 +12,7 @@ from typing import Self
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry.metrics import MetricsWriter, read_metrics
+from megatron_rlvr.telemetry.mlflow_sink import MLflow
 from megatron_rlvr.telemetry.plots import plot_run
 from megatron_rlvr.telemetry.progress import Progress, open_progress
 from megatron_rlvr.telemetry.samples import Row, three_of, write_samples
@@ -51,6 +52,8 @@ class Reporter:
         if settings.wandb_project:
             wandb = WeightsAndBiases(self.directory, {"project": settings.wandb_project, "name": config.name})
             self._writer.sinks.append(wandb)
+        if settings.mlflow_experiment:
+            self._writer.sinks.append(MLflow(self.directory, settings.mlflow_experiment, config.name))
         history = read_metrics(self.directory) if first_step else []
         work = PeriodicWork(config.data.heldout is not None, config.evaluation.every, config.checkpoint.every)
         self._progress = open_progress(config.name, config.steps, history, work=work)
