@@ -152,6 +152,8 @@ MIXTURES |= {
         "routed_scaling_factor": 2.446,
     },
 }
+THREE_LAYERS = "moonlight-3-layers"
+"""A model whose layers two pipeline stages do not divide."""
 # Of a folder, by the names that transformers has in memory.
 MIXTRAL_NAMES = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 CHOICE_BIAS = "e_score_correction_bias"
@@ -175,6 +177,7 @@ def make_families(folder: Path) -> Path:
     """Make a model of every family and mixture in the subfolder of its name; returns `folder`."""
     for name in FAMILIES | MIXTURES:
         make_family(folder / name, name)
+    make_family(folder / THREE_LAYERS, "moonlight", num_hidden_layers=3)
     return folder
 
 

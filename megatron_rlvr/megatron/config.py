@@ -114,6 +114,8 @@ class ParallelConfig:
     """Pipeline-parallel size: stages that the layers are divided into."""
     virtual_pipeline: Ranks = 1
     """Model chunks per pipeline stage; more than 1 selects the interleaved schedule, which has a smaller bubble."""
+    last_stage_layers: NonNegativeInt = 0
+    """Layers of the last pipeline stage; the others share the rest equally. 0 gives every stage the same number."""
     context: Ranks = 1
     """Context-parallel size: ranks that every sequence is split over."""
     expert: Ranks = 1
@@ -155,6 +157,8 @@ class ParallelConfig:
                 "parallel.virtual_pipeline > 1 needs parallel.pipeline > 1, because it interleaves the model chunks of "
                 "pipeline stages: set it to 1 or raise parallel.pipeline"
             )
+        if self.last_stage_layers and self.pipeline == 1:
+            raise UserError("parallel.last_stage_layers needs parallel.pipeline > 1: set it to 0")
         if self.expert_tensor not in (1, self.tensor):
             raise UserError(f"parallel.expert_tensor={self.expert_tensor} must be 1 or parallel.tensor={self.tensor}")
         if self.microbatch_tokens and self.microbatch_sequences:

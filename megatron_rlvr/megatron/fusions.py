@@ -39,18 +39,19 @@ _NEEDED: dict[str, tuple[Any, tuple[str, ...]]] = {
 """Where megatron-core keeps the functions of a fusion; they are missing or None if Transformer Engine has none."""
 
 
-def fusion_settings(mixture: bool, router_aux_loss: float) -> dict[str, bool]:
+def fusion_settings(mixture: bool, router_aux_loss: float, latent: bool = False) -> dict[str, bool]:
     """Return the fields of TransformerConfig that fuse operations of Transformer Engine's layers.
 
     Args:
         mixture: whether the model is a mixture of experts.
         router_aux_loss: coefficient of the load-balancing loss.
+        latent: whether attention is `LatentAttention`, which rotates queries and keys itself, without synchronizing.
     """
     settings = {
         # SwiGLU keeps its input and its product, 3 f per token, instead of 5 f.
         "bias_activation_fusion": True,
         # Unfused, packed sequences cost four synchronizations of the host with the GPU per layer.
-        "apply_rope_fusion": True,
+        "apply_rope_fusion": not latent,
         # The gradient of a weight is added to the float32 buffer by the matrix multiplication that computes it.
         "gradient_accumulation_fusion": True,
         # There is no dropout and no bias after the linear layers, so this would compile one addition.

@@ -40,11 +40,42 @@ def check_layout(hf_config: Any, parallel: ParallelConfig) -> None:
     """
     _check_tensor(hf_config, parallel)
     _check_experts(hf_config, parallel)
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if hf_config.num_hidden_layers % stages:
-        name = "parallel.pipeline" + (" x parallel.virtual_pipeline" if parallel.virtual_pipeline > 1 else "")
+    _check_stages(hf_config.num_hidden_layers, parallel)
+
+
+def shorter_last_stage(layers: int, pipeline: int, chunks: int = 1) -> int | None:
+    """Return the largest number of layers with which the last stage has at most as many as each of the others.
+
+    Args:
+        layers: layers of the model.
+        pipeline: number of stages.
+        chunks: model chunks per stage, which must divide the layers of every stage.
+
+    Returns:
+        None if there is no such number above 0.
+    """
+    of_others = -(-layers // (pipeline * chunks)) * chunks
+    last = layers - of_others * (pipeline - 1)
+    return last if last > 0 and last % chunks == 0 else None
+
+
+def _check_stages(layers: int, parallel: ParallelConfig) -> None:
+    chunks, last = parallel.virtual_pipeline, parallel.last_stage_layers
+    shorter = shorter_last_stage(layers, parallel.pipeline, chunks)
+    remedy = "choose a divisor" if shorter is None else f"choose a divisor, or set parallel.last_stage_layers={shorter}"
+    if not last:
+        stages = parallel.pipeline * chunks
+        if layers % stages:
+            name = "parallel.pipeline" + (" x parallel.virtual_pipeline" if chunks > 1 else "")
+            raise UserError(f"{name}={stages} does not divide the model's {layers} layers: {remedy}")
+        return
+    others = parallel.pipeline - 1
+    if last >= layers or (layers - last) % (others * chunks) or last % chunks:
+        of_chunks = f" of {chunks} model chunks each" if chunks > 1 else ""
         raise UserError(
-            f"{name}={stages} does not divide the model's {hf_config.num_hidden_layers} layers: choose a divisor"
+            f"parallel.last_stage_layers={last} leaves {max(0, layers - last)} of the model's {layers} layers to "
+            f"{others} stages{of_chunks}, which do not divide them: "
+            + (f"set it to {shorter}" if shorter else "change parallel.pipeline")
         )
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_rlvr.megatron.bridge import PolicyBridge
@@ -31,6 +33,7 @@ class Stage:
     Attributes:
         index: index of the stage.
         layers: number of transformer layers of the stage.
+        mixtures: how many of them have experts.
         parameters: elements of every parameter, in the order of megatron-core's buffers (last parameter first).
         experts: the same for parameters of experts, which have separate buffers and data-parallel ranks.
         shared_embedding: elements of the tied embedding, which both the first and the last stage have, or 0.
@@ -39,6 +42,7 @@ class Stage:
 
     index: int
     layers: int
+    mixtures: int
     parameters: tuple[int, ...]
     experts: tuple[int, ...]
     shared_embedding: int
@@ -57,9 +61,17 @@ class ModelShape:
     layers: int
     hidden: int
     query: int
-    """Attention heads x head size."""
-    key_value: int
-    """Key/value heads x head size."""
+    """Elements of the queries of a token in a layer."""
+    key: int
+    value: int
+    attended: int
+    """Elements that attention returns for a token."""
+    latent: int
+    """Elements of the latents that latent attention normalizes; 0 for attention without latents."""
+    cached: int
+    """Elements that a server caches for a token in a layer: keys and values, or the latent that they are made from."""
+    attention_weights: int
+    """Elements of the matrices of a layer's attention."""
     heads: int
     feed_forward: int
     vocabulary: int
@@ -76,6 +88,10 @@ class ModelShape:
     chosen: int = 0
     """Experts per token."""
     expert_feed_forward: int = 0
+    shared_feed_forward: int = 0
+    """Feed-forward size of the experts that every token passes through, next to the chosen ones."""
+    mixtures: int = 0
+    """Layers with experts; the others are dense."""
 
 
 @dataclass
@@ -84,6 +100,8 @@ class _Totals:
 
     all: int = 0
     experts: int = 0
+    attention: int = 0
+    mixtures: int = 0
 
 
 def model_stages(
@@ -104,7 +122,7 @@ def model_stages(
     defaults = ParallelConfig()
     neutral = {name: getattr(defaults, name) for name in _OF_ACTIVATIONS}
     parallel = replace(parallel, **neutral)
-    key = f"{(Path(model.path) / 'config.json').read_text()} {model} {parallel} {world_size}"
+    key = f"{(Path(model.path) / 'config.json').read_text()} {replace(model, path='')} {parallel} {world_size}"
     if key not in _counted:
         _counted[key] = _count_stages(model, parallel, world_size)
     return _counted[key]
@@ -150,11 +168,15 @@ def _count(index: int, model_chunks: Sequence[PolicyModel], parallel: ParallelCo
     ranks = {name: parallel.tensor if getattr(p, "tensor_model_parallel", False) else 1 for name, p in named}
     ranks |= dict.fromkeys(experts, parallel.expert * parallel.expert_tensor)
     totals.all += sum(p.numel() * ranks[name] for name, p in named)
-    totals.experts += sum(p.numel() * ranks[name] for name, p in named if name in experts)
+    totals.experts += sum(p.numel() * ranks[name] for name, p in named if ".mlp.experts." in name)
+    totals.attention += sum(p.numel() * ranks[name] for name, p in named if ".self_attention." in name and p.dim() == 2)
+    mixtures = sum(isinstance(layer.mlp, MoELayer) for chunk in model_chunks for layer in chunk.decoder.layers)
+    totals.mixtures += mixtures
     shared = [p.numel() for _, p in named if getattr(p, "shared_embedding", False)]
     return Stage(
         index=index,
         layers=sum(len(chunk.decoder.layers) for chunk in model_chunks),
+        mixtures=mixtures,
         parameters=tuple(p.numel() for name, p in reversed(named) if name not in experts),
         experts=tuple(p.numel() for name, p in reversed(named) if name in experts),
         shared_embedding=shared[0] if shared else 0,
@@ -171,16 +193,42 @@ def _shape(bridge: PolicyBridge, totals: _Totals) -> ModelShape:
     return ModelShape(
         layers=config.num_layers,
         hidden=config.hidden_size,
-        query=config.num_attention_heads * config.kv_channels,
-        key_value=config.num_query_groups * config.kv_channels,
+        **attention_sizes(config),
+        attention_weights=totals.attention // config.num_layers,
         heads=config.num_attention_heads,
         feed_forward=config.ffn_hidden_size,
         vocabulary=bridge.vocab_size,
         positions=bridge.context_length,
-        query_norm=config.qk_layernorm,
+        query_norm=config.qk_layernorm and not config.multi_latent_attention,
         parameters=totals.all,
         active=totals.all - totals.experts + (totals.experts * chosen // experts if experts else 0),
         experts=experts,
         chosen=chosen,
         expert_feed_forward=config.moe_ffn_hidden_size if experts else 0,
+        shared_feed_forward=config.moe_shared_expert_intermediate_size or 0 if experts else 0,
+        mixtures=totals.mixtures,
     )
+
+
+def attention_sizes(config: TransformerConfig) -> dict[str, int]:
+    """Return the sizes of a layer's attention, fields of `ModelShape`."""
+    heads = config.num_attention_heads
+    if isinstance(config, MLATransformerConfig):
+        query, value = config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
+        return {
+            "query": heads * query,
+            "key": heads * query,
+            "value": heads * value,
+            "attended": heads * value,
+            "latent": (config.q_lora_rank or 0) + config.kv_lora_rank,
+            "cached": config.kv_lora_rank + config.qk_pos_emb_head_dim,
+        }
+    query, key_value = (count * config.kv_channels for count in (heads, config.num_query_groups))
+    return {
+        "query": query,
+        "key": key_value,
+        "value": key_value,
+        "attended": query,
+        "latent": 0,
+        "cached": 2 * key_value,
+    }

@@ -53,6 +53,7 @@ def transformer_settings(
         "bf16": dtype is torch.bfloat16,
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers or None,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
@@ -83,7 +84,8 @@ def transformer_settings(
             "gradient_accumulation_fusion": False,
         }
     else:
-        settings |= fusion_settings(is_mixture(hf_config), model.router_aux_loss)
+        latent = settings.get("multi_latent_attention", False)
+        settings |= fusion_settings(is_mixture(hf_config), model.router_aux_loss, latent)
     return settings
 
 

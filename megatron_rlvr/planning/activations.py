@@ -26,22 +26,28 @@ def activation_bytes(
         itemsize: bytes per element of an activation.
         local_layers: whether the layers are megatron-core's local ones, not Transformer Engine's.
     """
-    per_layer = layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers)
-    kept = per_layer
-    if parallel.recompute == "full":  # only the layer's input is kept
-        kept = tokens * shape.hidden * itemsize // sequence_ranks(parallel)
-    total = layers_in_flight(stage, parallel, microbatches) * kept
-    if kept < per_layer:  # the backward pass recomputes one layer at a time
-        total += per_layer
+    counts = {True: stage.mixtures, False: stage.layers - stage.mixtures}
+    sizes = {
+        mixture: layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers, mixture)
+        for mixture, count in counts.items()
+        if count
+    }
+    in_flight = layers_in_flight(stage, parallel, microbatches)
+    if parallel.recompute == "full":  # the input of every layer is kept, and the backward pass recomputes one at a time
+        total = in_flight * (tokens * shape.hidden * itemsize // sequence_ranks(parallel)) + max(sizes.values())
+    else:
+        total = in_flight * sum(counts[mixture] * size for mixture, size in sizes.items()) // stage.layers
     if parallel.sequence:  # megatron-core gathers the split activations into a buffer
         total += tokens * shape.hidden * itemsize
     return total
 
 
 def layer_activation_bytes(
-    shape: ModelShape, parallel: ParallelConfig, tokens: int, itemsize: int, local_layers: bool
+    shape: ModelShape, parallel: ParallelConfig, tokens: int, itemsize: int, local_layers: bool, mixture: bool
 ) -> int:
     """Bytes that one layer keeps of one microbatch without recomputation; arguments as in `activation_bytes`.
+
+    A layer is a `mixture` or dense.
 
     With h the hidden size, q and kv the sizes of queries and of keys, f the feed-forward size, and E experts of which a
     token chooses k. Elements per token of Transformer Engine 2.11 under the settings of `megatron.fusions`, as its
@@ -62,22 +68,31 @@ def layer_activation_bytes(
                                         the probability
     grouped fc1, weighted SwiGLU, fc2   per chosen expert: h + 3 f of the expert; the fused unpermutation keeps no
                                         output, because the probabilities were applied before fc2
+    shared experts                      3 f of all of them
+    latent attention                    input and output of the norms of its latents: 2 elements per element, split
+                                        under sequence parallelism; queries, keys, values and output as above
     ==================================  =======================================================================
 
     Local layers keep 6 h instead of 4 h, because torch's norm keeps its normalized input too. A family with norms of
     queries and keys keeps these before and after normalization and the projection before it is split, 3 q + 2 kv more,
-    and a mixture the product before and after it is weighted (h + 4 f of the expert). Counted on the CPU in float32
+    and a mixture the product before and after it is weighted (h + 4 f of the expert). Latent attention keeps three
+    elements per element of its latents, the projection that the latent of keys and values is a part of, and heads of
+    values and of its output that are padded to the size of queries. Counted on the CPU in float32
     with saved-tensor hooks (`tests/unit/planning/test_activations.py`). Tokens are spread evenly over experts.
     """
     tensor, sequence = parallel.tensor, sequence_ranks(parallel)
-    heads, attention = shape.heads, 2 * (shape.query + shape.key_value)
+    heads, attention = shape.heads, shape.query + shape.key + shape.value + shape.attended
     if shape.query_norm:
-        heads += shape.heads + shape.heads * shape.key_value // shape.query
-        attention += 3 * shape.query + 2 * shape.key_value if local_layers else shape.query + shape.key_value
-    residual = 6 if local_layers else 4
-    kept = (residual * shape.hidden * itemsize + 8) // sequence + (attention * itemsize + 4 * heads) // tensor
-    if not shape.experts:
+        heads += shape.heads + shape.heads * shape.key // shape.query
+        attention += 3 * shape.query + 2 * shape.key if local_layers else shape.query + shape.key
+    residual, norms = (6 if local_layers else 4) * shape.hidden, 2
+    if shape.latent:
+        residual, norms = residual + (3 if local_layers else 2) * shape.latent, 4
+        attention += 2 * shape.query - shape.value if local_layers else 0
+    kept = (residual * itemsize + 4 * norms) // sequence + (attention * itemsize + 4 * heads) // tensor
+    if not mixture:
         return tokens * (kept + 3 * shape.feed_forward * itemsize // tensor)
+    kept += 3 * shape.shared_feed_forward * itemsize // tensor
     inner = (4 if local_layers else 3) * shape.expert_feed_forward // parallel.expert_tensor
     per_expert = (shape.hidden + inner) * itemsize + (24 if local_layers else 12)
     router = 5 * shape.experts + (0 if local_layers else 4 * (2 * shape.experts + 1))
@@ -99,7 +114,7 @@ def feed_forward_gradient_bytes(
       elements in all, before it is added to the gradient buffer.
 
     Transformer Engine adds gradients of weights to that buffer itself. In their place autograd receives one tensor per
-    shape of a weight, which stays allocated: 2 q h + 2 kv h + 3 f h elements in all (`_placeholder_bytes`).
+    shape of a weight, which stays allocated: those of attention and 3 f h elements (`_placeholder_bytes`).
     """
     sequence = sequence_ranks(parallel)
     inner = shape.feed_forward // parallel.tensor
@@ -115,12 +130,15 @@ def feed_forward_gradient_bytes(
 
 def _placeholder_bytes(shape: ModelShape, parallel: ParallelConfig, itemsize: int) -> int:
     """Bytes of the tensors that stand for gradients of weights under ``gradient_accumulation_fusion``."""
-    attention = 2 * (shape.query + shape.key_value) * shape.hidden // parallel.tensor
+    attention = shape.attention_weights // parallel.tensor
+    feed_forward = 0
     if shape.experts:
-        feed_forward = 3 * shape.expert_feed_forward // parallel.expert_tensor * shape.hidden
-    else:
-        feed_forward = 3 * shape.feed_forward // parallel.tensor * shape.hidden
-    return (attention + feed_forward) * itemsize
+        feed_forward = 3 * (
+            shape.expert_feed_forward // parallel.expert_tensor + shape.shared_feed_forward // parallel.tensor
+        )
+    if shape.mixtures < shape.layers:
+        feed_forward += 3 * shape.feed_forward // parallel.tensor
+    return (attention + feed_forward * shape.hidden) * itemsize
 
 
 def layers_in_flight(stage: Stage, parallel: ParallelConfig, microbatches: int) -> int:

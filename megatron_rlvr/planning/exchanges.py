@@ -28,7 +28,7 @@ def tensor_exchange_time(job: Job) -> float:
 def expert_exchange_time(job: Job) -> float:
     """Every token is sent to the ranks of its experts and back, per layer and pass."""
     parallel, shape = job.config.parallel, job.shape
-    tokens = _layer_tokens(job) / parallel.tensor
+    tokens = _layer_tokens(job) / parallel.tensor * (shape.mixtures / shape.layers)
     sent = tokens * shape.chosen * shape.hidden * job.itemsize * (parallel.expert - 1) / parallel.expert
     return _exchanging_passes(job) * 2 * sent / job.link_rate(parallel.expert * parallel.expert_tensor)
 
@@ -36,7 +36,7 @@ def expert_exchange_time(job: Job) -> float:
 def context_exchange_time(job: Job) -> float:
     """Keys and values of a sequence are gathered by all ranks that share it, per layer and pass."""
     parallel = job.config.parallel
-    key_value_bytes = 2 * job.shape.key_value * job.itemsize / parallel.tensor
+    key_value_bytes = (job.shape.key + job.shape.value) * job.itemsize / parallel.tensor
     gathered = _layer_tokens(job) * (parallel.context - 1) * key_value_bytes
     return _exchanging_passes(job) * gathered / job.link_rate(job.stage_ranks)
 
@@ -52,11 +52,16 @@ def gradient_exchange_time(job: Job) -> float:
 
 
 def optimizer_time(job: Job) -> float:
-    """Adam reads gradient, master weight and moments, and writes the last three and the weight: 30 bytes in all."""
+    """Adam reads gradient, master weight and moments, and writes the last three and the weight: 30 bytes in all.
+
+    The share of its state that is offloaded is updated in host memory.
+    """
     parallel, algorithm = job.config.parallel, job.config.algorithm
     shards = job.data_parallel * parallel.context if parallel.distributed_optimizer else 1
     moved = 30 * job.stage_parameters / shards
-    return algorithm.minibatches * algorithm.epochs * moved / job.hardware.reached_memory_rate
+    offloaded = job.config.optimizer.cpu_offload
+    seconds_per_byte = (1 - offloaded) / job.hardware.reached_memory_rate + offloaded / job.hardware.host_rate
+    return algorithm.minibatches * algorithm.epochs * moved * seconds_per_byte
 
 
 def weight_sync_time(job: Job) -> float:
@@ -75,7 +80,7 @@ def weight_sync_time(job: Job) -> float:
         between_stages = weights / parallel.tensor / hardware.reached_link_rate(within_node=job.nodes == 1)
     gathering = weights * (parallel.tensor - 1) / parallel.tensor / job.link_rate(parallel.tensor)
     if parallel.expert > 1:
-        experts = job.itemsize * shape.layers * shape.experts * 3 * shape.hidden * shape.expert_feed_forward
+        experts = job.itemsize * shape.mixtures * shape.experts * 3 * shape.hidden * shape.expert_feed_forward
         rate = job.link_rate(parallel.expert * parallel.expert_tensor)
         gathering += experts * (parallel.expert - 1) / parallel.expert / rate
     served = served_bytes(shape, job.config, job.itemsize)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rlvr.planning.job import Job
-from megatron_rlvr.planning.servers import served_bytes
+from megatron_rlvr.planning.servers import cache_copies, served_bytes
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
 
 
@@ -62,7 +62,8 @@ def server_generation_time(job: Job) -> float:
     load = server_load(job)
     steps = job.config.rollout.max_tokens + (load.waves - 1) * job.response_tokens
     weights = served_bytes(job.shape, job.config, job.itemsize)
-    cache = load.sequences * (job.prompt_tokens + job.response_tokens / 2) * job.cache_bytes_per_token
+    copies = cache_copies(job.shape, server)
+    cache = load.sequences * (job.prompt_tokens + job.response_tokens / 2) * job.cache_bytes_per_token * copies
     read = steps * weights / server.tensor + job.response_tokens * cache / server.gpus_per_replica
     compute = job.forward_flops * job.training_gpus / job.server_gpus / job.hardware.reached_flops
     return max(read / job.hardware.reached_memory_rate, compute)

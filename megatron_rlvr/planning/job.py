@@ -37,6 +37,8 @@ class Hardware:
     """Rate between the memory of a GPU and page-locked host memory."""
     disk_rate: float = 2e9
     """Rate of a shared file system, for one writer or one reader. Assumed."""
+    host_rate: float = 30e9
+    """Rate of host memory for the processes of one GPU. Assumed."""
     compute_share: float = MEASURED_UTILISATION
     memory_share: float = 0.60
     link_share: float = 0.70
@@ -134,14 +136,16 @@ class Job:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Keys and values of one token in all layers."""
-        return cache_bytes_per_token(self.shape, self.itemsize)
+        """What servers, or the local engine, cache of one token in all layers."""
+        if self.config.rollout.engine == "sglang":
+            return cache_bytes_per_token(self.shape, self.itemsize)
+        return self.shape.layers * (self.shape.key + self.shape.value) * self.itemsize
 
     @property
     def forward_flops(self) -> float:
         """Operations of one forward pass over all sequences of a step, on one rank. Attention is causal."""
         width, shape = self.sequence_tokens, self.shape
-        per_token = 2 * shape.active + 2 * shape.layers * shape.query * width
+        per_token = 2 * shape.active + shape.layers * (shape.query + shape.attended) * width
         return self.sequences * width * per_token / self.model_ranks
 
     @property
@@ -151,10 +155,11 @@ class Job:
 
     @property
     def bubble(self) -> float:
-        """The factor by which the pipeline's bubble stretches a pass."""
+        """The factor by which the pipeline's bubble, and a stage with more layers than others, stretch a pass."""
         parallel = self.config.parallel
         count = microbatches(self.config, self.data_parallel).count
-        return 1 + (parallel.pipeline - 1) / (count * parallel.virtual_pipeline)
+        largest = max(stage.layers for stage in self.stages) * parallel.pipeline / self.shape.layers
+        return largest * (1 + (parallel.pipeline - 1) / (count * parallel.virtual_pipeline))
 
     def link_rate(self, ranks: int) -> float:
         """Bytes per second within a group of neighbouring ranks."""

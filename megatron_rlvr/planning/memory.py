@@ -224,7 +224,7 @@ def _head_bytes(
 def _cache_bytes(shape: ModelShape, stage: Stage, config: Config, itemsize: int, data_parallel: int) -> int:
     """Bytes of the local engine's key/value cache and, on the last stage, of its float32 logits."""
     sequences = local_batch(config, data_parallel)
-    elements = sequences * longest_sequence(config) * stage.layers * 2 * shape.key_value
+    elements = sequences * longest_sequence(config) * stage.layers * (shape.key + shape.value)
     cache = elements // config.parallel.tensor * itemsize
     if stage.index == config.parallel.pipeline - 1:
         cache += sequences * shape.vocabulary * 4

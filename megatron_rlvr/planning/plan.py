@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_rlvr.config import Config, resolve
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.megatron.layout_checks import check_routers
 from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage, model_stages
@@ -16,6 +17,7 @@ from megatron_rlvr.planning.memory import StageMemory, peak_bytes, phase_memory,
 from megatron_rlvr.planning.reference import ReferenceMemory, reference_memory
 from megatron_rlvr.planning.roofline import StepTime, step_time
 from megatron_rlvr.planning.servers import SERVER_RUNTIME_BYTES, Servers, cached_tokens, memory_fraction
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
 from megatron_rlvr.rollout.requirements import check_context, check_engine, check_groups
 
 
@@ -131,6 +133,7 @@ def make_plan(
     hardware = hardware or Hardware()
     world_size = nodes * gpus_per_node
     check_engine(config)
+    _check_servers(servers, config, gpus_per_node)
     shape, dtype, stages = model_stages(config.model, config.parallel, world_size)
     parallel, rollout = config.parallel, config.rollout
     if rollout.routing_replay:
@@ -168,6 +171,16 @@ def make_plan(
         load=server_load(job) if rollout.engine == "sglang" else None,
         hardware=hardware,
     )
+
+
+def _check_servers(servers: Servers, config: Config, gpus_per_node: int) -> None:
+    """Refuse a number of server nodes that is no whole number of servers."""
+    gpus = ServerLayout.from_arguments(config.rollout.sglang.server).gpus_per_replica
+    if servers.placement == "nodes" and servers.nodes * gpus_per_node % gpus:
+        raise UserError(
+            f"a server of {gpus} GPUs does not divide the {servers.nodes * gpus_per_node} GPUs of {servers.nodes} "
+            "nodes: choose another number of nodes for servers, or change rollout.sglang.server"
+        )
 
 
 def _server_cache(

@@ -14,6 +14,7 @@ from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, StageMemory, peak_
 from megatron_rlvr.planning.plan import Plan
 from megatron_rlvr.planning.servers import served_bytes
 from megatron_rlvr.planning.suggestions import Suggestion
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout
 
 
 def describe(plan: Plan) -> str:
@@ -99,6 +100,12 @@ def _advice(plan: Plan) -> list[str]:
         lines.append(
             f"the cache of a server holds {plan.load.concurrent:.0f} of its {plan.load.sequences:.0f} sequences at "
             f"once: {plan.load.waves:.1f} waves"
+        )
+    server = ServerLayout.from_arguments(config.rollout.sglang.server)
+    if plan.load is not None and server.gpus > plan.gpus_per_node:
+        lines.append(
+            f"a server of {server.gpus} GPUs spans {-(-server.gpus // plan.gpus_per_node)} nodes: start it outside the "
+            "job, and name it in rollout.sglang.urls"
         )
     if plan.server_share is not None:
         lines.append(f"the largest rollout.sglang.server.mem_fraction_static that fits: {plan.server_share}")

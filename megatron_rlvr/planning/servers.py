@@ -126,18 +126,27 @@ def _quantized_elements(folder: Path) -> tuple[int, int]:
 
 
 def weight_bytes(shape: ModelShape, config: Config, itemsize: int) -> int:
-    """Bytes of the weights on each GPU of a server."""
-    gpus = ServerLayout.from_arguments(config.rollout.sglang.server).gpus_per_replica
-    return served_bytes(shape, config, itemsize) // gpus
+    """Bytes of the weights on each GPU of a server. Under attention data parallelism, its groups all hold attention."""
+    layout = ServerLayout.from_arguments(config.rollout.sglang.server)
+    attention = shape.layers * shape.attention_weights * (itemsize if config.rollout.quantization == "none" else 1)
+    return (
+        served_bytes(shape, config, itemsize) + (layout.attention_groups - 1) * attention
+    ) // layout.gpus_per_replica
 
 
 def cache_bytes_per_token(shape: ModelShape, itemsize: int) -> int:
-    """Bytes of the keys and values of one token, in all layers and on all GPUs of a replica."""
-    return shape.layers * 2 * shape.key_value * itemsize
+    """Bytes that one copy of a token's cache has in all layers: keys and values, or their latent."""
+    return shape.layers * shape.cached * itemsize
+
+
+def cache_copies(shape: ModelShape, layout: ServerLayout) -> int:
+    """Copies of a token's cache in a replica: heads are split over GPUs, but each of them needs the whole latent."""
+    return layout.tensor // layout.attention_groups if shape.latent else 1
 
 
 def cached_tokens(shape: ModelShape, config: Config, itemsize: int, static_bytes: float) -> float:
     """Tokens whose keys and values a replica holds, if each of its GPUs has `static_bytes` for weights and cache."""
-    gpus = ServerLayout.from_arguments(config.rollout.sglang.server).gpus_per_replica
+    layout = ServerLayout.from_arguments(config.rollout.sglang.server)
     cache = static_bytes - weight_bytes(shape, config, itemsize)
-    return max(0.0, cache * gpus / cache_bytes_per_token(shape, itemsize))
+    per_token = cache_bytes_per_token(shape, itemsize) * cache_copies(shape, layout)
+    return max(0.0, cache * layout.gpus_per_replica / per_token)

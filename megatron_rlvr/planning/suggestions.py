@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_rlvr.config import Config, check
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.config import ParallelConfig
+from megatron_rlvr.megatron.huggingface_config import read_config
+from megatron_rlvr.megatron.layout_checks import shorter_last_stage
 from megatron_rlvr.planning.job import Hardware
 from megatron_rlvr.planning.plan import Plan, make_plan
 from megatron_rlvr.planning.servers import Servers
@@ -44,7 +47,8 @@ def suggest(
     recomputation.
     """
     fitting = []
-    for layout in _layouts(config.parallel, gpus_per_node):
+    layers = read_config(Path(config.model.path)).num_hidden_layers
+    for layout in _layouts(config.parallel, gpus_per_node, layers):
         for recompute in dict.fromkeys((config.parallel.recompute, "full")):
             candidate = replace(config, parallel=replace(layout, recompute=recompute))
             try:
@@ -86,6 +90,8 @@ def _fitted(
     if not plan.fits:
         return None
     overrides = [f"parallel.{name}={_text(getattr(parallel, name))}" for name in _CHOSEN]
+    if parallel.last_stage_layers:
+        overrides.append(f"parallel.last_stage_layers={parallel.last_stage_layers}")
     if prompts != rollout.prompts_per_step:
         overrides.append(f"rollout.prompts_per_step={prompts}")
     if shared and plan.server_share is not None:
@@ -112,18 +118,27 @@ _CHOSEN = (
 """Keys of the section ``parallel`` that a suggestion sets."""
 
 
+def _last_stage(layers: int, pipeline: int, chunks: int) -> int:
+    even = layers % (pipeline * chunks) == 0
+    return 0 if even else shorter_last_stage(layers, pipeline, chunks) or 0
+
+
 def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _layouts(parallel: ParallelConfig, gpus_per_node: int) -> Iterator[ParallelConfig]:
-    """Tensor-parallel sizes within a node, with pipeline-parallel sizes up to 16 and context-parallel sizes up to 4."""
+def _layouts(parallel: ParallelConfig, gpus_per_node: int, layers: int) -> Iterator[ParallelConfig]:
+    """Tensor-parallel sizes within a node, with pipeline-parallel sizes up to 16 and context-parallel sizes up to 4.
+
+    The last stage has fewer layers if the stages do not divide the model's `layers`.
+    """
     for tensor, pipeline, context in itertools.product((1, 2, 4, 8), (1, 2, 4, 5, 8, 10, 16), (1, 2, 4)):
         if tensor <= gpus_per_node:
             yield replace(
                 parallel,
                 tensor=tensor,
                 pipeline=pipeline,
+                last_stage_layers=_last_stage(layers, pipeline, parallel.virtual_pipeline),
                 context=context,
                 sequence=tensor > 1,
                 distributed_optimizer=True,

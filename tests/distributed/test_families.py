@@ -22,6 +22,7 @@ from tests.families import (
     FAMILIES,
     MIXTURES,
     TEMPERATURE,
+    THREE_LAYERS,
     Measurement,
     make_batch,
     make_families,
@@ -45,6 +46,7 @@ MIXTURE_LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2-ep2": {"context": 2, "expert": 2},
     "ep2-recompute": {"expert": 2, "recompute": "full"},
     "cp2-packed": {"context": 2, "microbatch_tokens": 256},
+    "uneven-pp2": {"pipeline": 2, "last_stage_layers": 1},
 }
 MIXTURE_LAYOUTS_OF_4: dict[str, dict[str, Any]] = {
     "pp2-ep2": {"pipeline": 2, "expert": 2},
@@ -52,11 +54,11 @@ MIXTURE_LAYOUTS_OF_4: dict[str, dict[str, Any]] = {
 }
 # The reference computes a load-balancing loss over padded microbatches, and other families rotate packed sequences as
 # megatron-core does.
-PACKED = ["deepseek-v3", "moonlight"]
+ONLY = {"cp2-packed": ["deepseek-v3", "moonlight"], "uneven-pp2": [THREE_LAYERS]}
 
 
 def families_of(layout: str, families: Collection[str]) -> Collection[str]:
-    return PACKED if layout == "cp2-packed" else families
+    return ONLY.get(layout, families)
 
 
 CASES = [
@@ -76,7 +78,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def references(folders: Path) -> dict[str, Measurement]:
-    return {name: reference(folders / name) for name in FAMILIES | MIXTURES}
+    return {name: reference(folders / name) for name in [*FAMILIES, *MIXTURES, THREE_LAYERS]}
 
 
 @pytest.fixture(scope="module")

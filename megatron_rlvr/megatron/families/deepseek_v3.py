@@ -45,7 +45,6 @@ def _settings(hf_config: Any) -> dict[str, Any]:
         "mscale_all_dim": rope.get("mscale_all_dim") or 0.0,
         "softmax_scale": None,
         "rope_type": "rope",
-        "apply_rope_fusion": False,
         **mixture_settings(hf_config),
     }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,12 +58,13 @@ def differences(config: TransformerConfig) -> dict[str, Any]:
 
 
 def snapshot(example: Path) -> dict[str, Any]:
-    """The settings of an example configuration on 128 GPUs."""
+    """The settings of an example configuration on 128 GPUs, or on as many as its layout divides."""
     with tempfile.TemporaryDirectory() as folder, transformer_engine_pretended():
         architecture = example.parent / "architectures" / f"{example.stem}.json"
         (Path(folder) / "config.json").write_text(architecture.read_text())
         config = resolve(load_config(example, [f"model.path={folder}"]), on_gpu=True)
-        with fake_rank(config.parallel, 0, 128):
+        parallel = config.parallel
+        with fake_rank(parallel, 0, math.lcm(128, parallel.pipeline * max(parallel.tensor, parallel.expert))):
             return differences(PolicyBridge(config.model, config.parallel).config)
 
 
@@ -75,7 +77,8 @@ def test_snapshot_covers_every_example_and_fusion() -> None:
     recorded = json.loads(SNAPSHOT.read_text())
     assert set(recorded) == {example.stem for example in EXAMPLES}
     for settings in recorded.values():
-        assert settings["bias_activation_fusion"] and settings["apply_rope_fusion"]
+        assert settings["bias_activation_fusion"]
+        assert settings.get("apply_rope_fusion", False) is ("q_lora_rank" not in settings)  # of latent attention
         assert settings["gradient_accumulation_fusion"] and "use_te_activation_func" not in settings
         mixture = "num_moe_experts" in settings
         assert mixture is settings.get("moe_permute_fusion", False) is settings.get("moe_router_fusion", False)

@@ -17,8 +17,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.fusions import fusion_settings
+from megatron_rlvr.megatron.latent_attention import latent_rotary
 from megatron_rlvr.megatron.parallel import parallel_groups
-from megatron_rlvr.megatron.stage_shapes import model_stages
+from megatron_rlvr.megatron.stage_shapes import attention_sizes, model_stages
 from megatron_rlvr.planning.activations import layer_activation_bytes
 from tests.families import make_family
 from tests.processes import ROOT
@@ -53,33 +54,53 @@ def shape_of(config: TransformerConfig) -> Any:
     """The sizes that `layer_activation_bytes` reads; `model_stages` would replace the process groups of the test."""
     return SimpleNamespace(
         hidden=config.hidden_size,
-        query=config.num_attention_heads * config.kv_channels,
-        key_value=config.num_query_groups * config.kv_channels,
+        **attention_sizes(config),
         heads=config.num_attention_heads,
         feed_forward=config.ffn_hidden_size,
-        query_norm=config.qk_layernorm,
+        query_norm=config.qk_layernorm and not config.multi_latent_attention,
         experts=config.num_moe_experts or 0,
         chosen=config.moe_router_topk,
         expert_feed_forward=config.moe_ffn_hidden_size or 0,
+        shared_feed_forward=config.moe_shared_expert_intermediate_size or 0,
     )
 
 
-@pytest.mark.parametrize("family", ["llama-untied", "qwen2-untied", "qwen3-untied", "qwen3-moe"])
+WIDE_LATENT = {
+    **WIDE,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_shared_experts": 2,
+}
+LOCAL: dict[str, dict[str, Any]] = {
+    **{name: {**WIDE, "head_dim": 16} for name in ("llama-untied", "qwen2-untied", "qwen3-untied", "qwen3-moe")},
+    "moonlight": WIDE_LATENT,
+    "deepseek-v3": {**WIDE_LATENT, "q_lora_rank": 96},
+}
+
+
+@pytest.mark.parametrize("family", LOCAL)
 @pytest.mark.usefixtures("groups")
 def test_a_local_layer_keeps_what_the_plan_counts(family: str, tmp_path: Path) -> None:
-    folder = make_family(tmp_path, family, **WIDE, head_dim=16)
+    folder = make_family(tmp_path, family, **LOCAL[family])
     bridge = PolicyBridge(ModelConfig(path=str(folder), dtype="float32", layer_spec="local"), ParallelConfig())
     shape = shape_of(bridge.config)
     [model] = bridge.build()
     hidden = torch.randn(TOKENS, SEQUENCES, 128, dtype=bridge.dtype, requires_grad=True)
     rotary = model.rotary_pos_emb(TOKENS)
+    if bridge.config.multi_latent_attention:
+        rotary = latent_rotary(rotary, 1.0, bridge.dtype)
     layer = model.decoder.layers[0]
 
     def forward() -> None:
         layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
 
     found = saved_bytes(forward, [*model.parameters(), rotary])
-    planned = layer_activation_bytes(shape, ParallelConfig(), TOKENS * SEQUENCES, 4, local_layers=True)
+    planned = layer_activation_bytes(shape, ParallelConfig(), TOKENS * SEQUENCES, 4, True, mixture=bool(shape.experts))
     assert found == pytest.approx(planned, rel=0.02), found / planned
 
 
@@ -116,6 +137,26 @@ def test_fused_swiglu_keeps_3_f_and_unfused_5_f(fused: bool, kept: int) -> None:
     assert found == 16 * 4 * (h + kept * f)
 
 
+def test_layers_of_deepseek_v3_by_hand(tmp_path: Path) -> None:
+    """A dense layer and a mixture with a shared expert, under tensor and sequence parallelism, for 16 tokens."""
+    (tmp_path / "config.json").write_text((ROOT / "examples/configs/architectures/deepseek-v3.json").read_text())
+    parallel = ParallelConfig(tensor=8, pipeline=7, last_stage_layers=7, sequence=True, expert=32)
+    shape, _, _ = model_stages(ModelConfig(path=str(tmp_path), dtype="bfloat16"), parallel, 224)
+    h, heads, tokens = 7168, 128 // 8, 16
+    norms = 2 * (h + h) * 2 + 2 * (1536 + 512) * 2 + 4 * 4  # of 2 tokens of this rank
+    attention = heads * (192 + 192 + 128 + 128) * 2 + heads * 4  # of 16 tokens
+    dense = 3 * 18432 // 8 * 2
+    shared = 3 * 2048 // 8 * 2
+    routed = 8 * ((h + 3 * 2048) * 2 + 4 + 8)  # per token, of 2 tokens
+    router = (5 * 256 + 4 * (2 * 256 + 1)) // 8
+
+    def counted(mixture: bool) -> int:
+        return layer_activation_bytes(shape, parallel, tokens, 2, local_layers=False, mixture=mixture)
+
+    assert counted(mixture=False) == 2 * norms + tokens * (attention + dense)
+    assert counted(mixture=True) == 2 * norms + tokens * (attention + shared + router) + 2 * routed
+
+
 @pytest.mark.parametrize("name", ["llama3.3-70b", "qwen3-30b-a3b"])
 def test_transformer_engine_layers_by_hand(name: str, tmp_path: Path) -> None:
     """The table of saved tensors in `layer_activation_bytes`, written out for one token of a published model."""
@@ -134,4 +175,4 @@ def test_transformer_engine_layers_by_hand(name: str, tmp_path: Path) -> None:
         expected = norms + attention + query_norms + experts + 4 * e + e + 4 * (2 * e + 1)
     else:
         expected = norms + attention + 3 * architecture["intermediate_size"] * 2
-    assert layer_activation_bytes(shape, parallel, 1, 2, local_layers=False) == expected
+    assert layer_activation_bytes(shape, parallel, 1, 2, local_layers=False, mixture=bool(shape.experts)) == expected

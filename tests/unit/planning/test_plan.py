@@ -24,13 +24,21 @@ from tests.processes import ROOT
 
 CONFIGS = ROOT / "examples" / "configs"
 NODES = {"qwen2.5-math-7b": 1, "qwen2.5-32b": 4, "llama3.3-70b": 16, "qwen2.5-72b": 16, "qwen3-30b-a3b": 4}
+SMALL_ENOUGH = [*NODES]  # to be counted whole in seconds
+NODES |= {"deepseek-v3": 32, "glm-4.5-air": 4, "moonlight-16b": 1}
+SERVERS = {"deepseek-v3": "nodes:4"}
 PARAMETERS = {  # as the model cards count them
     "qwen2.5-math-7b": 7_615_616_512,
     "qwen2.5-32b": 32_763_876_352,
     "llama3.3-70b": 70_553_706_496,
     "qwen2.5-72b": 72_706_203_648,
     "qwen3-30b-a3b": 30_532_122_624,
+    "deepseek-v3": 671_026_404_352,  # without multi-token prediction
+    "glm-4.5-air": 106_852_245_504,
+    "moonlight-16b": 15_960_108_544,
 }
+WHOLE = {"deepseek-v3": 61 * 7168 * (1536 + 512 + 64)}
+"""Elements of matrices that every tensor-parallel rank holds: the projections to latents."""
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +76,59 @@ def test_every_example_is_planned_here() -> None:
 
 @pytest.mark.parametrize("name", NODES)
 def test_examples_fit(name: str, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tool.main([str(CONFIGS / f"{name}.yaml"), "--nodes", str(NODES[name])]) == 0  # finds the architecture
+    command = [str(CONFIGS / f"{name}.yaml"), "--nodes", str(NODES[name])]
+    command += ["--servers", SERVERS[name]] if name in SERVERS else []
+    assert tool.main(command) == 0  # finds the architecture
     printed = capsys.readouterr().out
     assert "\nfits: " in printed and "computed, none measured" in printed
     assert printed.startswith(f"architecture: {CONFIGS / 'architectures' / name}.json\n")
-    plan = make_plan(example(name, tmp_path), NODES[name], 8)
+    config = example(name, tmp_path, "optimizer.cpu_offload=0")
+    servers = Servers.of_job(config, SERVERS.get(name))
+    plan = make_plan(config, NODES[name] - servers.nodes, 8, servers=servers)
     assert plan.shape.parameters == PARAMETERS[name]
     # Bytes of all ranks: every data-parallel rank holds the weights; Adam's state and the master weights exist once.
     replicas = plan.data_parallel * plan.config.parallel.context
     ranks = plan.config.parallel.tensor * replicas
-    norms = 1 + 2e-3  # every tensor-parallel rank holds the norms and routers
+    # Every tensor-parallel rank holds the norms and routers.
+    norms = 1 + 2e-3 + (plan.config.parallel.tensor - 1) * WHOLE.get(name, 0) / PARAMETERS[name]
     weights = sum(static.weights for static, _ in plan.memory) * ranks
     if not plan.shape.experts:
         assert 1 <= weights / (2 * PARAMETERS[name] * replicas) < norms
     optimizer = sum(static.optimizer for static, _ in plan.memory) * ranks
     assert 1 <= optimizer / (12 * PARAMETERS[name]) < norms
+
+
+def test_a_cache_of_latents_by_hand(tmp_path: Path) -> None:
+    """DeepSeek-V3 on a server of 32 GPUs: 61 layers of 512 + 64 elements per token, in each of 8 attention groups."""
+    config = example("deepseek-v3", tmp_path)
+    servers = Servers("nodes", 4)
+    plan = make_plan(config, 28, 8, servers=servers)
+    attention = 61 * (7168 * 1536 + 1536 * 128 * 192 + 7168 * (512 + 64) + 512 * 128 * (128 + 128) + 128 * 128 * 7168)
+    weights = (671_026_404_352 + 7 * attention) * 2 // 32
+    tokens = (int(0.85 * 80e9) - weights) * 8 / (61 * (512 + 64) * 2)  # one copy in each group, over its 4 GPUs
+    assert plan.load is not None
+    assert plan.load.concurrent == pytest.approx(tokens / (512 + 2048), rel=1e-9)
+    assert [stage.layers for stage in plan.stages] == [9] * 6 + [7]
+    assert [stage.mixtures for stage in plan.stages] == [6] + [9] * 5 + [7]
+    active = 671_026_404_352 - 58 * (256 - 8) * 3 * 7168 * 2048
+    assert plan.shape.active == active
+    with pytest.raises(UserError, match="a server of 32 GPUs does not divide the 24 GPUs of 3 nodes"):
+        make_plan(config, 28, 8, servers=Servers("nodes", 3))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.last_stage_layers=0", "does not divide the model's 61 layers: .* set parallel.last_stage_layers=7"),
+        ("parallel.last_stage_layers=8", "leaves 53 of the model's 61 layers to 6 stages, .*: set it to 7"),
+        ("parallel.last_stage_layers=61", "leaves 0 of the model's 61 layers to 6 stages, .*: set it to 7"),
+        ("parallel.virtual_pipeline=2", "to 6 stages of 2 model chunks each, which do not divide them: change"),
+        ("parallel.expert=24", "parallel.expert=24 does not divide the model's 256 experts"),
+    ],
+)
+def test_uneven_stages_that_do_not_divide_the_layers(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plan(example("deepseek-v3", tmp_path, override), 28 if "expert" not in override else 21, 8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -187,7 +233,7 @@ def test_quantized_rollouts_halve_what_servers_read_and_receive(tmp_path: Path) 
     )
     shape, _, _ = model_stages(plain.model, plain.parallel, 128)
     embeddings = 2 * shape.vocabulary * shape.hidden
-    projections = 80 * shape.hidden * (2 * shape.query + 2 * shape.key_value + 3 * shape.feed_forward)
+    projections = 80 * shape.hidden * (2 * shape.query + shape.key + shape.value + 3 * shape.feed_forward)
     assert served_bytes(shape, plain, 2) == 2 * shape.parameters
     scales = 4 * projections // 128**2
     assert served_bytes(shape, quantized, 2) == 2 * shape.parameters - projections + scales
@@ -439,7 +485,7 @@ def test_slurm_scripts_take_the_nodes_that_are_planned_here() -> None:
     assert len(asked) >= 4 and asked == {name: NODES[name] for name in asked}
 
 
-@pytest.mark.parametrize("name", NODES)
+@pytest.mark.parametrize("name", SMALL_ENOUGH)
 def test_examples_do_not_fit_with_the_whole_model_on_every_gpu(
     name: str, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

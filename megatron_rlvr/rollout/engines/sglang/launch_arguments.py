@@ -38,11 +38,13 @@ class ServerLayout:
         pipeline: pipeline-parallel size of one replica.
         replicas: copies of the model in the server. Attention data parallelism adds none: its ranks share the GPUs of
             the tensor-parallel group.
+        attention_groups: groups of attention data parallelism that the tensor-parallel group is divided into.
     """
 
     tensor: int = 1
     pipeline: int = 1
     replicas: int = 1
+    attention_groups: int = 1
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> ServerLayout:
@@ -57,6 +59,7 @@ class ServerLayout:
             tensor=size("tensor_parallel_size", "tp_size", "tp"),
             pipeline=size("pipeline_parallel_size", "pp_size", "pp"),
             replicas=1 if values.get("enable_dp_attention") else data,
+            attention_groups=data if values.get("enable_dp_attention") else 1,
         )
 
     @property
