@@ -60,7 +60,7 @@ def optimizer_time(job: Job) -> float:
     shards = job.data_parallel * parallel.context if parallel.distributed_optimizer else 1
     moved = 30 * job.stage_parameters / shards
     offloaded = job.config.optimizer.cpu_offload
-    seconds_per_byte = (1 - offloaded) / job.hardware.reached_memory_rate + offloaded / job.hardware.host_rate
+    seconds_per_byte = (1 - offloaded) / job.hardware.reached_memory_rate + offloaded / job.hardware.host_memory_rate
     return algorithm.minibatches * algorithm.epochs * moved * seconds_per_byte
 
 

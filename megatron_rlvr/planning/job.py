@@ -37,8 +37,8 @@ class Hardware:
     """Rate between the memory of a GPU and page-locked host memory."""
     disk_rate: float = 2e9
     """Rate of a shared file system, for one writer or one reader. Assumed."""
-    host_rate: float = 30e9
-    """Rate of host memory for the processes of one GPU. Assumed."""
+    host_memory_rate: float = 30e9
+    """Rate of host memory for the process of one GPU. Assumed."""
     compute_share: float = MEASURED_UTILISATION
     memory_share: float = 0.60
     link_share: float = 0.70

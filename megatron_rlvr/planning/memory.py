@@ -185,7 +185,10 @@ def phase_memory(
     head = _head_bytes(shape, parallel, tokens, response_tokens, itemsize, fused, local_layers) if last else 0
     scoring = reference_memory(stage, config, itemsize).scoring
     if scoring:
-        scoring += head + layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers)
+        kinds = {bool(stage.mixtures), stage.mixtures == stage.layers}  # of layers: with experts, or dense, or both
+        scoring += head + max(
+            layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers, mixture) for mixture in kinds
+        )
     return PhaseMemory(
         activations=activation_bytes(shape, stage, parallel, tokens, micro.count, itemsize, local_layers),
         head=head,
