@@ -43,7 +43,13 @@ class Components:
     def collector(self) -> RolloutCollector:
         """Build the collector of training rollouts; this reads and checks the training data."""
         return RolloutCollector(
-            self.config, self.layout, self.engine, self.tokenization, self.verifiers, self.policy.routers
+            self.config,
+            self.layout,
+            self.engine,
+            self.tokenization,
+            self.verifiers,
+            self.policy.routers,
+            self.policy.own_routers,
         )
 
     def evaluator(self) -> Evaluator | None:

@@ -58,6 +58,7 @@ class RolloutBatch:
         completions: Sequence[Completion],
         rewards: Sequence[float],
         padding: int,
+        routers: Sequence[int] | None = None,
     ) -> RolloutBatch:
         """Build a batch from G completions per prompt.
 
@@ -66,6 +67,7 @@ class RolloutBatch:
             completions: prompt by prompt, with the same number for each prompt.
             rewards: one per completion.
             padding: token id that pads `tokens` on the right.
+            routers: numbers of the routers whose routes the batch needs; None keeps those of all.
         """
         group_size = len(completions) // len(prompts)
         response_lengths = np.array([len(c.token_ids) for c in completions])
@@ -85,7 +87,7 @@ class RolloutBatch:
             group_size=group_size,
             penalty=torch.zeros(len(rewards)),
             kept=_kept_sets(completions),
-            routes=_routes(completions),
+            routes=_routes(completions, routers),
         )
 
     @property
@@ -136,11 +138,11 @@ def _kept_sets(completions: Sequence[Completion]) -> KeptSets | None:
     return KeptSets.of(torch.from_numpy(counts), torch.from_numpy(ids))
 
 
-def _routes(completions: Sequence[Completion]) -> BatchRoutes | None:
-    """Return the routes of all completions; None if they have none."""
+def _routes(completions: Sequence[Completion], routers: Sequence[int] | None) -> BatchRoutes | None:
+    """Return the routes of all completions for `routers`; None if they have none."""
     routes = [completion.routes for completion in completions if completion.routes is not None]
     if not routes:
         return None
     if len(routes) < len(completions):
         raise ValueError(f"{len(routes)} of {len(completions)} completions have routes; one engine generated all")
-    return BatchRoutes.of(routes)
+    return BatchRoutes.of(routes, routers)

@@ -164,7 +164,7 @@ def build_microbatch(batch: RolloutBatch, sequences: Tensor, config: MicrobatchC
     )
     if batch.routes is not None:
         rows = batch.routes.rows_of(sequences, width) if len(sequences) else torch.full((1, width), -1)
-        microbatch.routes = MicrobatchRoutes(batch.routes.experts, rows)
+        microbatch.routes = MicrobatchRoutes(batch.routes, rows)
     is_token = column < lengths[:, None]
     if config.tokens:
         _pack(microbatch, lengths, position, is_token, config)

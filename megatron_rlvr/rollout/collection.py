@@ -63,6 +63,7 @@ class RolloutCollector:
         tokenization: tokenizer of the model.
         verifiers: computes rewards.
         routers: routers of the policy, if their routes are to be replayed.
+        own_routers: numbers of the routers that this process computes; it keeps the routes of these.
 
     Raises:
         UserError: if the data cannot be read, or the data-parallel size does not divide the prompts of a minibatch.
@@ -76,12 +77,14 @@ class RolloutCollector:
         tokenization: Tokenization,
         verifiers: VerifierPool,
         routers: RouterShape | None = None,
+        own_routers: Sequence[int] | None = None,
     ):
         rollout = config.rollout
         self.rollout, self.algorithm, self.layout, self.engine = rollout, config.algorithm, layout, engine
         self.padding = tokenization.padding
         self.verifiers, self.failure_alarm = verifiers, VerifierAlarm(layout.is_main)
         self.samples_every = config.telemetry.samples_every
+        self.own_routers = own_routers
         self.recording = Path(config.run_directory) / "rollouts" if rollout.record else None
         sampling = SamplingSettings.for_training(rollout, tokenization.stops(rollout.stop), routers)
         self.prompts = load_training_prompts(config.data, rollout, tokenization, verifiers)
@@ -142,6 +145,7 @@ class RolloutCollector:
             [completion for group in groups for completion in group.completions],
             [verdict.reward for group in groups for verdict in group.verdicts],
             self.padding,
+            self.own_routers,
         )
         if self.strata is not None:
             batch.strata = torch.tensor([self.strata[group.example] for group in groups], dtype=torch.float64)

@@ -151,6 +151,12 @@ class Policy:
         seconds = backward_ended - began, time.perf_counter() - backward_ended
         return UpdateReport(loss.sums, loss.ratio_max, grad_norm, applied, *seconds)
 
+    @property
+    def own_routers(self) -> list[int]:
+        """Numbers of the routers in this process's layers, ascending; empty without ``rollout.routing_replay``."""
+        connected = [chunk.routing.routers for chunk in self.model_chunks if chunk.routing is not None]
+        return sorted(number for routers in connected for number in range(routers.start, routers.stop))
+
     def take_route_counts(self) -> Tensor:
         """Return and clear `RoutingReplay.counts` of this process: int64 [2] on the CPU."""
         counts = torch.zeros(2, dtype=torch.int64)

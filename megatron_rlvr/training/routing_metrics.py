@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from dataclasses import replace
 
 from torch import Tensor
@@ -35,6 +37,8 @@ def routing_metrics(
     sums = {"sequences": float(len(batch.tokens)), "unknown": float((batch.routes.counts == 0).sum())}
     sums["tokens"] = float(batch.token_count)
     total = collectives.sum_over_job(sums, contributes=layout.is_leader)
+    if total["unknown"] and layout.is_main:
+        _warn_of_unknown_routes()
     metrics = {
         "routing_replay/differing": counted["differing"] / max(1.0, counted["replayed"]),
         "routing_replay/unknown_fraction": total["unknown"] / total["sequences"],
@@ -47,3 +51,14 @@ def routing_metrics(
         metrics["routing_replay/kl_rollout_without"] = mismatch["kl_rollout"] / total["tokens"]
         metrics["routing_replay/mismatch_without"] = mismatch["mismatch"] / total["tokens"]
     return metrics
+
+
+@functools.cache
+def _warn_of_unknown_routes() -> None:
+    """Warn in the first step in which some routes are not known."""
+    print(
+        "warning: SGLang ran out of memory and computed completions twice, so their routes are not those of their "
+        "log-probs and are not replayed (routing_replay/unknown_fraction): give the servers more memory, or lower "
+        "rollout.sglang.concurrency",
+        file=sys.stderr,
+    )

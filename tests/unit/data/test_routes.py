@@ -119,6 +119,21 @@ def test_routes_follow_their_tokens(config: MicrobatchConfig, tensor: int) -> No
         assert config.context_size > 1 or int(replayed.sum()) == sum(known[i] for i in chosen)
 
 
+def test_a_stage_keeps_the_routes_of_its_routers() -> None:
+    """Stage 1 of an interleaved pipeline: chunks with routers 1 and 3 of 5, and one without."""
+    experts = np.arange(2 * 5 * 2, dtype=np.uint8).reshape(2, 5, 2)
+    completions = [Completion([10, 11], [-1.0, -1.0], "stop", 0, routes=Routes(experts))] * 2
+    batch = RolloutBatch.from_completions([[1]], completions, [0.0, 1.0], 99, routers=[1, 3])
+    assert batch.routes is not None and batch.routes.experts.shape == (4, 2, 2)
+    routes = build_microbatch(batch, torch.tensor([1]), MicrobatchConfig()).routes
+    assert routes is not None
+    for number in (1, 3):
+        chosen, replayed = routes.select(slice(number, number + 1))
+        assert replayed.tolist() == [True, True, False]
+        assert chosen[0, :2].tolist() == experts[:, number].tolist()
+    assert routes.select(slice(0, 0))[0].shape == (0, 3, 2)
+
+
 def test_completions_with_and_without_routes_do_not_mix() -> None:
     routes = Routes(np.zeros((1, 2, 2), np.uint8))
     completions = [Completion([10], [-1.0], "stop", 0, routes=routes), Completion([10], [-1.0], "stop", 0)]

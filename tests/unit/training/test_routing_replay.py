@@ -60,9 +60,10 @@ def test_routes_of_the_local_engine_are_those_that_training_chooses(policy, layo
     assert metrics == {"routing_replay/differing": 0.0, "routing_replay/unknown_fraction": 0.0}
 
 
-def test_what_differs_is_counted(policy, layout: parallel.Layout) -> None:
-    from megatron_rlvr.training.routing_metrics import routing_metrics
+def test_what_differs_is_counted(policy, layout: parallel.Layout, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_rlvr.training.routing_metrics import _warn_of_unknown_routes, routing_metrics
 
+    _warn_of_unknown_routes.cache_clear()  # it warns once per process
     batch, advantage = rollout(policy), torch.ones(8)
     own = policy.score(batch, advantage)
     policy.take_route_counts()
@@ -73,9 +74,11 @@ def test_what_differs_is_counted(policy, layout: parallel.Layout) -> None:
         experts[token, -1, 0] = next(e for e in range(4) if e not in experts[token, -1].tolist())
     counts = batch.routes.counts.clone()
     experts, counts[-1] = experts[: -int(counts[-1])], 0
-    changed = dataclasses.replace(batch, routes=BatchRoutes(experts, counts))
+    changed = dataclasses.replace(batch, routes=BatchRoutes(experts, counts, batch.routes.routers))
     scores = policy.score(changed, advantage)
+    capsys.readouterr()
     metrics = routing_metrics(policy, changed, advantage, layout, compare=True)
+    assert capsys.readouterr().err.count("are not replayed") == 1
     assert metrics["routing_replay/differing"] == 5 / experts.numel()
     assert metrics["routing_replay/unknown_fraction"] == 1 / 8
     first = int(batch.response_lengths[0])
