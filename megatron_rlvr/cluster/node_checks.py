@@ -71,10 +71,13 @@ def check_node(node: str, config: Config, processes: int, trains: bool, folder: 
     if trains and report.gpus:
         sglang = config.rollout.sglang
         report.problems += software_problems(NO_SERVERS if sglang.urls else sglang.python)
+    models = [config.model.path]
+    if trains and config.algorithm.kl_coefficient and config.reference.path is not None:
+        models.append(config.reference.path)
     data = [*(source.path for source in config.data.sources()), config.data.heldout] if trains else []
     try:
         for file in [
-            *model_files(Path(config.model.path)),
+            *(file for path in models for file in model_files(Path(path))),
             *(Path(name) for name in data if name and not is_gym(name)),
         ]:
             check_readable(file)

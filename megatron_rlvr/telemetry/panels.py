@@ -153,6 +153,13 @@ def panels(groups: Sequence[RunGroup]) -> list[Panel]:
             (_metric("kl_rollout"),),
             reference=0.0,
         ),
+        Panel(
+            "kl_reference",
+            "Policy against reference",
+            "KL, nats per token",
+            (_metric("kl_reference"),),
+            from_zero=True,
+        ),
     ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.control import ClipThresholds
@@ -22,13 +23,16 @@ from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import LoRAConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.megatron.optimizer import chained_optimizers
+from megatron_rlvr.megatron.weight_shards import weights_of
 from megatron_rlvr.objectives import ReferenceKL, UpdateObjective, build_objective, group_advantages
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.training.config import AlgorithmConfig
 from megatron_rlvr.training.reference import Reference
 from megatron_rlvr.training.scoring import score_rollout
+from tests.families import make_batch, make_family, policy_config
 from tests.small_model import make_small_model
 
+FILE = "model.safetensors"
 TEMPERATURE = 0.8
 PROMPTS = [[3, 4, 5, 105, 9, 106], [7, 8, 9, 10, 105, 50, 106]]
 ADVANTAGE = torch.tensor([-0.9, 1.1, 0.7, -0.9, 0.0, 0.0, 0.0, 0.0])
@@ -158,6 +162,27 @@ def test_adapters_are_off_while_the_reference_is_scored(
     assert (other.logprob(batch) - exact).abs().max() < 5e-6
     assert same(everything(policy), before) and policy.score(batch).logprob.equal(trained)
     assert (trained - start).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["gemma3", "glm4-moe", "moonlight"])
+def test_every_weight_and_buffer_of_a_model_is_exchanged(family: str, layout: parallel.Layout, tmp_path: Path) -> None:
+    from megatron_rlvr.training.policy import Policy
+
+    torch.manual_seed(1)
+    start, other = (make_family(tmp_path / name, family) for name in ("start", "other"))
+    tensors = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in load_file(other / FILE).items()}
+    save_file(tensors, other / FILE, metadata={"format": "pt"})
+    policies = [Policy(policy_config(path, ParallelConfig()), layout) for path in (start, other)]
+    rollout = make_batch()
+    own = [policy.score(rollout).logprob for policy in policies]
+    assert (own[0] - own[1]).abs().max() > 1e-3
+    policy, before = policies[0], [weight for chunk in policies[0].model_chunks for _, weight in weights_of(chunk)]
+    kept = [(weight.data_ptr(), weight.detach().clone()) for weight in before]
+    for path, expected in ((other, own[1]), (start, own[0])):
+        of_reference = PolicyBridge(policy_config(path, ParallelConfig()).model, ParallelConfig())
+        assert Reference(of_reference, policy, "host").logprob(rollout).equal(expected)
+        assert all(w.data_ptr() == address and w.equal(copy) for w, (address, copy) in zip(before, kept, strict=True))
+    assert policy.score(rollout).logprob.equal(own[0])
 
 
 @pytest.mark.parametrize("resident", ["host", "disk"])
