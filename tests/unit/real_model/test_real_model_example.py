@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import tasks
 from examples.real_model.verifiers import score
 from megatron_rlvr.config import load_config
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED
 
 PRONUNCIATIONS = """\
 bear B EH1 R
@@ -166,3 +168,28 @@ def test_the_picture_shows_every_curve(seeds: int, tmp_path: Path, monkeypatch: 
     assert [line.get_ydata()[-1] for line in reward.lines] == pytest.approx([0.3, 0.3])
     assert len(entropy.collections) == len(reward.collections) == (0 if seeds == 1 else 2)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("status", [EXIT_DONE, EXIT_STOPPED])
+def test_it_ends_with_one_picture_and_one_table(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(runs: list[show.Run], console: object) -> None:
+        for run in runs:
+            run.directory.mkdir()
+            steps = [{"step": step, "entropy": 4.0, "reward": 0.5, "control/target": 4.1} for step in range(4)]
+            scores = {"pass@1": 0.25, "pass@8": 0.75, "pass@16": 1.0, "distinct_solutions": 3.5}
+            evaluations = [{"step": step, **scores} for step in (0, 4)]
+            for name, records in (("metrics", steps), ("evaluations", evaluations)):
+                (run.directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    monkeypatch.setattr(show, "train", train)
+    monkeypatch.setattr(show.Run, "status", lambda self: status)
+    assert show.main(["--output", str(tmp_path)]) == status
+    printed = capsys.readouterr().out
+    assert (tmp_path / "real_model.png").is_file() == (status == EXIT_DONE)
+    if status == EXIT_DONE:
+        assert re.search(r"distinct solutions\W+3\.500\W+3\.500\W+3\.500", printed)
+        assert "within 2.4% of the drawn curve" in printed
+    else:
+        assert "the same command continues both runs" in printed

@@ -25,13 +25,14 @@ def run(name: str, seed: int, steps: int = 16, error: float = 0.0) -> Run:
             "entropy_standard_error": 0.04,
             "reward": 0.25 + 0.01 * step + 0.1 * seed,
             "grad_norm": 1.0,
+            "mixed_groups_fraction": 0.5,
             "lr": 1e-6,
             "clip/fraction_high": 0.1,
             "clip/fraction_low": 0.2,
             "entropy_change/predicted": float(step % 5),
             "entropy_change/measured": float(step % 5) * 2,
         }
-        | ({"control/target": 4.0, "control/steering": 0.5} if name == figure.DRAWN else {})
+        | ({"control/target": curve.value(step / steps, 4.0)} if name != figure.STATIC else {})
         for step in range(steps)
     ]
     scores = {"pass@1": 0.3, "pass@8": 0.9, "pass@16": 1.0, "distinct_solutions": 5.0 + seed}
@@ -42,6 +43,7 @@ def test_the_tables_show_every_seed(tmp_path: Path) -> None:
     runs = {
         figure.STATIC: {seed: run(figure.STATIC, seed, error=-0.3) for seed in (0, 1, 2)},
         figure.DRAWN: {seed: run(figure.DRAWN, seed, error=0.01 * (seed + 1)) for seed in (0, 1, 2)},
+        "late-fall": {5: run("late-fall", 5, error=0.04)},
     }
     archive.write(tmp_path / "runs.jsonl", runs, results_page.METRICS)
     text = results_page.tables(archive.read(tmp_path / "runs.jsonl"))
@@ -49,6 +51,7 @@ def test_the_tables_show_every_seed(tmp_path: Path) -> None:
     assert "**1.0, 2.0, 3.0 %** under target entropy" in text and "30.0, 30.0, 30.0 %" in text
     assert "| reward at the start | 0.350 ± 0.100 | 0.350 ± 0.100 |" in text
     assert "| held-out distinct right answers of 16, end | 6.00 ± 1.00 | 6.00 ± 1.00 |" in text
+    assert "| late-fall | 5 | 4.0 % |" in text
     assert "correlation over steps | 1.00 ± 0.00 |" in text
 
 
