@@ -109,6 +109,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
         rate = learning_rate(config.optimizer, step, config.steps)
         before = control.state_dict() | guard.state_dict()
         objective = control.begin_step(step, measured, rate)
+        advantage = control.weighted(advantage)
 
         report.phase("updating")
         policy.set_learning_rate(rate)

@@ -82,6 +82,10 @@ class ClipSchedule:
         """The thresholds of ``step``. Raises ValueError if ``step`` is negative."""
         raise NotImplementedError
 
+    def advantage_weights(self, step: int) -> tuple[float, float]:
+        """The weights, not negative, of positive and of negative advantages in ``step``."""
+        return 1.0, 1.0
+
     def metrics(self) -> dict[str, float]:
         """The schedule's own step metrics, named ``control/*``, besides the thresholds."""
         return {}

@@ -17,6 +17,7 @@ from megatron_rlvr.control.schedules import (
     IncreaseThenDecrease,
     OscillatoryDecay,
 )
+from megatron_rlvr.control.sign_weights import Entrocraft, EntroPIC
 from megatron_rlvr.control.target import TargetEntropy
 
 # name -> (class, values that the name stands for and a configuration may override)
@@ -28,6 +29,8 @@ SCHEDULES: dict[str, tuple[type[ClipSchedule], dict[str, Any]]] = {
     "oscillatory-decay": (OscillatoryDecay, {}),
     "target-entropy": (TargetEntropy, {}),
     "entropy-floor": (TargetEntropy, {"floor_only": True, "start": 0.6}),
+    "entrocraft": (Entrocraft, {}),
+    "entropic": (EntroPIC, {}),
 }
 CURVE_PARAMETERS = [f.name for f in fields(EntropyCurve)]
 
@@ -46,13 +49,17 @@ class ScheduleParameters:
     does not stretch its schedule. Constant schedules ignore it."""
 
 
+def _follows_curve(schedule_class: type) -> bool:
+    return any(f.name == "curve" for f in fields(schedule_class))
+
+
 def _parameters(name: str, schedule_class: type, preset: Mapping[str, Any]) -> type[ScheduleParameters]:
     """The subclass of ScheduleParameters for ``name``.
 
     The curve's parameters are on the same level as the schedule's, because a configuration lists both together.
     """
     sources = [(schedule_class, f) for f in fields(schedule_class) if f.init and f.name not in ("total_steps", "curve")]
-    if schedule_class is TargetEntropy:
+    if _follows_curve(schedule_class):
         sources = [(EntropyCurve, f) for f in fields(EntropyCurve)] + sources
     parameters = [(source, f, f.name) for source, f in sources]
     return parameters_dataclass(ScheduleParameters, name, schedule_class, parameters, preset)
@@ -95,7 +102,7 @@ def build_schedule(config: Mapping[str, Any] | ScheduleParameters, total_steps: 
     if has_end(name):
         parameters["total_steps"] = total_steps if own_total is None else own_total
     try:
-        if schedule_class is TargetEntropy:
+        if _follows_curve(schedule_class):
             curve = {key: parameters.pop(key) for key in CURVE_PARAMETERS if key in parameters}
             parameters["curve"] = EntropyCurve(**curve)
         return schedule_class(**parameters)

@@ -11,12 +11,15 @@ from megatron_rlvr.control.bounds import Within
 from megatron_rlvr.control.by_name import check_name, check_parameters, parameters_dataclass
 from megatron_rlvr.objectives.clip import Clip, DynamicClip
 from megatron_rlvr.objectives.covariance import CovarianceClip, CovarianceKL
+from megatron_rlvr.objectives.divergence_mask import DivergenceMask
 from megatron_rlvr.objectives.entropy_bonus import EntropyBonus
+from megatron_rlvr.objectives.entropy_ratio import EntropyRatioClip
 from megatron_rlvr.objectives.gradient_preserving import ClippedImportanceWeight, GradientPreservingClip
 from megatron_rlvr.objectives.importance import Correction, ImportanceWeights
 from megatron_rlvr.objectives.importance_presets import parse_importance
 from megatron_rlvr.objectives.policy_objective import PolicyObjective
 from megatron_rlvr.objectives.sequence_ratio import SequenceClip
+from megatron_rlvr.objectives.soft_gate import SoftGate
 
 # name -> (class, default parameters of the name, which a configuration may override)
 OBJECTIVES: dict[str, tuple[type, dict[str, Any]]] = {
@@ -28,6 +31,9 @@ OBJECTIVES: dict[str, tuple[type, dict[str, Any]]] = {
     "gspo": (SequenceClip, {}),
     "clip-cov": (CovarianceClip, {}),
     "kl-cov": (CovarianceKL, {}),
+    "sapo": (SoftGate, {}),
+    "dppo": (DivergenceMask, {}),
+    "erc": (EntropyRatioClip, {}),
 }
 
 

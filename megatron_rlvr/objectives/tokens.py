@@ -65,6 +65,7 @@ class TokenInputs:
         rollout_logprob: of the engine that sampled the token.
         importance_weight: of the corrections that do not follow updates; None computes it from these tokens.
         reference_logprob: of the reference policy.
+        old_entropy: of the policy before the step's updates.
         sum_squared_prob, sum_squared_prob_logprob: from ``ops.token_statistics(..., second_moments=True)``.
     """
 
@@ -79,6 +80,7 @@ class TokenInputs:
     rollout_logprob: Tensor | None = None
     importance_weight: Tensor | None = None
     reference_logprob: Tensor | None = None
+    old_entropy: Tensor | None = None
     sum_squared_prob: Tensor | None = None
     sum_squared_prob_logprob: Tensor | None = None
 

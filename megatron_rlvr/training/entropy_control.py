@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_rlvr.config_schema import names_key
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.control.schedules import RelativeSchedule
@@ -78,6 +81,13 @@ class EntropyControl:
             self.objective, self._schedule.thresholds(step), measured.response, measured.importance_weight
         )
         return self._current
+
+    def weighted(self, advantage: Tensor) -> Tensor:
+        """Return the advantages [N] times the schedule's weights of their signs in the current step."""
+        positive, negative = self._schedule.advantage_weights(self._step)
+        if positive == negative == 1.0:
+            return advantage
+        return torch.where(advantage > 0, positive * advantage, negative * advantage)
 
     def after_update(self, update: UpdateReport) -> UpdateObjective:
         """Observe how far entropy has moved within the step; returns the objective of the next update.

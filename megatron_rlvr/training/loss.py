@@ -101,6 +101,7 @@ class MinibatchLoss:
                     rollout_logprob=of_tokens(self.batch.rollout_logprob),
                     importance_weight=importance,
                     reference_logprob=None if reference is None else of_tokens(reference),
+                    old_entropy=old_entropy,
                 )
             )
             loss = -(weight * outputs.objective).sum()

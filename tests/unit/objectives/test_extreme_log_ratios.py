@@ -24,6 +24,8 @@ EVERY += [
     ("clip-cov", {"share": 0.99, "lower": -1e5, "upper": 1e5}),
     ("dcpo", {"eps_low": 1e-30, "eps_high": 1e5, "max_ratio": 1e5}),
     ("clip", {"entropy_coefficient": 0.01}),
+    ("dppo", {"divergence": "kl", "log_ratio_penalty": 1e5, "max_ratio": 1e5}),
+    ("sapo", {"tau_positive": 1e-3, "tau_negative": 1e5}),
 ]
 
 
@@ -35,9 +37,11 @@ def inputs(seed, dtype, ordinary=8):
     rows += [(-0.5, -0.7, a) for a in torch.randn(ordinary, generator=generator).tolist()]
     logprob, old, advantage = torch.tensor(rows, dtype=torch.float32).to(dtype).T.contiguous().unbind(0)
     gap = torch.tensor([0.0, 200.0, -200.0, 1e30, -1e30, math.inf])[torch.arange(len(rows)) % 6]
+    entropy = torch.rand(len(rows), generator=generator).to(dtype)
     return TokenInputs(
         logprob=logprob.clone().requires_grad_(),
-        entropy=torch.rand(len(rows), generator=generator).to(dtype),
+        entropy=entropy,
+        old_entropy=entropy,
         old_logprob=old,
         advantage=advantage,
         sequence_index=torch.arange(len(rows)),

@@ -33,9 +33,12 @@ def tokens(seed, count=300, sequences=12, thresholds=THRESHOLDS["dynamic"], spre
     logprob = (old + spread * normal(count)).clamp(max=-1e-3).to(dtype).requires_grad_()
     advantage = normal(sequences).to(dtype)
     advantage[0] = 0.0
+    entropy = torch.rand(count, generator=generator, dtype=dtype)
+    moved = torch.linspace(0.85, 1.15, count, dtype=torch.float64).to(dtype)
     return TokenInputs(
         logprob=logprob,
-        entropy=torch.rand(count, generator=generator, dtype=dtype).requires_grad_(),
+        entropy=entropy.clone().requires_grad_(),
+        old_entropy=entropy / moved,
         old_logprob=old,
         advantage=advantage[index],
         sequence_index=index,
@@ -233,6 +236,71 @@ def test_kl_cov_penalises_the_highest_covariances(seed, dtype):
     check(inputs, outputs, [formula(i, r, A) for i, (r, A, _) in enumerate(rows(inputs))])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sapo_has_a_sigmoid_gate(seed, dtype):
+    inputs = tokens(seed, spread=1.5, dtype=dtype)
+
+    def formula(r, A, _):
+        tau = 1.0 if A > 0 else 1.05
+        gate = 1 / (1 + math.exp(-tau * (r - 1)))
+        return 4 / tau * gate * A, 4 * gate * (1 - gate) * r * A
+
+    check(inputs, build_objective("sapo")(inputs), [formula(*row) for row in rows(inputs)])
+
+
+@pytest.mark.parametrize("divergence", ["tv", "kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_dppo_leaves_out_tokens_that_moved_away(seed, dtype, divergence):
+    inputs = tokens(seed, spread=1.5, dtype=dtype)
+    bounds = (0.05, 0.08) if divergence == "tv" else (0.01, 0.02)
+
+    def formula(r, A, q):
+        p = r * q
+        distance = abs(p - q)
+        if divergence == "kl":
+            distance = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+        is_out = distance > bounds[1] if A > 0 and p > q else A < 0 and p < q and distance > bounds[0]
+        slope = 0.0 if is_out else min(r, 2.5) * A
+        pull = 0.1 * math.log(r)
+        return (slope - pull * math.log(r), slope - 2 * pull), is_out
+
+    expected, left_out = zip(*(formula(*row) for row in rows(inputs)), strict=True)
+    outputs = build_objective(
+        "dppo",
+        divergence=divergence,
+        bound_low=bounds[0],
+        bound_high=bounds[1],
+        max_ratio=2.5,
+        log_ratio_penalty=0.1,
+    )(inputs)
+    check(inputs, outputs, expected)
+    assert (outputs.clipped_high | outputs.clipped_low).tolist() == list(left_out)
+    assert outputs.clipped_high.any() and outputs.clipped_low.any() and sum(r > 2.5 for r, *_ in rows(inputs)) > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_erc_leaves_out_tokens_whose_entropy_moved(seed):
+    inputs = tokens(seed, dtype=torch.float32)
+    ratios = [h / old for h, old in zip(inputs.entropy.tolist(), inputs.old_entropy.tolist(), strict=True)]
+
+    def formula(h, r, A, p):
+        return ppo(r, A, *bounds(inputs.thresholds, p)) if 0.9 < h < 1.05 else (0.0, 0.0)
+
+    outputs = build_objective("erc", bound_low=0.1)(inputs)
+    check(inputs, outputs, [formula(h, *row) for h, row in zip(ratios, rows(inputs), strict=True)])
+    assert any(h < 0.9 for h in ratios) and any(0.9 < h < 0.95 for h in ratios) and any(h > 1.05 for h in ratios)
+    inputs.old_entropy = inputs.entropy.detach()  # before the first update nothing is left out, also at entropy 0
+    inputs.old_entropy[:] = 0.0
+    inputs.entropy = inputs.old_entropy.clone()
+    plain = build_objective("clip")(inputs).objective
+    assert build_objective("erc")(inputs).objective.equal(plain)
+    inputs.old_entropy = None
+    with pytest.raises(ValueError, match="erc: old_entropy is None"):
+        build_objective("erc")(inputs)
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_truncated_importance_weights_multiply_any_objective(level):
     for name in OBJECTIVES:
@@ -265,6 +333,7 @@ def test_on_policy_every_objective_has_the_plain_policy_gradient():
     for name in OBJECTIVES:
         inputs = tokens(3, dtype=torch.float32)
         inputs.logprob = inputs.old_logprob.clone().requires_grad_()
+        inputs.old_entropy = inputs.entropy.detach()
         outputs = build_objective(name)(inputs)
         (slope,) = torch.autograd.grad(outputs.objective.sum(), inputs.logprob)
         differing = (slope - inputs.advantage).abs() > 1e-6
