@@ -25,8 +25,13 @@ SETTINGS = {
     ],
     "routing-replay": ["rollout.routing_replay=true", "rollout.routing_replay_compare_every=2"],
 }
-# Recorded by features that need SGLang servers.
-NOT_RECORDED_HERE = {"staleness/mean", "staleness/interrupted_fraction"}
+# Recorded by features that need SGLang servers, and by the schedules entrocraft and entropic.
+NOT_RECORDED_HERE = {
+    "staleness/mean",
+    "staleness/interrupted_fraction",
+    "control/positive_weight",
+    "control/negative_weight",
+}
 
 
 def listed(heading: str) -> list[str]:
