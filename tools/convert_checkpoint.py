@@ -4,6 +4,7 @@
     python tools/convert_checkpoint.py to-huggingface runs/math/checkpoints/step_400 exported --model models/Qwen2.5-7B
     python tools/convert_checkpoint.py to-peft runs/lora/checkpoints/step_400 adapter --model models/Qwen2.5-7B
     python tools/convert_checkpoint.py to-fp8 models/Qwen2.5-7B models/Qwen2.5-7B-FP8
+    python tools/convert_checkpoint.py from-fp8 models/DeepSeek-V3 models/DeepSeek-V3-bf16
 
 A checkpoint of adapters (lora.rank > 0) becomes a complete model, merged with the weights of --model, or a folder in
 PEFT's format with the adapters alone.
@@ -15,7 +16,8 @@ compares every tensor bit for bit, after the conversion to --dtype if that round
 names the dtype of its weights.
 
 `to-fp8` writes the Hugging Face folder that SGLang servers start from under rollout.quantization=fp8. It holds one file
-in memory, and starts anew if it is killed.
+in memory, and starts anew if it is killed. `from-fp8` writes the folder that training needs from one that was published
+in this form, such as those of DeepSeek-V3 and Kimi-K2, in bfloat16 unless --dtype names another dtype.
 
 Checkpoints do not depend on the parallel layout that wrote them. Training reads them under any layout, so there is no
 conversion between layouts.
@@ -39,6 +41,7 @@ from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights import conversion
+from megatron_rlvr.weights.dequantization import dequantize_folder
 from megatron_rlvr.weights.fp8_folder import quantize_folder
 from megatron_rlvr.weights.huggingface_folder import tensor_files
 from megatron_rlvr.weights.shape_checks import check_shapes
@@ -50,7 +53,7 @@ warnings.simplefilter("ignore")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("direction", choices=("to-megatron", "to-huggingface", "to-peft", "to-fp8"))
+    parser.add_argument("direction", choices=("to-megatron", "to-huggingface", "to-peft", "to-fp8", "from-fp8"))
     parser.add_argument("input", type=Path, help="Hugging Face folder, or checkpoint folder with run.json")
     parser.add_argument("output", type=Path, help="folder to write; must not exist")
     parser.add_argument("--model", type=Path, help="folder of the model, if the input is a checkpoint")
@@ -74,6 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.direction == "to-fp8":
         count = quantize_folder(options.input, options.output, int(options.shard_gib * 1024**3))
         report(f"{options.output} is complete; {count} tensors are in FP8")
+        return EXIT_DONE
+    if options.direction == "from-fp8":
+        dtype = getattr(torch, options.dtype or "bfloat16")
+        count = dequantize_folder(options.input, options.output, report, int(options.shard_gib * 1024**3), dtype)
+        report(f"{options.output} is complete; {count} tensors were in FP8; peak memory {_peak_gib():.3f} GiB")
         return EXIT_DONE
     with parallel.parallel_groups(ParallelConfig(), seed=0):
         before = _peak_gib()

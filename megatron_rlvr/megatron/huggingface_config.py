@@ -71,8 +71,12 @@ _REASONS = {
 """Why models that are near supported ones are refused."""
 
 
-def read_config(path: Path) -> Any:
+def read_config(path: Path, quantized: bool = False) -> Any:
     """Read the transformers configuration of a model folder.
+
+    Args:
+        path: the folder.
+        quantized: also accept a folder whose weights are quantized.
 
     Raises:
         UserError: if the folder or its config.json is missing, unreadable, or of a model that is not supported.
@@ -110,6 +114,8 @@ def read_config(path: Path) -> Any:
         _check_values(config)
     except InvalidInputError as error:
         raise UserError(f"{file}: {error}: download the model again") from error
+    if not quantized:
+        _check_not_quantized(path, config)
     _check_supported(path, config)
     return config
 
@@ -162,13 +168,18 @@ def is_mixture(hf_config: Any) -> bool:
     return family_of(hf_config).mixture
 
 
+def _check_not_quantized(path: Path, config: Any) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    remedy = "use the model before its quantization, in float32 or bfloat16"
+    if isinstance(quantization, dict) and quantization.get("weight_block_size"):
+        remedy += f", or convert it with tools/convert_checkpoint.py from-fp8 {path} {path}-bf16"
+    raise UserError(f"{path}/config.json: quantization_config says that the weights are quantized: {remedy}")
+
+
 def _check_supported(path: Path, config: Any) -> None:
     """Refuse configurations that would load but compute a different model."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            f"{path}/config.json: quantization_config says that the weights are quantized: use the model before its "
-            "quantization, in float32 or bfloat16"
-        )
     settings: dict[str, tuple[Any, tuple[Any, ...]]] = dict(family_of(config).supported(config))
     for rope in rope_parameters(config).values():
         settings |= {

@@ -7,22 +7,18 @@ with the same input continues after the files that are complete.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rlvr.atomic_write import write_text
-from megatron_rlvr.checked_input import InvalidInputError, field, parse_object, read_bytes
+from megatron_rlvr.checked_input import InvalidInputError, field
 from megatron_rlvr.checksums import DamagedError, check_files
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.bridge import PolicyBridge
-from megatron_rlvr.megatron.sharded_checkpoint import root_cause
 from megatron_rlvr.megatron.streamed_checkpoint import StreamedLoad, save_streamed
 from megatron_rlvr.weights.adapter_checkpoint import AdapterCheckpoint
 from megatron_rlvr.weights.adapter_record import stored_record
@@ -42,13 +38,12 @@ from megatron_rlvr.weights.huggingface_folder import (
     write_index,
 )
 from megatron_rlvr.weights.peft_folder import write_adapters
+from megatron_rlvr.weights.resumable_folder import Report, begin, cannot_write, close_input, identities
 from megatron_rlvr.weights.safetensors_writer import is_complete as is_complete_shard
 from megatron_rlvr.weights.safetensors_writer import nbytes, plan_shards, write_shard
 from megatron_rlvr.weights.shape_checks import check_shapes, rounding, stored_dtype, unused_warning
 from megatron_rlvr.weights.whole_weights import WholeWeights, check_finite
 
-Report = Callable[[str], None]
-"""Called with a line of text for every step of progress."""
 Load = Callable[[str], Iterator[tuple[str, Tensor]]]
 """Yields the Hugging Face tensors of a weight, which it is given by its name in the model, by name."""
 _INPUT = "input.json"
@@ -77,8 +72,8 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
         report(f"warning: {rounded}")
     weights = WholeWeights(bridge)
     inputs = {*files.values(), bridge.path / "config.json"}
-    source = {"folder": str(bridge.path.resolve()), "files": _sizes(inputs), "dtype": str(bridge.dtype)}
-    unfinished = _begin(target, source, report)
+    source = {"folder": str(bridge.path.resolve()), "files": identities(inputs), "dtype": str(bridge.dtype)}
+    unfinished = begin(target, source, report)
     report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
     try:
         digests = save_streamed(
@@ -91,7 +86,7 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
         if verify:
             report("comparing every tensor")
             compared = _compare(weights, partial(_load, weights, StreamedLoad(unfinished)), bridge.path, bridge.dtype)
-        (unfinished / _INPUT).unlink()
+        close_input(unfinished)
         model = fingerprint(bridge.hf_config, bridge.dtype)
         write_record(unfinished, {"step": 0, "model": model, "source": str(bridge.path)}, digests)
         unfinished.rename(target)
@@ -99,7 +94,7 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     return compared
 
 
@@ -141,9 +136,13 @@ def to_huggingface(
         key: (stored_dtype(own, bridge.dtype, dtype), shape)
         for key, (own, shape) in weights.huggingface_tensors().items()
     }
-    source = {"checkpoint": str(checkpoint.resolve()), "files": _sizes(set(checkpoint.iterdir())), "shard": shard_bytes}
+    source = {
+        "checkpoint": str(checkpoint.resolve()),
+        "files": identities(set(checkpoint.iterdir())),
+        "shard": shard_bytes,
+    }
     source |= {"dtype": str(dtype)}
-    unfinished = _begin(target, source, report)
+    unfinished = begin(target, source, report)
     report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
     shards = plan_shards(described, shard_bytes)
     tensors = _tensors(weights, load)
@@ -162,13 +161,13 @@ def to_huggingface(
         if verify:
             report("comparing every tensor")
             compared = _compare(weights, load, unfinished, dtype)
-        (unfinished / _INPUT).unlink()
+        close_input(unfinished)
         unfinished.rename(target)
     except UserError:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     return compared
 
 
@@ -311,41 +310,3 @@ def _bit_equal(expected: Tensor, actual: Tensor) -> bool:
     if (expected.dtype, expected.shape) != (actual.dtype, actual.shape):
         return False
     return torch.equal(expected.contiguous().view(-1).view(torch.uint8), actual.contiguous().view(-1).view(torch.uint8))
-
-
-def _began_with(source: dict[str, Any], path: Path) -> bool:
-    """Whether an interrupted conversion recorded this source; a damaged record is none."""
-    try:
-        return parse_object(read_bytes(path)) == source
-    except (OSError, InvalidInputError):
-        return False
-
-
-def _begin(target: Path, source: dict[str, Any], report: Report) -> Path:
-    """Return the folder to write, which is renamed to `target` later: a new one, or that of an interrupted conversion.
-
-    Raises:
-        UserError: if the target exists or cannot be written.
-    """
-    if target.exists():
-        raise UserError(f"{target} exists: remove it or name another output")
-    partial = target.with_name(target.name + ".partial")
-    try:
-        if _began_with(source, partial / _INPUT):
-            report(f"continuing with {partial}")
-            return partial
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_text(partial / _INPUT, json.dumps(source))
-    except (OSError, ValueError) as error:
-        raise _cannot_write(target, error) from error
-    return partial
-
-
-def _sizes(files: set[Path]) -> dict[str, list[int]]:
-    """Return size and modification time of files, which identify an input."""
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
-
-
-def _cannot_write(target: Path, error: BaseException) -> UserError:
-    return UserError(f"{target} cannot be written: {root_cause(error)}; free some space and start again to continue")

@@ -108,8 +108,9 @@ def copy_companions(
     # `torch_dtype` is the name of the key before transformers 4.56
     found = {key: settings[key] for key in ("dtype", "torch_dtype") if key in settings}
     changes = dict.fromkeys(found or ("dtype",), name) | ({"quantization_config": quantization} if quantization else {})
-    if any(settings.get(key) != value for key, value in changes.items()):
-        config.write_text(json.dumps(settings | changes, indent=2) + "\n")
+    changed = {key: value for key, value in settings.items() if key != "quantization_config"} | changes
+    if changed != settings:
+        config.write_text(json.dumps(changed, indent=2) + "\n")
 
 
 def _write_shards(

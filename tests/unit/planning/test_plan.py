@@ -100,7 +100,8 @@ def test_examples_fit(name: str, tool: ModuleType, tmp_path: Path, capsys: pytes
 
 def test_a_cache_of_latents_by_hand(tmp_path: Path) -> None:
     """DeepSeek-V3 on a server of 32 GPUs: 61 layers of 512 + 64 elements per token, in each of 8 attention groups."""
-    config = example("deepseek-v3", tmp_path)
+    server = "rollout.sglang.server.tensor_parallel_size=32"
+    config = example("deepseek-v3", tmp_path, "rollout.quantization=none", server)
     servers = Servers("nodes", 4)
     plan = make_plan(config, 28, 8, servers=servers)
     attention = 61 * (7168 * 1536 + 1536 * 128 * 192 + 7168 * (512 + 64) + 512 * 128 * (128 + 128) + 128 * 128 * 7168)
