@@ -53,6 +53,9 @@ class PolicyBridge:
         model, parallel: sections of the configuration, with ``auto`` resolved; ``model.path`` is the folder.
         adapters: section ``lora``; None, or a rank of 0, for a model whose own weights are trained.
 
+    Attributes:
+        settings: megatron-core's settings that follow from folder and layout; it changes its own `config` later.
+
     Raises:
         UserError: if the folder is missing, the model is not supported, the layout does not divide the model, or
             ``lora.target_modules`` names a module that it does not have.
@@ -65,7 +68,7 @@ class PolicyBridge:
         self.dtype = getattr(torch, model.dtype)
         self.spec_name = model.layer_spec
         layer_spec.check_installed(self.spec_name)
-        settings = transformer_settings(self.hf_config, model, parallel, self.spec_name)
+        self.settings = settings = transformer_settings(self.hf_config, model, parallel, self.spec_name)
         fusions.check_fusions(settings)
         self.family = family_of(self.hf_config)
         latent = settings.get("multi_latent_attention", False)

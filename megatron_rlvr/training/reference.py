@@ -11,7 +11,7 @@ reference needs no weights of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,8 @@ def check_same_architecture(bridge: PolicyBridge, policy: PolicyBridge) -> None:
         UserError: names every difference.
     """
     found, expected = (_description(one) for one in (bridge, policy))
-    if different := [f"{key}={found.get(key)} instead of {x}" for key, x in expected.items() if found.get(key) != x]:
+    keys = [key for key in expected | found if found.get(key) != expected.get(key)]
+    if different := [f"{key}={found.get(key)} instead of {expected.get(key)}" for key in keys]:
         raise UserError(
             f"{bridge.path} is no reference for {policy.path}, whose stages score both "
             f"({', '.join(different)}): set reference.path to a model of the same architecture, or to null"
@@ -198,16 +199,20 @@ def check_same_architecture(bridge: PolicyBridge, policy: PolicyBridge) -> None:
 
 def _description(bridge: PolicyBridge) -> dict[str, Any]:
     """Return everything that the computation of a model depends on beside its weights."""
-    settings = {field.name: getattr(bridge.config, field.name) for field in fields(bridge.config)}
-    plain = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str | list)}
-    return fingerprint(bridge.hf_config, bridge.dtype) | plain
+    settings = {
+        name: getattr(value, "__name__", repr(value)) if callable(value) else value
+        for name, value in bridge.settings.items()
+    }
+    return fingerprint(bridge.hf_config, bridge.dtype) | settings
 
 
-def _in_host_memory(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return the weights in host memory, page-locked on a GPU node, from where copies reach the full rate."""
+def _in_host_memory(weights: list[Tensor]) -> list[Tensor]:
+    """Move weights to page-locked host memory, from where copies reach the full rate; their list is emptied."""
     if not device.on_gpu():
-        return list(weights)
-    kept = [weight.to("cpu").pin_memory() for weight in weights]
+        return weights
+    kept = []
+    while weights:  # each leaves the GPU before the next one
+        kept.append(weights.pop(0).to("cpu").pin_memory())
     device.return_cached_memory()
     return kept
 

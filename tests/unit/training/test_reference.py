@@ -185,6 +185,31 @@ def test_every_weight_and_buffer_of_a_model_is_exchanged(family: str, layout: pa
     assert policy.score(rollout).logprob.equal(own[0])
 
 
+def test_host_memory_keeps_a_copy_and_the_device_none(
+    policy: Any, batch: RolloutBatch, other_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the weights move to page-locked memory, and are copied from there for every pass."""
+    expected = Reference(bridge(other_model), policy, "device").logprob(batch)
+    copies: list[torch.Tensor] = []
+    other = bridge(other_model)
+
+    def copy(weight: torch.Tensor, *_device: Any) -> torch.Tensor:
+        copies.append(weight.clone())
+        return copies[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_rlvr.training.reference.device.on_gpu", lambda: True)
+        patched.setattr("megatron_rlvr.training.reference.device.return_cached_memory", lambda: None)
+        patched.setattr(torch.Tensor, "pin_memory", copy)
+        reference = Reference(other, policy, "host")
+    locked, kept = list(copies), reference._kept
+    assert kept is not None and all(a is b for a, b in zip(kept, locked, strict=True))
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_rlvr.training.reference._on_device", lambda weights: [copy(w) for w in weights])
+        assert reference.logprob(batch).equal(expected) and reference.logprob(batch).equal(expected)
+    assert len(copies) == 3 * len(locked) and reference._kept is kept
+
+
 @pytest.mark.parametrize("resident", ["host", "disk"])
 def test_an_error_while_it_is_scored_leaves_the_policy_as_it_is(
     policy: Any, batch: RolloutBatch, other_model: Path, resident: str, monkeypatch: pytest.MonkeyPatch
