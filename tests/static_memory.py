@@ -1,7 +1,7 @@
 """Bytes that a real policy holds after an optimizer step, and the most that it holds during one, to test the plan.
 
 As a program under torchrun, ``static_memory.py FOLDER OUTPUT LAYOUT...`` writes OUTPUT/<layout number>-<rank>.json. A
-layout is JSON: {"dtype": ..., and fields of ParallelConfig}.
+layout is JSON: {"dtype": ..., perhaps "lora_rank", and fields of ParallelConfig}.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def layout_config(folder: Path, settings: dict[str, Any]) -> Config:
     fields = dict(settings)
     config = policy_config(folder, ParallelConfig())
     config.model.dtype, config.algorithm.fused_linear = fields.pop("dtype"), fields.pop("fused", False)
+    config.lora.rank = fields.pop("lora_rank", 0)
     config.parallel = ParallelConfig(**{"microbatch_sequences": 8, **fields})
     config.data.max_prompt_tokens, config.rollout.max_tokens = PROMPT, RESPONSE
     # Every rank of the measurement has the whole batch, so the plan must assume that many prompts per rank.

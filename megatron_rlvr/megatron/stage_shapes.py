@@ -19,11 +19,12 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_rlvr.megatron.bridge import PolicyBridge
-from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
+from megatron_rlvr.megatron.config import LoRAConfig, ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.huggingface_config import is_tied
 from megatron_rlvr.megatron.layout_checks import check_world_size
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.parallel import initialize_model_parallel
+from megatron_rlvr.megatron.weight_shards import ADAPTERS
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Stage:
         index: index of the stage.
         layers: number of transformer layers of the stage.
         mixtures: how many of them have experts.
-        parameters: elements of every parameter, in the order of megatron-core's buffers (last parameter first).
+        parameters: elements of every trained parameter, in the order of megatron-core's buffers (last parameter first).
         experts: the same for parameters of experts, which have separate buffers and data-parallel ranks.
         shared_embedding: elements of the tied embedding, which both the first and the last stage have, or 0.
         largest_tensor: elements of the largest tensor that an export gathers from the ranks of the stage.
+        frozen: elements of all parameters that are not trained.
     """
 
     index: int
@@ -47,11 +49,17 @@ class Stage:
     experts: tuple[int, ...]
     shared_embedding: int
     largest_tensor: int
+    frozen: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Number of trained parameters of the rank."""
+        return sum(self.parameters) + sum(self.experts)
 
     @property
     def count(self) -> int:
         """Number of parameters of the rank."""
-        return sum(self.parameters) + sum(self.experts)
+        return self.trained + self.frozen
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,8 @@ class ModelShape:
     """Feed-forward size of the experts that every token passes through, next to the chosen ones."""
     mixtures: int = 0
     """Layers with experts; the others are dense."""
+    adapters: int = 0
+    """Parameters of adapters that are used for one token; 0 if the model's own weights are trained."""
 
 
 @dataclass
@@ -102,10 +112,12 @@ class _Totals:
     experts: int = 0
     attention: int = 0
     mixtures: int = 0
+    adapters: int = 0
+    expert_adapters: int = 0
 
 
 def model_stages(
-    model: ModelConfig, parallel: ParallelConfig, world_size: int
+    model: ModelConfig, parallel: ParallelConfig, world_size: int, adapters: LoRAConfig | None = None
 ) -> tuple[ModelShape, torch.dtype, list[Stage]]:
     """Build and count one rank of every pipeline stage of a job of `world_size` GPUs.
 
@@ -122,9 +134,10 @@ def model_stages(
     defaults = ParallelConfig()
     neutral = {name: getattr(defaults, name) for name in _OF_ACTIVATIONS}
     parallel = replace(parallel, **neutral)
-    key = f"{(Path(model.path) / 'config.json').read_text()} {replace(model, path='')} {parallel} {world_size}"
+    whole = replace(model, path="")
+    key = f"{(Path(model.path) / 'config.json').read_text()} {whole} {parallel} {world_size} {adapters}"
     if key not in _counted:
-        _counted[key] = _count_stages(model, parallel, world_size)
+        _counted[key] = _count_stages(model, parallel, world_size, adapters)
     return _counted[key]
 
 
@@ -133,13 +146,13 @@ _counted: dict[str, tuple[ModelShape, torch.dtype, list[Stage]]] = {}
 
 
 def _count_stages(
-    model: ModelConfig, parallel: ParallelConfig, world_size: int
+    model: ModelConfig, parallel: ParallelConfig, world_size: int, adapters: LoRAConfig | None
 ) -> tuple[ModelShape, torch.dtype, list[Stage]]:
     totals = _Totals()
     stages = []
     for index in range(parallel.pipeline):
         with fake_rank(parallel, index * (world_size // parallel.pipeline), world_size):
-            bridge = PolicyBridge(model, parallel)
+            bridge = PolicyBridge(model, parallel, adapters)
             stages.append(_count(index, bridge.build(shapes_only=True), parallel, totals))
     if parallel.pipeline > 1:
         totals.all -= stages[-1].shared_embedding * parallel.tensor  # also counted on the first stage
@@ -167,9 +180,13 @@ def _count(index: int, model_chunks: Sequence[PolicyModel], parallel: ParallelCo
     # Number of ranks that each have a different slice of a parameter.
     ranks = {name: parallel.tensor if getattr(p, "tensor_model_parallel", False) else 1 for name, p in named}
     ranks |= dict.fromkeys(experts, parallel.expert * parallel.expert_tensor)
-    totals.all += sum(p.numel() * ranks[name] for name, p in named)
-    totals.experts += sum(p.numel() * ranks[name] for name, p in named if ".mlp.experts." in name)
-    totals.attention += sum(p.numel() * ranks[name] for name, p in named if ".self_attention." in name and p.dim() == 2)
+    own = [(name, p) for name, p in named if ADAPTERS not in name]
+    totals.all += sum(p.numel() * ranks[name] for name, p in own)
+    totals.experts += sum(p.numel() * ranks[name] for name, p in own if ".mlp.experts." in name)
+    totals.attention += sum(p.numel() * ranks[name] for name, p in own if ".self_attention." in name and p.dim() == 2)
+    added = {name: p.numel() * ranks[name] for name, p in named if ADAPTERS in name}
+    totals.adapters += sum(added.values())
+    totals.expert_adapters += sum(count for name, count in added.items() if ".mlp.experts." in name)
     mixtures = sum(isinstance(layer.mlp, MoELayer) for chunk in model_chunks for layer in chunk.decoder.layers)
     totals.mixtures += mixtures
     shared = [p.numel() for _, p in named if getattr(p, "shared_embedding", False)]
@@ -177,12 +194,13 @@ def _count(index: int, model_chunks: Sequence[PolicyModel], parallel: ParallelCo
         index=index,
         layers=sum(len(chunk.decoder.layers) for chunk in model_chunks),
         mixtures=mixtures,
-        parameters=tuple(p.numel() for name, p in reversed(named) if name not in experts),
-        experts=tuple(p.numel() for name, p in reversed(named) if name in experts),
+        parameters=tuple(p.numel() for name, p in reversed(named) if name not in experts and p.requires_grad),
+        experts=tuple(p.numel() for name, p in reversed(named) if name in experts and p.requires_grad),
         shared_embedding=shared[0] if shared else 0,
         # An export gathers one megatron-core tensor at a time: the embedding, gate and up projection together, or one
         # expert per expert rank.
-        largest_tensor=max(p.numel() * ranks[name] for name, p in named),
+        largest_tensor=max(p.numel() * ranks[name] for name, p in own),
+        frozen=sum(p.numel() for _, p in named if not p.requires_grad),
     )
 
 
@@ -190,6 +208,7 @@ def _shape(bridge: PolicyBridge, totals: _Totals) -> ModelShape:
     config = bridge.config
     experts = config.num_moe_experts or 0
     chosen = config.moe_router_topk if experts else 0
+    of_one_token = chosen / experts if experts else 0.0
     return ModelShape(
         layers=config.num_layers,
         hidden=config.hidden_size,
@@ -207,6 +226,7 @@ def _shape(bridge: PolicyBridge, totals: _Totals) -> ModelShape:
         expert_feed_forward=config.moe_ffn_hidden_size if experts else 0,
         shared_feed_forward=config.moe_shared_expert_intermediate_size or 0 if experts else 0,
         mixtures=totals.mixtures,
+        adapters=totals.adapters - totals.expert_adapters + int(totals.expert_adapters * of_one_token),
     )
 
 

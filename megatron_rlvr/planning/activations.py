@@ -14,6 +14,7 @@ def activation_bytes(
     microbatches: int,
     itemsize: int,
     local_layers: bool,
+    rank: int = 0,
 ) -> int:
     """Bytes that a rank of a stage keeps for the backward passes of all microbatches in flight.
 
@@ -25,10 +26,12 @@ def activation_bytes(
         microbatches: microbatches per minibatch.
         itemsize: bytes per element of an activation.
         local_layers: whether the layers are megatron-core's local ones, not Transformer Engine's.
+        rank: rank of the adapters; 0 if there are none.
     """
     counts = {True: stage.mixtures, False: stage.layers - stage.mixtures}
     sizes = {
         mixture: layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers, mixture)
+        + (adapter_activation_bytes(shape, parallel, tokens, itemsize, rank, mixture) if rank else 0)
         for mixture, count in counts.items()
         if count
     }
@@ -101,8 +104,37 @@ def layer_activation_bytes(
     return tokens * (kept + routed + router // sequence)
 
 
+def adapter_activation_bytes(
+    shape: ModelShape, parallel: ParallelConfig, tokens: int, itemsize: int, rank: int, mixture: bool
+) -> int:
+    """Bytes that the adapters of one layer keep of one microbatch if all modules have one; arguments as above.
+
+    Frozen linear layers keep nothing, and the first matrix of an adapter keeps the input of its layer in their place.
+    So adapters add the products with that matrix, ``rank`` elements per token and module, and the matrix that combines
+    the modules of one layer of megatron-core: queries, keys and values, or gate and up. Latent attention has one or two
+    modules more, and each of its layers computes one.
+    """
+    tensor, sequence = parallel.tensor, sequence_ranks(parallel)
+    matrices = (shape.query + shape.key + shape.value) // tensor * (1 if shape.latent else 3) * rank
+    matrices += (shape.hidden + shape.latent) * rank
+    products = tokens * (3 * rank + rank // sequence)
+    if inner := shape.shared_feed_forward if mixture else shape.feed_forward:
+        matrices += 4 * inner // tensor * rank + shape.hidden * rank
+        products += tokens * (2 * rank + rank // sequence)
+    if mixture:
+        of_expert = 4 * shape.expert_feed_forward // parallel.expert_tensor + shape.hidden
+        matrices += shape.experts // parallel.expert * of_expert * rank
+        products += tokens * shape.chosen * 3 * rank * parallel.expert_tensor // sequence
+    return (matrices + products) * itemsize
+
+
 def feed_forward_gradient_bytes(
-    shape: ModelShape, parallel: ParallelConfig, tokens: int, itemsize: int, local_layers: bool
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    tokens: int,
+    itemsize: int,
+    local_layers: bool,
+    frozen: bool = False,
 ) -> int:
     """Bytes that the backward pass of one layer needs in addition to what was kept; arguments as in `activation_bytes`.
 
@@ -115,6 +147,8 @@ def feed_forward_gradient_bytes(
 
     Transformer Engine adds gradients of weights to that buffer itself. In their place autograd receives one tensor per
     shape of a weight, which stays allocated: those of attention and 3 f h elements (`_placeholder_bytes`).
+
+    Frozen weights have neither a gradient nor such a tensor.
     """
     sequence = sequence_ranks(parallel)
     inner = shape.feed_forward // parallel.tensor
@@ -123,9 +157,9 @@ def feed_forward_gradient_bytes(
         inner = shape.chosen * shape.expert_feed_forward // sequence
         weight = shape.expert_feed_forward // parallel.expert_tensor * shape.hidden
     gate_and_up = tokens * ((4 if local_layers else 2) * inner + shape.hidden // sequence)
-    product = tokens * (inner + 3 * shape.hidden // sequence) + (weight if local_layers else 0)
+    product = tokens * (inner + 3 * shape.hidden // sequence) + (weight if local_layers and not frozen else 0)
     working = max(gate_and_up, product) * itemsize
-    return working if local_layers else working + _placeholder_bytes(shape, parallel, itemsize)
+    return working if local_layers or frozen else working + _placeholder_bytes(shape, parallel, itemsize)
 
 
 def _placeholder_bytes(shape: ModelShape, parallel: ParallelConfig, itemsize: int) -> int:

@@ -15,7 +15,7 @@ def _layer_tokens(job: Job) -> float:
 def _exchanging_passes(job: Job) -> int:
     """Passes of a step in which layers exchange activations: scoring, also of a reference, and those of the update."""
     algorithm = job.config.algorithm
-    return 1 + (algorithm.kl_coefficient > 0) + job.backward_and_recomputation * algorithm.epochs
+    return 1 + (algorithm.kl_coefficient > 0) + job.update_passes * algorithm.epochs
 
 
 def tensor_exchange_time(job: Job) -> float:
@@ -46,7 +46,7 @@ def gradient_exchange_time(job: Job) -> float:
     parallel, algorithm = job.config.parallel, job.config.algorithm
     ranks = job.data_parallel * parallel.context
     bytes_per_parameter = 4 + (job.itemsize if parallel.distributed_optimizer else 4)
-    moved = bytes_per_parameter * job.stage_parameters * (ranks - 1) / ranks
+    moved = bytes_per_parameter * job.stage_trained * (ranks - 1) / ranks
     rate = job.link_rate(job.data_parallel * job.model_ranks)
     return algorithm.minibatches * algorithm.epochs * moved / rate
 
@@ -58,7 +58,7 @@ def optimizer_time(job: Job) -> float:
     """
     parallel, algorithm = job.config.parallel, job.config.algorithm
     shards = job.data_parallel * parallel.context if parallel.distributed_optimizer else 1
-    moved = 30 * job.stage_parameters / shards
+    moved = 30 * job.stage_trained / shards
     offloaded = job.config.optimizer.cpu_offload
     seconds_per_byte = (1 - offloaded) / job.hardware.reached_memory_rate + offloaded / job.hardware.host_memory_rate
     return algorithm.minibatches * algorithm.epochs * moved * seconds_per_byte

@@ -126,6 +126,11 @@ class Job:
         return max(stage.count for stage in self.stages)
 
     @property
+    def stage_trained(self) -> int:
+        """Trained parameters of a rank of the stage with the most."""
+        return max(stage.trained for stage in self.stages)
+
+    @property
     def training_gpus(self) -> int:
         return self.data_parallel * self.model_ranks
 
@@ -145,12 +150,20 @@ class Job:
     def forward_flops(self) -> float:
         """Operations of one forward pass over all sequences of a step, on one rank. Attention is causal."""
         width, shape = self.sequence_tokens, self.shape
-        per_token = 2 * shape.active + shape.layers * (shape.query + shape.attended) * width
+        per_token = 2 * (shape.active + shape.adapters) + shape.layers * (shape.query + shape.attended) * width
         return self.sequences * width * per_token / self.model_ranks
 
     @property
     def backward_and_recomputation(self) -> int:
-        """Forward passes that the backward pass costs: two, and one more under full recomputation."""
+        """Forward passes that the backward pass costs: two, and one more under full recomputation.
+
+        Frozen weights need no gradient, which is one of the two.
+        """
+        return (1 if self.config.lora.rank else 2) + (1 if self.config.parallel.recompute == "full" else 0)
+
+    @property
+    def update_passes(self) -> int:
+        """Passes of an update through the layers: forward, backward, and one more under full recomputation."""
         return 3 if self.config.parallel.recompute == "full" else 2
 
     @property

@@ -109,7 +109,7 @@ def server_room(stages: Sequence[StageMemory], gpu_bytes: float, released: bool)
 def static_memory(
     stage: Stage, parallel: ParallelConfig, dtype: torch.dtype, data_parallel: int, cpu_offload: float = 0.0
 ) -> StaticMemory:
-    """Weights, float32 gradients and Adam's state, as megatron-core allocates them.
+    """Weights, float32 gradients and Adam's state, as megatron-core allocates them. Frozen weights have only the first.
 
     Adam has two float32 moments per parameter and, for bfloat16 weights, a float32 master copy. The distributed
     optimizer spreads these over data- and context-parallel ranks, those of experts over the ranks that hold the same
@@ -125,11 +125,12 @@ def static_memory(
     ranks = data_parallel * parallel.context
     expert_ranks = max(1, ranks * parallel.tensor // (parallel.expert * parallel.expert_tensor))
     adam_bytes = 8 if dtype == torch.float32 else 12
-    weights = gradients = optimizer = 0
+    weights, gradients, optimizer = stage.frozen * dtype.itemsize, 0, 0
+    shared_embedding = 0 if stage.frozen else stage.shared_embedding
     for parameters, shards in ((stage.parameters, ranks), (stage.experts, expert_ranks)):
         count = sum(parameters)
         if parallel.distributed_optimizer:
-            count = _padded_buffer(parameters, stage.shared_embedding, shards)
+            count = _padded_buffer(parameters, shared_embedding, shards)
         else:
             shards = 1
         weights += count * dtype.itemsize
@@ -181,8 +182,8 @@ def phase_memory(
     last = stage.index == parallel.pipeline - 1
     served = rollout.engine == "sglang"
     shared = servers is not None and servers.placement == "colocated"
-    fused = config.algorithm.fused_linear
-    head = _head_bytes(shape, parallel, tokens, response_tokens, itemsize, fused, local_layers) if last else 0
+    rank = config.lora.rank
+    head = _head_bytes(config, shape, tokens, response_tokens, itemsize) if last else 0
     scoring = reference_memory(stage, config, itemsize).scoring
     if scoring:
         kinds = {bool(stage.mixtures), stage.mixtures == stage.layers}  # of layers: with experts, or dense, or both
@@ -190,9 +191,9 @@ def phase_memory(
             layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers, mixture) for mixture in kinds
         )
     return PhaseMemory(
-        activations=activation_bytes(shape, stage, parallel, tokens, micro.count, itemsize, local_layers),
+        activations=activation_bytes(shape, stage, parallel, tokens, micro.count, itemsize, local_layers, rank),
         head=head,
-        feed_forward=feed_forward_gradient_bytes(shape, parallel, tokens, itemsize, local_layers),
+        feed_forward=feed_forward_gradient_bytes(shape, parallel, tokens, itemsize, local_layers, frozen=rank > 0),
         cache=0 if served else _cache_bytes(shape, stage, config, itemsize, data_parallel),
         server=_server_bytes(shape, config, itemsize, gpu_bytes) if shared else 0,
         server_runtime=SERVER_RUNTIME_BYTES if shared else 0,
@@ -201,21 +202,14 @@ def phase_memory(
     )
 
 
-def _head_bytes(
-    shape: ModelShape,
-    parallel: ParallelConfig,
-    tokens: int,
-    response_tokens: int,
-    itemsize: int,
-    fused: bool,
-    local_layers: bool,
-) -> int:
+def _head_bytes(config: Config, shape: ModelShape, tokens: int, response_tokens: int, itemsize: int) -> int:
     """Bytes of the head and the objective on the last stage."""
-    vocabulary = shape.vocabulary // parallel.tensor
+    fused, local_layers = config.algorithm.fused_linear, config.model.layer_spec == "local"
+    vocabulary = shape.vocabulary // config.parallel.tensor
     # After the final norm, hidden states are gathered and the rows of response tokens selected; both have a gradient.
     hidden = 2 * (tokens + response_tokens) * shape.hidden * itemsize
     logits = response_tokens * vocabulary * itemsize
-    weight_gradient = vocabulary * shape.hidden * itemsize
+    weight_gradient = 0 if config.lora.rank else vocabulary * shape.hidden * itemsize
     if fused:
         # One chunk of logits, and the tensor that megatron-core's hook receives in place of the weight's gradient,
         # which went straight into the gradient buffer.

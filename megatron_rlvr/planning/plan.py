@@ -134,7 +134,7 @@ def make_plan(
     world_size = nodes * gpus_per_node
     check_engine(config)
     _check_servers(servers, config, gpus_per_node)
-    shape, dtype, stages = model_stages(config.model, config.parallel, world_size)
+    shape, dtype, stages = model_stages(config.model, config.parallel, world_size, config.lora)
     parallel, rollout = config.parallel, config.rollout
     if rollout.routing_replay:
         check_routers(read_config(Path(config.model.path)), config.model.path)

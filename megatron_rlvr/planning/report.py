@@ -58,6 +58,17 @@ def _layout(plan: Plan) -> list[str]:
         f"{plan.hardware.name}; every number is computed, none measured",
         f"layout: {layout_name(plan)}; {micro.count} microbatches of {micro.sequences} sequences of up to "
         f"{longest_sequence(config)} tokens, {recompute} recomputation, {head} head",
+        *_adapters(plan),
+    ]
+
+
+def _adapters(plan: Plan) -> list[str]:
+    lora, shape = plan.config.lora, plan.shape
+    if not lora.rank:
+        return []
+    return [
+        f"adapters of rank {lora.rank} on {', '.join(lora.target_modules)}: {shape.adapters / 1e6:.0f} M "
+        f"parameters{' per token' if shape.experts else ''} are trained, and {shape.parameters / 1e9:.2f} B are frozen"
     ]
 
 

@@ -63,7 +63,8 @@ def step_time(job: Job) -> StepTime:
     """Time of a step in which every group has a gradient.
 
     Scoring is one forward pass, and that of a reference another one. The update is three, or four with full
-    recomputation, ``epochs`` times. All are stretched by the pipeline's bubble.
+    recomputation, ``epochs`` times; one less with adapters, because frozen weights have no gradient. All are stretched
+    by the pipeline's bubble.
     """
     algorithm = job.config.algorithm
     compute = job.forward_flops * job.bubble / job.hardware.reached_flops

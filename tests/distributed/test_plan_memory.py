@@ -26,6 +26,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-microbatches": {"dtype": "float32", "pipeline": 2, "microbatch_sequences": 2},
     "cp2": {"dtype": "float32", "context": 2},
     "dp2-recompute": {"dtype": "float32", "recompute": "full"},
+    "lora-dp2-bfloat16-distributed": {"dtype": "bfloat16", "lora_rank": 24, "distributed_optimizer": True},
+    "lora-tp2-sp": {"dtype": "float32", "lora_rank": 24, "tensor": 2, "sequence": True},
     "dp2-packed": {"dtype": "float32", "microbatch_sequences": 0, "microbatch_tokens": 640},
 }
 
@@ -52,7 +54,7 @@ def measured(folder: Path) -> Path:
 def test_memory(name: str, folder: Path, measured: Path) -> None:
     config = layout_config(folder, LAYOUTS[name])
     data_parallel = 2 // (config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
-    shape, dtype, stages = model_stages(config.model, config.parallel, 2)
+    shape, dtype, stages = model_stages(config.model, config.parallel, 2, config.lora)
     for rank in range(2):
         found = json.loads((measured / f"{list(LAYOUTS).index(name)}-{rank}.json").read_text())
         stage = stages[found["stage"]]

@@ -40,7 +40,7 @@ def dry_run(script: Path, *arguments: str, **variables: str) -> str:
 def test_all_scenarios_have_a_script() -> None:
     expected = {
         *("quickstart-cpu", "qwen2.5-math-7b-1node", "qwen2.5-32b-4nodes", "qwen2.5-72b-16nodes"),
-        *("llama3.3-70b-16nodes", "llama3.3-70b-16nodes-split"),
+        *("llama3.3-70b-16nodes", "llama3.3-70b-16nodes-split", "llama3.3-70b-lora-2nodes"),
         *("entropy-sweep", "entropy-sweep-report", "convert", "evaluate"),
     }
     assert {script.stem for script in SCRIPTS} == expected

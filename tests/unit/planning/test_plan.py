@@ -23,7 +23,14 @@ from tests.job_scripts import SCRIPTS, JobScript
 from tests.processes import ROOT
 
 CONFIGS = ROOT / "examples" / "configs"
-NODES = {"qwen2.5-math-7b": 1, "qwen2.5-32b": 4, "llama3.3-70b": 16, "qwen2.5-72b": 16, "qwen3-30b-a3b": 4}
+NODES = {
+    "qwen2.5-math-7b": 1,
+    "qwen2.5-32b": 4,
+    "llama3.3-70b": 16,
+    "llama3.3-70b-lora": 2,
+    "qwen2.5-72b": 16,
+    "qwen3-30b-a3b": 4,
+}
 SMALL_ENOUGH = [*NODES]  # to be counted whole in seconds
 NODES |= {"deepseek-v3": 32, "glm-4.5-air": 4, "moonlight-16b": 1}
 SERVERS = {"deepseek-v3": "nodes:4"}
@@ -31,6 +38,7 @@ PARAMETERS = {  # as the model cards count them
     "qwen2.5-math-7b": 7_615_616_512,
     "qwen2.5-32b": 32_763_876_352,
     "llama3.3-70b": 70_553_706_496,
+    "llama3.3-70b-lora": 70_553_706_496,
     "qwen2.5-72b": 72_706_203_648,
     "qwen3-30b-a3b": 30_532_122_624,
     "deepseek-v3": 671_026_404_352,  # without multi-token prediction
@@ -92,6 +100,8 @@ def test_examples_fit(name: str, tool: ModuleType, tmp_path: Path, capsys: pytes
     # Every tensor-parallel rank holds the norms and routers.
     norms = 1 + 2e-3 + (plan.config.parallel.tensor - 1) * WHOLE.get(name, 0) / PARAMETERS[name]
     weights = sum(static.weights for static, _ in plan.memory) * ranks
+    if plan.config.lora.rank:
+        return
     if not plan.shape.experts:
         assert 1 <= weights / (2 * PARAMETERS[name] * replicas) < norms
     optimizer = sum(static.optimizer for static, _ in plan.memory) * ranks
@@ -130,6 +140,29 @@ def test_a_cache_of_latents_by_hand(tmp_path: Path) -> None:
 def test_uneven_stages_that_do_not_divide_the_layers(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         make_plan(example("deepseek-v3", tmp_path, override), 28 if "expert" not in override else 21, 8)
+
+
+def test_only_adapters_have_gradients_and_optimizer_state(tmp_path: Path) -> None:
+    """Llama 3.3 70B: per layer, r (inputs + outputs) of each of seven modules, of which ranks hold A or B whole."""
+    config = example("llama3.3-70b-lora", tmp_path)
+    plan = make_plan(config, 2, 8)
+    h, q, kv, f, r, layers, tensor = 8192, 8192, 1024, 28672, config.lora.rank, 80, config.parallel.tensor
+    assert plan.shape.adapters == layers * r * ((h + q) + 2 * (h + kv) + (q + h) + 2 * (h + f) + (f + h))
+    whole = layers * r * (3 * h + h + 2 * h + h)  # A of q, k, v, gate and up; B of o and down
+    trained = whole + layers * r * (q + 2 * kv + q + 2 * f + f) // tensor
+    [stage], [(static, phases)] = plan.stages, plan.memory
+    assert stage.trained == trained
+    assert stage.frozen == pytest.approx(PARAMETERS["llama3.3-70b"] / tensor, rel=1e-3)
+    assert static.weights == pytest.approx(2 * (stage.frozen + trained), rel=1e-5)
+    assert static.gradients == pytest.approx(4 * trained, rel=1e-4)
+    assert static.optimizer == pytest.approx(12 * trained / 2, rel=1e-4)  # over two context-parallel ranks
+    whole_model = make_plan(example("llama3.3-70b-lora", tmp_path, "lora.rank=0"), 2, 8)
+    assert not whole_model.fits and plan.fits
+    # Of forward, two backward and one recomputed pass, the gradient of the weights is left out.
+    assert plan.time.update / whole_model.time.update == pytest.approx(3 / 4, rel=0.01)
+    assert plan.time.tensor_parallel == whole_model.time.tensor_parallel
+    assert plan.time.data_parallel < whole_model.time.data_parallel / 20
+    assert phases.update < whole_model.memory[0].phases.update
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -491,7 +524,7 @@ def test_examples_do_not_fit_with_the_whole_model_on_every_gpu(
     name: str, tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layout = ["tensor=1", "sequence=false", "pipeline=1", "context=1", "expert=1", "distributed_optimizer=false"]
-    overrides = [*(f"parallel.{setting}" for setting in layout), "algorithm.minibatches=1"]
+    overrides = [*(f"parallel.{setting}" for setting in layout), "algorithm.minibatches=1", "lora.rank=0"]
     assert tool.main(arguments(name, "--nodes", str(NODES[name]), *overrides)) == 1
     printed = capsys.readouterr().out
     config = load_config(CONFIGS / f"{name}.yaml", overrides)
