@@ -117,7 +117,7 @@ def adapter_activation_bytes(
     tensor, sequence = parallel.tensor, sequence_ranks(parallel)
     matrices = (shape.query + shape.key + shape.value) // tensor * (1 if shape.latent else 3) * rank
     matrices += (shape.hidden + shape.latent) * rank
-    products = tokens * (3 * rank + rank // sequence)
+    products = tokens * ((4 if shape.latent else 3) * rank + rank // sequence)
     if inner := shape.shared_feed_forward if mixture else shape.feed_forward:
         matrices += 4 * inner // tensor * rank + shape.hidden * rank
         products += tokens * (2 * rank + rank // sequence)
