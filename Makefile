@@ -16,7 +16,7 @@ export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak fuzz quickstart real-model routing-replay real-model-check study docs test lint format clean
+.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak fuzz quickstart quickstart-seeds real-model routing-replay real-model-check study docs test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -101,6 +101,10 @@ real-model-check: $(STAMP) $(SGLANG_READY)  ## test that model against transform
 
 routing-replay: $(STAMP) $(SGLANG_READY)  ## measure routing replay on a bf16 SGLang against float32 training (5 minutes)
 	PYTHONPATH=.:examples/quickstart $(BIN)/python tests/integration/sglang/routing_replay_study.py runs/routing-replay $(ARGS)
+
+quickstart-seeds: $(STAMP)  ## the quickstart on three seeds, and the table of their results (15 minutes)
+	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
+	$(BIN)/python examples/quickstart/seeds.py $(ARGS)
 
 study: $(STAMP)  ## compare all strategies, 5 seeds each (2 hours, resumable), and write docs/entropy_study.md
 	test -f runs/study/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py --output runs/study/data

@@ -30,7 +30,8 @@ def draw(static: Sequence[Record], controlled: Sequence[Record], label: str, pat
     target = [(record["step"], record["control/target"]) for record in controlled if "control/target" in record]
     if target:
         axes.plot(*zip(*target, strict=True), color=COLOURS[1], linestyle="--", linewidth=1.6, label="drawn curve")
-    for records, name, colour in ((controlled, label, COLOURS[0]), (static, "static clipping", COLOURS[6])):
+    followed = "measured entropy" if target else label
+    for records, name, colour in ((controlled, followed, COLOURS[0]), (static, "static clipping", COLOURS[6])):
         steps, entropy = [r["step"] for r in records], [r["entropy"] for r in records]
         axes.plot(steps, entropy, color=colour, linewidth=1.6, label=name)
     axes.set_title("Entropy of the policy")

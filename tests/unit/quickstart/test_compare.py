@@ -9,6 +9,7 @@ from pathlib import Path
 import compare
 import picture
 import pytest
+import seeds
 from rich.console import Console
 
 from megatron_rlvr.errors import UserError
@@ -34,12 +35,12 @@ def data(tmp_path):
 def test_overrides_of_the_schedule_reach_the_second_run_alone(tmp_path):
     static, drawn = compare.runs(["steps=3"], tmp_path)
     assert [run.name for run in (static, drawn)] == ["static-clipping", "drawn-curve"]
-    assert static.overrides[1:] == ["steps=3", *compare.STATIC]
-    assert drawn.overrides[1:] == ["steps=3", *compare.DRAWN]
+    assert static.overrides[1:] == [*compare.STEADY, "steps=3", *compare.STATIC]
+    assert drawn.overrides[1:] == [*compare.STEADY, "steps=3", *compare.DRAWN]
     schedule = ["algorithm.schedule.name=increase-then-decrease", "algorithm.schedule.split=0.4"]
     static, paper = compare.runs([schedule[0], "seed=2", schedule[1]], tmp_path)
-    assert (paper.name, paper.overrides[1:]) == ("increase-then-decrease", ["seed=2", *schedule])
-    assert static.overrides[1:] == ["seed=2", *compare.STATIC]
+    assert (paper.name, paper.overrides[1:]) == ("increase-then-decrease", [*compare.STEADY, "seed=2", *schedule])
+    assert static.overrides[1:] == [*compare.STEADY, "seed=2", *compare.STATIC]
 
 
 def test_a_thread_count_of_the_user_comes_after_ours(tmp_path):
@@ -75,6 +76,37 @@ def test_results_table_shows_the_base_model_and_the_end_of_both_runs():
         "pass@8": ["0.500", "0.450", "0.550"],
         "pass@16": ["0.700", "0.600", "-"],
     }
+
+
+def write_run(directory, entropies, pass_at):
+    """The records of a finished run with a constant curve at 1."""
+    directory.mkdir(parents=True)
+    records = [{"step": i, "entropy": value, "control/target": 1.0} for i, value in enumerate(entropies)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    evaluation = {"step": len(entropies), **dict(zip(seeds.PASS_AT, pass_at, strict=False))}
+    (directory / "evaluations.jsonl").write_text(json.dumps(evaluation) + "\n")
+    (directory / "config.yaml").write_text("name: one\nseed: 0\n")
+
+
+def test_the_table_of_seeds_has_a_row_per_seed(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(compare, "main", lambda arguments: started.append(arguments) or EXIT_DONE)
+    for seed, distance in ((3, 0.04), (5, -0.09)):
+        write_run(tmp_path / f"seed-{seed}" / "static-clipping", [1.0] * 10, (0.5, 0.7, 0.75))
+        write_run(tmp_path / f"seed-{seed}" / "drawn-curve", [2.0] + [1.0] * 8 + [1.0 + distance], (0.45, 0.75, 0.8))
+    assert seeds.main(["steps=10", "--seeds", "3", "5", "--output", str(tmp_path)]) == EXIT_DONE
+    assert [arguments[:2] for arguments in started] == [["steps=10", "seed=3"], ["steps=10", "seed=5"]]
+    cells = "0.500 → 0.450 | 0.700 → 0.750 | 0.750 → 0.800"
+    rows = (tmp_path / "seeds.md").read_text().splitlines()[2:]
+    assert rows == [f"| 3 | 4.0 % | {cells} |", f"| 5 | 9.0 % | {cells} |"]
+    assert rows[1] in capsys.readouterr().out
+    assert seeds.main(["seed=4"]) == EXIT_USER_ERROR
+    write_run(tmp_path / "seed-7" / "static-clipping", [1.0] * 10, (0.5,))
+    write_run(tmp_path / "seed-7" / "drawn-curve", [1.0] * 10, (0.5,))
+    assert seeds.main(["--seeds", "7", "--output", str(tmp_path)]) == EXIT_USER_ERROR
+    assert "seed 7 has no pass@8: use evaluation.samples=16" in capsys.readouterr().err
+    monkeypatch.setattr(compare, "main", lambda _: EXIT_STOPPED)
+    assert seeds.main(["--seeds", "3", "--output", str(tmp_path)]) == EXIT_STOPPED
 
 
 def test_a_short_comparison_ends_with_picture_and_table(tmp_path, data, capfd):
