@@ -14,6 +14,8 @@ from pathlib import Path
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device, waiting
+from megatron_rlvr.megatron.bridge import PolicyBridge
+from megatron_rlvr.megatron.huggingface_config import is_tied
 from megatron_rlvr.node import node_name
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
@@ -33,6 +35,9 @@ from megatron_rlvr.rollout.engines.sglang.weight_sync.sync import UpdateOutcome,
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.rollout.tokenization import exceeds_context
 from megatron_rlvr.training.policy import Policy
+
+_NEVER_TIED = ("qwen3_moe", "mixtral", "glm4_moe")
+"""Models whose `tie_word_embeddings` SGLang 0.5.23 does not read (its ``models/*.py``)."""
 
 
 class SGLangEngine:
@@ -56,6 +61,7 @@ class SGLangEngine:
     def __init__(self, rollout: RolloutConfig, directory: Path, policy: Policy, resources: ExitStack):
         self.config, self.policy = rollout.sglang, policy
         self.layout = policy.layout
+        _check_output_layer(policy.bridge)
         directory = directory.resolve()
         model_folder = start_folder(self.config, policy.bridge.path)
         self.state = ServerState(0, model_folder, max_staleness=rollout.max_staleness)
@@ -200,6 +206,16 @@ class SGLangEngine:
 
     def _unavailable(self) -> str | None:
         return self._outcome.unavailable or (self.pool.failure if self.pool else None)
+
+
+def _check_output_layer(bridge: PolicyBridge) -> None:
+    """Refuse models for which SGLang 0.5.23 would use an output layer of its own, with random weights."""
+    model_type = bridge.hf_config.model_type
+    if model_type in _NEVER_TIED and is_tied(bridge.hf_config):
+        raise UserError(
+            f"SGLang does not tie the output layer of {model_type} models to their embedding, as {bridge.path} does: "
+            "use rollout.engine=local, or store the output layer in the folder with tie_word_embeddings=false"
+        )
 
 
 def _check_reachable(config: SGLangConfig) -> None:

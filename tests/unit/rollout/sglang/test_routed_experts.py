@@ -23,6 +23,8 @@ from megatron_rlvr.rollout.engines.sglang.protocol import generate_body, largest
 from megatron_rlvr.rollout.engines.sglang.routed_experts import ARGUMENT, check_server, with_routed_experts
 from megatron_rlvr.rollout.engines.sglang.server import Server
 from megatron_rlvr.rollout.sampling import SamplingSettings
+from megatron_rlvr.train import main
+from tests.small_model import make_small_model
 
 SHAPE = RouterShape(layers=2, routed=(0, 1), experts=4, chosen=2)
 SAMPLING = SamplingSettings(samples=1, max_tokens=3, routers=SHAPE)
@@ -158,3 +160,15 @@ def test_interrupts_that_recompute_routes(interrupt: Any) -> None:
     else:
         rollout.check()
     RolloutConfig(engine="sglang", routing_replay=True, sglang=servers).check()  # nothing is interrupted
+
+
+@pytest.mark.parametrize(("tied", "expected"), [(True, "does not tie the output layer"), (False, "returns no routes")])
+def test_a_run_that_would_train_on_other_models_or_routes_ends_in_one_line(
+    tied: bool, expected: str, fake: FakeServer, run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.control = lambda path, body: (200, {ARGUMENT: False}) if path == "/server_info" else (404, {})
+    model = make_small_model(tmp_path / "mixture", mixture=True, tied=tied)
+    settings = ["rollout.engine=sglang", f"rollout.sglang.urls=[{fake.url}]", "rollout.routing_replay=true"]
+    assert main([str(run_yaml), f"model.path={model}", *settings]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and expected in errors[0]
