@@ -62,7 +62,7 @@ _ROPE = {
 _SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Model types that have the layers and the keys of config.json of a type that transformers knows."""
 _REASONS = {
-    "gpt_oss": "its attention has sinks and its experts have biases and clamped activations",
+    "gpt_oss": "its attention has sinks, and one tensor holds all experts of a layer",
     "deepseek_v2": "its router weighs experts by a softmax",
     "deepseek_v32": "its attention is sparse",
     "glm_moe_dsa": "its attention is sparse",

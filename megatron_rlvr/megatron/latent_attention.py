@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.extensions import transformer_engine
+from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -20,6 +21,21 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
+
+class LatentProjection(Linear):
+    """A projection to latents that all tensor-parallel ranks hold whole, as Transformer Engine's layers have it.
+
+    The state that Transformer Engine expects of every linear layer in a checkpoint is empty, as in other local layers.
+    """
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+multi_latent_attention.Linear = LatentProjection  # megatron-core refuses a class that it does not know
 # megatron-core 0.16 infers this from the import of its own module, which succeeds without Transformer Engine.
 multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
 

@@ -7,7 +7,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
-from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -20,7 +19,7 @@ from megatron_rlvr.errors import UserError, first_line
 from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.attention import SDPAttention
 from megatron_rlvr.megatron.families import Family
-from megatron_rlvr.megatron.latent_attention import LatentAttention
+from megatron_rlvr.megatron.latent_attention import LatentAttention, LatentProjection
 from megatron_rlvr.megatron.local_layers import GatedActivation, LocalSelfAttention
 from megatron_rlvr.megatron.post_norms import add_post_norms
 
@@ -156,7 +155,7 @@ def _local_layer(config: TransformerConfig, family: Family, experts: int | None)
         attention.q_layernorm = RMSNorm
         setattr(attention, "kv_layernorm" if latent else "k_layernorm", RMSNorm)
     if latent:
-        attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear  # not split, as in Transformer Engine
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = LatentProjection
     layer.submodules.sharded_state_dict_keys_map = _checkpoint_names(latent, experts is not None)
     if family.post_norms:
         add_post_norms(layer, RMSNorm)

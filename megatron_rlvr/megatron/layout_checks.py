@@ -89,18 +89,23 @@ def _check_tensor(hf_config: Any, parallel: ParallelConfig) -> None:
             raise UserError(
                 f"parallel.tensor={parallel.tensor} does not divide the model's {count} {name}: choose a divisor"
             )
-    if is_mixture(hf_config):
-        key, ranks, feed_forward = (
-            "expert_tensor",
-            parallel.expert_tensor,
-            family_of(hf_config).settings(hf_config)["moe_ffn_hidden_size"],
-        )
-    else:
-        key, ranks, feed_forward = "tensor", parallel.tensor, hf_config.intermediate_size
-    if feed_forward % ranks:
-        raise UserError(
-            f"parallel.{key}={ranks} does not divide the model's {feed_forward} feed-forward size: choose a divisor"
-        )
+    for key, ranks, feed_forward in _feed_forward_sizes(hf_config, parallel):
+        if feed_forward % ranks:
+            raise UserError(
+                f"parallel.{key}={ranks} does not divide the model's {feed_forward} feed-forward size: choose a divisor"
+            )
+
+
+def _feed_forward_sizes(hf_config: Any, parallel: ParallelConfig) -> list[tuple[str, int, int]]:
+    """Return what splits each kind of feed-forward layer: a key of `parallel`, its ranks, and the size of the layer."""
+    dense = ("tensor", parallel.tensor, hf_config.intermediate_size)
+    if not is_mixture(hf_config):
+        return [dense]
+    settings = family_of(hf_config).settings(hf_config)
+    sizes = [("expert_tensor", parallel.expert_tensor, settings["moe_ffn_hidden_size"])]
+    if shared := settings.get("moe_shared_expert_intermediate_size"):
+        sizes.append(("tensor", parallel.tensor, shared))
+    return [*sizes, dense] if 0 in settings.get("moe_layer_freq", ()) else sizes
 
 
 def _check_experts(hf_config: Any, parallel: ParallelConfig) -> None:

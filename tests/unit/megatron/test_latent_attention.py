@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_rlvr.data.microbatch import zigzag
+from megatron_rlvr.megatron.bridge import PolicyBridge
+from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.latent_attention import latent_rotary, packed_positions, rotate_pairs
+from megatron_rlvr.megatron.parallel import parallel_groups
+from tests.families import make_family
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -37,3 +42,21 @@ def test_scores_depend_on_the_distance_of_rotated_pairs_alone() -> None:
     expected = 2.25 * (a.conj() * b * torch.exp(1j * frequencies * 5)).real.sum()
     assert score(2, 7) == pytest.approx(float(expected))
     assert score(40, 45) == pytest.approx(float(expected))
+
+
+def test_a_checkpoint_names_weights_as_transformer_engine_does(tmp_path: Path) -> None:
+    """megatron-core 0.16.1, `get_gpt_layer_with_transformer_engine_spec`: which norms are parts of projections."""
+    folder = make_family(tmp_path, "deepseek-v3")
+    with parallel_groups(ParallelConfig(), seed=0):
+        [model] = PolicyBridge(ModelConfig(str(folder), "float32", layer_spec="local"), ParallelConfig()).build(True)
+        state = {entry.key for entry in model.sharded_state_dict().values()}
+    found = {key for key in state if "layers.1.self_attention" in key or "norm" in key}
+    attention = "decoder.layers.{}.self_attention"
+    expected = {"decoder.final_layernorm.weight", "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"}
+    expected |= {f"decoder.layers.{layer}.input_layernorm.weight" for layer in (0, 1)}
+    expected.add("decoder.layers.1.pre_mlp_layernorm.weight")  # not fused with grouped experts
+    for layer in (0, 1):
+        expected |= {f"{attention}.linear_{x}_up_proj.layer_norm_weight".format(layer) for x in ("q", "kv")}
+    linear = ["linear_proj", *(f"linear_{x}_{way}_proj" for x in ("q", "kv") for way in ("down", "up"))]
+    expected |= {f"{attention}.{name}.{key}".format(1) for name in linear for key in ("weight", "_extra_state")}
+    assert found == expected
