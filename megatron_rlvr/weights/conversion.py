@@ -46,7 +46,6 @@ from megatron_rlvr.weights.whole_weights import WholeWeights, check_finite
 
 Load = Callable[[str], Iterator[tuple[str, Tensor]]]
 """Yields the Hugging Face tensors of a weight, which it is given by its name in the model, by name."""
-_INPUT = "input.json"
 
 
 def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool) -> int:
@@ -133,7 +132,7 @@ def to_huggingface(
     if rounded := rounding({bridge.dtype}, dtype):
         report(f"warning: {rounded}")
     described = {
-        key: (stored_dtype(own, bridge.dtype, dtype), shape)
+        key: (stored_dtype(key, own, dtype, bridge.hf_config), shape)
         for key, (own, shape) in weights.huggingface_tensors().items()
     }
     source = {
@@ -294,7 +293,7 @@ def _compare(weights: WholeWeights, load: Load, folder: Path, dtype: torch.dtype
             if key not in files:
                 difference = difference or f"{folder} lacks {key}"
             elif difference is None:
-                compared = stored_dtype(tensor.dtype, weights.bridge.dtype, dtype)
+                compared = stored_dtype(key, tensor.dtype, dtype, weights.bridge.hf_config)
                 if not _bit_equal(read_tensor(files[key], key).to(compared), tensor.to(compared)):
                     difference = f"{key} differs from the one in {files[key]}"
     unknown = sorted(files.keys() - seen - derived)

@@ -44,7 +44,7 @@ def export_folder(
     if write:
         if rounded := rounding({bridge.dtype}, dtype or bridge.dtype):
             print(f"warning: {folder}: {rounded}", file=sys.stderr)
-        converted = ((name, t.to(stored_dtype(t.dtype, bridge.dtype, dtype))) for name, t in tensors)
+        converted = ((n, t.to(stored_dtype(n, t.dtype, dtype, bridge.hf_config))) for n, t in tensors)
         write_folder(folder, converted, companions=bridge.path)
     else:
         for _ in tensors:  # every process must take part in gathering every tensor

@@ -51,8 +51,7 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
         UserError: for the first tensor that is wrong, missing or unknown, or if the weights have other layers.
     """
     expected = expected_weights(hf_config)
-    table = family_of(hf_config).weights
-    in_float32 = tuple(entry.huggingface.rpartition("*")[2] for entry in table if isinstance(entry, Float32))
+    in_float32 = _in_float32(hf_config)
     others: list[str] = []
     dtypes: set[torch.dtype] = set()
     folder = next(iter(files.values())).parent
@@ -115,15 +114,22 @@ def unused_warning(found: FolderWeights) -> str | None:
     return f"{len(found.prediction)} tensors for multi-token prediction are not trained, and an export lacks them"
 
 
-def stored_dtype(own: torch.dtype, model: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a weight in a folder: the requested one, unless the weight has another dtype than the model.
+def stored_dtype(name: str, own: torch.dtype, requested: torch.dtype | None, hf_config: Any) -> torch.dtype:
+    """Return the dtype of a weight in a folder.
 
     Args:
-        own: dtype of the weight.
-        model: dtype of the model.
+        name: Hugging Face name of the weight.
+        own: dtype of the weight in the model.
         requested: dtype for the weights of the folder; None keeps them.
+        hf_config: transformers configuration of the model, whose family has weights that stay in float32.
     """
-    return requested if requested is not None and own == model else own
+    return own if requested is None or name.endswith(_in_float32(hf_config)) else requested
+
+
+def _in_float32(hf_config: Any) -> tuple[str, ...]:
+    """Return the ends of the names of weights that are in float32, whatever the dtype of the model."""
+    table = family_of(hf_config).weights
+    return tuple(entry.huggingface.rpartition("*")[2] for entry in table if isinstance(entry, Float32))
 
 
 def rounding(dtypes: Collection[torch.dtype], dtype: torch.dtype) -> str | None:

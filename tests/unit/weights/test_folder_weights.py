@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights.huggingface_folder import INDEX, tensor_files, write_folder
-from megatron_rlvr.weights.shape_checks import check_shapes, expected_weights, rounding, unused_warning
+from megatron_rlvr.weights.shape_checks import check_shapes, expected_weights, rounding, stored_dtype, unused_warning
 from tests.families import CHOICE_BIAS, FAMILIES, MIXTURES, make_families
 
 Tensors = dict[str, Tensor]
@@ -228,6 +228,11 @@ def test_a_bias_of_the_router_stays_in_float32(copy: Callable[[str], Path], tmp_
     assert check(folder).dtypes == {torch.bfloat16}
     write_folder(tmp_path / "out", iter(load_file(folder / "model.safetensors").items()), folder)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    config = read_config(folder)
+    assert stored_dtype(name, torch.float32, torch.bfloat16, config) is torch.float32
+    other = "model.layers.1.mlp.gate.weight"
+    assert stored_dtype(other, torch.float32, torch.bfloat16, config) is torch.bfloat16
+    assert stored_dtype(other, torch.bfloat16, None, config) is torch.bfloat16
 
 
 def test_each_tensor_is_in_one_file(copy: Callable[[str], Path]) -> None:
