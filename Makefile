@@ -16,7 +16,7 @@ export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak fuzz quickstart quickstart-seeds real-model routing-replay real-model-check study docs test lint format clean
+.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak mismatch-study fuzz quickstart quickstart-seeds real-model routing-replay real-model-check study docs test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ slurm-soak: $(STAMP) slurm  ## interrupt a job on a virtual cluster at 10 random
 
 fuzz: $(STAMP)  ## 500 seeded mutations of each thing that a run reads (about 10 minutes)
 	MUTATIONS=500 $(BIN)/python -m pytest tests/unit/test_mutated_input.py -s -p no:warnings $(ARGS)
+
+mismatch-study: $(STAMP)  ## planted faults in rollouts and healthy ones: for which does the mismatch alarm ring? (about 20 minutes)
+	$(BIN)/python tests/integration/mismatch_study.py
 
 checkpoint-soak: $(STAMP)  ## 50 random kills of a run and 50 flipped bytes of its checkpoints (about 10 minutes)
 	PYTHONPATH=.:examples/quickstart $(BIN)/python -m tests.integration.checkpoint_soak $(ARGS)

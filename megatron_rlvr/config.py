@@ -98,7 +98,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def resolve(config: Config, on_gpu: bool) -> Config:
-    """Replace every ``auto``, and the null of `verifier.workers`, by its value; returns the new configuration.
+    """Replace every ``auto``, and a null that stands for a value, by that value; returns the new configuration.
 
     A program calls this once, before it builds anything. A run's config.yaml keeps ``auto``, so that a run on GPUs can
     be evaluated on a CPU.
@@ -124,6 +124,8 @@ def resolve(config: Config, on_gpu: bool) -> Config:
     if sglang.bucket_mb is None:
         sglang = replace(sglang, bucket_mb=1024 if on_gpu else 256)
     rollout = replace(rollout, sglang=sglang)
+    if rollout.mismatch_alarm is None:
+        rollout = replace(rollout, mismatch_alarm=1e-4 if model.dtype == "float32" else 0.01)
     return replace(config, model=model, verifier=verifier, rollout=rollout, parallel=parallel)
 
 
@@ -187,10 +189,19 @@ def check(config: Config) -> None:
 def warnings_of(config: Config) -> list[str]:
     """Return one line for each setting that is allowed but probably not intended."""
     warnings = []
-    if config.algorithm.minibatches * config.algorithm.epochs == 1:
+    algorithm, stale = config.algorithm, config.rollout.max_staleness
+    if algorithm.minibatches * algorithm.epochs == 1 and not (algorithm.old_policy == "rollout" and stale):
+        ratio = "1" if algorithm.old_policy == "recomputed" else "1 but for rounding in the engine"
         warnings.append(
-            "algorithm.minibatches x algorithm.epochs = 1: with one update per rollout the importance ratio is 1 and "
-            "every clip threshold is inert; raise one of the two to let a schedule act"
+            "algorithm.minibatches x algorithm.epochs = 1: with one update per rollout the importance ratio is "
+            f"{ratio} and every clip threshold is inert; raise one of the two to let a schedule act"
+            + ("; until then only algorithm.objective.importance bounds what stale tokens do" if stale else "")
+        )
+    if algorithm.old_policy == "rollout" and stale:
+        warnings.append(
+            f"algorithm.old_policy=rollout with rollout.max_staleness={stale}: the importance ratio starts from "
+            "weights up to that many steps old, so that clip thresholds bound staleness instead of updates; use "
+            "algorithm.old_policy=recomputed with algorithm.objective.importance=decoupled"
         )
     objective, aggregation = config.algorithm.objective.name, config.algorithm.aggregation
     if objective == "gspo" and aggregation != "sequence-mean":
@@ -220,9 +231,9 @@ def warnings_of(config: Config) -> list[str]:
             "resume.allow=[algorithm.schedule.total_steps]"
         )
     corrections = config.algorithm.objective.importance or config.algorithm.objective.importance_cap
-    if config.rollout.max_staleness and corrections is None:
+    if stale and corrections is None and algorithm.old_policy == "recomputed":
         warnings.append(
-            f"rollout.max_staleness={config.rollout.max_staleness} without algorithm.objective.importance: tokens of "
+            f"rollout.max_staleness={stale} without algorithm.objective.importance: tokens of "
             "older weights count as if the current weights had sampled them; set it, for example to decoupled or tis"
         )
     return warnings

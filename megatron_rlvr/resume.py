@@ -25,10 +25,11 @@ from megatron_rlvr.training.config import ResumeConfig
 # Sections that may only change if resume.allow names the key. The others, such as steps, parallel and telemetry, may
 # change.
 IDENTITY = ("seed", "lora", "data", "verifier", "rollout", "algorithm", "reference", "optimizer")
-# Keys of these sections that may change: how completions are generated and stored, but not how they are sampled, and
-# where the weights of the reference are.
+# Keys of these sections that may change: how completions are generated, stored and watched, but not how they are
+# sampled, and where the weights of the reference are.
 MAY_CHANGE = (
     *("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang"),
+    *("rollout.mismatch_alarm", "rollout.mismatch_growth", "rollout.mismatch_stop", "rollout.mismatch_patience"),
     *("rollout.routing_replay_compare_every", "reference.weights"),
 )
 # Sections whose parameters belong to their name: if the name changes, they change together.

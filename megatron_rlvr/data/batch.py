@@ -29,8 +29,10 @@ class RolloutBatch:
         truncated: bool [N], whether the sequence ended at the maximum length.
         group_size: G, sequences per prompt.
         penalty: float32 [N], added to the rewards before advantages are computed (overlong shaping).
-        slots: int64 [N / G], the places of the rank's prompts in the step; None unless prompts are stratified.
+        slots: int64 [N / G], the places of the rank's prompts in the step; None if they are not known.
         strata: float64 [N / G], the number by which each prompt is stratified; None unless prompts are stratified.
+        age: int64 [T], how many training steps the weights that drew each token are behind those of the step; None if
+            that is not known.
         kept: kept sets of the T response tokens, to which the policy is restricted; None if it is not.
         routes: the experts that the rollout used, to be replayed; None if there are none.
         reference_logprob: float32 [T], log-prob of each response token under the reference policy, on the last pipeline
@@ -47,6 +49,7 @@ class RolloutBatch:
     penalty: Tensor
     slots: Tensor | None = None
     strata: Tensor | None = None
+    age: Tensor | None = None
     kept: KeptSets | None = None
     routes: BatchRoutes | None = None
     reference_logprob: Tensor | None = None

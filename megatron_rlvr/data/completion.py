@@ -35,6 +35,11 @@ class Completion:
     routes: Routes | None = None
 
     @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """(version, number of tokens) in the order of the tokens, also if the weights did not change."""
+        return self.version_spans or ((self.weight_version, len(self.token_ids)),)
+
+    @property
     def oldest_version(self) -> int:
         """Version of the weights that generated the first token."""
         return self.version_spans[0][0] if self.version_spans else self.weight_version

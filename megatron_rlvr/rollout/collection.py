@@ -133,23 +133,26 @@ class RolloutCollector:
         if self.recording is not None and self.layout.is_leader:
             for group in result.groups:
                 record_group(self.recording, step, group, self.prompts.examples[group.example].prompt)
-        batch = self._batch(result.groups)
+        batch = self._batch(step, result.groups)
         metrics = self._metrics(step, result, batch)
         stored = self.samples_every and step % self.samples_every == 0
         samples = rows_of_groups(result.groups, self.prompts) if stored else None
         return batch, RolloutReport(seconds - result.verify_seconds, result.verify_seconds, metrics, samples)
 
-    def _batch(self, groups: Sequence[Group]) -> RolloutBatch:
+    def _batch(self, step: int, groups: Sequence[Group]) -> RolloutBatch:
+        completions = [completion for group in groups for completion in group.completions]
         batch = RolloutBatch.from_completions(
             [self.prompts.token_ids[group.example] for group in groups],
-            [completion for group in groups for completion in group.completions],
+            completions,
             [verdict.reward for group in groups for verdict in group.verdicts],
             self.padding,
             self.own_routers,
         )
+        versions, lengths = torch.tensor([span for completion in completions for span in completion.spans]).T
+        batch.age = (step - versions).where(versions >= 0, 0).repeat_interleave(lengths)  # -1 is an unknown version
+        batch.slots = torch.tensor([group.slot for group in groups])
         if self.strata is not None:
             batch.strata = torch.tensor([self.strata[group.example] for group in groups], dtype=torch.float64)
-            batch.slots = torch.tensor([group.slot for group in groups])
         if self.rollout.overlong_buffer:
             batch.penalty = overlong_penalty(
                 batch.response_lengths, self.rollout.max_tokens, self.rollout.overlong_buffer
@@ -173,8 +176,8 @@ class RolloutCollector:
         if rollout.overlong_buffer:
             sums["penalty"] = float(batch.penalty.sum())
         if rollout.max_staleness:
-            spans = [s for c in completions for s in c.version_spans or ((c.weight_version, len(c.token_ids)),)]
-            sums |= {"stale": sum((step - version) * tokens for version, tokens in spans), "tokens": batch.token_count}
+            assert batch.age is not None
+            sums |= {"stale": float(batch.age.sum()), "tokens": batch.token_count}
             sums["interrupted"] = sum(bool(c.version_spans) for c in completions)
         if self.source_metrics is not None:
             sums |= self.source_metrics.sums(result.groups)

@@ -57,10 +57,16 @@ class RolloutConfig:
     max_staleness: Annotated[int, Bounds(at_least=0, cap=1000)] = 0
     """How many versions old the weights of a rollout may be. 0 generates each rollout with the current weights; n lets
     SGLang generate the rollouts of the next n steps during training."""
-    mismatch_alarm: Annotated[float, Bounds(at_least=0, cap=1e6, infinite=True)] = 0.1
-    """KL(rollout || train), in nats per token, above which a step prints a warning; 0 disables the alarm."""
+    mismatch_alarm: Annotated[float, Bounds(at_least=0, cap=1e6, infinite=True)] | None = None
+    """KL(rollout || train), in nats per token, above which a step prints a warning; 0 disables the alarm. Null is 1e-4
+    for a policy in float32 and 0.01 for one in bfloat16. The page on mismatch says what else the alarm compares."""
+    mismatch_growth: Annotated[float, Bounds(at_least=0, cap=1e6)] = 30.0
+    """The alarm also warns of a KL that exceeds that of the run's first steps this many times; 0 disables this."""
+    mismatch_stop: Annotated[float, Bounds(at_least=0, cap=1e6, infinite=True)] = 0.1
+    """KL(rollout || train), in nats per token, above which a step counts towards `mismatch_patience`; at least
+    `mismatch_alarm`."""
     mismatch_patience: PositiveInt = 3
-    """Consecutive steps above `mismatch_alarm` after which the run writes a checkpoint and ends."""
+    """Consecutive steps above `mismatch_stop` after which the run writes a checkpoint and ends."""
     routing_replay: bool = False
     """Rollout routing replay (R3) for mixtures of experts: scoring and updates use the experts that the rollout used
     for each token, with the gates of the router that is trained. The ``recorded`` engine needs a recording with it."""

@@ -158,6 +158,10 @@ class Tokenization:
                     "example, or raise max_position_embeddings in the model's config.json if the model supports it"
                 )
 
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Return tokens as text, special ones included."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False))
+
     def decode(self, completions: Sequence[Completion]) -> list[str]:
         """Return the text of each completion, without special tokens.
 

@@ -21,5 +21,9 @@ class TelemetryConfig:
     """Store the samples of every this many steps, and of every evaluation, in ``samples/`` of the run directory: one
     JSONL file per step, with prompt, answer, completion, reward, length and entropy. ``tools/show_samples.py`` shows
     them. 0 stores none."""
+    mismatch_detail: NonNegativeInt = 0
+    """Store this many tokens of every step, those whose log-probs differ most between engine and trainer, in
+    ``mismatch/`` of the run directory: one JSONL file per step, with token, position, both log-probs, entropy, age and
+    the text before. A step of which the mismatch alarm warns stores at least 20."""
     plots: bool = True
     """Draw ``plots/`` at the end of the run."""

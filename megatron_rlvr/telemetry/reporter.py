@@ -15,7 +15,7 @@ from megatron_rlvr.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_rlvr.telemetry.mlflow_sink import MLflow
 from megatron_rlvr.telemetry.plots import plot_run
 from megatron_rlvr.telemetry.progress import Progress, open_progress
-from megatron_rlvr.telemetry.samples import Row, three_of, write_samples
+from megatron_rlvr.telemetry.samples import Row, three_of, write_samples, write_worst_tokens
 from megatron_rlvr.telemetry.sinks import WeightsAndBiases
 from megatron_rlvr.telemetry.status import StatusWriter
 from megatron_rlvr.telemetry.summary import print_summary
@@ -98,6 +98,11 @@ class Reporter:
             write_samples(self.directory, step, rows, heldout=heldout)
             if not heldout:
                 self._progress.samples(three_of(rows))
+
+    def worst_tokens(self, step: int, rows: Sequence[Row]) -> None:
+        """Store the tokens of a step whose log-probs differ most between engine and trainer."""
+        if self._writer and rows:
+            write_worst_tokens(self.directory, step, rows)
 
     def saved(self, step: int) -> None:
         """Show that the checkpoint of `step` steps is complete."""

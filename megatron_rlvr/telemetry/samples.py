@@ -27,7 +27,15 @@ def samples_path(run: Path, step: int, *, heldout: bool = False) -> Path:
 
 def write_samples(run: Path, step: int, rows: Sequence[Row], *, heldout: bool = False) -> None:
     """Write the samples of a step or of an evaluation; replaces those of an interrupted process."""
-    path = samples_path(run, step, heldout=heldout)
+    _write(samples_path(run, step, heldout=heldout), rows)
+
+
+def write_worst_tokens(run: Path, step: int, rows: Sequence[Row]) -> None:
+    """Write the tokens of a step whose log-probs differ most between engine and trainer."""
+    _write(run / "mismatch" / f"step_{step:06d}.jsonl", rows)
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     write_text(path, text.encode("utf-8", "replace").decode())  # an answer may hold half of a surrogate pair

@@ -9,7 +9,7 @@ import torch
 
 from megatron_rlvr.config_schema import Bounds, ByName, NonNegativeFloat, NonNegativeInt, PositiveInt
 from megatron_rlvr.control import SCHEDULE_PARAMETERS, ScheduleParameters
-from megatron_rlvr.errors import as_user_error
+from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.objectives import (
     OBJECTIVE_PARAMETERS,
     Advantage,
@@ -38,6 +38,11 @@ class AlgorithmConfig:
         default_factory=SCHEDULE_PARAMETERS["constant"]
     )
     """Schedule of clip thresholds: its ``name`` and its parameters."""
+    old_policy: Literal["recomputed", "rollout"] = "recomputed"
+    """Policy from which the importance ratio starts and around which it is clipped. ``recomputed``: the weights before
+    the step, whose log-probs are computed for every rollout, however old it is (the decoupled objective of AReaL, with
+    the weights of `objective.importance`). ``rollout``: the policy that sampled, by the engine's log-probs, so that
+    clipping also bounds what staleness and engine change."""
     minibatches: Annotated[int, Bounds(above=0, cap=2**20)] = 8
     """Minibatches that each pass over a rollout is divided into, with one optimizer step each."""
     epochs: Annotated[int, Bounds(above=0, cap=2**16)] = 1
@@ -61,8 +66,14 @@ class AlgorithmConfig:
     def check(self) -> None:
         """Refuse combinations of keys that cannot work."""
         with as_user_error():
-            build_objective(self.objective)
+            importance = build_objective(self.objective).importance
             self._reference_kl()
+        if self.old_policy == "rollout" and importance is not None and importance.weigh:
+            raise UserError(
+                "algorithm.old_policy=rollout already weighs every token by pi / pi_rollout, and so would "
+                f"algorithm.objective.importance={self.objective.importance or 'tis'}: use corrections that only leave "
+                "tokens out (geometric, k3, opsm), or algorithm.old_policy=recomputed"
+            )
 
     def reference_kl(self) -> ReferenceKL | None:
         """Return the penalty on KL to the reference; None if its coefficient is 0."""

@@ -13,14 +13,18 @@ from torch import Tensor
 from megatron_rlvr.config_schema import names_key
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.control.schedules import RelativeSchedule
+from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.megatron.config import OptimizerConfig
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives import UpdateObjective, build_objective
+from megatron_rlvr.objectives.importance import Corrected
 from megatron_rlvr.training.config import AlgorithmConfig
+from megatron_rlvr.training.head import TokenScores
 from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.rollout_metrics import RolloutMeasure
 from megatron_rlvr.training.run_state import check_alike, run_state_errors
+from megatron_rlvr.training.step_importance import step_importance
 from megatron_rlvr.training.update_metrics import entropy_shift
 
 
@@ -46,12 +50,28 @@ class EntropyControl:
         self._schedule = build_schedule(algorithm.schedule, steps)
         self._initial_entropy: float | None = None  # of step 0, for a schedule that a resumed run changes to
         self._peak_learning_rate = optimizer.learning_rate
-        self._minibatches = algorithm.minibatches
+        self._old_policy = algorithm.old_policy
+        self._minibatches, self._drop = algorithm.minibatches, algorithm.drop_zero_advantage
         self._updates_per_step = algorithm.epochs * algorithm.minibatches
         self._layout = layout
         self._step = 0
         self._current: UpdateObjective
         self._steering: list[float] = []  # steering of each update of the current step so far
+
+    def importance(self, batch: RolloutBatch, advantage: Tensor, scores: TokenScores) -> Corrected | None:
+        """Return the importance weights of a step's tokens, see `step_importance`; None without corrections."""
+        correct = self.objective.importance
+        if correct is None:
+            return None
+        return step_importance(correct, batch, advantage, scores, self._minibatches, self._layout)
+
+    def trained(self, advantage: Tensor) -> Tensor | None:
+        """Return which sequences the updates need, bool [N], from advantages [N]; None for all."""
+        return advantage != 0 if self._drop and self.objective.ignores_zero_advantage else None
+
+    def clipped_around(self, batch: RolloutBatch, scores: TokenScores) -> TokenScores:
+        """Return the scores of a step with the log-probs of ``algorithm.old_policy``."""
+        return scores if self._old_policy == "recomputed" else replace(scores, logprob=batch.rollout_logprob)
 
     def begin_step(self, step: int, measured: RolloutMeasure, learning_rate: float) -> UpdateObjective:
         """Observe the measurements of a step before its updates.

@@ -24,8 +24,13 @@ LOSS_SUMS = (
     *REGIONS,
     "entropy_drift",
     "old_entropy",
+    "policy_change",
 )
 """Names of the entries of `MinibatchLoss.sums`. All sums but the loss skip tokens whose advantage is 0."""
+
+
+LARGEST_LOG_RATIO = 80.0
+"""e^80 fits float32; only the estimate of the policy's change is cut here."""
 
 
 @dataclass
@@ -152,6 +157,7 @@ class MinibatchLoss:
         advantage: Tensor,
     ) -> None:
         """Add the tokens of a microbatch to `sums` and `ratio_max`."""
+        log_ratio = log_ratio_of(logprob, old_logprob)
         region = classify(old_logprob, old_entropy, advantage)
         active = region > 0
         counted = (
@@ -161,8 +167,10 @@ class MinibatchLoss:
             *(region == r for r in (1, 2, 3, 4)),
             (entropy - old_entropy) * active,
             old_entropy * active,
+            # The k3 estimate of KL(pi_old || pi), finite for any ratio.
+            (log_ratio.clamp(max=LARGEST_LOG_RATIO).expm1() - log_ratio) * active,
         )
         self.sums += torch.stack([loss.double(), *(x.sum(dtype=torch.float64) for x in counted)])
         if len(logprob):
-            largest = saturated(log_ratio_of(logprob, old_logprob).exp().max())
+            largest = saturated(log_ratio.exp().max())
             self.ratio_max = torch.maximum(self.ratio_max, largest)

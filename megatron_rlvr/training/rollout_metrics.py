@@ -18,11 +18,8 @@ from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.objectives import ReferenceKL, informative_groups
 from megatron_rlvr.objectives.importance import Corrected
 from megatron_rlvr.objectives.reference_kl import kl_estimate
-from megatron_rlvr.objectives.tokens import log_ratio_of
 from megatron_rlvr.training.head import TokenScores
-
-LARGEST_LOG_WEIGHT = 300.0
-"""Importance weights of the mismatch metrics are cut at e^300: squared and summed over any rollout they fit float64."""
+from megatron_rlvr.training.mismatch_metrics import TokenMismatch, mismatch_metrics
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,8 @@ def measure_rollout(
 ) -> RolloutMeasure:
     """Measure reward, lengths, exact entropy, train/rollout mismatch, KL to the reference, and response to steering.
 
-    Collective over the job: four all-reduces. A log-prob of NaN from the engine makes the mismatch NaN, nothing else.
+    Collective over the job: thirteen all-reduces. A log-prob of NaN from the engine makes the mismatch NaN, nothing
+    else.
 
     Args:
         batch: this rank's rollouts.
@@ -67,13 +65,11 @@ def measure_rollout(
     Raises:
         UserError: on every process, if the entropy or the KL to the reference is not finite.
     """
-    difference = log_ratio_of(scores.logprob, batch.rollout_logprob).double()
     sequence = batch.sequence_of_token()
     groups = batch.rewards.view(-1, batch.group_size)
     response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
     token_sums = {
         "entropy": scores.entropy.sum(dtype=torch.float64),
-        **mismatch_sums(scores.logprob, batch.rollout_logprob),
         **{f"response/{i}": value for i, value in enumerate(response)},
     }
     if reference_kl is not None and batch.reference_logprob is not None:
@@ -87,8 +83,8 @@ def measure_rollout(
         "truncated": batch.truncated.sum(),
         "mixed_groups": informative_groups(groups).sum(),
     }
-    total = collectives.sum_over_job(floats(token_sums), contributes=layout.is_reporting_rank)
-    count = collectives.sum_over_job(floats(counts), contributes=layout.is_leader)
+    total = collectives.sum_over_job(_floats(token_sums), contributes=layout.is_reporting_rank)
+    count = collectives.sum_over_job(_floats(counts), contributes=layout.is_leader)
     tokens = count["tokens"]
     entropy = total["entropy"] / tokens
     if not math.isfinite(entropy):
@@ -97,7 +93,6 @@ def measure_rollout(
             "lower optimizer.learning_rate, and remove the newest checkpoint if it was written after the last good step"
         )
     standard_error = _standard_error(batch, scores.entropy, entropy, int(count["groups"]), tokens, layout)
-    largest = float(difference.abs().max()) if layout.is_reporting_rank and len(difference) else 0.0
     metrics = {
         "reward": count["reward"] / count["sequences"],
         "tokens": tokens,
@@ -106,11 +101,7 @@ def measure_rollout(
         "mixed_groups_fraction": count["mixed_groups"] / count["groups"],
         "entropy": entropy,
         "entropy_standard_error": standard_error,
-        "kl_rollout": total["kl_rollout"] / tokens,
-        "mismatch/mean": total["mismatch"] / tokens,
-        # Kish's effective sample size with importance weights train / rollout, as a fraction of the tokens.
-        "mismatch/effective_sample_size": total["importance"] ** 2 / (tokens * total["importance_squared"]),
-        "mismatch/max": collectives.max_over_job({"largest": largest})["largest"],
+        **mismatch_metrics(batch, TokenMismatch.of(batch, scores), importance, layout),
     }
     if reference_kl is not None:
         metrics["kl_reference"] = total["kl_reference"] / tokens
@@ -125,26 +116,7 @@ def measure_rollout(
     return RolloutMeasure(entropy, standard_error, steering, metrics, importance.weight if importance else None)
 
 
-def mismatch_sums(logprob: Tensor, rollout_logprob: Tensor) -> dict[str, float | Tensor]:
-    """Return sums over tokens that describe how train and rollout policy differ, by name.
-
-    Args:
-        logprob: float32 [T], log-prob of each token under the training weights.
-        rollout_logprob: float32 [T], log-prob when the engine sampled it.
-    """
-    difference = log_ratio_of(logprob, rollout_logprob).double()
-    log_weight = difference.clamp(max=LARGEST_LOG_WEIGHT)
-    return {
-        # The k3 estimate of KL(rollout || train) from tokens that the rollout policy sampled: r - 1 - ln r with the
-        # probability ratio r = train / rollout.
-        "kl_rollout": (log_weight.expm1() - difference).sum(),
-        "mismatch": difference.abs().sum(),
-        "importance": log_weight.exp().sum(),
-        "importance_squared": log_weight.mul(2).exp().sum(),
-    }
-
-
-def floats(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+def _floats(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     """Return the values as Python numbers."""
     return {name: float(value) for name, value in values.items()}
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.megatron import collectives
 from megatron_rlvr.megatron.parallel import Layout
+from megatron_rlvr.training.mismatch_metrics import TokenMismatch, mismatch_metrics
 from megatron_rlvr.training.policy import Policy
-from megatron_rlvr.training.rollout_metrics import floats, mismatch_sums
 
 
 def routing_metrics(
@@ -20,7 +20,7 @@ def routing_metrics(
 ) -> dict[str, float]:
     """Measure routing replay after `Policy.score` and before the updates; nothing without ``rollout.routing_replay``.
 
-    Collective over the job: two all-reduces, and with `compare` one more scoring pass and all-reduce.
+    Collective over the job: two all-reduces, and with `compare` one more scoring pass and `mismatch_metrics`.
 
     Args:
         policy: the policy that scored the batch.
@@ -45,11 +45,9 @@ def routing_metrics(
     }
     if compare:
         scores = policy.score(replace(batch, routes=None), advantage)
-        mismatch = collectives.sum_over_job(
-            floats(mismatch_sums(scores.logprob, batch.rollout_logprob)), contributes=layout.is_reporting_rank
-        )
-        metrics["routing_replay/kl_rollout_without"] = mismatch["kl_rollout"] / total["tokens"]
-        metrics["routing_replay/mismatch_without"] = mismatch["mismatch"] / total["tokens"]
+        mismatch = mismatch_metrics(batch, TokenMismatch.of(batch, scores), None, layout)
+        metrics["routing_replay/kl_rollout_without"] = mismatch["kl_rollout"]
+        metrics["routing_replay/mismatch_without"] = mismatch["mismatch/mean"]
     return metrics
 
 

@@ -13,14 +13,14 @@ from megatron_rlvr.training.head import TokenScores
 
 
 def step_importance(
-    importance: ImportanceWeights | None,
+    importance: ImportanceWeights,
     batch: RolloutBatch,
     advantage: Tensor,
     scores: TokenScores,
     minibatches: int,
     layout: Layout,
-) -> Corrected | None:
-    """Compute the importance weights of a step's tokens before its updates; None without corrections.
+) -> Corrected:
+    """Compute the importance weights of a step's tokens before its updates.
 
     The weight is that of the corrections that do not follow updates. Tokens that one which does would mask in the first
     update are among the masked ones.
@@ -36,8 +36,6 @@ def step_importance(
         minibatches: number of minibatches.
         layout: position of this process in the process groups.
     """
-    if importance is None:
-        return None
 
     def over_job(sums: Tensor) -> Tensor:
         return collectives.sum_tensor_over_job(sums, contributes=layout.is_reporting_rank)

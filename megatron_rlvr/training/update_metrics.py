@@ -43,6 +43,7 @@ def update_metrics(
     local = dict(zip(LOSS_SUMS, sums.sum(0).tolist(), strict=True))
     end = dict(zip(LOSS_SUMS, last_epoch.sum(0).tolist(), strict=True))
     local |= {"drift": end["entropy_drift"], "drift_tokens": end["active_tokens"]}
+    local["policy_change"] = end["policy_change"]
     total = collectives.sum_over_job(local, contributes=is_reporting_rank)
     active = max(1.0, total["active_tokens"])
     maxima = {"ratio": float(per_update[:, -1].max()) if is_reporting_rank else 0.0, "broken": float(table[-1] == 0)}
@@ -62,6 +63,7 @@ def update_metrics(
         "clip/fraction_low": total["clipped_low"] / active,
         **{f"region/{name}": total[name] / active for name in REGIONS},
         "entropy_change/measured": total["drift"] / max(1.0, total["drift_tokens"]),
+        "kl_update": total["policy_change"] / max(1.0, total["drift_tokens"]),
     }
 
 
