@@ -123,9 +123,9 @@ class RoutingReplay:
             self._recording, self._recorded = False, None
 
     def recorded(self) -> list[Tensor]:
-        """Return the experts of the latest pass, [T, experts per token] for each router of the chunk, on the CPU."""
+        """Return the experts of the latest pass, [T, experts per token] for each router of the chunk, on the device."""
         assert self._recorded is not None
-        return [chosen.to(self.shape.torch_dtype).cpu() for chosen in self._recorded.chosen]
+        return [chosen.to(self.shape.torch_dtype) for chosen in self._recorded.chosen]
 
     def check_finished(self) -> None:
         """Raise a RuntimeError if a router was not called again for each pass that must be recomputed."""

@@ -81,4 +81,4 @@ class RouteRecorder:
         chosen = [experts for routing in self._routing for experts in routing.recorded()]
         if not chosen:  # a stage without routers
             return torch.zeros(tokens, 0, self.shape.chosen, dtype=self.shape.torch_dtype)
-        return torch.stack(chosen, dim=1)
+        return torch.stack(chosen, dim=1).cpu()  # one copy, because each of them waits for the GPU
