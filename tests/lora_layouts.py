@@ -17,7 +17,7 @@ from megatron_rlvr.megatron import lora, parallel
 from megatron_rlvr.megatron.config import LoRAConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.objectives import UpdateObjective, build_objective
 from megatron_rlvr.training.checkpoint import Checkpoints
-from megatron_rlvr.training.config import AlgorithmConfig, CheckpointConfig
+from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy, UpdateReport
 from tests.families import ADVANTAGE, MICROBATCH, WEIGHT, make_batch, policy_config
 from tests.rendezvous import renew
@@ -25,14 +25,13 @@ from tests.rendezvous import renew
 LORA = LoRAConfig(rank=3, alpha=12.0)
 
 
-def config(model: Path, layout: ParallelConfig, adapters: LoRAConfig = LORA, **algorithm: Any) -> Config:
+def config(model: Path, layout: ParallelConfig, adapters: LoRAConfig = LORA) -> Config:
     """Adam with a rate that changes the policy visibly in one update."""
     return dataclasses.replace(
         policy_config(model, dataclasses.replace(layout, microbatch_sequences=MICROBATCH)),
         seed=5,
         lora=adapters,
         optimizer=OptimizerConfig(learning_rate=3e-2, clip_grad=1e9, weight_decay=0.1),
-        algorithm=AlgorithmConfig(**algorithm),
     )
 
 
@@ -61,12 +60,22 @@ def trained(policy: Policy, here: parallel.Layout, updates: int = 2) -> dict[str
 
 
 def run(job: dict[str, Any], here: parallel.Layout) -> dict[str, Any]:
-    """Train in the layout of this process, from the checkpoint of another layout if the job names one."""
+    """Train in the layout of this process, from the checkpoint of another layout if the job names one.
+
+    A job with "save" continues after its first update from a checkpoint of its own.
+    """
     layout = ParallelConfig(**job["layout"])
-    policy = Policy(config(Path(job["model"]), layout, **job.get("algorithm", {})), here)
-    if "resume" in job:
-        Checkpoints(Path(job["resume"]), CheckpointConfig()).load(1, policy)
-    return trained(policy, here, 1 if "resume" in job else 2)
+    settings = dataclasses.replace(LORA, **job.get("lora", {}))
+    policy_settings = config(Path(job["model"]), layout, settings)
+    policy = Policy(policy_settings, here)
+    source = job.get("resume") or job.get("save")
+    if "save" in job:
+        update(policy, here, policy.score(make_batch(), ADVANTAGE))
+        Checkpoints(Path(source), CheckpointConfig()).save(1, policy, {}, {})
+        policy = Policy(policy_settings, here)
+    if source:
+        Checkpoints(Path(source), CheckpointConfig()).load(1, policy)
+    return trained(policy, here, 1 if source else 2)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -55,20 +55,24 @@ def sharded_state(
         of stored tensors that they consist of. There are slots only if the optimizer is distributed. For loading, they
         are new tensors in host memory, of the size of this rank's state.
     """
-    chain = chained_optimizers(optimizer)
-    for single in chain:
+    chain = _with_parameters(optimizer)
+    for single in chain.values():
         # A run may stop, and save, before its first update. megatron-core creates this state itself for other cases.
         if _is_over_torch(single) and (not loading or isinstance(single, DistributedOptimizer)):
             _create_state(single)
-    if not is_distributed(optimizer):
-        return optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=_METADATA), [], []
     if len(chain) > 1:
         optimizer._synchronize_steps()
+    if not is_distributed(optimizer):
+        states = {
+            number: single.sharded_state_dict(model_state, is_loading=loading, metadata=_METADATA)
+            for number, single in chain.items()
+        }
+        return _numbered(optimizer, states), [], []
     described, _ = extract_sharded_tensors_and_factories(model_state)
     entries = {entry.data: entry for entry in nested_values(described)}
     slots: list[Slots] = []
     slices: list[FlatSlice] = []
-    for single in chain:
+    for single in chain.values():
         if loading:
             single.load_state_dict(single.state_dict())  # allocates the state of Adams other than torch's
         slots.append([])
@@ -80,8 +84,19 @@ def sharded_state(
             }
             slots[-1].append(slot)
             slices += _slices(entries[parameter], start, slot)
-    states = {number: single.state_dict() for number, single in enumerate(chain)}
-    return states if len(chain) > 1 else states[0], slots, slices
+    states = {number: single.state_dict() for number, single in chain.items()}
+    return _numbered(optimizer, states), slots, slices
+
+
+def _with_parameters(optimizer: MegatronOptimizer) -> dict[int, MegatronOptimizer]:
+    """Return the chained optimizers by their number. Of frozen parameters, megatron-core makes one without state."""
+    chain = enumerate(chained_optimizers(optimizer))
+    return {number: single for number, single in chain if not single.is_stub_optimizer}
+
+
+def _numbered(optimizer: MegatronOptimizer, states: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the states of chained optimizers by number, or that of the only one."""
+    return states if len(chained_optimizers(optimizer)) > 1 else states[0]
 
 
 def _slices(entry: ShardedTensor | ShardedTensorFactory, start: int, slot: dict[str, Tensor]) -> Iterator[FlatSlice]:
@@ -112,10 +127,10 @@ def load(optimizer: MegatronOptimizer, state: dict[Any, Any], slots: list[Slots]
     Raises:
         UserError: if the state of a distributed optimizer differs from the loaded state afterwards.
     """
-    chain = chained_optimizers(optimizer)
-    for number, single in enumerate(chain):
+    several = len(chained_optimizers(optimizer)) > 1
+    for position, (number, single) in enumerate(_with_parameters(optimizer).items()):
         whole = {key: value for key, value in state.items() if not isinstance(key, int)}
-        loaded = state.get(number, {}) if len(chain) > 1 else whole
+        loaded = state.get(number, {}) if several else whole
         distributed = isinstance(single, DistributedOptimizer)
         inner = loaded.setdefault("optimizer", {}) if distributed or "optimizer" in loaded else loaded
         step = _first_value(state, "step" if distributed else "common_step")
@@ -125,8 +140,8 @@ def load(optimizer: MegatronOptimizer, state: dict[Any, Any], slots: list[Slots]
             group |= {"step": step} if distributed and step is not None else {}
         inner["param_groups"] = groups
         if distributed:
-            _load_distributed(single, loaded, slots[number])
-            _check_loaded(single, slots[number], step)
+            _load_distributed(single, loaded, slots[position])
+            _check_loaded(single, slots[position], step)
             continue
         if step is None and _is_over_torch(single):
             step = torch.tensor(0.0)  # megatron-core stores no step count of 0

@@ -19,7 +19,9 @@ from tests.families import ADVANTAGE, make_batch, make_family
 from tests.lora_layouts import config, run, update
 from tests.processes import ROOT, launch
 
-DENSE, MIXTURE = "qwen2-tied", "deepseek-v3"
+DENSE, MIXTURE, ALL_EXPERTS = "qwen2-tied", "deepseek-v3", "qwen3-moe"
+# A rank without adapters outside experts has an optimizer without parameters.
+LORA = {ALL_EXPERTS: {"target_modules": ["gate_proj", "up_proj"]}}
 SEQUENCE: dict[str, Any] = {"tensor": 2, "sequence": True}
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "tp2": (DENSE, {"tensor": 2}),
@@ -32,7 +34,10 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "tp2-sp-etp2": (MIXTURE, {**SEQUENCE, "expert_tensor": 2}),
     "moe-pp2-recompute": (MIXTURE, {"pipeline": 2, "recompute": "selective", "recompute_modules": ["moe"]}),
 }
+SAVED = {"experts-alone-ep2-zero": (ALL_EXPERTS, {"expert": 2, "distributed_optimizer": True})}
 RESUMED = {"resumed-tp2-sp": (DENSE, SEQUENCE), "resumed-pp2-ep2": (MIXTURE, {"pipeline": 2})}
+
+ALL_JOBS = JOBS | SAVED | RESUMED
 
 
 @pytest.fixture(scope="module")
@@ -46,30 +51,34 @@ def single(folder: Path) -> Iterator[dict[str, Any]]:
     results = {}
     with parallel.parallel_groups(ParallelConfig(), seed=0) as here:
         for model in (DENSE, MIXTURE):
-            make_family(folder / model, model)
-            results[model] = run({"model": str(folder / model), "layout": {}}, here)
+            results[model] = run({"model": str(make_family(folder / model, model)), "layout": {}}, here)
             policy = Policy(config(folder / model, ParallelConfig()), here)
             update(policy, here, policy.score(make_batch(), ADVANTAGE))
             (checkpoints := Checkpoints(folder / f"{model}-checkpoints", CheckpointConfig())).save(1, policy, {}, {})
             checkpoints.finish()
+        model = make_family(folder / ALL_EXPERTS, ALL_EXPERTS)
+        results[ALL_EXPERTS] = run({"model": str(model), "layout": {}, "lora": LORA[ALL_EXPERTS]}, here)
         yield results
 
 
 @pytest.fixture(scope="module")
 def layouts(folder: Path, single: dict[str, Any]) -> Path:
     jobs = []
-    for name, (model, layout) in (JOBS | RESUMED).items():
+    for name, (model, layout) in ALL_JOBS.items():
         job = {"model": str(folder / model), "layout": layout, "output": str(folder / f"{name}.pt")}
+        job["lora"] = LORA.get(model, {})
         if name in RESUMED:
             job["resume"] = str(folder / f"{model}-checkpoints")
+        if name in SAVED:
+            job["save"] = str(folder / f"{name}-checkpoints")
         jobs.append(json.dumps(job))
     launch([str(ROOT / "tests" / "lora_layouts.py"), *jobs], processes=2, check=True)
     return folder
 
 
-@pytest.mark.parametrize("name", JOBS | RESUMED)
+@pytest.mark.parametrize("name", ALL_JOBS)
 def test_a_layout_trains_the_adapters_of_one_process(name: str, layouts: Path, single: dict[str, Any]) -> None:
-    expected, found = single[(JOBS | RESUMED)[name][0]], torch.load(layouts / f"{name}.pt")
+    expected, found = single[ALL_JOBS[name][0]], torch.load(layouts / f"{name}.pt")
     count = len(found["grad_norms"])
     assert found["grad_norms"] == pytest.approx(expected["grad_norms"][-count:], rel=1e-5)
     assert (found["after"] - expected["after"]).abs().max() < 1e-5 < (expected["after"] - expected["base"]).abs().max()
