@@ -203,6 +203,10 @@ def warnings_of(config: Config) -> list[str]:
             "weights up to that many steps old, so that clip thresholds bound staleness instead of updates; use "
             "algorithm.old_policy=recomputed with algorithm.objective.importance=decoupled"
         )
+    warnings += [
+        f"data.reasoning_gym.options.{task} has no effect: data has no source reasoning_gym:{task}"
+        for task in config.data.unused_options()
+    ]
     objective, aggregation = config.algorithm.objective.name, config.algorithm.aggregation
     if objective == "gspo" and aggregation != "sequence-mean":
         warnings.append(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rlvr.config import load_config, resolve
+from megatron_rlvr.config import load_config, resolve, warnings_of
 from megatron_rlvr.data import gym_problems
 from megatron_rlvr.data.config import ReasoningGymConfig
 from megatron_rlvr.data.gym_problems import load_gym_examples
@@ -138,8 +138,15 @@ def test_the_verifier_follows_from_the_data(run_yaml: Path) -> None:
     assert chosen("data.train=reasoning_gym:sum") == ("reasoning_gym", 4)
     assert chosen("data.train=[a.jsonl, reasoning_gym:sum]") == ("reasoning_gym", 4)
     assert chosen("data.train=reasoning_gym:sum", "verifier.name=exact") == ("exact", 0)
-    with pytest.raises(UserError, match=r"data.reasoning_gym.options.summ: .* has no source reasoning_gym:summ"):
-        chosen("data.train=reasoning_gym:sum", "data.reasoning_gym.options.summ.largest=3")
+
+
+def test_options_of_a_task_that_is_no_source_are_announced(run_yaml: Path) -> None:
+    overrides = [
+        "data.train=reasoning_gym:sum",
+        *(f"data.reasoning_gym.options.{name}.largest=3" for name in ("sum", "summ")),
+    ]
+    [warning] = [line for line in warnings_of(load_config(run_yaml, overrides)) if "reasoning_gym" in line]
+    assert warning == "data.reasoning_gym.options.summ has no effect: data has no source reasoning_gym:summ"
 
 
 @pytest.mark.usefixtures("stand_in")
