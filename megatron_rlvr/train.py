@@ -27,7 +27,7 @@ from megatron_rlvr.lifecycle import StopSignal
 from megatron_rlvr.megatron import waiting
 from megatron_rlvr.megatron.parallel import Layout
 from megatron_rlvr.rollout.engines.base import EngineLostError, RolloutError
-from megatron_rlvr.rollout.evaluation import Evaluator
+from megatron_rlvr.rollout.evaluation import evaluate
 from megatron_rlvr.rollout.mismatch import MismatchAlarm
 from megatron_rlvr.rollout.samples import collected
 from megatron_rlvr.rollout.worst_tokens import worst_tokens
@@ -121,8 +121,9 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
             report.add_seconds(forward_backward=update.forward_backward_seconds, optimizer=update.optimizer_seconds)
             updates.append(update)
         metrics = {"step": step, "lr": rate, **measured.metrics, **routing, **rollout.metrics, **control.metrics()}
-        metrics |= alarm.metrics()
-        metrics |= update_metrics(updates, algorithm.epochs, policy.weights_are_finite(), layout.is_reporting_rank)
+        metrics |= alarm.metrics() | update_metrics(
+            updates, algorithm.epochs, policy.weights_are_finite(), layout.is_reporting_rank
+        )
         alarm.observe_updates(metrics)
         on_policy.observe(step, metrics)
         engine.update_weights(step + 1)
@@ -145,15 +146,6 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
     export_policy(policy, Path(config.run_directory), config.checkpoint)
     report.finish()
     return EXIT_DONE
-
-
-def evaluate(evaluator: Evaluator | None, report: Reporter, step: int) -> None:
-    """Evaluate the policy after `step` steps, if there is held-out data. Collective."""
-    if evaluator is not None:
-        with report.timed_phase("evaluating", "evaluate"):
-            if scores := evaluator.evaluate():
-                report.evaluation(step, scores)
-                report.samples(step, evaluator.samples, heldout=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from megatron_rlvr.rollout.samples import Row, collected, rows_of_prompt
 from megatron_rlvr.rollout.sampling import SamplingSettings, sample_seed
 from megatron_rlvr.rollout.tokenization import Tokenization
 from megatron_rlvr.rollout.verifier_alarm import stop_if_broken
+from megatron_rlvr.telemetry.reporter import Reporter
 from megatron_rlvr.verifiers import Verdict, VerifierPool
 
 # Takes the place of the step in seeds. No training step has this number, so no evaluation repeats a training sample.
@@ -130,3 +131,12 @@ def distinct_solutions(texts: Sequence[str], verdicts: Sequence[Verdict]) -> int
 
 def _is_right(verdict: Verdict) -> bool:
     return verdict.reward > 0.5
+
+
+def evaluate(evaluator: Evaluator | None, report: Reporter, step: int) -> None:
+    """Evaluate the policy after `step` steps and report it, if there is held-out data. Collective over the job."""
+    if evaluator is not None:
+        with report.timed_phase("evaluating", "evaluate"):
+            if scores := evaluator.evaluate():
+                report.evaluation(step, scores)
+                report.samples(step, evaluator.samples, heldout=True)
