@@ -26,6 +26,8 @@ FEWEST_TOKENS = 1000
 """Tokens that a test of a mean needs: with fewer, rare tokens dominate it."""
 SURPRISE = 0.02
 """Smallest surprise that counts, as a fraction of the entropy."""
+EXPECTED_SURPRISE = 3.0
+"""Surprise per KL that a healthy difference may cause: noise in the logits changes KL and entropy about as much."""
 STORED_TOKENS = 20
 """Tokens that a step with a warning stores, to find out where engine and trainer differ."""
 MISSING_MASS = 1e-3
@@ -177,7 +179,8 @@ class MismatchAlarm:
             )
         surprise, error = record["mismatch/surprise"], record["mismatch/surprise_standard_error"]
         enough = self.tests_draws and record["mismatch/fresh_fraction"] * record["tokens"] >= FEWEST_TOKENS
-        if enough and abs(surprise) > max(SURPRISE * record["entropy"], STANDARD_ERRORS * error):
+        expected = max(SURPRISE * record["entropy"], EXPECTED_SURPRISE * record["kl_rollout"])
+        if enough and abs(surprise) > max(expected, STANDARD_ERRORS * error):
             findings.append(
                 f"the tokens of step {step} are {abs(surprise):.2g} nats {'more' if surprise < 0 else 'less'} likely "
                 f"than samples of the training policy ({abs(surprise) / error:.0f} standard errors): the engine "

@@ -27,7 +27,9 @@ from megatron_rlvr.megatron.config import ModelConfig, ParallelConfig
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.server_key import headers, key_from_environment
+from megatron_rlvr.rollout.mismatch import MismatchAlarm
 from megatron_rlvr.rollout.sampling import SamplingSettings, kept_tokens
+from megatron_rlvr.training.rollout_metrics import measure_rollout
 from tests.generation import generate
 from tests.small_model import make_small_model
 
@@ -312,3 +314,30 @@ def test_another_model_behind_the_url(layout, servers, sglang: SGLangConfig, tmp
     with ExitStack() as resources, pytest.raises(UserError, match="hidden_size=32 instead of 48"):
         SGLangEngine(config.rollout, tmp_path / "run" / "sglang", policy, resources)
     assert servers.servers[0].passes_health_check(200.0)
+
+
+def test_faults_of_a_server_ring_the_mismatch_alarm(policy, engine, layout: parallel.Layout) -> None:
+    """Another temperature, a cut distribution, other weights behind the right version, one stale layer."""
+    config = Config(rollout=RolloutConfig(temperature=TEMPERATURE, mismatch_alarm=1e-4))
+    right = SamplingSettings(samples=32, max_tokens=16, temperature=TEMPERATURE, stop_token_ids=())
+    prompts = [[3 + i, 4, 5, 105, 9, 106] for i in range(6)]
+
+    def warned(completions: list[Completion]) -> bool:
+        alarm = MismatchAlarm.build(config, True, True)
+        batch = RolloutBatch.from_completions(prompts, completions, [0.0] * len(completions), padding=109)
+        scores = policy.score(batch, torch.zeros(len(completions)))
+        measured = measure_rollout(batch, torch.ones(len(completions)), scores, layout)
+        assert measured.metrics["tokens"] > 1000
+        alarm.observe(0, measured.metrics)
+        return alarm.warned > 0
+
+    drawn = generate(engine, prompts, right)
+    assert not warned(drawn)
+    assert warned(generate(engine, prompts, dataclasses.replace(right, temperature=0.6)))
+    assert warned(generate(engine, prompts, dataclasses.replace(right, top_p=0.7, returns_kept=False)))
+    layers = [p for name, p in policy.model_chunks[-1].named_parameters() if ".layers.1." in name]
+    for parameters in (layers, list(policy.model_chunks[-1].parameters())):
+        with torch.no_grad():
+            for parameter in parameters:  # the trainer moves on, and the server keeps what it has
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        assert warned(drawn)

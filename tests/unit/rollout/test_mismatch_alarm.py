@@ -95,6 +95,9 @@ def test_noise_of_few_tokens_and_drawn_groups_do_not_ring() -> None:
     watched.observe(1, record(surprise=0.005, surprise_standard_error=1e-4))  # certain, and too small to matter
     watched.observe(2, record(surprise=0.2, surprise_standard_error=0.01, fresh_fraction=0.01))
     assert not watched.warned
+    half = alarm("bfloat16")
+    half.observe(0, record(5e-3, surprise=0.012, surprise_standard_error=1e-4))  # rounding of logits flattens them
+    assert not half.warned
     selected = alarm(dynamic_sampling=True)  # groups are chosen by their rewards, and so are their tokens
     selected.observe(0, record(surprise=0.05, surprise_standard_error=0.004))
     assert not selected.warned
