@@ -62,7 +62,7 @@ class RolloutConfig:
     for a policy in float32 and 0.01 for one in bfloat16. The page on mismatch says what else the alarm compares."""
     mismatch_growth: Annotated[float, Bounds(at_least=0, cap=1e6)] = 30.0
     """The alarm also warns of a KL that exceeds that of the run's first steps this many times; 0 disables this."""
-    mismatch_stop: Annotated[float, Bounds(at_least=0, cap=1e6, infinite=True)] = 0.1
+    mismatch_stop: Annotated[float, Bounds(at_least=0, cap=1e6)] = 0.1
     """KL(rollout || train), in nats per token, above which a step counts towards `mismatch_patience`; at least
     `mismatch_alarm`."""
     mismatch_patience: PositiveInt = 3

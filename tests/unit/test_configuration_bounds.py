@@ -14,7 +14,7 @@ from megatron_rlvr.config_reader import read
 from megatron_rlvr.config_schema import KeyType, check_values, key_types
 from megatron_rlvr.errors import UserError
 
-INFINITY_ALLOWED = {"optimizer.clip_grad", "rollout.mismatch_alarm", "rollout.mismatch_stop"}
+INFINITY_ALLOWED = {"optimizer.clip_grad", "rollout.mismatch_alarm"}
 """Keys of which infinity disables something."""
 DENORMAL, HUGE = 5e-324, [1e308, -1e308, 1e30, -1e30]
 
