@@ -65,7 +65,7 @@ class SteeringResponse:
             return limit
         if drive <= self.drive(-limit):
             return -limit
-        return (drive - self.change / self.slope) / (1.0 - drive * self.imbalance)
+        return min(max((drive - self.change / self.slope) / (1.0 - drive * self.imbalance), -limit), limit)
 
 
 NEUTRAL = SteeringResponse(change=0.0, slope=1.0, ascent=1.0, ascent_slope=0.0)

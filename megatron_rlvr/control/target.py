@@ -9,17 +9,35 @@ from typing import Annotated, Any, ClassVar
 from megatron_rlvr.control.base import Observation
 from megatron_rlvr.control.bounds import Within
 from megatron_rlvr.control.curves import EntropyCurve
-from megatron_rlvr.control.plant import EntropyPlant, PlantBank, shift_plant
+from megatron_rlvr.control.plant import PlantBank
+from megatron_rlvr.control.preview import Reach, first_move
 from megatron_rlvr.control.schedules import RelativeSchedule
 from megatron_rlvr.control.steering import NEUTRAL, SteeringResponse
+from megatron_rlvr.control.step_model import DRIFT, LOWER, UPPER, StepModel
 from megatron_rlvr.control.thresholds import ClipThresholds
 
+MODEL = "either-sign"
+"""Names the filters in checkpoints."""
 SHIFT_NOISE = 0.02
 """Standard deviation of an update's measured shift: its prompts are only part of the step's."""
 SHORTEST_AIM = 0.25
-"""Smallest fraction of a step over which an error is corrected, so that the last updates need not correct all of it."""
+"""Smallest fraction of a step over which an error is corrected, so that the last updates need not correct all of it.
+Momentum carries a move of u over about as many updates, so this is also the shortest time until the move shows."""
+PREVIEW = 10
+"""Number of steps ahead for which the curve is read."""
 STEERING_PACE = 4.0
 """Within a step, u moves by at most this many times ``steering_rate``."""
+ROUNDING = 1e-9
+"""A smaller change of ln entropy is none."""
+CAUTION = 1.0
+"""Steps ahead are planned with so many standard deviations less gain than estimated: leaving a curve early costs less
+than being late."""
+
+
+def logarithmic_mean(x: float, y: float) -> float:
+    """(x - y) / (ln x - ln y), which lies between x and y."""
+    ratio = math.log(x / y)
+    return (x - y) / ratio if abs(ratio) > 1e-6 else y
 
 
 @dataclass
@@ -27,15 +45,17 @@ class TargetEntropy(RelativeSchedule):
     """Make the entropy follow ``curve`` with two actuators, used in this order.
 
     1. The thresholds, at a position s in [-1, 1]: s > 0 moves the upper threshold from eps towards H, s < 0 the lower
-       one from eps towards M. H and M are set by the four scalars ``upper_*`` and ``lower_*``.
+       one from eps towards M. H and M are set by the four scalars ``upper_*`` and ``lower_*``. Either may raise entropy
+       or lower it. A threshold is used if the sign of its effect is known, and tried in every other step until then.
     2. Region steering u, at most ``steering_limit`` in absolute value. At a limit of 0, only the thresholds are used.
 
     At every step the controller filters the measured entropy and predicts what the entropy would become without
     intervention (:class:`~megatron_rlvr.control.plant.PlantBank`; the predicted first-order change enters as
     feed-forward if ``response`` is observed). It then requests the difference to the next step's target and corrects
-    the current error over ``horizon`` steps. If the trainer reports its updates (:meth:`observe_update`), steering is
-    recomputed after each of them, so that the step reaches its target although the gains are poorly known and the
-    updates are noisy.
+    the current error over ``horizon`` steps. It knows the curve ahead: where the curve asks for more than a step can
+    do, it begins early and has the error on both sides (:func:`~megatron_rlvr.control.preview.first_move`). If the
+    trainer reports its updates (:meth:`observe_update`), steering is recomputed after each of them, so that the step
+    reaches its target although the gains are poorly known and the updates are noisy.
     """
 
     name: ClassVar[str] = "target-entropy"
@@ -46,35 +66,34 @@ class TargetEntropy(RelativeSchedule):
     unrestricted until entropy is about to collapse."""
     steering_limit: Annotated[float, Within(0.0, 1.0, includes_low=True)] = 0.9
     """Largest absolute value of u, below 1; 0 turns steering off."""
-    steering_rate: Annotated[float, Within(0.0)] = 0.35
-    """Largest move of u away from 0 at the beginning of a step; within a step it may move four times as far."""
+    steering_rate: Annotated[float, Within(0.0)] | None = None
+    """Largest move of u away from 0 at the beginning of a step; within a step it may move four times as far. Null: as
+    far as is safe, judged by how well the gain of steering is known from the measured shifts."""
     dead_band: Annotated[float, Within(0.0, 1.0, includes_low=True)] = 0.0
     """Relative deviation from the target below which the controller does nothing."""
     horizon: Annotated[float, Within(1.0, includes_low=True)] = 1.0
     """Number of steps over which an error is corrected, at least 1."""
     measurement_noise: Annotated[float, Within(0.0, 1.0)] = 0.02
     """Relative standard deviation of a step's measured entropy, used if no ``standard_error`` is observed."""
-    clip_gain: Annotated[float, Within(0.0, includes_low=True)] = 0.01
-    """Initial estimate of the thresholds' effect: change of ln entropy per step at s = 1. 0 keeps them at eps."""
+    clip_gain: Annotated[float, Within(-1.0, 1.0)] = 0.01
+    """Initial estimate of the effect of the upper threshold at s = 1, and of that of the lower one at s = -1 with the
+    opposite sign: change of ln entropy per step. 0 keeps both at eps."""
     steering_gain: Annotated[float, Within(0.0)] = 0.2
-    """Initial estimate of the effect of steering: change of ln entropy per step at u = 1."""
+    """Initial estimate of the effect of steering: change of ln entropy per step and unit of a small drive."""
     # Filters of ln entropy from step to step, and of its shift by the updates within a step.
     _plant: PlantBank = field(init=False, repr=False, compare=False)
-    _shift: EntropyPlant = field(init=False, repr=False, compare=False)
+    _step_model: StepModel = field(init=False, repr=False, compare=False)
     # The last observed step.
     _step: int = field(default=-1, init=False, repr=False)
     _progress: float = field(default=0.0, init=False, repr=False)
-    _rate: float = field(default=1.0, init=False, repr=False)  # learning rate relative to its peak
-    _response: SteeringResponse = field(default=NEUTRAL, init=False, repr=False)
+    _pace: float = field(default=0.0, init=False, repr=False)  # progress per step
     # What was decided for it.
     _wanted_shift: float = field(default=0.0, init=False, repr=False)  # of ln entropy, by all updates of the step
     _idle: bool = field(default=True, init=False, repr=False)  # no intervention: in the dead band, or above the floor
-    _position: float = field(default=0.0, init=False, repr=False)  # s
-    _steering: float = field(default=0.0, init=False, repr=False)  # u
-    _applied: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0), init=False, repr=False)  # inputs of _shift
     # Its updates so far.
     _done: float = field(default=0.0, init=False, repr=False)  # fraction of the updates
     _count: int = field(default=1, init=False, repr=False)  # updates per step
+    _unseen: float = field(default=1.0, init=False, repr=False)  # fraction of a step between two measurements
     _steering_sum: float = field(default=0.0, init=False, repr=False)  # of u over these updates
     _metrics: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
@@ -83,7 +102,7 @@ class TargetEntropy(RelativeSchedule):
         if not (self.clip_gain or self.steering_limit):
             raise ValueError(f"{self.name}: clip_gain 0 and steering_limit 0 leave no actuator; raise one of them")
         self._plant = PlantBank()
-        self._shift = shift_plant(self.clip_gain, self.steering_gain)
+        self._step_model = StepModel(self.clip_gain, self.steering_gain)
 
     def _observe(self, observation: Observation) -> None:
         step, error, rate = observation.step, observation.standard_error, observation.rate
@@ -97,87 +116,110 @@ class TargetEntropy(RelativeSchedule):
         assert self.initial_entropy is not None
         # A collapsed policy has entropy 0, and ln 0 would stop the run.
         entropy = max(observation.entropy, 1e-6 * self.initial_entropy)
-        deviation = self.measurement_noise if error is None else error / entropy
-        if not self._plant.started:
-            self._plant.start(math.log(entropy), deviation)
-            innovation = 0.0
-        else:
-            # The part of the previous step that no update reported is assumed to have gone as predicted.
-            self._shift.advance(self._applied, 1.0 - self._done)
-            innovation = self._plant.step(self._applied[0], self._shift.mean[0], math.log(entropy), deviation)
+        innovation = self._learn(entropy, error)
         previous, self._progress = self._progress, self.progress(step)
         # Steps are evenly spaced. Tokens are assumed to arrive at the rate of the previous step.
-        next_progress = (step + 1) / self.total_steps if self.total_tokens is None else 2 * self._progress - previous
-        self._step, self._done = step, 0.0
-        self._shift.restart()
-        self._response, self._rate = observation.response or NEUTRAL, rate
-        self._decide(self._target(self._progress), self._target(next_progress))
+        self._pace = 1.0 / self.total_steps if self.total_tokens is None else self._progress - previous
+        self._step, self._done, self._steering_sum = step, 0.0, 0.0
+        self._decide(observation.response or NEUTRAL, rate)
         self._metrics |= {
-            "control/error": entropy / self._target(self._progress) - 1.0,
+            "control/error": entropy / self._target(0) - 1.0,
             "control/innovation": innovation,
         }
 
-    def _target(self, progress: float) -> float:
-        assert self.initial_entropy is not None
-        return self.curve.value(progress, self.initial_entropy)
+    def _learn(self, entropy: float, error: float | None) -> float:
+        """Update both filters with the entropy after the previous step; returns the innovation."""
+        if not self._plant.started:
+            self._plant.start(math.log(entropy), self.measurement_noise if error is None else error / entropy)
+            return 0.0
+        # The part of the previous step that no update reported is predicted, and the filter knows how well. Its noise
+        # and drift are left to the other filter: both would count them.
+        model = self._step_model
+        model.filter.advance((0.0, *model.inputs[1:]), 1.0 - self._done, noise=False)
+        shift_deviation = model.filter.deviation(0)
+        self._plant.advance(model.rate, model.shift, self._done)
+        predicted, transfer = self._plant.best.mean[0], self._plant.best.mean[2]
+        deviation = self.measurement_noise
+        if error is not None:
+            # Between the predicted and the measured entropy lie as many standard errors in ln as in nats.
+            deviation = error / logarithmic_mean(entropy, math.exp(predicted))
+        known, doubtful = self._plant.best.deviation(0), self._plant.largest_deviation
+        innovation = self._plant.correct(math.log(entropy), deviation, shift_deviation)
+        if self._done < 1.0:  # the measurement also tells what the updates did
+            shift = model.shift + (math.log(entropy) - predicted) / transfer
+            known, doubt = (math.hypot(x, deviation) / transfer for x in (known, doubtful))
+            model.filter.correct(shift, known, doubt=doubt)
+        self._unseen = 1.0 / self._count if self._done else 1.0
+        model.filter.restart()
+        return innovation
 
-    def _decide(self, target: float, next_target: float) -> None:
+    def _target(self, ahead: int) -> float:
+        """The target so many steps ahead."""
+        assert self.initial_entropy is not None
+        return self.curve.value(self._progress + ahead * self._pace, self.initial_entropy)
+
+    def _plan(self) -> None:
+        """Choose the shift to reach in this step, from the curve ahead and from what the actuators can do."""
+        log_entropy, drift, transfer = self._plant.best.mean
+        model, remaining = self._step_model, max(1.0 - self._done, SHORTEST_AIM)
+        drift *= model.rate
+        sure, whole = model.reach(self.steering_limit, CAUTION), model.reach(self.steering_limit)
+        later = Reach(drift + transfer * sure.low, drift + transfer * sure.high)
+        begun = drift + transfer * model.shift
+        first = Reach(*(begun + transfer * remaining * x for x in (whole.low, whole.high)))
+        error, left = log_entropy - math.log(self._target(0)), 1.0 - 1.0 / self.horizon
+        targets = [math.log(self._target(j)) + left**j * error for j in range(1, PREVIEW + 1)]
+        free = begun + transfer * remaining * model.free() if self.floor_only else None
+        self._wanted_shift = (first_move(log_entropy, targets, first, later, free) - drift) / transfer
+
+    def _decide(self, response: SteeringResponse, rate: float) -> None:
         """Choose the shift to reach in this step, the thresholds' position, and the initial steering."""
-        log_entropy, drift, _, transfer = self._plant.best.mean
-        # A step moves entropy in proportion to its learning rate. Without it, warm-up would look like a small gain.
-        rate, (inner_drift, clip_gain, steering_gain) = self._rate, self._shift.mean[1:]
-        error = math.log(target) - log_entropy
-        wanted = math.log(next_target) - (1.0 - 1.0 / self.horizon) * error - log_entropy
-        self._wanted_shift = (wanted - rate * drift) / transfer
-        free = rate * (inner_drift + steering_gain * self._response.drive(0.0))  # the shift without intervention
+        model, previous = self._step_model, self._step_model.steering
+        model.response, model.rate, model.position, model.steering = response, rate, 0.0, 0.0
+        self._plan()
+        log_entropy, drift, transfer = self._plant.best.mean
+        free = model.free()
         missing = self._wanted_shift - free
-        self._idle = abs(transfer * missing) <= self.dead_band or (self.floor_only and missing <= 0.0)
+        self._idle = abs(transfer * missing) <= max(self.dead_band, ROUNDING)
+        self._idle |= self.floor_only and missing <= 0.0
         if self._idle:
             missing = 0.0
-        reach = rate * clip_gain
-        self._position = min(max(missing / reach, -1.0), 1.0) if reach else 0.0
-        previous_steering, self._steering = self._steering, 0.0
-        if not self._idle and abs(self._position) in (0.0, 1.0):
-            self._steer(previous_steering, self.steering_rate, 1.0)
-        self._steering_sum = 0.0
-        drive = self._response.drive(self._steering)
-        self._applied = (rate, rate * self._position, rate * drive)
-        shift = rate * (inner_drift + clip_gain * self._position + steering_gain * drive)
-        thresholds_at_limit = abs(self._position) == 1.0 or not self.clip_gain
-        steering_at_limit = abs(self._position) in (0.0, 1.0) and abs(self._steering) >= self.steering_limit
+        thresholds_at_limit = model.choose_position(missing, trial=not self.steering_limit or self._step % 2 == 0)
+        if not self._idle and thresholds_at_limit:
+            self._steer(1.0, previous, 1.0)
+        shift = sum(x * effect for x, effect in zip(model.inputs, model.filter.mean[1:], strict=True))
+        steering_at_limit = thresholds_at_limit and abs(model.steering) >= self.steering_limit
         self._metrics = {
-            "control/target": target,
+            "control/target": self._target(0),
             "control/estimate": math.exp(log_entropy),
-            "control/next_target": next_target,
+            "control/next_target": self._target(1),
             "control/predicted_free": math.exp(log_entropy + rate * drift + transfer * free),
             "control/predicted": math.exp(log_entropy + rate * drift + transfer * shift),
-            "control/drift": drift + transfer * inner_drift,
+            "control/drift": drift + transfer * model.filter.mean[DRIFT],
             "control/process_noise": self._plant.best.process_noise,
-            "control/clip_gain": transfer * clip_gain,
-            "control/steering_gain": transfer * steering_gain,
+            "control/clip_gain": transfer * model.filter.mean[UPPER],
+            "control/lower_clip_gain": transfer * model.filter.mean[LOWER],
+            "control/steering_gain": transfer * model.gain,
             "control/transfer": transfer,
-            "control/clip_position": self._position,
+            "control/clip_position": model.position,
             "control/wanted_shift": self._wanted_shift,
             # 0: none, 1: the thresholds, 2: both, so that the curve cannot be reached for now
             "control/saturated": 0.0 if not missing else float(thresholds_at_limit) + float(steering_at_limit),
         }
 
-    def _steer(self, previous: float, move: float, remaining: float) -> None:
-        """Choose u so that the shift reaches the wanted one in the ``remaining`` fraction of the step.
+    def _steer(self, remaining: float, previous: float, pace: float) -> None:
+        """Choose u for the ``remaining`` fraction of the step.
 
-        u may move away from 0 by at most ``move`` beyond its ``previous`` value: one extreme step can ruin a policy,
-        and the gain is known least at the start.
+        Under a ``steering_rate``, u moves at most ``pace`` times as far away from 0, beyond its ``previous`` value.
         """
-        shift, drift, clip_gain, steering_gain = self._shift.mean
-        steering = 0.0
-        if self._rate and steering_gain and self.steering_limit:
-            pace = (self._wanted_shift - shift) / (self._rate * remaining)
-            drive = (pace - drift - clip_gain * self._position) / steering_gain
-            steering = self._response.steering_for(drive, self.steering_limit)
-        if self.floor_only:
-            steering = max(steering, 0.0)
-        low, high = min(previous, 0.0) - move, max(previous, 0.0) + move
-        self._steering = min(max(steering, low), high)
+        model = self._step_model
+        probe = 1.0 if (self._step % 2 == 0) == (self._done < 0.5) else -1.0  # its effects cancel
+        model.steer(self._wanted_shift, remaining, max(self._unseen, SHORTEST_AIM), probe, self.steering_limit)
+        if self.floor_only and model.steering < ROUNDING:
+            model.steering = 0.0
+        if self.steering_rate is not None:
+            move = pace * self.steering_rate
+            model.steering = min(max(model.steering, min(previous, 0.0) - move), max(previous, 0.0) + move)
 
     def observe_update(self, step: int, index: int, count: int, shift: float | None) -> None:
         self._check_observed(step)
@@ -187,17 +229,17 @@ class TargetEntropy(RelativeSchedule):
             raise ValueError(
                 f"{self.name}: the shift before update {index} of step {step} must be finite, found {shift!r}"
             )
+        model = self._step_model
         if index and shift is not None:  # before the first update the shift is exactly 0
-            self._shift.correct(shift, SHIFT_NOISE)
-        self._shift.advance(self._applied, 1.0 / count)
-        self._done, self._count = (index + 1) / count, count
-        self._steering_sum += self._steering
-        if self._done < 1.0 and not self._idle:  # the thresholds stay fixed; their error shows in the shift
-            remaining = max(1.0 - self._done, SHORTEST_AIM)
-            self._steer(self._steering, STEERING_PACE * self.steering_rate / count, remaining)
-            rate, clip, _ = self._applied
-            self._applied = (rate, clip, rate * self._response.drive(self._steering))
-        self._metrics["control/shift"] = self._shift.mean[0]
+            model.filter.correct(shift, SHIFT_NOISE, span=1.0 / count)
+        self._done, self._count, self._unseen = (index + 1) / count, count, 1.0 / count
+        model.filter.advance(model.inputs, 1.0 / count)
+        self._steering_sum += model.steering
+        # The thresholds stay fixed; their error shows in the shift. Entropy may also fall to a floor within a step.
+        if self._done < 1.0 and (not self._idle or (self.floor_only and not self.dead_band)):
+            self._plan()
+            self._steer(max(1.0 - self._done, SHORTEST_AIM), model.steering, STEERING_PACE / count)
+        self._metrics["control/shift"] = model.shift
 
     def _check_observed(self, step: int) -> None:
         if step != self._step:
@@ -211,39 +253,42 @@ class TargetEntropy(RelativeSchedule):
     def thresholds(self, step: int) -> ClipThresholds:
         self._check_observed(step)
         lower = upper = self.static
-        if self._position > 0.0:
-            upper = self.upper.combine(self._position, self.static, 1.0 - self._position)
-        elif self._position < 0.0:
-            lower = self.lower.combine(-self._position, self.static, 1.0 + self._position)
-        return ClipThresholds(lower, upper, self._steering)
+        position = self._step_model.position
+        if position > 0.0:
+            upper = self.upper.combine(position, self.static, 1.0 - position)
+        elif position < 0.0:
+            lower = self.lower.combine(-position, self.static, 1.0 + position)
+        return ClipThresholds(lower, upper, self._step_model.steering)
 
     def metrics(self) -> dict[str, float]:
-        steering = self._steering_sum / (self._done * self._count) if self._done else self._steering
+        steering = self._steering_sum / (self._done * self._count) if self._done else self._step_model.steering
         return self._metrics | {
             "control/steering": steering,
             # 0: none, 1: the thresholds alone, 2: steering as well
-            "control/actuator": 2.0 if steering else 1.0 if self._position else 0.0,
+            "control/actuator": 2.0 if steering else 1.0 if self._step_model.position else 0.0,
         }
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
+            "model": MODEL,
             "plant": self._plant.state_dict(),
-            "shift": self._shift.state_dict(),
+            "shift": self._step_model.state_dict(),
             "done": self._done,
+            "count": self._count,
+            "unseen": self._unseen,
             "step": self._step,
             "progress": self._progress,
-            "position": self._position,
-            "steering": self._steering,
-            "applied": list(self._applied),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("schedule") == self.name and state.get("model") != MODEL:
+            raise ValueError(
+                f"schedule state: the checkpoint's {self.name} controller is of an earlier version, whose filters do "
+                "not fit; continue it with that version, or start a new run"
+            )
         super().load_state_dict(state)
         self._plant.load_state_dict(state["plant"])
-        self._shift.load_state_dict(state["shift"])
-        self._done = state["done"]
+        self._step_model.load_state_dict(state["shift"])
+        self._done, self._count, self._unseen = state["done"], state["count"], state["unseen"]
         self._step, self._progress = state["step"], state["progress"]
-        self._position, self._steering = state["position"], state["steering"]
-        rate, clip, drive = state["applied"]
-        self._applied = (rate, clip, drive)
