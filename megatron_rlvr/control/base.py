@@ -94,8 +94,12 @@ class ClipSchedule:
         """The state to save in a checkpoint: plain numbers, lists and strings."""
         return {"schedule": self.name}
 
+    def check_version(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if ``state`` is that of an earlier version of this schedule, which cannot continue it."""
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from :meth:`state_dict`. Raises ValueError if it is the state of another schedule."""
+        self.check_version(state)
         if state.get("schedule") != self.name:
             raise ValueError(
                 f"schedule state: this run is configured for '{self.name}', the checkpoint holds "

@@ -43,6 +43,10 @@ def classify(logprob: Tensor, entropy: Tensor, advantage: Tensor) -> Tensor:
 
     Tokens with A = 0, or with NaN among the three numbers, are in no region: 0. Source: arXiv 2602.09782.
 
+    The effect of a region is that of the token's own term in :func:`entropy_change`. The vocabulary baseline is never
+    negative, so E2 always raises entropy and E4 always lowers it, to first order, while a token of E1 or E3 has the
+    opposite effect if the baseline exceeds its own term.
+
     The border -ln p = H belongs to E2 and E4. There the token's own term p_a (ln p_a + H) of :func:`entropy_change` is
     0, and the vocabulary baseline sum_x p_x^2 (ln p_x + H) decides alone. The baseline is the covariance of p_x and
     ln p_x under p, so it is never negative (and 0 only where all possible tokens are equally likely): at the border a

@@ -281,12 +281,14 @@ class TargetEntropy(RelativeSchedule):
             "progress": self._progress,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def check_version(self, state: dict[str, Any]) -> None:
         if state.get("schedule") == self.name and state.get("model") != MODEL:
             raise ValueError(
                 f"schedule state: the checkpoint's {self.name} controller is of an earlier version, whose filters do "
                 "not fit; continue it with that version, or start a new run"
             )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._plant.load_state_dict(state["plant"])
         self._step_model.load_state_dict(state["shift"])

@@ -152,10 +152,11 @@ class EntropyControl:
             UserError: if another schedule saved the state, it lacks an entropy bonus that this run has, or it is not a
                 state at all.
         """
-        with run_state_errors():
+        with as_user_error(), run_state_errors():
             check_alike({"tokens_seen": 0, "schedule": {"schedule": ""}, "objective": {}}, state, "run.json")
             same_schedule = state["schedule"]["schedule"] == self._schedule.name
             if same_schedule:
+                self._schedule.check_version(state["schedule"])
                 check_alike(self._schedule.state_dict(), state["schedule"], "schedule")
             check_alike({"initial_entropy": None}, {"initial_entropy": None} | state, "run.json")
             if "entropy_bonus" in state["objective"]:
