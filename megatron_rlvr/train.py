@@ -95,7 +95,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
             routing = routing_metrics(policy, batch, advantage, layout, compare=config.rollout.compares_routing(step))
         weight = token_weights(batch, algorithm, config.rollout.max_tokens, layout)
         importance = control.importance(batch, advantage, scores)
-        measured = measure_rollout(batch, weight, scores, layout, importance, control.objective.reference_kl)
+        measured = measure_rollout(batch, weight, scores, layout, importance, control.objective.reference_kl, advantage)
         if rollout.samples is not None:
             report.samples(step, collected(rollout.samples, layout, batch, scores.entropy))
         problem = alarm.observe(step, measured.metrics)

@@ -15,6 +15,7 @@ from megatron_rlvr.control.steering import SteeringResponse
 __all__ = [
     "REGIONS",
     "classify",
+    "disagrees",
     "entropy_change",
     "gradient_norm",
     "steering_direction",
@@ -63,6 +64,14 @@ def classify(logprob: Tensor, entropy: Tensor, advantage: Tensor) -> Tensor:
     for number, mask in enumerate(masks, start=1):
         region = torch.where(mask, number, region)
     return region
+
+
+def disagrees(region: Tensor, change: Tensor) -> Tensor:
+    """Whether the exact change of each token has the opposite sign of its region's: bool [T].
+
+    ``region`` is :func:`classify`, ``change`` :func:`entropy_change`. Only tokens of E1 and E3 can disagree.
+    """
+    return ((region == 1) & (change > 0)) | ((region == 3) & (change < 0))
 
 
 def entropy_change(

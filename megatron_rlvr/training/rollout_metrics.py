@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.control import SteeringResponse
-from megatron_rlvr.control.regions import steering_sums
+from megatron_rlvr.control.regions import classify, disagrees, steering_sums
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import collectives
@@ -48,6 +48,7 @@ def measure_rollout(
     layout: Layout,
     importance: Corrected | None = None,
     reference_kl: ReferenceKL | None = None,
+    advantage: Tensor | None = None,
 ) -> RolloutMeasure:
     """Measure reward, lengths, exact entropy, train/rollout mismatch, KL to the reference, and response to steering.
 
@@ -61,6 +62,7 @@ def measure_rollout(
         layout: position of this process in the process groups.
         importance: the importance weights of the step's tokens, if there are corrections.
         reference_kl: the penalty on KL to the reference, whose log-probs the batch then has.
+        advantage: float32 [N], advantage of each sequence, for the metric of the regions.
 
     Raises:
         UserError: on every process, if the entropy or the KL to the reference is not finite.
@@ -72,6 +74,10 @@ def measure_rollout(
         "entropy": scores.entropy.sum(dtype=torch.float64),
         **{f"response/{i}": value for i, value in enumerate(response)},
     }
+    if advantage is not None:
+        region = classify(scores.logprob, scores.entropy, advantage[sequence])
+        token_sums["regions"] = (region > 0).sum()
+        token_sums["disagreeing"] = disagrees(region, scores.entropy_change).sum()
     if reference_kl is not None and batch.reference_logprob is not None:
         token_sums["kl_reference"] = kl_estimate("k3", scores.logprob, batch.reference_logprob).sum()
         token_sums["kl_estimate"] = reference_kl.estimate(scores.logprob, batch.reference_logprob).sum()
@@ -103,6 +109,8 @@ def measure_rollout(
         "entropy_standard_error": standard_error,
         **mismatch_metrics(batch, TokenMismatch.of(batch, scores), importance, layout),
     }
+    if advantage is not None:
+        metrics["region/disagreement"] = total["disagreeing"] / max(1.0, total["regions"])
     if reference_kl is not None:
         metrics["kl_reference"] = total["kl_reference"] / tokens
         if not math.isfinite(metrics["kl_reference"]):

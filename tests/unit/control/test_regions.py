@@ -6,6 +6,7 @@ import torch
 from megatron_rlvr.control import SteeringResponse
 from megatron_rlvr.control.regions import (
     classify,
+    disagrees,
     entropy_change,
     gradient_norm,
     steering_sums,
@@ -77,6 +78,19 @@ def test_without_the_vocabulary_baseline_the_region_is_the_sign_of_the_change(se
     raises = (region == 2) | (region == 3)
     assert torch.equal(change > 0, raises)
     assert {1, 2, 3, 4} == set(region.tolist())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_only_likely_tokens_disagree_with_their_region(seed):
+    p = policy(seed, vocabulary=50, scale=1.0)
+    arguments = [p[name] for name in ("logprob", "entropy", "advantage")]
+    region = classify(*arguments)
+    change = entropy_change(*arguments, p["sum_squared_prob"], p["sum_squared_prob_logprob"])
+    found = disagrees(region, change).tolist()
+    effect = {1: -1, 2: 1, 3: 1, 4: -1}
+    pairs = list(zip(region.tolist(), change.tolist(), strict=True))
+    assert found == [c * effect[r] < 0 for r, c in pairs]
+    assert {r for (r, _), differs in zip(pairs, found, strict=True) if differs} == {1, 3}
 
 
 @pytest.mark.parametrize("seed", range(3))
