@@ -16,7 +16,7 @@ export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak mismatch-study fuzz quickstart quickstart-seeds real-model routing-replay real-model-check study docs test lint format clean
+.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak mismatch-study fuzz quickstart quickstart-seeds quantized-rollouts real-model routing-replay real-model-check study docs test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -108,6 +108,10 @@ routing-replay: $(STAMP) $(SGLANG_READY)  ## measure routing replay on a bf16 SG
 quickstart-seeds: $(STAMP)  ## the quickstart on three seeds, and the table of their results (15 minutes)
 	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
 	$(BIN)/python examples/quickstart/seeds.py $(ARGS)
+
+quantized-rollouts: $(STAMP)  ## what FP8 rollouts do to training, three seeds (15 minutes)
+	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
+	$(BIN)/python examples/quickstart/quantized_rollouts.py $(ARGS)
 
 study: $(STAMP)  ## compare all strategies, 5 seeds each (2 hours, resumable), and write docs/entropy_study.md
 	test -f runs/study/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py --output runs/study/data
