@@ -1,8 +1,8 @@
 """Fingerprints of the files that a run reads, so that a file that was exchanged between two starts is noticed.
 
 ``inputs.json`` of the run directory holds the SHA-256 of every file that determines what the run trains on: the data,
-and the tokenizer and generation settings of the model folder. Weights and config.json are not among them: the
-checkpoint has both.
+the tokenizer and generation settings of the model folder, and the ids in its config.json that end a completion. Weights
+and the rest of config.json are not among them: the checkpoint has both.
 """
 
 from __future__ import annotations
@@ -25,16 +25,22 @@ from megatron_rlvr.resume import Change
 
 INPUTS_FILE = "inputs.json"
 _REFERENCE = "reference.json"
-# Not config.json: a checkpoint knows the sizes of its model and names the one that differs.
+# Of config.json, only the ends of sequences: a checkpoint knows the sizes of its model and names the one that differs.
 _MODEL_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
 )
+_ENDS = "eos_token_id of config.json in model.path"
+_ADDED = (_ENDS, *(f"{name} in model.path" for name in ("vocab.txt", "special_tokens_map.json", "added_tokens.json")))
+"""Inputs that are not in the files of earlier versions, which lack the first of them in particular."""
 
 
 def record_inputs(config: Config, resumes: bool) -> list[Change]:
@@ -82,7 +88,7 @@ def _record(config: Config, now: dict[str, str], file: str, resumes: bool) -> li
     before = read_json(path, remedy="remove it, if you know that what it lists has not changed")
     changes = []
     for key in {**before, **now}:
-        if before.get(key) == now.get(key):
+        if before.get(key) == now.get(key) or (key in _ADDED and _ENDS not in before):
             continue
         changes.append(Change(key, before.get(key), now.get(key)))
         change = "is new" if before.get(key) is None else "is missing" if now.get(key) is None else "has changed"
@@ -94,7 +100,7 @@ def _record(config: Config, now: dict[str, str], file: str, resumes: bool) -> li
                 f"run_directory, or add resume.allow=[{','.join([*config.resume.allow, name])}] to continue with the "
                 "change"
             )
-    if changes:
+    if before != now:
         write_text(path, json.dumps(now, indent=1) + "\n")
     return changes
 
@@ -105,7 +111,10 @@ def _key(name: str) -> str:
 
 
 def fingerprints(config: Config) -> dict[str, str]:
-    """Return the SHA-256 of every input that exists, by the key of the configuration that leads to it."""
+    """Return the SHA-256 of every input that exists, by the key of the configuration that leads to it.
+
+    Of the ids that end a completion, it is their text.
+    """
     model = Path(config.model.path)
     data = config.data
     problems = {f"data.train ({_name(source, data.train)})": source.path for source in data.sources()}
@@ -114,6 +123,7 @@ def fingerprints(config: Config) -> dict[str, str]:
     named = {key: Path(path) for key, path in problems.items() if not is_gym(path)}
     generated = {key: gym_digest(path, data.reasoning_gym) for key, path in problems.items() if is_gym(path)}
     named |= {f"{name} in model.path": model / name for name in _MODEL_FILES}
+    generated[_ENDS] = _ends_of_sequence(model / "config.json")
     if ":" in config.verifier.name and (source := _source(config.verifier.name.partition(":")[0])):
         named[f"verifier.name ({source.name})"] = source
     return generated | {key: digest for key, file in named.items() if (digest := _digest(file)) is not None}
@@ -123,6 +133,12 @@ def _name(source: DataSource, train: str | list[DataSource]) -> str:
     """Return the name of a training file: of several, also by that of its source, because folders may differ."""
     file = Path(source.path).name
     return file if isinstance(train, str) else f"{source.label}: {file}"
+
+
+def _ends_of_sequence(config: Path) -> str:
+    """Return the ids of tokens that end a completion by a config.json, as text."""
+    found = read_json(config, remedy="download the model again") if config.is_file() else {}
+    return json.dumps(found.get("eos_token_id"))
 
 
 def _digest(path: Path) -> str | None:

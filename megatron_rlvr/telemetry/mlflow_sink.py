@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -16,13 +17,17 @@ from megatron_rlvr.errors import UserError
 _MOST_AT_ONCE = 1000
 """Metrics in one request; MLflow's servers refuse more."""
 _MOST_WAITING = 100_000
+_REFUSED = re.compile(r"[^\w/.\- :]|(?<![^/])(?:\.{1,2}(?![^/])|/)|/$")
+"""Characters that names of metrics must not have, and parts of a name that a path does not keep: MLflow refuses a whole
+request with one such name."""
 
 
 class MLflow:
     """Logs to an MLflow run at ``MLFLOW_TRACKING_URI``. A resumed run continues the run of the same run directory.
 
     MLflow keeps every value of a metric: steps that an interrupted process logged after the checkpoint are logged
-    again, with the same values and a later time. Its names have no ``@``, so ``pass@8`` is ``pass_at_8``.
+    again, with the same values and a later time. Its names have letters, digits and ``_-./ :``, so ``pass@8`` is
+    ``pass_at_8``, and other characters are their code, such as ``a_2b_b`` for ``a+b``.
 
     A server that does not answer costs a step a few seconds, not the run: metrics then wait for the next step.
 
@@ -69,7 +74,7 @@ class MLflow:
     def write(self, record: Mapping[str, Any]) -> None:
         now, step = int(time.time() * 1000), record["step"]
         self._waiting += [
-            self._metric(name.replace("@", "_at_"), float(value), now, step)
+            self._metric(_name(name), float(value), now, step)
             for name, value in record.items()
             if name != "step" and isinstance(value, int | float)
         ]
@@ -92,3 +97,8 @@ class MLflow:
             self._client.set_terminated(self._run)
         except self._error as error:
             print(f"warning: MLflow was not told that the run has ended ({one_line(error)})", file=sys.stderr)
+
+
+def _name(name: str) -> str:
+    """Return the name of a metric as MLflow takes it."""
+    return _REFUSED.sub(lambda found: "".join(f"_{ord(one):x}_" for one in found[0]), name.replace("@", "_at_"))

@@ -7,7 +7,7 @@ the source of a conversion. It is written after the other files, and ``SHA256SUM
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,41 @@ _ROPE = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
-_ADDED = ("head_dim", "num_experts_per_tok", "rms_norm_eps", "rope")
+_SCALING = (
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+    "truncate",
+    "partial_rotary_factor",
+)
+"""Further rotary parameters."""
+_COMPUTATION = (
+    "n_routed_experts",
+    "num_local_experts",
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "mlp_only_layers",
+    "decoder_sparse_step",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_interleave",
+    "use_qk_norm",
+    "attention_bias",
+    "layer_types",
+    "sliding_window",
+    "query_pre_attn_scalar",
+)
+"""Settings of mixtures and of attention that change what the same weights compute."""
+_ADDED = ("head_dim", "num_experts_per_tok", "rms_norm_eps", "rope", "computation")
 """Entries of the fingerprint that checkpoints of earlier versions lack."""
 _LARGEST_STEP = 2**53
 
@@ -118,14 +152,18 @@ def fingerprint(hf_config: Any, dtype: torch.dtype) -> dict[str, Any]:
         "moe_intermediate_size",
         "rms_norm_eps",
     )
-    rope = _rope(hf_config.rope_parameters)
-    return {name: getattr(hf_config, name, None) for name in names} | {"rope": rope, "dtype": str(dtype)}
+    computation = {name: value for name in _COMPUTATION if (value := getattr(hf_config, name, None)) is not None}
+    return {name: getattr(hf_config, name, None) for name in names} | {
+        "computation": computation | {"rope": _rope(hf_config.rope_parameters, _SCALING)},
+        "rope": _rope(hf_config.rope_parameters, _ROPE),
+        "dtype": str(dtype),
+    }
 
 
-def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _rope(parameters: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return the parameters that rotary embeddings depend on; some families have one set per kind of layer."""
-    nested = {name: _rope(value) for name, value in parameters.items() if isinstance(value, Mapping)}
-    return nested | {name: parameters[name] for name in _ROPE if name in parameters}
+    nested = {name: _rope(value, names) for name, value in parameters.items() if isinstance(value, Mapping)}
+    return nested | {name: parameters[name] for name in names if name in parameters}
 
 
 def check_same_model(stored: Mapping[str, Any], expected: Mapping[str, Any], folder: Path, remedy: str) -> None:
@@ -140,11 +178,10 @@ def check_same_model(stored: Mapping[str, Any], expected: Mapping[str, Any], fol
     Raises:
         UserError: if they differ; names every difference.
     """
-    known = set(expected) if "rope" in stored else set(expected) - set(_ADDED)
     different = [
         f"{key}={stored.get(key)} instead of {expected[key]}"
         for key in expected
-        if key in known and stored.get(key) != expected[key]
+        if (key in stored or key not in _ADDED) and stored.get(key) != expected[key]
     ]
     if different:
         raise UserError(f"{folder} is a checkpoint of another model ({', '.join(different)}): {remedy}")

@@ -284,7 +284,7 @@ def _compare(weights: WholeWeights, load: Load, folder: Path, dtype: torch.dtype
         UserError: for the first tensor that differs or that only one side has.
     """
     files = tensor_files(folder)
-    derived = check_shapes(files, weights.bridge.hf_config).derived
+    found = check_shapes(files, weights.bridge.hf_config)
     seen: set[str] = set()
     difference = None
     for name in weights.names:
@@ -296,7 +296,7 @@ def _compare(weights: WholeWeights, load: Load, folder: Path, dtype: torch.dtype
                 compared = stored_dtype(key, tensor.dtype, dtype, weights.bridge.hf_config)
                 if not _bit_equal(read_tensor(files[key], key).to(compared), tensor.to(compared)):
                     difference = f"{key} differs from the one in {files[key]}"
-    unknown = sorted(files.keys() - seen - derived)
+    unknown = sorted(found.files.keys() - seen - found.derived)
     if difference is None and unknown:
         difference = f"{folder} holds {len(unknown)} tensors that the model does not have, such as {unknown[0]}"
     if difference is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from megatron_rlvr.weights.huggingface_folder import (
 )
 from megatron_rlvr.weights.resumable_folder import Report, begin, cannot_write, close_input, identities
 from megatron_rlvr.weights.safetensors_writer import is_complete, nbytes, plan_shards, write_shard
-from megatron_rlvr.weights.shape_checks import DTYPES, expected_weights
+from megatron_rlvr.weights.shape_checks import DTYPES, expected_weights, names_in_float32
 from megatron_rlvr.weights.whole_weights import check_finite
 
 _QUANTIZED = "F8_E4M3"
@@ -42,7 +43,8 @@ def dequantize_folder(
 ) -> int:
     """Write the model of a folder whose projections are in FP8 blocks without quantization, one tensor at a time.
 
-    Tensors that are not quantized, those for multi-token prediction included, keep their values and dtypes.
+    Tensors that are not quantized, those for multi-token prediction included, keep their values and dtypes. config.json
+    names a dtype that holds all weights exactly.
 
     Args:
         source: the folder, in the format of `megatron_rlvr.weights.fp8`.
@@ -62,7 +64,11 @@ def dequantize_folder(
     _check_format(source)
     files = tensor_files(source)
     headers = _headers(files)
-    described = _described(source, headers, expected_weights(hf_config), dtype)
+    expected = expected_weights(hf_config)
+    described = _described(source, headers, expected, dtype)
+    in_float32 = names_in_float32(hf_config)
+    # transformers rounds weights to the dtype that config.json names, so it must hold every weight exactly.
+    widest = reduce(torch.promote_types, (described[name][0] for name in expected if not name.endswith(in_float32)))
     inputs = identities({*files.values(), source / "config.json"})
     settings = {"dequantized": str(source.resolve()), "files": inputs, "dtype": str(dtype), "shard": shard_bytes}
     partial = begin(target, settings, report)
@@ -84,7 +90,7 @@ def dequantize_folder(
             report(f"{number + 1} of {len(shards)} files")
         if len(shards) > 1:
             write_index(partial, shards, sum(map(nbytes, described.values())))
-        copy_companions(source, partial, dtype)
+        copy_companions(source, partial, widest)
         close_input(partial)
         partial.rename(target)
     except UserError:

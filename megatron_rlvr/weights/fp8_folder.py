@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -12,11 +14,14 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights import fp8
 from megatron_rlvr.weights.huggingface_folder import SHARD_BYTES, read_tensor, tensor_files, write_folder
-from megatron_rlvr.weights.shape_checks import check_shapes
+from megatron_rlvr.weights.shape_checks import check_shapes, unused_warning
 
 
 def quantize_folder(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> int:
     """Write the model of a Hugging Face folder with its projections in FP8, one tensor at a time.
+
+    config.json names a dtype that holds all other weights exactly. Tensors for multi-token prediction are left out,
+    with a warning.
 
     Args:
         source: the folder, with weights in float32, bfloat16 or float16.
@@ -32,6 +37,8 @@ def quantize_folder(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) 
     if target.exists():
         raise UserError(f"{target} already exists: remove it, or choose another folder")
     found = check_shapes(tensor_files(source), read_config(source))
+    if unused := unused_warning(found):
+        print(f"warning: {unused}", file=sys.stderr)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in sorted(found.files):
@@ -40,5 +47,6 @@ def quantize_folder(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) 
                 raise UserError(f"{found.files[name]}: {name} has values that are not finite: download the model again")
             yield name, tensor
 
-    write_folder(target, fp8.quantized(tensors()), source, shard_bytes, fp8.QUANTIZATION_CONFIG)
+    dtype = reduce(torch.promote_types, found.dtypes)
+    write_folder(target, fp8.quantized(tensors()), source, shard_bytes, fp8.QUANTIZATION_CONFIG, dtype)
     return sum(map(fp8.is_quantized, found.files))

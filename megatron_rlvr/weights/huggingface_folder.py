@@ -48,6 +48,7 @@ def write_folder(
     companions: Path,
     shard_bytes: int = SHARD_BYTES,
     quantization: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> int:
     """Write a complete Hugging Face folder, which gets its name when every file is complete.
 
@@ -57,6 +58,7 @@ def write_folder(
         companions: folder from which config, generation config and tokenizer are copied.
         shard_bytes: maximum size of a shard, unless a tensor is larger. A model of one shard has no index.
         quantization: ``quantization_config`` of config.json, for weights of which some are quantized.
+        dtype: dtype that config.json names; None names that of most bytes, for weights that differ only by family.
 
     Returns:
         the number of tensors written.
@@ -70,7 +72,8 @@ def write_folder(
         partial.mkdir(parents=True)
         count, sizes = _write_shards(partial, tensors, shard_bytes)
         sizes.pop(fp8.DTYPE, None)  # the model computes in the dtype of the others
-        copy_companions(companions, partial, max(sizes, key=sizes.__getitem__, default=torch.float32), quantization)
+        most = max(sizes, key=sizes.__getitem__, default=torch.float32)
+        copy_companions(companions, partial, dtype or most, quantization)
         replace_folder(partial, folder)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)

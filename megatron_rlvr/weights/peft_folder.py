@@ -41,6 +41,16 @@ _NEUTRAL: dict[str, Any] = {
     "layer_replication": None,
 }
 """Settings of PEFT that must have no effect."""
+_HARMLESS = {
+    *("peft_type", "task_type", "peft_version", "auto_mapping", "inference_mode", "base_model_name_or_path"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "megatron_config", "megatron_core"),
+    *("revision", "qalora_group_size", "ensure_weight_tying"),
+}
+"""Settings that change neither the policy of given adapters nor the base, or that are compared with the policy's."""
+_INITIALIZED = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of ``init_lora_weights`` with which PEFT leaves the base as it is. With others, such as ``pissa`` and
+``olora``, it subtracts the first product of A and B from the weights of the base, also when it loads a folder."""
 
 
 def write_adapters(folder: Path, tensors: Iterable[tuple[str, Tensor]], record: Mapping[str, Any]) -> None:
@@ -139,9 +149,15 @@ def read_adapters(
 def _check_settings(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder} holds adapters of type {shown(config.get('peft_type'))}: only LORA can be trained")
-    for name, neutral in _NEUTRAL.items():
-        if (value := config.get(name, neutral)) != neutral and value:
-            raise UserError(f"{folder} has {name}={shown(value)} in {CONFIG}, which is not supported: merge it first")
+    for name, value in config.items():
+        if name == "init_lora_weights":
+            unsupported = value not in _INITIALIZED
+        else:
+            unsupported = name not in _HARMLESS and bool(value) and value != _NEUTRAL.get(name)
+        if unsupported:
+            raise UserError(
+                f"{folder} has {shown(name)[1:-1]}={shown(value)} in {CONFIG}, which is not supported: merge it first"
+            )
     for name, key in (("r", "rank"), ("lora_alpha", "alpha")):
         if (value := field(config, name, float)) != record[key]:
             raise UserError(f"{folder} holds adapters with {name}={value:g}: set lora.{key} to it, not {record[key]:g}")

@@ -51,7 +51,7 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
         UserError: for the first tensor that is wrong, missing or unknown, or if the weights have other layers.
     """
     expected = expected_weights(hf_config)
-    in_float32 = _in_float32(hf_config)
+    in_float32 = names_in_float32(hf_config)
     others: list[str] = []
     dtypes: set[torch.dtype] = set()
     folder = next(iter(files.values())).parent
@@ -123,10 +123,10 @@ def stored_dtype(name: str, own: torch.dtype, requested: torch.dtype | None, hf_
         requested: dtype for the weights of the folder; None keeps them.
         hf_config: transformers configuration of the model, whose family has weights that stay in float32.
     """
-    return own if requested is None or name.endswith(_in_float32(hf_config)) else requested
+    return own if requested is None or name.endswith(names_in_float32(hf_config)) else requested
 
 
-def _in_float32(hf_config: Any) -> tuple[str, ...]:
+def names_in_float32(hf_config: Any) -> tuple[str, ...]:
     """Return the ends of the names of weights that are in float32, whatever the dtype of the model."""
     table = family_of(hf_config).weights
     return tuple(entry.huggingface.rpartition("*")[2] for entry in table if isinstance(entry, Float32))

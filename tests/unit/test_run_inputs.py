@@ -37,6 +37,11 @@ def append(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\n")
 
 
+def end_with(path: Path, token: int) -> None:
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"eos_token_id": [config["eos_token_id"], token]}))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -48,6 +53,11 @@ def append(path: Path) -> None:
             lambda here: (here / "model" / "chat_template.jinja").write_text("x"),
             "chat_template.jinja in model.path is new",
         ),
+        (
+            lambda here: (here / "model" / "special_tokens_map.json").write_text("{}"),
+            "special_tokens_map.json in model.path is new",
+        ),
+        (lambda here: end_with(here / "model" / "config.json", 5), "eos_token_id of config.json in model.path has"),
     ],
 )
 def test_an_exchanged_file_is_refused(
@@ -60,6 +70,17 @@ def test_an_exchanged_file_is_refused(
     assert said in str(error.value) and "\n" not in str(error.value)
     record_inputs(config, resumes=False)  # a new run in the directory takes the files as they are
     record_inputs(config, resumes=True)
+
+
+def test_a_run_of_an_earlier_version_goes_on(config: Config, tmp_path: Path) -> None:
+    file = Path(config.run_directory) / INPUTS_FILE
+    recorded = json.loads(file.read_text())
+    del recorded["eos_token_id of config.json in model.path"]
+    file.write_text(json.dumps(recorded))
+    assert record_inputs(config, resumes=True) == []
+    end_with(tmp_path / "model" / "config.json", 5)
+    with pytest.raises(UserError, match="eos_token_id of config"):  # recorded by the first resume
+        record_inputs(config, resumes=True)
 
 
 def test_another_verifier_warns_once(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

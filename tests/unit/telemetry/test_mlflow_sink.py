@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import posixpath
+import re
 import sys
 import types
 from pathlib import Path
@@ -94,6 +96,17 @@ def test_a_resumed_run_continues_its_mlflow_run(tmp_path: Path, server: FakeServ
     assert server.values("evaluation/pass_at_8") == [(0, 0.0), (3, 0.375)]
     MLflow(tmp_path.parent, "study", "other")
     assert server.experiments == {"study": "0"}  # found, not created twice
+
+
+def test_every_name_is_one_that_mlflow_takes(tmp_path: Path, server: FakeServer) -> None:
+    """MLflow refuses a request for one name, and with it the metrics of all later steps."""
+    names = ["reward/a+b", "reward/a_b", "reward/.", "reward/../x", "reward/.a", "a//b", "a/", "pass@8", "reward/é (1)"]
+    MLflow(tmp_path, "study", "one").write({"step": 0, **dict.fromkeys(names, 1.0)})
+    [(_, batch)] = server.batches
+    taken = [name for name, *_ in batch]
+    assert len({*taken}) == len(names) and {"pass_at_8", "reward/a_b", "reward/.a"} <= {*taken}
+    for name in taken:  # as in mlflow.utils.validation
+        assert re.fullmatch(r"[/\w.\- :]*", name) and posixpath.normpath(name) == name and not name.startswith("..")
 
 
 def test_metrics_wait_for_a_server_that_is_down(

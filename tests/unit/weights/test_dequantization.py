@@ -20,6 +20,7 @@ from megatron_rlvr.weights.fp8_folder import quantize_folder
 from megatron_rlvr.weights.huggingface_folder import read_tensor, tensor_files
 from megatron_rlvr.weights.shape_checks import check_shapes
 from tests.families import CHOICE_BIAS, make_family
+from tools.convert_checkpoint import main as convert
 
 Tensors = dict[str, torch.Tensor]
 PROJECTION = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
@@ -72,6 +73,28 @@ def test_values_and_dtypes(published: Path, tmp_path: Path) -> None:
     assert config.dtype is torch.bfloat16
     checked = check_shapes(tensor_files(tmp_path / "out"), config)
     assert checked.dtypes == {torch.bfloat16} and checked.prediction == {PREDICTION}
+
+
+def test_config_json_names_a_dtype_that_holds_every_weight(published: Path, tmp_path: Path) -> None:
+    """transformers and SGLang round weights to the dtype of config.json."""
+
+    def widen(tensors: Tensors) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-5
+
+    mixed = changed(published, tmp_path / "mixed", widen)
+    dequantize_folder(mixed, tmp_path / "out", lambda _line: None)
+    assert read_config(tmp_path / "out").dtype is torch.float32
+    quantize_folder(tmp_path / "out", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_layers_for_multi_token_prediction_are_no_fault_of_a_conversion(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dequantize_folder(published, tmp_path / "out", lambda _line: None)
+    quantize_folder(tmp_path / "out", tmp_path / "fp8")
+    assert "1 tensors for multi-token prediction are not trained" in capsys.readouterr().err
+    assert convert(["to-megatron", str(tmp_path / "out"), str(tmp_path / "megatron"), "--verify"]) == 0
 
 
 def test_a_killed_conversion_continues(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

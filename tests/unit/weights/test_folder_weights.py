@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
+from megatron_rlvr.weights.checkpoint_folder import check_same_model, fingerprint
 from megatron_rlvr.weights.huggingface_folder import INDEX, tensor_files, write_folder
 from megatron_rlvr.weights.shape_checks import check_shapes, expected_weights, rounding, stored_dtype, unused_warning
 from tests.families import CHOICE_BIAS, FAMILIES, MIXTURES, make_families
@@ -233,6 +234,23 @@ def test_a_bias_of_the_router_stays_in_float32(copy: Callable[[str], Path], tmp_
     other = "model.layers.1.mlp.gate.weight"
     assert stored_dtype(other, torch.float32, torch.bfloat16, config) is torch.bfloat16
     assert stored_dtype(other, torch.bfloat16, None, config) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change", [{"routed_scaling_factor": 1.5}, {"norm_topk_prob": False}, {"rope_interleave": False}]
+)
+def test_a_checkpoint_knows_what_its_weights_compute(change: dict[str, Any], copy: Callable[[str], Path]) -> None:
+    """A value of config.json that changes no shape changes the policy."""
+    config = read_config(copy("deepseek-v3"))
+    stored = json.loads(json.dumps(fingerprint(config, torch.float32)))
+    check_same_model(stored, fingerprint(config, torch.float32), Path("step_1"), remedy="")
+    for key, value in change.items():
+        setattr(config, key, value)
+    other = fingerprint(config, torch.float32)
+    with pytest.raises(UserError, match=f"another model .*{next(iter(change))}"):
+        check_same_model(stored, other, Path("step_1"), remedy="")
+    del stored["computation"]  # of an earlier version
+    check_same_model(stored, other, Path("step_1"), remedy="")
 
 
 def test_each_tensor_is_in_one_file(copy: Callable[[str], Path]) -> None:
