@@ -31,23 +31,26 @@ from tests.rendezvous import renew
 PROMPT, RESPONSE = 48, 32
 
 
-def live_storages() -> dict[int, int]:
-    """Bytes of every storage that a tensor of this process refers to, by the storage's identity."""
+def live_storages() -> dict[int, torch.UntypedStorage]:
+    """Every storage that a tensor of this process refers to, by the storage's identity."""
     while gc.collect():  # what one collection frees may have held the next cycle
         pass
     tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
-    return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    return {x.untyped_storage()._cdata: x.untyped_storage() for x in tensors}
 
 
 def live_bytes() -> int:
-    return sum(live_storages().values())
+    return sum(storage.nbytes() for storage in live_storages().values())
 
 
 class HighWater(TorchDispatchMode):
     """The most bytes that the storages created inside it held at one time, backward passes included."""
 
     def __enter__(self) -> HighWater:
-        self.before = live_storages()
+        self.before = set()
+        for key, storage in live_storages().items():
+            self.before.add(key)
+            weakref.finalize(storage, self.before.discard, key)  # a new storage may get the identity of a freed one
         self.living: dict[int, int] = {}
         self.current = self.peak = 0
         super().__enter__()
