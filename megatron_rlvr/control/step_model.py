@@ -62,7 +62,7 @@ class StepModel:
         clip_deviation, clip_walk, clip_change = (0.03, 0.002, 0.03) if clip_gain else (0.0, 0.0, 0.0)
         self.filter = EntropyPlant(
             (
-                Effect(0.0, deviation=0.03, walk=0.01, change=0.1, decay=0.15),
+                Effect(0.0, deviation=0.03, walk=0.02, change=0.1, decay=0.15),
                 Effect(clip_gain, clip_deviation, clip_walk, clip_change),
                 Effect(-clip_gain, clip_deviation, clip_walk, clip_change),
                 Effect(steering_gain, 0.7 * steering, 0.06 * steering, 3.0 * steering),
