@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -137,7 +138,8 @@ def _name(source: DataSource, train: str | list[DataSource]) -> str:
 
 def _ends_of_sequence(config: Path) -> str:
     """Return the ids of tokens that end a completion by a config.json, as text."""
-    found = read_json(config, remedy="download the model again") if config.is_file() else {}
+    is_file = os.path.isfile(config)  # noqa: PTH113, Path.is_file raises for a name that is too long
+    found = read_json(config, remedy="download the model again") if is_file else {}
     return json.dumps(found.get("eos_token_id"))
 
 

@@ -33,8 +33,8 @@ def test_hyphens_and_underscores_name_the_same_argument() -> None:
         ({"tp_size": 2, "dp": 2}, ServerLayout(tensor=2, replicas=2), 4, 2),
         ({"data-parallel-size": 4}, ServerLayout(replicas=4), 4, 1),
         ({"tp_size": 2, "pp": 2, "dp_size": 2}, ServerLayout(2, 2, 2), 8, 4),
-        ({"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}, ServerLayout(tensor=4), 4, 4),
-        ({"tp_size": 4, "dp-size": 4, "enable-dp-attention": True}, ServerLayout(tensor=4), 4, 4),
+        ({"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}, ServerLayout(tensor=4, attention_groups=4), 4, 4),
+        ({"tp_size": 4, "dp-size": 4, "enable-dp-attention": True}, ServerLayout(tensor=4, attention_groups=4), 4, 4),
         ({"tp_size": 4, "attn-dp-size": 4}, ServerLayout(tensor=4), 4, 4),
     ],
 )
