@@ -193,7 +193,7 @@ def test_weights_change_under_completions(interrupt: str, policy, engine, server
     if engine.weight_sync.transport is None:  # writing the folder could take longer than all completions
         write = engine.weight_sync.folders.write
         monkeypatch.setattr(
-            engine.weight_sync.folders, "write", lambda *arguments: (write(*arguments), start_generating())
+            engine.weight_sync.folders, "write", lambda *a, **options: (write(*a, **options), start_generating())
         )
     else:
         start_generating()

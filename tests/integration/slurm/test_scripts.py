@@ -44,7 +44,7 @@ def test_all_scenarios_have_a_script() -> None:
         *("entropy-sweep", "entropy-sweep-report", "convert", "evaluate"),
     }
     assert {script.stem for script in SCRIPTS} == expected
-    assert len(TRAINING) == 5
+    assert len(TRAINING) == 6
 
 
 def test_shellcheck() -> None:
