@@ -7,7 +7,6 @@ with the same input continues after the files that are complete.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,14 +32,17 @@ from megatron_rlvr.weights.huggingface_folder import (
     SHARD_BYTES,
     copy_companions,
     read_tensor,
-    shard_names,
     tensor_files,
-    write_index,
 )
 from megatron_rlvr.weights.peft_folder import write_adapters
-from megatron_rlvr.weights.resumable_folder import Report, begin, cannot_write, close_input, identities
-from megatron_rlvr.weights.safetensors_writer import is_complete as is_complete_shard
-from megatron_rlvr.weights.safetensors_writer import nbytes, plan_shards, write_shard
+from megatron_rlvr.weights.resumable_folder import (
+    Report,
+    begin,
+    close_input,
+    completing,
+    identities,
+    write_missing_shards,
+)
 from megatron_rlvr.weights.shape_checks import check_shapes, rounding, stored_dtype, unused_warning
 from megatron_rlvr.weights.whole_weights import WholeWeights, check_finite
 
@@ -74,26 +76,20 @@ def to_megatron(bridge: PolicyBridge, target: Path, report: Report, verify: bool
     source = {"folder": str(bridge.path.resolve()), "files": identities(inputs), "dtype": str(bridge.dtype)}
     unfinished = begin(target, source, report)
     report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
-    try:
+    compared = 0
+    with completing(unfinished, target):
         digests = save_streamed(
             weights.state,
             unfinished,
             pieces=lambda name: weights.pieces(name, weights.from_huggingface(name, files)),
             report=lambda done, count: report(f"{done} of {count} files"),
         )
-        compared = 0
         if verify:
             report("comparing every tensor")
             compared = _compare(weights, partial(_load, weights, StreamedLoad(unfinished)), bridge.path, bridge.dtype)
         close_input(unfinished)
         model = fingerprint(bridge.hf_config, bridge.dtype)
         write_record(unfinished, {"step": 0, "model": model, "source": str(bridge.path)}, digests)
-        unfinished.rename(target)
-    except UserError:  # the input is wrong, so the output is of no use
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    except OSError as error:
-        raise cannot_write(target, error) from error
     return compared
 
 
@@ -143,30 +139,16 @@ def to_huggingface(
     source |= {"dtype": str(dtype)}
     unfinished = begin(target, source, report)
     report(f"writing {target}; the largest weight has {weights.largest_bytes() / 1024**3:.2f} GiB")
-    shards = plan_shards(described, shard_bytes)
     tensors = _tensors(weights, load)
-    try:
-        for number, (names, file) in enumerate(zip(shards, shard_names(len(shards)), strict=True)):
-            in_shard = {name: described[name] for name in names}
-            if not is_complete_shard(unfinished / file, in_shard):
-                write_shard(
-                    unfinished / file, in_shard, ((name, tensors(name).to(described[name][0])) for name in names)
-                )
-            report(f"{number + 1} of {len(shards)} files")
-        if len(shards) > 1:
-            write_index(unfinished, shards, sum(map(nbytes, described.values())))
+    compared = 0
+    with completing(unfinished, target):
+        write_missing_shards(
+            unfinished, described, lambda name: tensors(name).to(described[name][0]), shard_bytes, report
+        )
         copy_companions(bridge.path, unfinished, dtype)
-        compared = 0
         if verify:
             report("comparing every tensor")
             compared = _compare(weights, load, unfinished, dtype)
-        close_input(unfinished)
-        unfinished.rename(target)
-    except UserError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    except OSError as error:
-        raise cannot_write(target, error) from error
     return compared
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
@@ -20,12 +19,9 @@ from megatron_rlvr.weights.huggingface_folder import (
     SHARD_BYTES,
     copy_companions,
     read_tensor,
-    shard_names,
     tensor_files,
-    write_index,
 )
-from megatron_rlvr.weights.resumable_folder import Report, begin, cannot_write, close_input, identities
-from megatron_rlvr.weights.safetensors_writer import is_complete, nbytes, plan_shards, write_shard
+from megatron_rlvr.weights.resumable_folder import Report, begin, completing, identities, write_missing_shards
 from megatron_rlvr.weights.shape_checks import DTYPES, expected_weights, names_in_float32
 from megatron_rlvr.weights.whole_weights import check_finite
 
@@ -81,23 +77,9 @@ def dequantize_folder(
         check_finite(value, f"{files[name]}: {name}")
         return value
 
-    shards = plan_shards(described, shard_bytes)
-    try:
-        for number, (names, file) in enumerate(zip(shards, shard_names(len(shards)), strict=True)):
-            in_shard = {name: described[name] for name in names}
-            if not is_complete(partial / file, in_shard):
-                write_shard(partial / file, in_shard, ((name, tensor(name)) for name in names))
-            report(f"{number + 1} of {len(shards)} files")
-        if len(shards) > 1:
-            write_index(partial, shards, sum(map(nbytes, described.values())))
+    with completing(partial, target):
+        write_missing_shards(partial, described, tensor, shard_bytes, report)
         copy_companions(source, partial, widest)
-        close_input(partial)
-        partial.rename(target)
-    except UserError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except OSError as error:
-        raise cannot_write(target, error) from error
     return sum(headers[name][0] == _QUANTIZED for name in described)
 
 

@@ -15,6 +15,7 @@ from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights import fp8
 from megatron_rlvr.weights.huggingface_folder import SHARD_BYTES, read_tensor, tensor_files, write_folder
 from megatron_rlvr.weights.shape_checks import check_shapes, unused_warning
+from megatron_rlvr.weights.whole_weights import check_finite
 
 
 def quantize_folder(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) -> int:
@@ -43,8 +44,7 @@ def quantize_folder(source: Path, target: Path, shard_bytes: int = SHARD_BYTES) 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in sorted(found.files):
             tensor = read_tensor(found.files[name], name)
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"{found.files[name]}: {name} has values that are not finite: download the model again")
+            check_finite(tensor, f"{found.files[name]}: {name}")
             yield name, tensor
 
     dtype = reduce(torch.promote_types, found.dtypes)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
-from megatron_rlvr.weights import dequantization, fp8
+from megatron_rlvr.weights import fp8, resumable_folder
 from megatron_rlvr.weights.dequantization import dequantize_folder
 from megatron_rlvr.weights.fp8_folder import quantize_folder
 from megatron_rlvr.weights.huggingface_folder import read_tensor, tensor_files
@@ -103,7 +103,7 @@ def test_a_killed_conversion_continues(published: Path, tmp_path: Path, monkeypa
     files = len(list(whole.glob("*.safetensors")))
     assert files > 3
     written: list[str] = []
-    write = dequantization.write_shard
+    write = resumable_folder.write_shard
 
     def write_or_die(path: Path, *arguments: Any) -> None:
         if len(written) == 2:
@@ -111,12 +111,12 @@ def test_a_killed_conversion_continues(published: Path, tmp_path: Path, monkeypa
         write(path, *arguments)
         written.append(path.name)
 
-    monkeypatch.setattr(dequantization, "write_shard", write_or_die)
+    monkeypatch.setattr(resumable_folder, "write_shard", write_or_die)
     with pytest.raises(KeyboardInterrupt):
         dequantize_folder(published, resumed, lambda _line: None, 60_000)
     assert not resumed.exists()
     monkeypatch.setattr(
-        dequantization, "write_shard", lambda path, *rest: (written.append(path.name), write(path, *rest))
+        resumable_folder, "write_shard", lambda path, *rest: (written.append(path.name), write(path, *rest))
     )
     lines: list[str] = []
     dequantize_folder(published, resumed, lines.append, 60_000)
