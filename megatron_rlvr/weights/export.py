@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,14 @@ def export_folder(
     Raises:
         UserError: if the folder cannot be written.
     """
-    tensors = in_turns(bridge.export(model_chunks), f"{folder} to be written", keep=write)
-    if write:
+
+    def write_converted(tensors: Iterator[tuple[str, Tensor]]) -> None:
         if rounded := rounding({bridge.dtype}, dtype or bridge.dtype):
             print(f"warning: {folder}: {rounded}", file=sys.stderr)
         converted = ((n, t.to(stored_dtype(n, t.dtype, dtype, bridge.hf_config))) for n, t in tensors)
         write_folder(folder, converted, companions=bridge.path)
-    else:
-        for _ in tensors:  # every process must take part in gathering every tensor
-            pass
+
+    write_in_turns(bridge.export(model_chunks), folder, write_converted if write else None)
 
 
 def export_adapters(
@@ -70,15 +70,28 @@ def export_adapters(
     Raises:
         UserError: if the folder cannot be written.
     """
-    tensors = in_turns(bridge.adapter_export(model_chunks).tensors(), f"{folder} to be written", keep=write)
-    if write:
-        write_adapters(folder, tensors, record)
-    else:
-        for _ in tensors:
-            pass
+    tensors = bridge.adapter_export(model_chunks).tensors()
+    write_in_turns(tensors, folder, partial(write_adapters, folder, record=record) if write else None)
 
 
-def in_turns(tensors: Iterable[tuple[str, Tensor]], what: str, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+def write_in_turns(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, write: Callable[[Iterator[tuple[str, Tensor]]], object] | None
+) -> None:
+    """Write an export on one process, between whose turns the others wait. Collective over the job.
+
+    Args:
+        tensors: the export.
+        folder: the folder that is written, for what the others wait for.
+        write: writes the tensors, which are in host memory; None on the processes that do not write.
+    """
+    turns = _in_turns(tensors, f"{folder} to be written", keep=write is not None)
+    if write is not None:
+        write(turns)
+    for _ in turns:  # every process must take part in gathering every tensor
+        pass
+
+
+def _in_turns(tensors: Iterable[tuple[str, Tensor]], what: str, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
     """Gather up to 1 GiB of tensors, yield them from host memory, wait for the other processes, and so on.
 
     So no process waits for the disk in a collective of the export, on a GPU in NCCL.

@@ -13,6 +13,7 @@ from megatron_rlvr.rollout.engines.base import EngineLostError, GroupRequest, On
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
 from megatron_rlvr.rollout.engines.sglang.http import LARGEST_REPLY
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import normalized
 from megatron_rlvr.rollout.engines.sglang.protocol import generate_body, largest_reply, prefill_body, read_completions
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.sampling import SamplingSettings
@@ -118,8 +119,9 @@ class Client:
             endpoint = await self._claim_endpoint(limit)
 
     def _prefills_once(self, request: GroupRequest, sampling: SamplingSettings) -> bool:
-        shortest = self.config.prefill_once_from
-        return shortest > 0 and len(request.prompt) >= shortest and sampling.samples > 1 and self.config.caches_prefixes
+        shortest, server = self.config.prefill_once_from, normalized(self.config.server)
+        is_long = shortest > 0 and len(request.prompt) >= shortest
+        return is_long and sampling.samples > 1 and not server.get("disable_radix_cache")
 
     async def _request_group(
         self, endpoint: Endpoint, body: bytes, sampling: SamplingSettings, prompt_tokens: int

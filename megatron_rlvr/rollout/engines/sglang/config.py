@@ -85,11 +85,6 @@ class SGLangConfig:
     """What to do if all servers are lost and none comes back within `start_timeout_seconds`: ``stop`` with a checkpoint
     and exit status 75, or ``wait``."""
 
-    @property
-    def caches_prefixes(self) -> bool:
-        """Whether the servers that the trainer starts keep prefixes; running ones are taken to."""
-        return not any(self.server.get(name) for name in ("disable_radix_cache", "disable-radix-cache"))
-
     def check(self) -> None:
         """Refuse combinations of keys that cannot work."""
         for url in self.urls:

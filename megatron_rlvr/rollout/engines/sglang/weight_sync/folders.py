@@ -6,6 +6,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.weights.buckets import Bucket
-from megatron_rlvr.weights.export import in_turns
+from megatron_rlvr.weights.export import write_in_turns
 from megatron_rlvr.weights.huggingface_folder import write_folder
 
 
@@ -52,14 +53,10 @@ class WeightFolders:
 
     def write(self, tensors: Iterable[tuple[str, Tensor]], version: int, *, is_main: bool) -> None:
         """Write an export of the policy's current weights from the main process. Collective over the job."""
-        folder = self.folder(version)
-        tensors = in_turns(tensors, f"{folder} to be written", keep=is_main)
         if is_main:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._write_folder(tensors, version)
-        else:
-            for _ in tensors:  # every process must take part in gathering every tensor
-                pass
+        write = partial(self._write_folder, version=version) if is_main else None
+        write_in_turns(tensors, self.folder(version), write)
 
     def _write_folder(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         write_folder(self.folder(version), tensors, companions=self.bridge.path, quantization=self.quantization)
