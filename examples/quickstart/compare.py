@@ -99,9 +99,7 @@ def runs(overrides: Sequence[str], output: Path) -> list[Run]:
     Raises:
         UserError: if `overrides` name or place a run, which would give both the same directory.
     """
-    for word in overrides:
-        if word.partition("=")[0] in ("name", "run_directory"):
-            raise UserError(f"{word}: the two runs have names and directories of their own; choose --output DIR")
+    refuse_places(overrides)
     schedule = [word for word in overrides if word.startswith(SCHEDULE)]
     common = [word for word in overrides if not word.startswith(SCHEDULE)]
     # The machine is shared by two processes. More than two threads do not make this small model faster.
@@ -112,6 +110,30 @@ def runs(overrides: Sequence[str], output: Path) -> list[Run]:
         Run("static-clipping", output / "static-clipping", common + STATIC),
         Run(second, output / second, common + (schedule or DRAWN)),
     ]
+
+
+def refuse_places(overrides: Sequence[str]) -> None:
+    """Raise UserError if `overrides` name or place a run."""
+    for word in overrides:
+        if word.partition("=")[0] in ("name", "run_directory"):
+            raise UserError(f"{word}: the two runs have names and directories of their own; choose --output DIR")
+
+
+def train_to_the_end(both: Sequence[Run], console: Console) -> bool:
+    """Train both runs; returns whether they ended, and says how to continue if they were stopped.
+
+    Raises:
+        UserError: if one of them fails.
+    """
+    try:
+        train(both, console)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command continues both runs")
+        return False
+    if any(run.status() == EXIT_STOPPED for run in both):
+        console.print("a run was stopped; the same command continues both runs")
+        return False
+    return True
 
 
 def train(both: Sequence[Run], console: Console) -> None:
@@ -196,19 +218,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of the two runs")
     options = parser.parse_args(arguments)
     both, console = runs(options.overrides, options.output), Console()
-    try:
-        train(both, console)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command continues both runs")
-        return EXIT_STOPPED
-    if any(run.status() == EXIT_STOPPED for run in both):
-        console.print("a run was stopped; the same command continues both runs")
+    if not train_to_the_end(both, console):
         return EXIT_STOPPED
     report(both, options.output / "comparison.png", console)
     return EXIT_DONE
 
 
-if __name__ == "__main__":
+def interruptible() -> None:
+    """Let SIGINT and SIGTERM interrupt this program, also one that a shell started in the background."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background programs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
+
+
+if __name__ == "__main__":
+    interruptible()
     sys.exit(main())

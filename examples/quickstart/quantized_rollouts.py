@@ -74,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     ordered = list(runs.values())
     for pair in zip(ordered[::2], ordered[1::2], strict=True):
-        compare.train(pair, Console())
-        if any(run.status() == EXIT_STOPPED for run in pair):
+        if not compare.train_to_the_end(pair, Console()):
             return EXIT_STOPPED
     text = table({name: [results(runs[name, seed].directory) for seed in options.seeds] for name in ARMS})
     write_text(options.output / "results.md", text)
@@ -84,4 +83,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    compare.interruptible()
     sys.exit(main())

@@ -68,4 +68,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    compare.interruptible()
     sys.exit(main())

@@ -13,17 +13,15 @@ The same command continues interrupted runs. User errors are one line on stderr 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from compare import SCHEDULE, STATIC, Run, train  # examples/quickstart
+from compare import SCHEDULE, STATIC, Run, interruptible, refuse_places, train_to_the_end  # examples/quickstart
 from figure import NAMES, draw, results_table
 from picture import largest_error
 from rich.console import Console
 
-from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED, user_errors_reported
 from megatron_rlvr.telemetry.runs import load_run
 
@@ -36,9 +34,7 @@ def runs(overrides: Sequence[str], output: Path) -> list[Run]:
     Raises:
         UserError: if `overrides` name or place a run, which would give both the same directory.
     """
-    for word in overrides:
-        if word.partition("=")[0] in ("name", "run_directory"):
-            raise UserError(f"{word}: the two runs have names and directories of their own; choose --output DIR")
+    refuse_places(overrides)
     common = ["threads=1", *(word for word in overrides if not word.startswith(SCHEDULE))]
     schedules = [STATIC, [word for word in overrides if word.startswith(SCHEDULE)]]
     return [
@@ -54,13 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/real_model"), help="folder of the two runs")
     options = parser.parse_args(arguments)
     both, console = runs(options.overrides, options.output), Console()
-    try:
-        train(both, console)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command continues both runs")
-        return EXIT_STOPPED
-    if any(run.status() == EXIT_STOPPED for run in both):
-        console.print("a run was stopped; the same command continues both runs")
+    if not train_to_the_end(both, console):
         return EXIT_STOPPED
     finished = [load_run(run.directory) for run in both]
     path = options.output / "real_model.png"
@@ -74,6 +64,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background programs with SIGINT ignored
-        signal.signal(number, signal.default_int_handler)
+    interruptible()
     sys.exit(main())

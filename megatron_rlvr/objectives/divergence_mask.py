@@ -16,8 +16,8 @@ from megatron_rlvr.objectives.tokens import TokenInputs, TokenOutputs, saturated
 class DivergenceMask:
     """DPPO: min(r, max_ratio) A where the policies are near, 0 where an update has moved them apart.
 
-    A token is left out if A > 0 and p > q, or A < 0 and p < q, and the divergence of its binary distribution (this
-    token or any other) exceeds a bound. p is the current probability, q the old one. ``tv`` is |p - q|, ``kl`` is
+    DPPO leaves out tokens with A > 0 and p > q, or A < 0 and p < q, if the divergence of their binary distribution
+    (this token or any other) exceeds a bound. p is the current probability, q the old one. ``tv`` is |p - q|, ``kl`` is
     q ln(q / p) + (1 - q) ln((1 - q) / (1 - p)). The ratio's factor carries no gradient of its own beyond that of r A.
     The schedule's thresholds are not used.
     """

@@ -88,7 +88,7 @@ class Corrected:
 class Correction:
     """A bound on what two policies say of a token or a sequence, and what happens outside.
 
-    With d = ln pi - ln pi_rollout of a token, the measure of a token is its ratio e^d or an estimate of
+    With d = ln pi - ln pi_rollout, each token is measured by its ratio e^d or by an estimate of
     KL(rollout || train): k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d (Schulman, "Approximating KL Divergence", 2020). The
     measure of a sequence is e^(sum d) or the sum of an estimate (``sequence``), or e^(mean d), which is the geometric
     mean of its ratios, or the mean of an estimate (``geometric``).

@@ -32,7 +32,7 @@ class TokenMismatch:
 
     Attributes:
         log_ratio: float64, d = ln pi_train - ln pi_rollout, in nats.
-        surprise: float64, -ln pi_train - H, in nats: how much less likely a token is than the training policy expects.
+        surprise: float64, -ln pi_train - H, in nats: surprisal less its expectation under the training policy.
             Its mean is 0 if the training policy drew the token, whatever log-probs the engine reports.
         position: int64, place of the token in its response, from 0.
         age: int64, how many training steps the weights that drew the token are behind.

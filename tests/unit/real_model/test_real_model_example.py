@@ -183,7 +183,7 @@ def test_it_ends_with_one_picture_and_one_table(
             for name, records in (("metrics", steps), ("evaluations", evaluations)):
                 (run.directory / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
-    monkeypatch.setattr(show, "train", train)
+    monkeypatch.setattr("compare.train", train)
     monkeypatch.setattr(show.Run, "status", lambda self: status)
     assert show.main(["--output", str(tmp_path)]) == status
     printed = capsys.readouterr().out
