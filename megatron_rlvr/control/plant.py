@@ -163,10 +163,12 @@ class EntropyPlant:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        rows, size = [state["mean"], *state["covariance"]], 1 + len(self.effects)
-        started = [len(row) for row in rows if isinstance(row, list)] == [size] * (size + 1)
-        if not (started or rows == [[]]) or not all(isinstance(value, int | float) for row in rows for value in row):
-            raise ValueError(f"filter state: a mean and a covariance of size {size} are needed, found {rows}")
+        size, rows = 1 + len(self.effects), [state["mean"], *state["covariance"], state["exposure"]]
+        lengths = [len(row) for row in rows if isinstance(row, list)]
+        if lengths not in ([size] * (size + 1) + [size - 1], [0, 0]) or not all(
+            isinstance(value, int | float) for row in rows for value in row
+        ):
+            raise ValueError(f"filter state: mean, covariance and exposure of size {size} are needed, found {rows}")
         self.mean, self.covariance = list(state["mean"]), [list(row) for row in state["covariance"]]
         self.exposure, self.score = list(state["exposure"]), state["score"]
 
