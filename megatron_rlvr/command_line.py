@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+
+# OpenMP reads this variable when torch is imported. Idle threads that never spin cost a wake-up per operation; threads
+# that spin for long occupy cores that other processes need.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
 

@@ -6,17 +6,11 @@ schedule observe their exact entropy and set the step's clip thresholds, update 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-# OpenMP reads this variable when torch is imported. Idle threads that never spin cost a wake-up per operation; threads
-# that spin for long occupy cores that other processes need.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from megatron_rlvr.command_line import run_command
 from megatron_rlvr.components import build_components
@@ -37,7 +31,6 @@ from megatron_rlvr.training.entropy_control import EntropyControl
 from megatron_rlvr.training.final_export import export_policy
 from megatron_rlvr.training.learning_rate import learning_rate
 from megatron_rlvr.training.on_policy import OnPolicyWatch
-from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.reference import build_reference
 from megatron_rlvr.training.rollout_metrics import measure_rollout
 from megatron_rlvr.training.routing_metrics import routing_metrics
@@ -110,7 +103,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
 
         report.phase("updating")
         policy.set_learning_rate(rate)
-        updates: list[UpdateReport] = []
+        updates = []
         minibatches = batch.minibatches(algorithm.minibatches, only=control.trained(advantage))
         for sequences in minibatches * algorithm.epochs:
             update = policy.update(batch, sequences, advantage, weight, old, objective)
@@ -121,9 +114,8 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
             report.add_seconds(forward_backward=update.forward_backward_seconds, optimizer=update.optimizer_seconds)
             updates.append(update)
         metrics = {"step": step, "lr": rate, **measured.metrics, **routing, **rollout.metrics, **control.metrics()}
-        metrics |= alarm.metrics() | update_metrics(
-            updates, algorithm.epochs, policy.weights_are_finite(), layout.is_reporting_rank
-        )
+        finite = policy.weights_are_finite()
+        metrics |= alarm.metrics() | update_metrics(updates, algorithm.epochs, finite, layout.is_reporting_rank)
         alarm.observe_updates(metrics)
         on_policy.observe(step, metrics)
         engine.update_weights(step + 1)
