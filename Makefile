@@ -88,7 +88,7 @@ mismatch-study: $(STAMP)  ## planted faults in rollouts and healthy ones: for wh
 checkpoint-soak: $(STAMP)  ## 50 random kills of a run and 50 flipped bytes of its checkpoints (about 10 minutes)
 	PYTHONPATH=.:examples/quickstart $(BIN)/python -m tests.integration.checkpoint_soak $(ARGS)
 
-quickstart: $(STAMP)  ## compare a drawn entropy curve with static clipping (minutes); ARGS="key=value ..." overrides
+quickstart: $(STAMP)  ## compare a drawn entropy curve with static clipping (4 minutes); ARGS="key=value ..." overrides
 	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
 	$(BIN)/python examples/quickstart/compare.py $(ARGS)
 
