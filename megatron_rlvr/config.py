@@ -16,13 +16,14 @@ from megatron_rlvr.checked_input import one_line
 from megatron_rlvr.checked_yaml import read_yaml
 from megatron_rlvr.config_reader import merge, read
 from megatron_rlvr.config_schema import REQUIRED, Bounds, PositiveInt, check_values, to_dict
-from megatron_rlvr.config_yaml import read_document, read_overrides
+from megatron_rlvr.config_yaml import read_document, read_overrides, type_of
 from megatron_rlvr.control import build_schedule
 from megatron_rlvr.control.build import has_end
 from megatron_rlvr.data.config import DataConfig, is_gym
 from megatron_rlvr.errors import UserError, as_user_error
 from megatron_rlvr.megatron.config import LoRAConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.node import node_name
+from megatron_rlvr.objectives import build_objective
 from megatron_rlvr.rollout.config import EvaluationConfig, RolloutConfig
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.registry import read_registry
@@ -72,6 +73,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if any(text.startswith(f"algorithm.{section}.name=") for text in overrides):
             # The parameters in the file belong to the schedule or objective that is replaced.
             merged = merge(merged, {"algorithm": {section: None}})
+    for key in (text.partition("=")[0] for text in overrides):
+        if type_of(key, Config).type is dict:  # an override of a whole mapping replaces it
+            emptied = OmegaConf.create({})
+            OmegaConf.update(emptied, key, None)
+            merged = merge(merged, OmegaConf.to_container(emptied))
     try:
         merged = merge(merged, OmegaConf.to_container(read_overrides(overrides, Config)))
         values: Any = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
@@ -234,7 +240,13 @@ def warnings_of(config: Config) -> list[str]:
             f"schedule stays at its end; to stretch it, add algorithm.schedule.total_steps={config.steps} "
             "resume.allow=[algorithm.schedule.total_steps]"
         )
-    corrections = config.algorithm.objective.importance or config.algorithm.objective.importance_cap
+    corrections = build_objective(algorithm.objective).importance
+    if corrections is not None and corrections.weighing > 1:
+        warnings.append(
+            f"algorithm.objective.importance={algorithm.objective.importance}: {corrections.weighing} of the "
+            "corrections weigh every token by pi / pi_rollout, so that its weight is a power of the ratio; keep one of "
+            "them, and add only corrections that leave tokens out (geometric, k3, opsm)"
+        )
     if stale and corrections is None and algorithm.old_policy == "recomputed":
         warnings.append(
             f"rollout.max_staleness={stale} without algorithm.objective.importance: tokens of "

@@ -81,14 +81,15 @@ class _Reader:
 
     def _hint(self, name: str, known: list[str], prefix: str, chosen: str) -> str:
         """Return what to write instead of an unknown key."""
-        close = difflib.get_close_matches(name, known, n=1)
+        elsewhere = [key for key in keys(self.root, any_name=True) if key.split(".")[-1] == name]
+        below = [key for key in elsewhere if key.startswith(prefix)]
+        close = [below[0].removeprefix(prefix)] if below else difflib.get_close_matches(name, known, n=1)
         suggestion = f"did you mean {prefix}{close[0]}?" if close else ""
         if chosen:
             return f"{suggestion} ".lstrip() + f"{chosen} takes {', '.join(known[1:])}"
         if suggestion:
             return suggestion
-        elsewhere = [key for key in keys(self.root) if key.split(".")[-1] == name]
-        return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else f"known keys: {', '.join(known)}"
+        return f"did you mean {' or '.join(elsewhere[:3])}?" if elsewhere else f"known keys: {', '.join(known)}"
 
 
 def _convert_key(expected: KeyType, key: str, value: Any) -> Any:

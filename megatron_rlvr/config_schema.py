@@ -207,12 +207,21 @@ def _key_types(section: Any) -> dict[str, KeyType]:
     return {field.name: key_type(annotations[field.name]) for field in dataclasses.fields(section) if field.init}
 
 
-def keys(section: type, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a section and of its subsections."""
+def keys(section: type, prefix: str = "", *, any_name: bool = False) -> Iterator[str]:
+    """Yield the dotted keys of a section and of its subsections.
+
+    Args:
+        section: the dataclass of the section.
+        prefix: what precedes its keys.
+        any_name: include the parameters of a section that its key ``name`` selects, of every name.
+    """
     for name, expected in key_types(section).items():
-        yield f"{prefix}{name}"
-        if expected.is_section and expected.by_name is None:
-            yield from keys(expected.type, f"{prefix}{name}.")
+        yield (key := f"{prefix}{name}")
+        if expected.by_name is not None:
+            chosen = expected.by_name.values() if any_name else ()
+            yield from dict.fromkeys(f"{key}.{parameter}" for kind in chosen for parameter in key_types(kind))
+        elif expected.is_section:
+            yield from keys(expected.type, f"{key}.", any_name=any_name)
 
 
 def names_key(entries: Iterable[str], key: str) -> bool:

@@ -60,13 +60,13 @@ def read_overrides(texts: Iterable[str], root: type) -> Any:
             text.encode()
         except UnicodeEncodeError:
             raise UserError(f"override {shown(text)} is not UTF-8: choose another name") from None
-        OmegaConf.update(tree, key, _read_value(text, value, _type_of(key, root)))
+        OmegaConf.update(tree, key, _read_value(text, value, type_of(key, root)))
     return tree
 
 
 def _read_value(text: str, value: str, expected: KeyType) -> Any:
     quoted = value[:1] in ("'", '"')
-    listed = expected.or_list is not None and value[:1] == "["
+    listed = expected.or_list is not None and value[:1] in ("[", "{")  # a mapping is refused with what to write
     if expected.type is str and not expected.choices and not quoted and not listed:
         return None if _NULL.fullmatch(value) else value
     try:
@@ -94,7 +94,7 @@ def _scalars(node: Any) -> Iterator[str]:
             yield from _scalars(item)
 
 
-def _type_of(key: str, root: type) -> KeyType:
+def type_of(key: str, root: type) -> KeyType:
     """Return the type of a dotted key; an untyped one if there is no such key."""
     expected = KeyType(root)
     for name in re.split(r"[.\[\]]+", key.rstrip("]")):

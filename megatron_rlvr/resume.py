@@ -24,7 +24,9 @@ from megatron_rlvr.training.config import ResumeConfig
 
 # Sections that may only change if resume.allow names the key. The others, such as steps, parallel and telemetry, may
 # change.
-IDENTITY = ("seed", "lora", "data", "verifier", "rollout", "algorithm", "reference", "optimizer")
+IDENTITY = ("seed", "data", "verifier", "rollout", "algorithm", "reference", "optimizer")
+# Sections that a checkpoint holds the form of, so that nothing can allow a change.
+FIXED = ("lora",)
 # Keys of these sections that may change: how completions are generated, stored and watched, but not how they are
 # sampled, and where the weights of the reference are.
 MAY_CHANGE = (
@@ -100,6 +102,11 @@ def check_same_run(config: Config, path: Path) -> tuple[Config, list[Change]]:
         for key, old, new in _differences(_compared(saved), _compared(config))
         if key not in ("run_directory", "checkpoint.start_from")
     ]
+    if fixed := next((change for change in differences if names_key(FIXED, change.key)), None):
+        raise UserError(
+            f"{path.parent} holds a run with {fixed.key}={shown_value(fixed.old)}, this one has "
+            f"{shown_value(fixed.new)}, which cannot change within a run: set it back, or choose another run_directory"
+        )
     allow = config.resume.allow
     refused = [change for change in differences if _determines(change.key) and not names_key(allow, change.key)]
     if refused:
@@ -159,13 +166,18 @@ def lengths_agreed(config: Config) -> Config:
 
 
 def check_allowance(config: Config) -> None:
-    """Refuse a ``resume.allow`` with something that is not a key.
+    """Refuse a ``resume.allow`` with something that is not a key, or that cannot change.
 
     Raises:
         UserError: for the first such entry.
     """
     known = {*keys(Config), *(f"{section}.{name}" for section in _BY_NAME for name in _parameters(config, section))}
     for entry in config.resume.allow:
+        if names_key(FIXED, entry):
+            raise UserError(
+                f"resume.allow: {entry} cannot change within a run, because its checkpoints hold such adapters: leave "
+                "it out, and choose another run_directory for others"
+            )
         if not any(names_key([entry], key) for key in known):
             raise UserError(
                 f"resume.allow: unknown configuration key {shown(entry)}{did_you_mean(entry, known)}: write keys or "

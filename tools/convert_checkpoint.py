@@ -12,7 +12,8 @@ PEFT's format with the adapters alone.
 The conversion runs in one process. It holds one weight at a time, with the Hugging Face tensors that make it up, and
 prints its peak memory and the size of the largest weight. It writes to OUTPUT.partial, which it renames at the end. If
 it is killed, start it again: it continues after the files that are complete. `--verify` reads the output back and
-compares every tensor bit for bit, after the conversion to --dtype if that rounds. Config.json of an exported folder
+compares every tensor bit for bit with the input, converted again: after the conversion to --dtype if that rounds, or to
+FP8. An option that a direction does not take is refused. Config.json of an exported folder
 names the dtype of its weights.
 
 `to-fp8` writes the Hugging Face folder that SGLang servers start from under rollout.quantization=fp8. It holds one file
@@ -46,6 +47,15 @@ from megatron_rlvr.weights.fp8_folder import quantize_folder
 from megatron_rlvr.weights.huggingface_folder import tensor_files
 from megatron_rlvr.weights.shape_checks import check_shapes
 
+# What a direction takes besides input and output. Other options would have no effect and are refused.
+OPTIONS = {
+    "to-megatron": ("dtype", "verify"),
+    "to-huggingface": ("model", "shard_gib", "dtype", "verify"),
+    "to-peft": ("model",),
+    "to-fp8": ("shard_gib", "verify"),
+    "from-fp8": ("shard_gib", "dtype", "verify"),
+}
+
 warnings.simplefilter("ignore")
 
 
@@ -53,11 +63,11 @@ warnings.simplefilter("ignore")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("direction", choices=("to-megatron", "to-huggingface", "to-peft", "to-fp8", "from-fp8"))
+    parser.add_argument("direction", choices=OPTIONS)
     parser.add_argument("input", type=Path, help="Hugging Face folder, or checkpoint folder with run.json")
     parser.add_argument("output", type=Path, help="folder to write; must not exist")
     parser.add_argument("--model", type=Path, help="folder of the model, if the input is a checkpoint")
-    parser.add_argument("--shard-gib", type=float, default=4.0, help="largest safetensors file")
+    parser.add_argument("--shard-gib", type=float, help="largest safetensors file; default: 4")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="dtype to write; default: one that holds every weight exactly"
     )
@@ -68,19 +78,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def report(text: str) -> None:
         print(f"[{time.perf_counter() - began:6.1f} s] {text}", flush=True)
 
-    if options.shard_gib <= 0:
-        raise UserError(f"--shard-gib must be greater than 0, found {options.shard_gib}")
+    takes = OPTIONS[options.direction]
+    for name in ("model", "shard_gib", "dtype", "verify"):
+        if getattr(options, name) and name not in takes:
+            known = ", ".join(f"--{other.replace('_', '-')}" for other in takes)
+            raise UserError(f"{options.direction} takes {known}, but not --{name.replace('_', '-')}: leave it out")
+    if options.shard_gib is not None and not 0 < options.shard_gib < 1e6:
+        raise UserError(f"--shard-gib must be greater than 0 and less than 1e6, found {options.shard_gib}")
+    shard_bytes = int((options.shard_gib or 4.0) * 1024**3)
     if options.direction in ("to-huggingface", "to-peft") and options.model is None:
         raise UserError(f"{options.direction} needs --model FOLDER, the model that the checkpoint was trained from")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the conversion runs in one process: start it without torchrun")
     if options.direction == "to-fp8":
-        count = quantize_folder(options.input, options.output, int(options.shard_gib * 1024**3))
+        count, compared = quantize_folder(options.input, options.output, shard_bytes, options.verify)
+        if options.verify:
+            report(f"all {compared} tensors are equal to those of {options.input}, quantized")
         report(f"{options.output} is complete; {count} tensors are in FP8")
         return EXIT_DONE
     if options.direction == "from-fp8":
         dtype = getattr(torch, options.dtype or "bfloat16")
-        count = dequantize_folder(options.input, options.output, report, int(options.shard_gib * 1024**3), dtype)
+        count, compared = dequantize_folder(options.input, options.output, report, shard_bytes, dtype, options.verify)
+        if options.verify:
+            report(f"all {compared} tensors are equal to those of {options.input}, dequantized")
         report(f"{options.output} is complete; {count} tensors were in FP8; peak memory {_peak_gib():.3f} GiB")
         return EXIT_DONE
     with parallel.parallel_groups(ParallelConfig(), seed=0):
@@ -97,7 +117,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             bridge = _bridge(options.model, conversion.checkpoint_dtype(options.input))
             dtype = options.dtype or str(bridge.dtype).removeprefix("torch.")
-            shard_bytes = int(options.shard_gib * 1024**3)
             compared = conversion.to_huggingface(
                 bridge, options.input, options.output, report, options.verify, shard_bytes, getattr(torch, dtype)
             )

@@ -18,7 +18,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.config_schema import LARGEST_INT, REQUIRED, Bounds, KeyType, key_types
 from megatron_rlvr.control.build import SCHEDULES
 from megatron_rlvr.objectives import OBJECTIVES
-from megatron_rlvr.resume import IDENTITY, MAY_CHANGE
+from megatron_rlvr.resume import FIXED, IDENTITY, MAY_CHANGE
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -43,13 +43,17 @@ python -m megatron_rlvr.train run.yaml optimizer.learning_rate=1e-6 algorithm.sc
   The value of a key that takes text is everything after the equals sign, as it is written: `name=0123`, `name=a #1`.
   Only `null` and text in quotes are special there. Numbers and truth values follow YAML 1.2, also in files: `0123` is
   not octal, and `on` is text where text is expected.
+- `verifier.options.NAME=1` changes one entry of a mapping; `verifier.options={{}}`, or a mapping with entries, replaces
+  all that the file has.
 - A key that is not set has its default. Unknown keys and impossible values are refused before anything starts.
 - `${{section.key}}` in a value is replaced by the value of that key.
 - `auto` is resolved when a program starts. The run's `config.yaml` keeps `auto`, so that a run on GPUs can be evaluated
   on a CPU.
 - Starting the same command again resumes the run. {listed(IDENTITY)}
   may then only change if `resume.allow` names the key, except {listed(MAY_CHANGE)}.
-  Everything else may change ([what may change on resume](checkpoints.md#continue-with-other-settings)).
+  {listed(FIXED)} cannot change, nor can what else the form of a checkpoint depends on: the sizes of the model,
+  `model.dtype` and `parallel.distributed_optimizer`. Everything else may change ([what may change on
+  resume](checkpoints.md#continue-with-other-settings)).
 - Every number has an upper bound. Where the tables name none, it is 2**31 - 1 for a whole number and 10**6 for another
   number.
 - The keys of the first table are at the top level of the file, outside sections.

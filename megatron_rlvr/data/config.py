@@ -101,7 +101,9 @@ class DataConfig:
         return [task for task in self.reasoning_gym.options if f"{GYM_PREFIX}{task}" not in paths]
 
     def check(self) -> None:
-        """Refuse an empty list of sources, and sources whose metrics could not be told apart."""
+        """Refuse an empty list of sources, several held-out ones, and sources whose metrics could not be told apart."""
+        if self.heldout and self.heldout[0] in "[{" and self.heldout[-1] in "]}":
+            raise UserError(f"data.heldout={shown(self.heldout)} is a list: write one file or task, without brackets")
         if not self.train:
             raise UserError("data.train=[] has no files: write data.train=[{path: a.jsonl, weight: 1}, ...]")
         if isinstance(self.train, str):

@@ -29,14 +29,15 @@ class Example:
 
     Attributes:
         index: position in the data set, counted from 0.
-        prompt: plain text, or chat messages [{"role": ..., "content": ...}] for the tokenizer's chat template.
+        prompt: plain text, or chat messages [{"role": ..., "content": ...}] for the tokenizer's chat template, with
+            all other fields that a message of the file has: some templates read ``name`` or ``reasoning_content``.
         answer: reference answer for the verifier, unchanged from the file.
         source: the row's "data_source", or the name of the file without its suffix.
         stratum: number by which prompts are stratified; None without a `stratify_key`.
     """
 
     index: int
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     answer: Any
     source: str
     stratum: float | None = None
@@ -222,11 +223,12 @@ def read_stratum(row: dict[str, Any], key: str, where: str) -> float:
     return float(value)
 
 
-def _checked_prompt(prompt: Any, where: str, key: str) -> str | list[dict[str, str]]:
+def _checked_prompt(prompt: Any, where: str, key: str) -> str | list[dict[str, Any]]:
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return [{"role": message["role"], "content": message["content"]} for message in prompt]
+        # In parquet all messages of a file have the same fields, and null where JSON has none.
+        return [{name: value for name, value in message.items() if value is not None} for message in prompt]
     raise UserError(
         f'{where}: {key} must be text or a list of {{"role": ..., "content": ...}} messages, not empty; '
         f"found {describe(prompt)}"

@@ -228,7 +228,12 @@ class ImportanceWeights:
     @property
     def weigh(self) -> bool:
         """Whether a correction weighs tokens by the ratio instead of only leaving some out."""
-        return not all(correction.is_filter for correction in self.corrections)
+        return self.weighing > 0
+
+    @property
+    def weighing(self) -> int:
+        """Number of corrections that weigh tokens by the ratio; with two, a weight is about its square."""
+        return sum(not correction.is_filter for correction in self.corrections)
 
     def before_updates(self, tokens: SampledTokens, total: Total = of_this_process) -> Corrected:
         """The corrections that do not follow updates; ``tokens.logprob`` is that of the policy before the step."""

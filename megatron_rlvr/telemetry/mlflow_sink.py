@@ -13,6 +13,7 @@ from typing import Any
 from megatron_rlvr.atomic_write import write_text
 from megatron_rlvr.checked_input import one_line
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.telemetry.sinks import read_run_id
 
 _MOST_AT_ONCE = 1000
 """Metrics in one request; MLflow's servers refuse more."""
@@ -57,7 +58,7 @@ class MLflow:
         try:
             self._client = mlflow.MlflowClient()
             if id_file.is_file():
-                self._run = id_file.read_text().strip()
+                self._run = read_run_id(id_file, "MLflow")
                 self._client.update_run(self._run, status="RUNNING")
                 return
             found = self._client.get_experiment_by_name(experiment)

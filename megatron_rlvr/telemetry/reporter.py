@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from megatron_rlvr.config import Config
 from megatron_rlvr.errors import UserError
@@ -15,7 +16,7 @@ from megatron_rlvr.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_rlvr.telemetry.mlflow_sink import MLflow
 from megatron_rlvr.telemetry.plots import plot_run
 from megatron_rlvr.telemetry.progress import Progress, open_progress
-from megatron_rlvr.telemetry.samples import Row, three_of, write_samples, write_worst_tokens
+from megatron_rlvr.telemetry.samples import Row, remove_samples, three_of, write_samples, write_worst_tokens
 from megatron_rlvr.telemetry.sinks import WeightsAndBiases
 from megatron_rlvr.telemetry.status import StatusWriter
 from megatron_rlvr.telemetry.summary import print_summary
@@ -29,7 +30,7 @@ class Reporter:
     Args:
         config: the configuration of the run.
         first_step: 0 for a new run, otherwise the step that a checkpoint resumes from. Metrics of this step and later
-            ones, written before the run was interrupted, are removed.
+            ones, written before the run was interrupted, are removed, and so are their samples.
         active: whether this process writes.
 
     Attributes:
@@ -44,11 +45,13 @@ class Reporter:
         self._writer: MetricsWriter | None = None
         self._progress: Progress | None = None
         self._status: StatusWriter | None = None
+        self._prompt: Any = None
         if not active:
             return
         settings = config.telemetry
         # A run that was killed before its first checkpoint starts again at step 0 in its own directory.
         self._writer = MetricsWriter(self.directory, first_step, tensorboard=settings.tensorboard)
+        remove_samples(self.directory, first_step)
         if settings.wandb_project:
             wandb = WeightsAndBiases(self.directory, {"project": settings.wandb_project, "name": config.name})
             self._writer.sinks.append(wandb)
@@ -96,6 +99,7 @@ class Reporter:
         """Store the samples of a step, or of the evaluation after `step` steps, and show three of a step."""
         if self._writer and self._progress and rows:
             write_samples(self.directory, step, rows, heldout=heldout)
+            self._prompt = rows[0]["prompt"]
             if not heldout:
                 self._progress.samples(three_of(rows))
 
@@ -127,11 +131,17 @@ class Reporter:
         if self.config.checkpoint.export_huggingface:
             folder = self.directory / "huggingface"
             results["policy (Hugging Face)"] = folder
-            sampler = Path("examples/quickstart/sample.py")
-            if sampler.is_file():
-                python = _relative_to_here(Path(sys.executable))
-                results["sample from it"] = f"{python} {sampler} {folder} '3 5 7 : 22 >'"
+            results |= self._command_to_sample(folder)
         print_summary(self.directory, results)
+
+    def _command_to_sample(self, folder: Path) -> dict[str, str]:
+        """The command that samples from the exported policy, if the last prompt can stand on a command line."""
+        program, prompt = Path("examples/quickstart/sample.py"), self._prompt
+        if not program.is_file() or not isinstance(prompt, str) or len(prompt) > 200 or not prompt.isprintable():
+            return {}
+        command = (_relative_to_here(Path(sys.executable)), program, folder, prompt)
+        length = f" --max-tokens {self.config.rollout.max_tokens}"
+        return {"sample from it": " ".join(shlex.quote(str(word)) for word in command) + length}
 
     def __enter__(self) -> Self:
         if self._progress:

@@ -35,6 +35,14 @@ def write_worst_tokens(run: Path, step: int, rows: Sequence[Row]) -> None:
     _write(run / "mismatch" / f"step_{step:06d}.jsonl", rows)
 
 
+def remove_samples(run: Path, first_step: int) -> None:
+    """Remove the samples of `first_step` and later steps, and evaluations of later policies: they are made again."""
+    for path in [*(run / "samples").glob("*.jsonl"), *(run / "mismatch").glob("*.jsonl")]:
+        match = _NAME.fullmatch(path.name)
+        if match and int(match[2]) >= first_step + (match[1] == "evaluation"):
+            path.unlink()
+
+
 def _write(path: Path, rows: Sequence[Row]) -> None:
     path.parent.mkdir(exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_rlvr.atomic_write import write_text
+from megatron_rlvr.checked_input import one_line, shown
 from megatron_rlvr.errors import UserError
+
+_RUN_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
 
 
 class Sink(Protocol):
@@ -80,7 +85,7 @@ class WeightsAndBiases:
         settings: keyword arguments of ``wandb.init``.
 
     Raises:
-        UserError: when wandb is not installed.
+        UserError: when wandb is not installed, refuses the run, or ``wandb_run_id`` does not hold an id.
     """
 
     def __init__(self, run_directory: Path, settings: Mapping[str, Any]) -> None:
@@ -92,12 +97,18 @@ class WeightsAndBiases:
             ) from error
         id_file = run_directory / "wandb_run_id"
         if not id_file.is_file():
-            id_file.write_text(uuid.uuid4().hex[:16])
-        self._run = wandb.init(**{"dir": str(run_directory), "id": id_file.read_text(), "resume": "allow", **settings})
-
+            write_text(id_file, uuid.uuid4().hex[:16])
+        run_id = read_run_id(id_file, "W&B")
+        try:
+            self._run = wandb.init(**{"dir": str(run_directory), "id": run_id, "resume": "allow", **settings})
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"telemetry.wandb_project={settings.get('project')}: W&B cannot be used ({one_line(error)}): run "
+                "`wandb login`, set WANDB_MODE=offline, or set the project to null"
+            ) from error
         self._alone_file = run_directory / "wandb_evaluation_rows"
-        lines = self._alone_file.read_text().split() if self._alone_file.is_file() else []
-        self._alone = {int(line) for line in lines if line.isdecimal()}
+        lines = self._alone_file.read_bytes().split() if self._alone_file.is_file() else []
+        self._alone = {int(line) for line in lines if line.isdigit() and len(line) < 10}
         self._waiting: dict[int, dict[str, Any]] = {}
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -114,9 +125,31 @@ class WeightsAndBiases:
             values = self._waiting.pop(step)
             if step not in self._alone:
                 self._alone.add(step)
-                self._alone_file.write_text("".join(f"{other}\n" for other in sorted(self._alone)))
+                write_text(self._alone_file, "".join(f"{other}\n" for other in sorted(self._alone)))
             self._run.log(values, step=step + sum(other < step for other in self._alone))
 
     def close(self) -> None:
         self._log_waiting(after=-1)
         self._run.finish()
+
+
+def read_run_id(file: Path, service: str) -> str:
+    """Read the id of a run at another service from a file of the run directory.
+
+    Args:
+        file: the file.
+        service: name of the service, for the error.
+
+    Raises:
+        UserError: if the file cannot be read, or does not hold an id.
+    """
+    try:
+        text = file.read_bytes()[:200].decode("ascii", "replace").strip()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): correct its permissions") from error
+    if not _RUN_ID.fullmatch(text):
+        raise UserError(
+            f"{file} is damaged: found {shown(text)} instead of the id of a run; write the id that {service} shows for "
+            "this run, or remove the file to begin a new run there"
+        )
+    return text

@@ -22,6 +22,7 @@ from megatron_rlvr.objectives import UpdateObjective
 from megatron_rlvr.training.head import Head, TokenScores
 from megatron_rlvr.training.loss import MinibatchLoss
 from megatron_rlvr.weights.adapter_record import adapter_record, weights_digest
+from megatron_rlvr.weights.companions import check_companions
 from megatron_rlvr.weights.loading import check_folder, load_folder
 from megatron_rlvr.weights.shape_checks import FolderWeights
 
@@ -70,6 +71,7 @@ class Policy:
             check_routers(self.bridge.hf_config, config.model.path)
             self.routers = router_shape(self.bridge.config)
         found = check_folder(self.bridge)
+        check_companions(self.bridge.path)
         self.model_chunks = self.bridge.build()
         if self.routers is not None:
             connect(self.model_chunks, self.routers)

@@ -57,7 +57,7 @@ _SYNONYMS = [
     (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
     (re.compile(r"\\(?:mathrm|text)\s?\{([ei])\}"), r"\1"),
-    (re.compile(r"\\text\s?\{[\s.]*\}"), ""),
+    (re.compile(r"\\text\s?\{[\s.]*\}|\\checkmark(?![a-zA-Z])|[✓✔✅]"), ""),
     (re.compile(r"(?<=\d)\s?\{,\}\s?(?=\d)"), ""),
 ]
 _CURRENCY = re.compile(r"\\?\$|\\(?:euro|pounds|yen)(?![a-zA-Z])|[€£¥₹₩₽]")
@@ -67,7 +67,9 @@ _MIXED_FRACTION = re.compile(r"(?<=\d)\s+(?=\\frac)")
 _SEPARATE_NUMBERS = re.compile(r"(?<=\d) +(?=\d)")
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE]([-+]?\d+)(?!\w)")
 _POWER = r"(?:\s?\^\s?\{?-?\d\}?)?"
-_REPEATING = re.compile(r"(?<![\d.,])(\d{1,20})\.(\d{0,20})\\(?:overline|dot|bar)\s?\{(\d{1,20})\}(?![\d\\])")
+_REPEATING = re.compile(
+    r"(?<![\d.,])(\d{1,20}|(?<![\w}]))\.(\d{0,20})\\(?:overline|dot|bar)\s?\{(\d{1,20})\}(?![\d\\])"
+)
 _QUANTITY_IN_TEXT = re.compile(r"\\text\s?\{\s*([-+]?[\d.][^{}]*)\}")
 _UNIT = re.compile(rf"(?<=[\d}}])\s+[^\W\d_]{{2,}}\.?{_POWER}(?:[\s/]+[^\W\d_]+\.?{_POWER})*$")
 # An exclamation mark ends a sentence only behind a formula: "3!" is a factorial.
@@ -110,7 +112,7 @@ def plain_latex(text: str) -> str:
 def _fraction_of_repeating(number: re.Match[str]) -> str:
     """Return 0.1\\overline{6} as a fraction."""
     whole, once, repeated = number.groups()
-    difference = int(whole + once + repeated) - int(whole + once)
+    difference = int(whole + once + repeated) - int(whole + once or "0")
     return f"\\frac{{{difference}}}{{{10 ** len(once) * (10 ** len(repeated) - 1)}}}"
 
 

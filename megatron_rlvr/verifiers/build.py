@@ -64,5 +64,8 @@ def build_verifier(name: str, **options: Any) -> Verifier:
     known = list(inspect.signature(factory).parameters)
     for option in options:
         if option not in known:
-            raise UserError(f"verifier {name} has no option {option!r}; it has {', '.join(known) or 'none'}")
+            raise UserError(
+                f"verifier {name} has no option {option!r}; it has {', '.join(known) or 'none'} (verifier.options={{}} "
+                "on the command line leaves out those of the file)"
+            )
     return factory(**options)

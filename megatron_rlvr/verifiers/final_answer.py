@@ -29,10 +29,11 @@ _FORMULAS = re.compile(
     rf"{_FORMULA}(?:\s*(?:,?\s*\b(?:and|or)\b|[,;])\s*{_FORMULA})*(?!\s*(?:,|;|and|or)\s*[-+$\\(\d])"
 )
 _PROSE = re.compile(
-    r"[.!?](?:\s|$)|[,;(]\s*(?!(?:and|or)\b)(?=[^\W\d_]{2})|\s[-(\[]\s*(?=[^\W\d_]{2})"
+    r"[.?](?:\s|$)|!\s|[,;(]\s*(?!(?:and|or)\b)(?=[^\W\d_]{2})|\s[-(\[]\s*(?=[^\W\d_]{2})"
     r"|\s(?:because|since|as|where|which|so|for|by|when|if|is|are|was|were)\s",
     re.IGNORECASE,
 )
+_CHOICE_START = re.compile(r"[A-Z][.)]")
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,17 @@ def final_answer(completion: str) -> str | None:
 def final_answers(completion: str) -> list[str]:
     """Return the readings of the final answer, the most literal one first; empty if there is no final answer.
 
-    There is a second reading if the last boxes are near each other, with a separator and other words between them:
-    then the answer may be the last one or all of them.
+    There is a second reading if an answer line ends in an exclamation mark behind a digit, and if the last
+    boxes are near each other, with a separator and other words between them: then the answer may be the last one or all
+    of them.
     """
     text = ascii_text(completion)
     boxes, unclosed_from = _boxes(text)
     box = boxes[-1] if boxes else None
     line = _last_answer_line(text, after=max(unclosed_from, box.end if box else 0), any_text=not boxes)
     if line is not None:
-        return [line] if line else []
+        # An exclamation mark at the end of "Answer: 3!" is a factorial or ends the sentence.
+        return [line, line[:-1]] if re.search(r"\d!$", line) else [line] if line else []
     if box is None or unclosed_from > box.start:
         return []
     readings = []
@@ -153,6 +156,6 @@ def _line_content(text: str, start: int) -> str:
     if line[:1] not in ("$", "\\"):
         prose = _PROSE.search(line, 1)
         # A single capital and a period or parenthesis, "C. 34", is a choice and no sentence.
-        if prose and prose.start() > 1:
+        if prose and not (prose.start() == 1 and _CHOICE_START.match(line)):
             line = line[: prose.start()]
     return line.strip().rstrip("*_").rstrip()

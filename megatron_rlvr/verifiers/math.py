@@ -93,7 +93,7 @@ def _equal(reference: str, candidate: str) -> bool:
     """Whether two answers, reduced by `plain_latex`, are equal."""
     if not candidate:
         return False
-    if _squeezed(candidate) == _squeezed(reference):
+    if _squeezed(_TEXT_COMMAND.sub(r"\1", candidate)) == _squeezed(_TEXT_COMMAND.sub(r"\1", reference)):
         return True
     first, second = _number(reference), _number(candidate)
     if first is not None and second is not None:

@@ -215,7 +215,7 @@ class VerifierPool:
                 self._warned.add(verdict.status)
                 logger.warning(
                     "a completion was not verified (%s): %s; its reward is 0 "
-                    "(warned once per status; VerifierPool.counts has the numbers)",
+                    "(warned once per status; the metric verifier/failed_fraction counts them)",
                     verdict.status,
                     verdict.detail,
                 )

@@ -28,9 +28,10 @@ from megatron_rlvr.weights.checkpoint_folder import (
     read_record,
     write_record,
 )
+from megatron_rlvr.weights.companions import check_companions, copy_companions
+from megatron_rlvr.weights.comparison import bit_equal
 from megatron_rlvr.weights.huggingface_folder import (
     SHARD_BYTES,
-    copy_companions,
     read_tensor,
     tensor_files,
 )
@@ -121,6 +122,7 @@ def to_huggingface(
         UserError: if the checkpoint is damaged or belongs to another model, the target cannot be written, or a tensor
             differs.
     """
+    check_companions(bridge.path)
     loaded, adapters = open_checkpoint(bridge, checkpoint, report)
     weights = WholeWeights(bridge)
     load = partial(_load, weights, loaded) if adapters is None else partial(_load_merged, weights, adapters)
@@ -276,7 +278,7 @@ def _compare(weights: WholeWeights, load: Load, folder: Path, dtype: torch.dtype
                 difference = difference or f"{folder} lacks {key}"
             elif difference is None:
                 compared = stored_dtype(key, tensor.dtype, dtype, weights.bridge.hf_config)
-                if not _bit_equal(read_tensor(files[key], key).to(compared), tensor.to(compared)):
+                if not bit_equal(read_tensor(files[key], key).to(compared), tensor.to(compared)):
                     difference = f"{key} differs from the one in {files[key]}"
     unknown = sorted(found.files.keys() - seen - found.derived)
     if difference is None and unknown:
@@ -284,10 +286,3 @@ def _compare(weights: WholeWeights, load: Load, folder: Path, dtype: torch.dtype
     if difference is not None:
         raise UserError(f"verification failed: {difference}")
     return len(seen)
-
-
-def _bit_equal(expected: Tensor, actual: Tensor) -> bool:
-    """Whether two tensors have the same bits. Unlike in torch.equal, NaN equals NaN."""
-    if (expected.dtype, expected.shape) != (actual.dtype, actual.shape):
-        return False
-    return torch.equal(expected.contiguous().view(-1).view(torch.uint8), actual.contiguous().view(-1).view(torch.uint8))

@@ -15,9 +15,10 @@ from megatron_rlvr.checked_input import read_json
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights import fp8
+from megatron_rlvr.weights.companions import check_companions, copy_companions
+from megatron_rlvr.weights.comparison import compare_folder
 from megatron_rlvr.weights.huggingface_folder import (
     SHARD_BYTES,
-    copy_companions,
     read_tensor,
     tensor_files,
 )
@@ -36,7 +37,8 @@ def dequantize_folder(
     report: Report,
     shard_bytes: int = SHARD_BYTES,
     dtype: torch.dtype = torch.bfloat16,
-) -> int:
+    verify: bool = False,
+) -> tuple[int, int]:
     """Write the model of a folder whose projections are in FP8 blocks without quantization, one tensor at a time.
 
     Tensors that are not quantized, those for multi-token prediction included, keep their values and dtypes. config.json
@@ -48,16 +50,18 @@ def dequantize_folder(
         report: called with lines of progress.
         shard_bytes: maximum size of a file, unless a tensor is larger.
         dtype: dtype of the weights that were quantized.
+        verify: read the folder back and compare every tensor.
 
     Returns:
-        the number of tensors that were quantized.
+        the number of tensors that were quantized, and of those that were compared.
 
     Raises:
         UserError: if the source is not in this format or of a model that is not supported, or if a weight is missing or
-            not finite, or if the target exists or cannot be written.
+            not finite, or if the target exists or cannot be written, or a tensor differs.
     """
     hf_config = read_config(source, quantized=True)
     _check_format(source)
+    check_companions(source)
     files = tensor_files(source)
     headers = _headers(files)
     expected = expected_weights(hf_config)
@@ -80,7 +84,10 @@ def dequantize_folder(
     with completing(partial, target):
         write_missing_shards(partial, described, tensor, shard_bytes, report)
         copy_companions(source, partial, widest)
-    return sum(headers[name][0] == _QUANTIZED for name in described)
+        if verify:
+            report("comparing every tensor")
+        compared = compare_folder(partial, ((name, tensor(name)) for name in described)) if verify else 0
+    return sum(headers[name][0] == _QUANTIZED for name in described), compared
 
 
 def _check_format(source: Path) -> None:

@@ -18,28 +18,11 @@ from megatron_rlvr.atomic_write import replace_folder
 from megatron_rlvr.checked_input import InvalidInputError, checked, field, parse_object, read_bytes
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.weights import fp8
+from megatron_rlvr.weights.companions import copy_companions
 
 SHARD_BYTES = 4 * 1024**3
 """Default maximum size of a safetensors file, in bytes."""
 INDEX = "model.safetensors.index.json"
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",
-    "chat_template*",
-    "additional_chat_templates",
-    "added_tokens.json",
-    "configuration_*.py",
-    "modeling_*.py",
-    "tokenization_*.py",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def write_folder(
@@ -81,39 +64,6 @@ def write_folder(
             raise
         raise UserError(f"{folder} cannot be written: {error}; free some space or choose another folder") from error
     return count
-
-
-def copy_companions(
-    source: Path, folder: Path, dtype: torch.dtype, quantization: Mapping[str, Any] | None = None
-) -> None:
-    """Copy config, generation config, tokenizer and licence, without which weights are no complete model.
-
-    Args:
-        source: folder to copy from.
-        folder: folder of the weights.
-        dtype: dtype of the weights; of a few that are always in float32, config.json says nothing. It names another one
-            if the policy was trained in another precision than the model that it started from. transformers and SGLang
-            would round the weights to it.
-        quantization: ``quantization_config`` of config.json; None leaves it out.
-    """
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_dir():
-                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copy2(file, folder)
-    config = folder / "config.json"
-    if not (source / "config.json").is_file():
-        return
-    shutil.copy2(source / "config.json", config)
-    name = str(dtype).removeprefix("torch.")
-    settings = parse_object(read_bytes(config))
-    # `torch_dtype` is the name of the key before transformers 4.56
-    found = {key: settings[key] for key in ("dtype", "torch_dtype") if key in settings}
-    changes = dict.fromkeys(found or ("dtype",), name) | ({"quantization_config": quantization} if quantization else {})
-    changed = {key: value for key, value in settings.items() if key != "quantization_config"} | changes
-    if changed != settings:
-        config.write_text(json.dumps(changed, indent=2) + "\n")
 
 
 def _write_shards(

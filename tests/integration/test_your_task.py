@@ -59,5 +59,8 @@ def test_every_command_of_the_page_works(tmp_path: Path) -> None:
     assert {scores["step"]: scores for scores in during}[4] == evaluations[0]
     rewards = [json.loads(line)["reward"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rewards) == 10 and sum(rewards[-4:]) > 1.5 * sum(rewards[:4])
+    back = [json.loads(line) for line in (tmp_path / "runs" / "my_task_2" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["lr"] for record in back] == [0.01] * 4 + [0.002] * 2
+    assert not (tmp_path / "runs" / "my_task_2" / "samples" / "step_000006.jsonl").exists()
     history = [json.loads(line) for line in (run / "config_history.jsonl").read_text().splitlines()]
     assert ("optimizer.learning_rate", 0.01, 0.003) in [(r["key"], r["old"], r["new"]) for r in history]

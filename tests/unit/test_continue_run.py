@@ -37,6 +37,15 @@ def history(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def test_adapters_cannot_change(run_yaml: Path, tmp_path: Path) -> None:
+    begin(run_yaml, tmp_path, "lora.rank=4")
+    with pytest.raises(
+        UserError, match=r"lora.alpha=32.0, this one has 8.0, which cannot change .* set it back"
+    ) as error:
+        start(run_yaml, "lora.rank=4", "lora.alpha=8")
+    assert "resume.allow" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("override", "allow"),
     [

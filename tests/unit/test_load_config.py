@@ -43,6 +43,24 @@ def test_a_parameter_alone_is_merged_into_the_file(run_yaml: Path) -> None:
     assert (schedule["split"], schedule["eps"]) == (0.3, 0.1)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        ([], {"answer_tag": "a", "others": "math"}),
+        (["verifier.options.answer_tag=b"], {"answer_tag": "b", "others": "math"}),
+        (["verifier.options={}"], {}),
+        (["verifier.options={answer_tag: b}"], {"answer_tag": "b"}),
+        (["verifier.options={}", "verifier.options.others=exact"], {"others": "exact"}),
+    ],
+)
+def test_a_mapping_on_the_command_line_replaces_that_of_the_file(
+    overrides: list[str], options: dict[str, str], run_yaml: Path
+) -> None:
+    lines = [line for line in run_yaml.open() if not line.startswith("verifier:")]
+    run_yaml.write_text("".join([*lines, "verifier: {name: math, options: {answer_tag: a, others: math}}\n"]))
+    assert load_config(run_yaml, overrides).verifier.options == options
+
+
 def test_values_are_converted_and_interpolated(run_yaml: Path) -> None:
     overrides = ["name=${rollout.max_tokens}", "rollout.sglang.environment.A=1", "steps='7'", "rollout.stop=[1]"]
     config = load_config(run_yaml, overrides)

@@ -163,6 +163,16 @@ def test_chat_data_under_messages(row, prompt, answer, tmp_path):
     assert named.prompt == row["messages"]  # a prompt like any other, whose last message is continued
 
 
+def test_chat_messages_keep_all_their_fields(tmp_path):
+    named = USER | {"name": "Ada", "tool_calls": [{"id": 1}]}
+    [example] = load_examples(write(tmp_path / "chat.jsonl", {"messages": [named | {"weight": None}], "answer": 5}))
+    assert example.prompt == [named]
+    rows = {"prompt": [[named, ASSISTANT, USER]], "answer": [5]}
+    parquet.write_table(arrow.table(rows), tmp_path / "chat.parquet")
+    [example] = load_examples(tmp_path / "chat.parquet")
+    assert example.prompt == [named, ASSISTANT, USER]  # Arrow gives every message every field
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

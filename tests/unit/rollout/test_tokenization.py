@@ -88,6 +88,12 @@ def test_a_last_message_of_the_assistant_is_continued(tmp_path: Path) -> None:
     assert encode(tokenization, [message("user", "one"), message("assistant", "")]) == begun
 
 
+def test_a_template_sees_every_field_of_a_message(tmp_path: Path) -> None:
+    named = "{% for m in messages %}{{ m['name'] }} : {{ m['content'] }}{% endfor %}"
+    tokenization = Tokenization(make_folder(tmp_path / "a", template=named), 12)
+    assert encode(tokenization, [message("user", "one") | {"name": "two"}]) == ["two", ":", "one"]
+
+
 def test_a_prompt_does_not_end_with_the_end_of_a_sequence(tmp_path: Path) -> None:
     appends = Tokenization(make_folder(tmp_path / "a", append="<eos>"), 12)
     with pytest.raises(UserError, match="ends the prompt of example 0 of test with an end-of-sequence token"):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry.metrics import MetricsWriter
 from megatron_rlvr.telemetry.sinks import WeightsAndBiases
 from megatron_rlvr.train import main
@@ -125,6 +126,32 @@ def test_no_step_and_no_evaluation_is_dropped(
     story(tmp_path)
     [rows] = runs.values()
     check(rows, 6, evaluated)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"two words", b"x" * 300])
+def test_a_damaged_id_is_one_line(content: bytes, tmp_path: Path, runs: dict[str, dict[int, dict[str, Any]]]) -> None:
+    (tmp_path / "wandb_run_id").write_bytes(content)
+    (tmp_path / "wandb_evaluation_rows").write_bytes(b"\xff 3")
+    with pytest.raises(UserError, match=r"wandb_run_id is damaged: found .*or remove the file to begin a new run"):
+        WeightsAndBiases(tmp_path, {})
+    (tmp_path / "wandb_run_id").unlink()
+    WeightsAndBiases(tmp_path, {})
+    assert [(tmp_path / "wandb_run_id").read_text()] == list(runs)
+    assert not list(tmp_path.glob(".*"))  # no temporary file is left
+
+
+def test_wandb_that_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class RefusedError(Exception):
+        pass
+
+    def init(**_settings: Any) -> None:
+        raise RefusedError("No API key configured.\nUse `wandb login`")
+
+    errors = types.SimpleNamespace(Error=RefusedError)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, errors=errors))
+    with pytest.raises(UserError, match=r"project=p: W&B cannot be used \(No API key configured. Use") as error:
+        WeightsAndBiases(tmp_path, {"project": "p"})
+    assert "\n" not in str(error.value)
 
 
 def test_the_trainer_loses_no_step(

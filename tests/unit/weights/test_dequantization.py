@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
-from megatron_rlvr.weights import fp8, resumable_folder
+from megatron_rlvr.weights import comparison, fp8, resumable_folder
 from megatron_rlvr.weights.dequantization import dequantize_folder
 from megatron_rlvr.weights.fp8_folder import quantize_folder
 from megatron_rlvr.weights.huggingface_folder import read_tensor, tensor_files
@@ -60,9 +60,9 @@ def test_training_names_the_conversion(published: Path) -> None:
 
 
 def test_values_and_dtypes(published: Path, tmp_path: Path) -> None:
-    count = dequantize_folder(published, tmp_path / "out", lambda _line: None)
+    count, compared = dequantize_folder(published, tmp_path / "out", lambda _line: None, verify=True)
     found, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", published))
-    assert count == sum(name.endswith("_scale_inv") for name in stored)
+    assert compared == len(found) and count == sum(name.endswith("_scale_inv") for name in stored)
     assert found.keys() == {name for name in stored if not name.endswith("_scale_inv")} and PREDICTION in found
     for name, tensor in found.items():
         expected = stored[name]
@@ -152,6 +152,37 @@ def test_damaged_folders_make_no_folder(
     with pytest.raises(UserError, match=message) as raised:
         dequantize_folder(damaged, tmp_path / "out", lambda _line: None)
     assert "\n" not in str(raised.value) and not list(tmp_path.glob("out*"))
+
+
+def test_a_conversion_that_writes_something_else_is_found(
+    published: Path,
+    small_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for direction, source in (("from-fp8", published), ("to-fp8", small_model)):
+        assert convert([direction, str(source), str(tmp_path / f"good-{direction}"), "--verify"]) == 0
+        assert "tensors are equal to those of" in capsys.readouterr().out
+        with monkeypatch.context() as patch:
+            patch.setattr(comparison, "bit_equal", lambda _a, _b: False)
+            assert convert([direction, str(source), str(tmp_path / f"bad-{direction}"), "--verify"]) == 2
+        assert "verification failed: " in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith("bad")} == set()
+
+
+@pytest.mark.parametrize(
+    ("direction", "option"),
+    [
+        *(("to-fp8", ["--dtype", "bfloat16"]), ("to-peft", ["--verify"]), ("from-fp8", ["--model", "x"])),
+        ("to-megatron", ["--shard-gib", "2"]),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    direction: str, option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert([direction, str(tmp_path / "a"), str(tmp_path / "b"), *option]) == 2
+    assert f"{direction} takes " in (said := capsys.readouterr().err) and f"but not {option[0]}: leave it out" in said
 
 
 @pytest.mark.parametrize("own", [None, {"quant_method": "awq"}, {"quant_method": "fp8", "weight_block_size": [64, 64]}])

@@ -133,9 +133,9 @@ def test_buckets_hold_several_dtypes_and_keep_them_aligned(size: int) -> None:
 
 def test_a_folder_for_servers(small_model: Path, tmp_path: Path) -> None:
     target = tmp_path / "fp8"
-    count = quantize_folder(small_model, target, shard_bytes=20_000)
+    count, compared = quantize_folder(small_model, target, shard_bytes=20_000, verify=True)
     source, files = tensor_files(small_model), tensor_files(target)
-    assert count == 7 * 4 and len(files) == len(source) + count and (target / "tokenizer.json").is_file()
+    assert count == 7 * 4 and len(files) == len(source) + count == compared and (target / "tokenizer.json").is_file()
     for name, file in source.items():
         tensor = read_tensor(file, name)
         if fp8.is_quantized(name):

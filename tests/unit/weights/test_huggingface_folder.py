@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.weights.companions import check_companions
 from megatron_rlvr.weights.huggingface_folder import INDEX, read_tensor, tensor_files, write_folder
 
 TENSORS = {f"layer.{i}.weight": torch.randn(16, 8, generator=torch.Generator().manual_seed(i)) for i in range(5)}
@@ -49,6 +51,20 @@ def test_a_reused_buffer_is_copied(tmp_path: Path) -> None:
     files = tensor_files(tmp_path / "model")
     assert {str(f.name) for f in files.values()} == {"model.safetensors"}
     assert [read_tensor(files[f"t{i}"], f"t{i}").tolist() for i in range(3)] == [[float(i)] * 4 for i in range(3)]
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "tokenizer.model", "additional_chat_templates/a.jinja"])
+@pytest.mark.parametrize("kind", ["dangling", "pipe", "loop"])
+def test_a_file_that_an_export_cannot_copy_is_named_before_training(name: str, kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "source" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    check_companions(tmp_path / "source")
+    file.unlink()
+    os.mkfifo(file) if kind == "pipe" else file.symlink_to(file if kind == "loop" else "nowhere")
+    with pytest.raises(UserError, match=rf"{file.name}.* cannot be read .*download it again, or remove it") as error:
+        check_companions(tmp_path / "source")
+    assert "\n" not in str(error.value)
 
 
 def test_a_full_disk_does_not_change_an_existing_folder(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
