@@ -17,11 +17,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 class ByFixture(LoadScopeScheduling):
-    """Keep the tests of a file in one process, and the tests of a folder where they share servers or a build."""
+    """Keep the tests of a file in one process, and those of a folder where they share servers, a build or processes."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.split("::", 1)[0])
-        shares = file.parent.parent.name == "integration" or file.parent.name == "csrc"
+        shares = file.parent.parent.name == "integration" or file.parent.name in ("csrc", "families")
         return str(file.parent if shares else file)
 
 

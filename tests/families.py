@@ -1,18 +1,16 @@
 """Small random models of every supported family, and what a policy and transformers in float64 compute with them.
 
-As a program under torchrun, ``families.py OUTPUT JOB...`` measures every folder of its jobs and saves
-OUTPUT/<job name>/<folder name>.pt. A job is JSON: {"name": ..., "layout": fields of ParallelConfig, "folders": [...],
-"replay": whether random routes are replayed}.
+`run` is a job of tests/layout_jobs.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_rlvr.config import Config
@@ -24,7 +22,6 @@ from megatron_rlvr.megatron import parallel
 from megatron_rlvr.megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rlvr.objectives import UpdateObjective, build_objective
 from megatron_rlvr.rollout.config import RolloutConfig
-from tests.rendezvous import renew
 
 VOCABULARY = 96
 TEMPERATURE = 0.8
@@ -160,17 +157,24 @@ CHOICE_BIAS = "e_score_correction_bias"
 """A weight without gradient: it only chooses experts."""
 ROUTER_AUX_LOSS = 0.02
 MICROBATCH = 3
+# The first step of Adam moves every weight by LEARNING_RATE g / (|g| + epsilon). With a large epsilon, the step depends
+# on the size of the gradient g, and not on its sign alone.
+LEARNING_RATE, EPSILON, WEIGHT_DECAY = 0.1, 0.03, 0.02
 
 
 @dataclasses.dataclass
 class Measurement:
-    """Log-probs and entropies [T] of the response tokens; gradients and weights by Hugging Face name."""
+    """Log-probs and entropies [T] of the response tokens; by Hugging Face name, gradients and weights.
+
+    `updated` has the weights after a step of AdamW with these gradients.
+    """
 
     logprob: torch.Tensor
     entropy: torch.Tensor
     grad_norm: float
     gradients: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
+    updated: dict[str, torch.Tensor]
 
 
 def make_families(folder: Path) -> Path:
@@ -254,10 +258,17 @@ def policy_config(folder: Path, layout: ParallelConfig, replay: bool = False) ->
 def measure(
     folder: Path, layout: ParallelConfig, here: parallel.Layout, replay: bool = False
 ) -> tuple[Measurement, Any]:
-    """What a policy in this layout computes for the batch, and the policy. Log-probs are on the last stage only."""
+    """What a policy in this layout computes for the batch, and the updated policy.
+
+    Log-probs are on the last stage only.
+    """
     from megatron_rlvr.training.policy import Policy
 
-    policy = Policy(policy_config(folder, layout, replay), here)
+    config = policy_config(folder, layout, replay)
+    config.optimizer = OptimizerConfig(
+        learning_rate=LEARNING_RATE, epsilon=EPSILON, weight_decay=WEIGHT_DECAY, clip_grad=1e9
+    )
+    policy = Policy(config, here)
     weights = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model_chunks)}
     batch = make_batch(policy.routers)
     scores = policy.score(batch, ADVANTAGE)
@@ -265,6 +276,7 @@ def measure(
     weight = WEIGHT / here.data_size  # every data-parallel rank has the whole batch
     objective = UpdateObjective(build_objective("clip"), ClipThresholds(wide, wide))
     report = policy.update(batch, torch.arange(8), ADVANTAGE, weight, scores, objective)
+    updated = {name: tensor.clone() for name, tensor in policy.bridge.export(policy.model_chunks)}
     with torch.no_grad():
         parameters = [p for chunk in policy.model_chunks for p in chunk.parameters()]
         values = [p.clone() for p in parameters]
@@ -274,7 +286,7 @@ def measure(
         gradients = {name: tensor.clone() for name, tensor in exported if not name.endswith(CHOICE_BIAS)}
         for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
-    return Measurement(scores.logprob, scores.entropy, report.grad_norm, gradients, weights), policy
+    return Measurement(scores.logprob, scores.entropy, report.grad_norm, gradients, weights, updated), policy
 
 
 def reference(folder: Path, routers: RouterShape | None = None, aux_loss: bool = True) -> Measurement:
@@ -317,7 +329,14 @@ def reference(folder: Path, routers: RouterShape | None = None, aux_loss: bool =
     loss.backward()
     gradients = single_experts({name: p.grad for name, p in model.named_parameters()}, model.config.model_type)
     norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
-    return Measurement(logprob.detach(), torch.cat(entropies).detach(), norm, gradients, weights)
+    updated = {name: adam_step(weights[name].double(), gradient) for name, gradient in gradients.items()}
+    return Measurement(logprob.detach(), torch.cat(entropies).detach(), norm, gradients, weights, updated)
+
+
+def adam_step(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The first step of AdamW (arXiv 1711.05101, algorithm 2), in which matrices alone decay."""
+    decay = LEARNING_RATE * WEIGHT_DECAY if weight.dim() > 1 else 0.0
+    return (1 - decay) * weight - LEARNING_RATE * gradient / (gradient.abs() + EPSILON)
 
 
 def replace_routes(model: Any, routers: RouterShape, current: list[torch.Tensor]) -> None:
@@ -373,19 +392,34 @@ def single_experts(tensors: dict[str, torch.Tensor], model_type: str) -> dict[st
     return singles
 
 
-def main(arguments: list[str]) -> None:
-    torch.set_num_threads(1)
-    for number, text in enumerate(arguments[1:]):
-        job = json.loads(text)
-        renew(number)
-        with parallel.parallel_groups(ParallelConfig(**job["layout"]), seed=0) as here:
-            for folder in map(Path, job["folders"]):
-                measurement, _ = measure(folder, ParallelConfig(**job["layout"]), here, job.get("replay", False))
-                if here.is_reporting_rank and here.data_rank == 0:
-                    output = Path(arguments[0]) / job["name"]
-                    output.mkdir(exist_ok=True, parents=True)
-                    torch.save(dataclasses.asdict(measurement), output / f"{folder.name}.pt")
+def agree(found: Measurement, expected: Measurement) -> None:
+    """Weights agree bit for bit; log-probs, entropies, all gradients and all updates up to float32 rounding."""
+    for name, tensor in found.weights.items():
+        assert tensor.equal(expected.weights[name]), name
+    with_gradient = {name for name in found.weights if not name.endswith(CHOICE_BIAS)}
+    assert set(expected.gradients) == set(found.gradients) == with_gradient
+    assert (found.logprob - expected.logprob).abs().max() < 2e-5
+    assert (found.entropy - expected.entropy).abs().max() < 2e-5
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    for name, gradient in expected.gradients.items():
+        assert (found.gradients[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-7, name
+    assert found.updated.keys() == found.weights.keys()
+    for name, tensor in found.updated.items():
+        if name not in with_gradient:
+            assert tensor.equal(expected.weights[name]), name
+            continue
+        change = (expected.updated[name] - expected.weights[name]).norm()
+        assert (tensor - expected.updated[name]).norm() <= 1e-5 * change + 1e-7 * tensor.norm(), name
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def run(job: dict[str, Any], here: parallel.Layout, output: Path) -> None:
+    """Measure every folder of a job, and save ``<folder name>.pt`` in a folder of the job's name.
+
+    A job has "name", "layout" (fields of ParallelConfig), "folders" and perhaps "replay": whether random routes are
+    replayed.
+    """
+    for folder in map(Path, job["folders"]):
+        measurement, _ = measure(folder, ParallelConfig(**job["layout"]), here, job.get("replay", False))
+        if here.is_reporting_rank and here.data_rank == 0:
+            (output / job["name"]).mkdir(exist_ok=True, parents=True)
+            torch.save(dataclasses.asdict(measurement), output / job["name"] / f"{folder.name}.pt")

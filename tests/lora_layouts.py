@@ -1,11 +1,8 @@
-"""Train the adapters of small models for two updates in a parallel layout, and save what came out."""
+"""Policies with adapters, trained for two updates in any parallel layout."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from megatron_rlvr.training.checkpoint import Checkpoints
 from megatron_rlvr.training.config import CheckpointConfig
 from megatron_rlvr.training.policy import Policy, UpdateReport
 from tests.families import ADVANTAGE, MICROBATCH, WEIGHT, make_batch, policy_config
-from tests.rendezvous import renew
 
 LORA = LoRAConfig(rank=3, alpha=12.0)
 
@@ -59,14 +55,15 @@ def trained(policy: Policy, here: parallel.Layout, updates: int = 2) -> dict[str
     }
 
 
-def run(job: dict[str, Any], here: parallel.Layout) -> dict[str, Any]:
-    """Train in the layout of this process, from the checkpoint of another layout if the job names one.
+def run(job: dict[str, Any], here: parallel.Layout, output: Path) -> None:
+    """Train in the layout of this process, and save ``<name>.pt``: a job of tests/layout_jobs.py.
 
-    A job with "save" continues after its first update from a checkpoint of its own.
+    A job has "name", "model", "layout" (fields of ParallelConfig) and perhaps "lora", fields of LoRAConfig. One with
+    "save" continues after its first update from a checkpoint of its own, which it writes there; one with "resume"
+    continues from the checkpoint of another layout.
     """
-    layout = ParallelConfig(**job["layout"])
     settings = dataclasses.replace(LORA, **job.get("lora", {}))
-    policy_settings = config(Path(job["model"]), layout, settings)
+    policy_settings = config(Path(job["model"]), ParallelConfig(**job["layout"]), settings)
     policy = Policy(policy_settings, here)
     source = job.get("resume") or job.get("save")
     if "save" in job:
@@ -75,19 +72,6 @@ def run(job: dict[str, Any], here: parallel.Layout) -> dict[str, Any]:
         policy = Policy(policy_settings, here)
     if source:
         Checkpoints(Path(source), CheckpointConfig()).load(1, policy)
-    return trained(policy, here, 1 if source else 2)
-
-
-def main(arguments: Sequence[str]) -> None:
-    torch.set_num_threads(1)
-    for number, text in enumerate(arguments):
-        job = json.loads(text)
-        renew(number)
-        with parallel.parallel_groups(ParallelConfig(**job["layout"]), seed=0) as here:
-            result = run(job, here)
-            if here.is_reporting_rank and here.data_rank == 0:
-                torch.save(result, job["output"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    result = trained(policy, here, 1 if source else 2)
+    if here.is_reporting_rank and here.data_rank == 0:
+        torch.save(result, output / f"{job['name']}.pt")

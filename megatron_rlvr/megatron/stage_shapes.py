@@ -87,6 +87,8 @@ class ModelShape:
     """Longest sequence that the model supports, in tokens."""
     query_norm: bool
     """Whether queries and keys are normalized."""
+    post_norms: bool
+    """Whether the outputs of attention and feed-forward layers are normalized."""
     parameters: int
     """Parameters of the model; a tied embedding counts once."""
     active: int
@@ -219,6 +221,7 @@ def _shape(bridge: PolicyBridge, totals: _Totals) -> ModelShape:
         vocabulary=bridge.vocab_size,
         positions=bridge.context_length,
         query_norm=config.qk_layernorm and not config.multi_latent_attention,
+        post_norms=bridge.family.post_norms,
         parameters=totals.all,
         active=totals.all - totals.experts + (totals.experts * chosen // experts if experts else 0),
         experts=experts,

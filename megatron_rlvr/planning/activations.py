@@ -30,7 +30,7 @@ def activation_bytes(
     """
     counts = {True: stage.mixtures, False: stage.layers - stage.mixtures}
     sizes = {
-        mixture: layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers, mixture)
+        mixture: layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers, mixture, frozen=rank > 0)
         + (adapter_activation_bytes(shape, parallel, tokens, itemsize, rank, mixture) if rank else 0)
         for mixture, count in counts.items()
         if count
@@ -40,17 +40,24 @@ def activation_bytes(
         total = in_flight * (tokens * shape.hidden * itemsize // sequence_ranks(parallel)) + max(sizes.values())
     else:
         total = in_flight * sum(counts[mixture] * size for mixture, size in sizes.items()) // stage.layers
-    if parallel.sequence:  # megatron-core gathers the split activations into a buffer
+    if parallel.sequence and not rank:  # megatron-core gathers the input of a layer with trained weights into a buffer
         total += tokens * shape.hidden * itemsize
     return total
 
 
 def layer_activation_bytes(
-    shape: ModelShape, parallel: ParallelConfig, tokens: int, itemsize: int, local_layers: bool, mixture: bool
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    tokens: int,
+    itemsize: int,
+    local_layers: bool,
+    mixture: bool,
+    frozen: bool = False,
 ) -> int:
     """Bytes that one layer keeps of one microbatch without recomputation; arguments as in `activation_bytes`.
 
-    A layer is a `mixture` or dense.
+    A layer is a `mixture` or dense. If its weights are `frozen`, adapters keep the inputs of its linear layers
+    (`adapter_activation_bytes`).
 
     With h the hidden size, q and kv the sizes of queries and of keys, f the feed-forward size, and E experts of which a
     token chooses k. Elements per token of Transformer Engine 2.11 under the settings of `megatron.fusions`, as its
@@ -74,23 +81,30 @@ def layer_activation_bytes(
     shared experts                      3 f of all of them
     latent attention                    input and output of the norms of its latents: 2 elements per element, split
                                         under sequence parallelism; queries, keys, values and output as above
+    norms of outputs, of Gemma 3        their inputs: 2 h, split under sequence parallelism
     ==================================  =======================================================================
 
     Local layers keep 6 h instead of 4 h, because torch's norm keeps its normalized input too. A family with norms of
     queries and keys keeps these before and after normalization and the projection before it is split, 3 q + 2 kv more,
     and a mixture the product before and after it is weighted (h + 4 f of the expert). Latent attention keeps three
     elements per element of its latents, the projection that the latent of keys and values is a part of, and heads of
-    values and of its output that are padded to the size of queries. Counted on the CPU in float32
-    with saved-tensor hooks (`tests/unit/planning/test_activations.py`). Tokens are spread evenly over experts.
+    values and of its output that are padded to the size of queries. The normalized input is there for the gradient of
+    the norm's weight: a frozen norm, also one of queries, keys or latents, keeps one element per element less. Counted
+    on the CPU in float32 with saved-tensor hooks (`tests/unit/planning/test_activations.py`). Tokens are spread evenly
+    over experts.
     """
     tensor, sequence = parallel.tensor, sequence_ranks(parallel)
+    normalized = int(local_layers and not frozen)
     heads, attention = shape.heads, shape.query + shape.key + shape.value + shape.attended
     if shape.query_norm:
         heads += shape.heads + shape.heads * shape.key // shape.query
-        attention += 3 * shape.query + 2 * shape.key if local_layers else shape.query + shape.key
-    residual, norms = (6 if local_layers else 4) * shape.hidden, 2
+        attention += shape.query + shape.key + normalized * (shape.query + shape.key)
+        attention += shape.query if local_layers else 0
+    residual, norms = (4 + 2 * normalized) * shape.hidden, 2
+    if shape.post_norms:
+        residual, norms = residual + (2 + 2 * normalized) * shape.hidden, 4
     if shape.latent:
-        residual, norms = residual + (3 if local_layers else 2) * shape.latent, 4
+        residual, norms = residual + (2 + normalized) * shape.latent, 4
         attention += 2 * shape.query - shape.value if local_layers else 0
     kept = (residual * itemsize + 4 * norms) // sequence + (attention * itemsize + 4 * heads) // tensor
     if not mixture:
@@ -110,19 +124,20 @@ def adapter_activation_bytes(
     """Bytes that the adapters of one layer keep of one microbatch if all modules have one; arguments as above.
 
     Frozen linear layers keep nothing, and the first matrix of an adapter keeps the input of its layer in their place.
-    So adapters add the products with that matrix, ``rank`` elements per token and module, and the matrix that combines
-    the modules of one layer of megatron-core: queries, keys and values, or gate and up. Latent attention has one or two
-    modules more, and each of its layers computes one.
+    So adapters add the products with that matrix, ``rank`` elements per token and module, and two matrices that combine
+    the modules of one layer of megatron-core, of queries, keys and values or of gate and up: the rows of all their A,
+    and the columns of all their B. Latent attention has one or two modules more, and each of its layers computes one.
     """
     tensor, sequence = parallel.tensor, sequence_ranks(parallel)
     matrices = (shape.query + shape.key + shape.value) // tensor * (1 if shape.latent else 3) * rank
     matrices += (shape.hidden + shape.latent) * rank
+    matrices += ((2 if shape.latent else 3) * shape.hidden + shape.latent + shape.attended // tensor) * rank
     products = tokens * ((4 if shape.latent else 3) * rank + rank // sequence)
     if inner := shape.shared_feed_forward if mixture else shape.feed_forward:
-        matrices += 4 * inner // tensor * rank + shape.hidden * rank
+        matrices += 5 * inner // tensor * rank + 3 * shape.hidden * rank
         products += tokens * (2 * rank + rank // sequence)
     if mixture:
-        of_expert = 4 * shape.expert_feed_forward // parallel.expert_tensor + shape.hidden
+        of_expert = 5 * shape.expert_feed_forward // parallel.expert_tensor + 3 * shape.hidden
         matrices += shape.experts // parallel.expert * of_expert * rank
         products += tokens * shape.chosen * 3 * rank * parallel.expert_tensor // sequence
     return (matrices + products) * itemsize

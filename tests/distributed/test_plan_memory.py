@@ -27,6 +27,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"dtype": "float32", "context": 2},
     "dp2-recompute": {"dtype": "float32", "recompute": "full"},
     "lora-dp2-bfloat16-distributed": {"dtype": "bfloat16", "lora_rank": 24, "distributed_optimizer": True},
+    "lora-tp2-sp": {"dtype": "bfloat16", "lora_rank": 24, "tensor": 2, "sequence": True},
     "dp2-packed": {"dtype": "float32", "microbatch_sequences": 0, "microbatch_tokens": 640},
 }
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,17 @@ from megatron_rlvr.rollout.sampling import SamplingSettings
 from megatron_rlvr.weights.export import export_folder
 from megatron_rlvr.weights.loading import check_folder, load_folder
 from tests.families import (
-    CHOICE_BIAS,
     FAMILIES,
     MIXTURES,
     TEMPERATURE,
     THREE_LAYERS,
     Measurement,
+    agree,
     make_batch,
-    make_families,
     measure,
     reference,
 )
 from tests.generation import generate
-from tests.processes import ROOT, launch
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2},
@@ -71,9 +68,18 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_families(tmp_path_factory.mktemp("families"))
+def jobs(folders: Path) -> list[dict[str, Any]]:
+    groups = (
+        ([0, 1, 2, 3], MIXTURES, MIXTURE_LAYOUTS_OF_4),
+        ([0, 1], FAMILIES, LAYOUTS),
+        ([2, 3], MIXTURES, MIXTURE_LAYOUTS),
+    )
+    return [
+        {"program": "families", "ranks": ranks, "name": name, "layout": layout}
+        | {"folders": [str(folders / family) for family in families_of(name, families)]}
+        for ranks, families, layouts in groups
+        for name, layout in layouts.items()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -85,38 +91,6 @@ def references(folders: Path) -> dict[str, Measurement]:
 def single() -> Iterator[parallel.Layout]:
     with parallel.parallel_groups(ParallelConfig(), seed=0) as layout:
         yield layout
-
-
-@pytest.fixture(scope="module")
-def measured(folders: Path) -> Callable[[str], Path]:
-    """Returns the folder of a layout's measurements. A group is measured when its first layout is requested."""
-    groups = ((2, FAMILIES, LAYOUTS), (2, MIXTURES, MIXTURE_LAYOUTS), (4, MIXTURES, MIXTURE_LAYOUTS_OF_4))
-    output = folders / "measured"
-
-    def folder_of(layout: str) -> Path:
-        if not (output / layout).exists():
-            processes, families, layouts = next(group for group in groups if layout in group[2])
-            jobs = [
-                json.dumps({"name": n, "layout": s, "folders": [str(folders / f) for f in families_of(n, families)]})
-                for n, s in layouts.items()
-            ]
-            launch([str(ROOT / "tests" / "families.py"), str(output), *jobs], processes, check=True)
-        return output / layout
-
-    return folder_of
-
-
-def agree(found: Measurement, expected: Measurement) -> None:
-    """Weights agree bit for bit; log-probs, entropies and all gradients up to float32 rounding."""
-    for name, tensor in found.weights.items():
-        assert tensor.equal(expected.weights[name]), name
-    with_gradient = {name for name in found.weights if not name.endswith(CHOICE_BIAS)}
-    assert set(expected.gradients) == set(found.gradients) == with_gradient
-    assert (found.logprob - expected.logprob).abs().max() < 2e-5
-    assert (found.entropy - expected.entropy).abs().max() < 2e-5
-    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
-    for name, gradient in expected.gradients.items():
-        assert (found.gradients[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("name", FAMILIES | MIXTURES)
@@ -152,5 +126,5 @@ def _check_generation(policy: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_layout(name: str, layout: str, measured: Callable[[str], Path], references: dict[str, Measurement]) -> None:
-    agree(Measurement(**torch.load(measured(layout) / f"{name}.pt")), references[name])
+def test_layout(name: str, layout: str, measured: Path, references: dict[str, Measurement]) -> None:
+    agree(Measurement(**torch.load(measured / layout / f"{name}.pt")), references[name])
