@@ -37,7 +37,9 @@ class ForkedProcess:
             ForkedProcessError: if the work raised anything else, or the process died or missed the deadline.
         """
         with os.fdopen(self.pipe, "rb") as file:
-            ready, _, _ = select.select([file], [], [], max(0.0, deadline - time.monotonic()))
+            poll = select.poll()  # select() fails for a descriptor above 1023
+            poll.register(file, select.POLLIN)
+            ready = poll.poll(1000 * max(0.0, deadline - time.monotonic()))
             text = file.read() if ready else b""
         if not text:
             os.kill(self.pid, signal.SIGKILL)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import os
+import resource
 import signal
 import time
 
@@ -31,3 +34,15 @@ def test_results_and_failures_of_forked_work() -> None:
         hung.result(time.monotonic() + 0.1)
     with pytest.raises(ProcessLookupError):
         os.kill(hung.pid, 0)
+
+
+def test_a_process_with_many_open_files_reads_the_result() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2048), hard))
+    try:
+        process = fork(lambda: "done")
+        high = fcntl.fcntl(process.pipe, fcntl.F_DUPFD, 1024)
+        os.close(process.pipe)
+        assert dataclasses.replace(process, pipe=high).result(time.monotonic() + 200) == "done"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

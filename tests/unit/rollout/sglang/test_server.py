@@ -119,7 +119,7 @@ def test_silent_server_delays_neither_another_nor_an_update(tmp_path: Path, monk
     together, silent, later = threading.Barrier(3, timeout=200), threading.Event(), threading.Event()
     generated: list[Server] = []
 
-    def answers(self: Server, timeout: float) -> bool:
+    def answers(timeout: float) -> bool:
         if silent.is_set():
             later.set()
             return True
@@ -129,10 +129,12 @@ def test_silent_server_delays_neither_another_nor_an_update(tmp_path: Path, monk
 
     monkeypatch.setattr(server_pool, "_WATCH_PERIOD_S", 0.01)
     monkeypatch.setattr(server_pool, "_HEALTH_CHECK_PERIOD_S", 0.0)
-    monkeypatch.setattr(Server, "answers", answers)
-    monkeypatch.setattr(Server, "passes_health_check", lambda self, timeout: generated.append(self) is None)
     config = SGLangConfig(python=_program(tmp_path, "exec sleep 1000"), servers=2)
-    with ServerPool(config, tmp_path, "float32", tmp_path) as pool:
+    pool = ServerPool(config, tmp_path, "float32", tmp_path)
+    for server in pool.servers:  # and no other pool's, whose watcher may still be ending
+        monkeypatch.setattr(server, "answers", answers)
+        monkeypatch.setattr(server, "passes_health_check", lambda timeout, server=server: not generated.append(server))
+    with pool:
         together.wait()  # both servers are being asked
         with pool.without_health_checks():  # an update of the weights, which need not wait for an answer
             silent.set()
