@@ -17,7 +17,7 @@ from megatron_rlvr.checked_yaml import read_yaml
 from megatron_rlvr.config_reader import merge, read
 from megatron_rlvr.config_schema import REQUIRED, Bounds, PositiveInt, check_values, to_dict
 from megatron_rlvr.config_yaml import read_document, read_overrides, type_of
-from megatron_rlvr.control import build_schedule
+from megatron_rlvr.control import ClipSchedule, build_schedule
 from megatron_rlvr.control.build import has_end
 from megatron_rlvr.data.config import DataConfig, is_gym
 from megatron_rlvr.errors import UserError, as_user_error
@@ -59,6 +59,14 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+    def schedule(self) -> ClipSchedule:
+        """Build the schedule of clip thresholds for a run of `steps` steps.
+
+        Raises:
+            ValueError: if a parameter of the schedule is impossible.
+        """
+        return build_schedule(self.algorithm.schedule, self.steps)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -183,7 +191,7 @@ def check(config: Config) -> None:
                     f"{key}={path} is in a path with one of * ? [, in which SGLang finds no weights: rename it"
                 )
     with as_user_error():
-        build_schedule(algorithm.schedule, config.steps)
+        config.schedule()
     longest = data.max_prompt_tokens + rollout.max_tokens
     if parallel.microbatch_tokens and parallel.microbatch_tokens < longest:
         raise UserError(

@@ -46,7 +46,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
     components = build_components(config, layout, resources)
     policy, engine, checkpoints = components.policy, components.engine, components.checkpoints
     collector, evaluator = components.collector(), components.evaluator()
-    control = EntropyControl(algorithm, config.optimizer, config.steps, layout)
+    control = EntropyControl(algorithm, config.optimizer, config.schedule(), layout)
     alarm = MismatchAlarm.build(config, engine.draws_from_policy, layout.is_main)
     guard = UpdateGuard(config.optimizer.nonfinite_patience, layout.is_main)
     on_policy = OnPolicyWatch(algorithm.minibatches * algorithm.epochs, layout.is_main)

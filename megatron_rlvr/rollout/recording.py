@@ -8,9 +8,10 @@ from typing import Any
 
 from megatron_rlvr.checked_input import InvalidInputError, checked, field, parse_object, read_bytes
 from megatron_rlvr.data.completion import Completion, checked_completion
-from megatron_rlvr.data.routes import RouterShape, decoded_routes
+from megatron_rlvr.data.routes import decoded_routes
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.groups import Group
+from megatron_rlvr.rollout.sampling import SamplingSettings
 
 LARGEST_FILE = 2**30
 """Maximum size of the file of a group, in bytes."""
@@ -47,55 +48,46 @@ def record_group(folder: Path, step: int, group: Group, prompt: Any) -> None:
 
 
 def read_recorded_group(
-    folder: Path,
-    step: int,
-    slot: int,
-    samples: int,
-    max_tokens: int,
-    routers: RouterShape | None = None,
-    prompt_tokens: int = 0,
+    folder: Path, step: int, slot: int, sampling: SamplingSettings, prompt_tokens: int = 0
 ) -> list[Completion]:
     """Read the completions of a group that `record_group` wrote.
 
     Args:
         folder, step, slot: see `recording_path`.
-        samples: number of completions.
-        max_tokens: longest completion.
-        routers: routers of the model, to read routes as well; None leaves them out.
+        sampling: number and maximum length of the completions, and the routers whose routes to read, if any.
         prompt_tokens: length of the prompt, which routes include.
 
     Raises:
-        UserError: if the file is missing or damaged, or does not hold `samples` completions of at most `max_tokens`,
-            with the routes of `routers` if they are given.
+        UserError: if the file is missing or damaged, or does not hold the completions that `sampling` asks for.
     """
     path = recording_path(folder, step, slot)
     if not path.is_file():
         raise UserError(f"no recorded rollout {path}: record a run with rollout.record=true and the same settings")
     try:
         rows = [parse_object(line) for line in read_bytes(path, LARGEST_FILE).splitlines()]
-        if routers is not None and not all("routes" in row for row in rows):
+        if sampling.routers is not None and not all("routes" in row for row in rows):
             raise UserError(
                 f"{path} was recorded without rollout.routing_replay, which needs the routes of its tokens: record it "
                 "again with rollout.routing_replay=true, or set it to false"
             )
-        completions = [_completion(row, max_tokens, routers, prompt_tokens) for row in rows]
+        completions = [_completion(row, sampling, prompt_tokens) for row in rows]
     except (OSError, InvalidInputError) as error:
         raise UserError(
             f"{path} is not a recorded rollout ({error}): record it again with rollout.record=true"
         ) from error
-    if len(rows) != samples:
+    if len(rows) != sampling.samples:
         raise UserError(
-            f"{path} holds {len(rows)} completions, rollout.samples_per_prompt asks for {samples}: set it to "
+            f"{path} holds {len(rows)} completions, rollout.samples_per_prompt asks for {sampling.samples}: set it to "
             f"{len(rows)}"
         )
     return completions
 
 
-def _completion(row: dict[str, Any], max_tokens: int, routers: RouterShape | None, prompt_tokens: int) -> Completion:
+def _completion(row: dict[str, Any], sampling: SamplingSettings, prompt_tokens: int) -> Completion:
     routes = None
-    if routers is not None:
+    if sampling.routers is not None:
         length = prompt_tokens + len(field(row, "token_ids", list))
-        routes = decoded_routes(row["routes"], length - 1, routers, of_server=False)
+        routes = decoded_routes(row["routes"], length - 1, sampling.routers, of_server=False)
     spans = field(row, "version_spans", list, default=[])
     if not all(isinstance(span, list) and len(span) == 2 for span in spans):
         raise InvalidInputError("'version_spans' has entries that are not [version, tokens]")
@@ -111,7 +103,7 @@ def _completion(row: dict[str, Any], max_tokens: int, routers: RouterShape | Non
             )
             for version, tokens in spans
         ],
-        max_tokens=max_tokens,
+        max_tokens=sampling.max_tokens,
         kept=row.get("kept"),
         routes=routes,
     )

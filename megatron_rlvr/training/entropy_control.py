@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rlvr.config_schema import names_key
-from megatron_rlvr.control import build_schedule
+from megatron_rlvr.control import ClipSchedule
 from megatron_rlvr.control.schedules import RelativeSchedule
 from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.errors import UserError, as_user_error
@@ -36,7 +36,7 @@ class EntropyControl:
     Args:
         algorithm: section ``algorithm`` of the configuration.
         optimizer: section ``optimizer``, for the peak learning rate.
-        steps: number of steps of the run.
+        schedule: gives the clip thresholds of every step.
         layout: position of this process in the process groups.
 
     Attributes:
@@ -44,10 +44,10 @@ class EntropyControl:
         tokens_seen: response tokens of all steps that have begun.
     """
 
-    def __init__(self, algorithm: AlgorithmConfig, optimizer: OptimizerConfig, steps: int, layout: Layout):
+    def __init__(self, algorithm: AlgorithmConfig, optimizer: OptimizerConfig, schedule: ClipSchedule, layout: Layout):
         self.objective = replace(build_objective(algorithm.objective), reference_kl=algorithm.reference_kl())
         self.tokens_seen = 0
-        self._schedule = build_schedule(algorithm.schedule, steps)
+        self._schedule = schedule
         self._initial_entropy: float | None = None  # of step 0, for a schedule that a resumed run changes to
         self._peak_learning_rate = optimizer.learning_rate
         self._old_policy = algorithm.old_policy

@@ -89,13 +89,7 @@ class Head:
         self, output: Tensor, targets: Tensor, kept: ops.KeptSets | None, second_moments: bool
     ) -> ops.TokenStatistics:
         targets = device.to_device(targets, output.device)
-        settings: dict[str, Any] = {
-            "temperature": self.temperature,
-            "group": self.group,
-            "second_moments": second_moments,
-            "vocabulary": self.model.vocabulary,
-            "kept": None if kept is None else kept.to(output.device),
-        }
+        settings = self.settings(kept, output.device) | {"second_moments": second_moments}
         try:
             if not self.fused:
                 return ops.token_statistics(output, targets, **settings)
@@ -103,6 +97,15 @@ class Head:
             return operator(output, self.model.output_weight(), targets, **settings)
         except ops.NonFiniteLogitsError:  # other ranks wait in the pipeline and in the reduction of the gradients
             return self.nan_statistics(output, targets, second_moments)
+
+    def settings(self, kept: ops.KeptSets | None, place: torch.device) -> dict[str, Any]:
+        """Return the arguments that say of which distribution operators compute statistics, with `kept` on a device."""
+        return {
+            "temperature": self.temperature,
+            "group": self.group,
+            "vocabulary": self.model.vocabulary,
+            "kept": None if kept is None else kept.to(place),
+        }
 
     @staticmethod
     def nan_statistics(output: Tensor, targets: Tensor, second_moments: bool = False) -> ops.TokenStatistics:

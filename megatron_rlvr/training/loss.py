@@ -133,11 +133,8 @@ class MinibatchLoss:
                 self.objective.thresholds,
                 token_weight=token_weight,
                 steering_weight=factor,
-                temperature=self.head.temperature,
-                group=self.head.group,
-                vocabulary=self.head.model.vocabulary,
                 loss_scale=self.backward_scale,
-                kept=None if microbatch.kept is None else microbatch.kept.to(hidden.device),
+                **self.head.settings(microbatch.kept, hidden.device),
             )
         except ops.NonFiniteLogitsError:
             nan = self.head.nan_statistics(hidden, microbatch.targets)

@@ -205,10 +205,11 @@ def test_files_of_a_run(tmp_path: Path) -> None:
         "updated": 1e9,
         "pid": 1,
     }
+    sampling = SamplingSettings(samples=2, max_tokens=4, routers=ROUTERS)
     files: dict[str, tuple[Any, Callable[[], Any]]] = {
         "metrics.jsonl": (metrics, lambda: (read_metrics(tmp_path), group_runs([tmp_path]))),
         "status.json": ([status], lambda: read_status(tmp_path)),
-        str(recording_path(Path(), 0, 0)): ([row, row], lambda: read_recorded_group(tmp_path, 0, 0, 2, 4, ROUTERS, 2)),
+        str(recording_path(Path(), 0, 0)): ([row, row], lambda: read_recorded_group(tmp_path, 0, 0, sampling, 2)),
         "config.yaml": ([{"name": "a", "seed": 3, "rollout": {"temperature": 1.0}}], lambda: group_runs([tmp_path])),
     }
     tally = Tally()

@@ -43,9 +43,7 @@ class ReplayEngine:
         if not recorded and self.evaluation is not None:
             return self.evaluation.generate(requests, sampling)
         groups = [
-            read_recorded_group(
-                self.folder, *place, sampling.samples, sampling.max_tokens, sampling.routers, len(request.prompt)
-            )
+            read_recorded_group(self.folder, *place, sampling, len(request.prompt))
             for request in recorded
             if (place := request.place) is not None
         ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rlvr.control import SCHEDULE_PARAMETERS, ClipThresholds, SteeringResponse
+from megatron_rlvr.control import SCHEDULE_PARAMETERS, ClipThresholds, SteeringResponse, build_schedule
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.config import OptimizerConfig
 from megatron_rlvr.objectives import OBJECTIVE_PARAMETERS
@@ -47,15 +47,14 @@ class RecordingSchedule:
 
 @pytest.fixture
 def schedule(monkeypatch: pytest.MonkeyPatch) -> RecordingSchedule:
-    schedule = RecordingSchedule()
-    monkeypatch.setattr(entropy_control, "build_schedule", lambda *_: schedule)
     monkeypatch.setattr(entropy_control, "entropy_shift", lambda update, _reports: update)
-    return schedule
+    return RecordingSchedule()
 
 
-def make_control() -> EntropyControl:
+def make_control(schedule: Any) -> EntropyControl:
     layout: Any = type("Layout", (), {"is_reporting_rank": True})()
-    return EntropyControl(AlgorithmConfig(minibatches=2, epochs=2), OptimizerConfig(learning_rate=4.0), 10, layout)
+    algorithm, optimizer = AlgorithmConfig(minibatches=2, epochs=2), OptimizerConfig(learning_rate=4.0)
+    return EntropyControl(algorithm, optimizer, schedule, layout)
 
 
 def measure(tokens: int) -> RolloutMeasure:
@@ -63,7 +62,7 @@ def measure(tokens: int) -> RolloutMeasure:
 
 
 def test_the_schedule_observes_the_measurements_of_every_step(schedule: RecordingSchedule) -> None:
-    control = make_control()
+    control = make_control(schedule)
     control.begin_step(0, measure(100), 4.0)
     control.begin_step(1, measure(50), 1.0)
     (first, second), expected = schedule.observed, {"response": RESPONSE, "standard_error": 0.25}
@@ -73,7 +72,7 @@ def test_the_schedule_observes_the_measurements_of_every_step(schedule: Recordin
 
 
 def test_updates_are_counted_from_zero_and_each_has_the_newest_steering(schedule: RecordingSchedule) -> None:
-    control = make_control()
+    control = make_control(schedule)
     for step in (3, 4):
         steering = [control.begin_step(step, measure(100), 4.0).thresholds.steering]
         shifts: list[Any] = [0.0, -0.01, None, -0.03]
@@ -85,7 +84,7 @@ def test_updates_are_counted_from_zero_and_each_has_the_newest_steering(schedule
 def test_the_predicted_entropy_change_is_that_of_the_mean_steering_in_one_minibatch(
     schedule: RecordingSchedule,
 ) -> None:
-    control = make_control()
+    control = make_control(schedule)
     control.begin_step(0, measure(100), 4.0)
     updates: list[Any] = [0.0, 0.0, 0.0, 0.0]
     for update in updates:
@@ -120,7 +119,7 @@ def test_a_malformed_state_is_a_user_error(name: str) -> None:
         layout: Any = type("Layout", (), {"is_reporting_rank": True})()
         bonus = OBJECTIVE_PARAMETERS["clip"](entropy_coefficient=0.1, entropy_target=0.5)
         settings = AlgorithmConfig(schedule=SCHEDULE_PARAMETERS[name](), objective=bonus)
-        return EntropyControl(settings, OptimizerConfig(), 10, layout)
+        return EntropyControl(settings, OptimizerConfig(), build_schedule(settings.schedule, 10), layout)
 
     first = control()
     first.begin_step(0, measure(100), OptimizerConfig().learning_rate)

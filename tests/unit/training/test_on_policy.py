@@ -96,7 +96,8 @@ def test_the_ratio_starts_from_the_policy_that_is_configured(small_model: Path) 
         weight, losses = torch.full((8,), 1 / 33), []
         for old_policy in ("recomputed", "rollout"):
             policy = build(small_model, ParallelConfig(), layout)
-            control = EntropyControl(AlgorithmConfig(old_policy=old_policy), Config().optimizer, 1, layout)
+            config = Config(algorithm=AlgorithmConfig(old_policy=old_policy))
+            control = EntropyControl(config.algorithm, config.optimizer, config.schedule(), layout)
             old = control.clipped_around(batch, scores)
             report = policy.update(batch, torch.arange(8), ADVANTAGE, weight, old, objective)
             losses.append((float(report.ratio_max), float(report.sums[LOSS_SUMS.index("loss")])))
