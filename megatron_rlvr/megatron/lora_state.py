@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from megatron_rlvr.megatron.lora import Adapter
+from megatron_rlvr.megatron.lora_layers import Adapter
 from megatron_rlvr.megatron.model import PolicyModel
 
 

@@ -15,7 +15,8 @@ from megatron_rlvr.megatron import device
 from megatron_rlvr.megatron.families import Family
 from megatron_rlvr.megatron.families.weight_map import Plain, Vocabulary, WeightMap
 from megatron_rlvr.megatron.huggingface_config import is_tied
-from megatron_rlvr.megatron.lora import Adapter, adapters_of
+from megatron_rlvr.megatron.lora import adapters_of
+from megatron_rlvr.megatron.lora_layers import Adapter
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.weight_loading import OUTPUT
 from megatron_rlvr.megatron.weight_shards import Shard, shards

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_rlvr.megatron.bridge import PolicyBridge
-from megatron_rlvr.megatron.lora import merged
+from megatron_rlvr.megatron.lora_layers import merged
 from megatron_rlvr.megatron.streamed_checkpoint import StreamedLoad
 from megatron_rlvr.weights.adapter_record import check_same_base, weights_digest
 from megatron_rlvr.weights.huggingface_folder import tensor_files
