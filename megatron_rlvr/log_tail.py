@@ -22,6 +22,11 @@ def last_error(log: Path) -> str:
             text = file.read().decode(errors="replace")
     except OSError:
         return "it left no log"
+    return error_line(text) or "its log is empty"
+
+
+def error_line(text: str) -> str:
+    """Return the last line of a text that names an error, or its last line if none does; "" for an empty text."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
-    return (errors or lines or ["its log is empty"])[-1]
+    return (errors or lines or [""])[-1]

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
+from megatron_rlvr.log_tail import last_error
 from megatron_rlvr.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,8 +200,7 @@ def _run(command: list[str], job: Job, folder: Path, name: str) -> None:
         except subprocess.TimeoutExpired:
             raise UserError(f"{name} ran for more than 900 s: use fewer --steps; its output is in {log}") from None
     if done.returncode:
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"{name} ended with status {done.returncode}: {' '.join(last)}")
+        raise UserError(f"{name} ended with status {done.returncode}: {last_error(log)}")
 
 
 def report(measured: dict[str, list[Step]], console: Console) -> None:

@@ -17,6 +17,7 @@ from megatron_rlvr.config import Config
 from megatron_rlvr.data.config import is_gym
 from megatron_rlvr.doctor import NO_SERVERS
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.log_tail import error_line
 from megatron_rlvr.weights.huggingface_folder import INDEX, read_index
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
@@ -117,7 +118,7 @@ def gpus_of_this_node(report: NodeReport) -> list[tuple[str, int]]:
         report.problems.append(f"nvidia-smi did not answer in {_NVIDIA_SMI_TIMEOUT_S} s")
         return []
     if done.returncode:
-        report.problems.append(f"nvidia-smi failed: {(done.stdout + done.stderr).strip().splitlines()[-1:]}")
+        report.problems.append(f"nvidia-smi failed: {error_line(done.stdout + done.stderr) or 'it printed nothing'}")
         return []
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     report.versions["driver"] = ", ".join(sorted({row[2] for row in rows}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_rlvr.log_tail import last_error
+from megatron_rlvr.log_tail import error_line, last_error
 
 
 def test_the_last_error_is_preferred_to_the_last_line(tmp_path: Path) -> None:
@@ -26,3 +26,8 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"ValueError: long ago\n" + b"\xff progress\n" * 20_000 + b"the end\n")
     assert last_error(log) == "the end"
+
+
+def test_what_a_program_printed_may_be_empty() -> None:
+    assert error_line("") == error_line(" \n\n") == ""
+    assert error_line("ImportError: no libcuda\nsee the manual\n") == "ImportError: no libcuda"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.log_tail import error_line
 from megatron_rlvr.megatron import device
 from megatron_rlvr.node import node_name
 from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace
@@ -107,7 +108,7 @@ def nccl_version(python: str) -> str | None:
             [python, "-c", program], capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
-        reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
+        reason = error_line(getattr(error, "stderr", None) or str(error))
         raise UserError(f"torch of {python} does not report its version of NCCL ({reason}): repair it") from error
     return done.stdout.strip() or None
 
