@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -77,17 +78,7 @@ class PolicyModel(GPTModel):
         if decoder_input is not None and self.config.recompute_granularity and torch.is_grad_enabled():
             # The output of a recomputed module has a gradient only if its input has one. A frozen embedding has none.
             decoder_input.requires_grad_()
-        latent = self.config.multi_latent_attention
-        if latent and positions is None:
-            positions = self._positions(tokens, packed)
-        if positions is not None:
-            # The positions of a training microbatch end with its width. Reading their largest would wait for the GPU.
-            width = tokens.size(1) * self.config.context_parallel_size
-            longest = width if positions.dim() == 1 else int(positions.max()) + 1
-            angles = self.rotary_pos_emb(longest)[:, 0, 0][positions]  # [b, s, d] or [s, d]
-            rotary = angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1).unsqueeze(2)
-        if latent:
-            rotary = latent_rotary(rotary, self.rotary_factor, self.config.params_dtype)
+        rotary = self._rotary(rotary, tokens, positions, packed)
         with self.routing.forward_pass(routes) if self.routing is not None else nullcontext():
             hidden = self.decoder(
                 hidden_states=decoder_input,
@@ -106,6 +97,19 @@ class PolicyModel(GPTModel):
         if rows is not None:
             hidden = hidden.index_select(0, rows)
         return hidden if hidden_only else self.project(hidden)
+
+    def _rotary(self, rotary: Any, tokens: Tensor, positions: Tensor | None, packed: PackedSeqParams | None) -> Any:
+        """Return what the layers rotate by: `rotary`, which megatron-core made for 0 .. s-1, or that of `positions`."""
+        latent = self.config.multi_latent_attention
+        if latent and positions is None:
+            positions = self._positions(tokens, packed)
+        if positions is not None:
+            # The positions of a training microbatch end with its width. Reading their largest would wait for the GPU.
+            width = tokens.size(1) * self.config.context_parallel_size
+            longest = width if positions.dim() == 1 else int(positions.max()) + 1
+            angles = self.rotary_pos_emb(longest)[:, 0, 0][positions]  # [b, s, d] or [s, d]
+            rotary = angles[:, None, None] if positions.dim() == 1 else angles.transpose(0, 1).unsqueeze(2)
+        return latent_rotary(rotary, self.rotary_factor, self.config.params_dtype) if latent else rotary
 
     def _positions(self, tokens: Tensor, packed: PackedSeqParams | None) -> Tensor:
         """Return the positions of this rank's tokens in their sequences, int64 [s], for latent attention."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,9 +56,8 @@ class TokenMismatch:
 
     def columns(self, importance: Corrected | None) -> Iterator[tuple[str, Tensor]]:
         """Yield the values that the metrics add up over tokens, by name; one at a time, because each is [T]."""
-        excess = self.log_ratio.clamp(
-            max=LARGEST_LOG_WEIGHT
-        ).expm1()  # of the weight e^d over 1, exact where it is tiny
+        # Of the weight e^d over 1, exact where it is tiny.
+        excess = self.log_ratio.clamp(max=LARGEST_LOG_WEIGHT).expm1()
         yield "tokens", torch.ones_like(self.log_ratio)
         yield "difference", self.log_ratio.abs()
         yield "k1", -self.log_ratio
@@ -93,10 +92,8 @@ def mismatch_metrics(
         return collectives.sum_tensor_over_job(sums, contributes=layout.is_reporting_rank)
 
     difference = tokens.log_ratio.abs()
-    position, age = (
-        torch.bucketize(tokens.position, torch.tensor(POSITIONS), right=True) - 1,
-        tokens.age.clamp(0, OLDEST),
-    )
+    position = torch.bucketize(tokens.position, torch.tensor(POSITIONS), right=True) - 1
+    age = tokens.age.clamp(0, OLDEST)
     by_group = {
         name: torch.cat([_sums(values, position, len(POSITIONS)), _sums(values, age, OLDEST + 1)])
         for name, values in tokens.columns(importance)
@@ -140,9 +137,23 @@ def mismatch_metrics(
     }
     shares = ["masked", "truncated"] if importance is not None else []
     metrics |= {f"mismatch/{name}_fraction": total[name] / count for name in shares}
+    of_groups = [dict(zip(names, column, strict=True)) for column in table.T.tolist()]
+    return metrics | _group_metrics(of_groups, shares, count)
+
+
+def _group_metrics(sums: Sequence[dict[str, float]], shares: Sequence[str], count: float) -> dict[str, float]:
+    """Return the metrics of every group of positions, then of every age, that has tokens.
+
+    Age 0 is left out if all tokens are fresh.
+
+    Args:
+        sums: of each group, the sums over its tokens by name.
+        shares: names of the sums that are reported as a fraction of the tokens.
+        count: number of tokens of the job.
+    """
+    metrics = {}
     groups = [f"position_{start}" for start in POSITIONS] + [f"age_{age}" for age in range(OLDEST + 1)]
-    for group, column in zip(groups, table.T.tolist(), strict=True):
-        found = dict(zip(names, column, strict=True))
+    for group, found in zip(groups, sums, strict=True):
         if found["tokens"] and not (group == "age_0" and found["tokens"] == count):
             metrics[f"mismatch/{group}/mean"] = found["difference"] / found["tokens"]
             metrics[f"mismatch/{group}/kl"] = found["k3"] / found["tokens"]

@@ -67,20 +67,7 @@ def measure_rollout(
     Raises:
         UserError: on every process, if the entropy or the KL to the reference is not finite.
     """
-    sequence = batch.sequence_of_token()
     groups = batch.rewards.view(-1, batch.group_size)
-    response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
-    token_sums = {
-        "entropy": scores.entropy.sum(dtype=torch.float64),
-        **{f"response/{i}": value for i, value in enumerate(response)},
-    }
-    if advantage is not None:
-        region = classify(scores.logprob, scores.entropy, advantage[sequence])
-        token_sums["regions"] = (region > 0).sum()
-        token_sums["disagreeing"] = disagrees(region, scores.entropy_change).sum()
-    if reference_kl is not None and batch.reference_logprob is not None:
-        token_sums["kl_reference"] = kl_estimate("k3", scores.logprob, batch.reference_logprob).sum()
-        token_sums["kl_estimate"] = reference_kl.estimate(scores.logprob, batch.reference_logprob).sum()
     counts: dict[str, float | Tensor] = {
         "tokens": batch.token_count,
         "sequences": len(batch.rewards),
@@ -89,6 +76,7 @@ def measure_rollout(
         "truncated": batch.truncated.sum(),
         "mixed_groups": informative_groups(groups).sum(),
     }
+    token_sums = _token_sums(batch, token_weight, scores, reference_kl, advantage)
     total = collectives.sum_over_job(_floats(token_sums), contributes=layout.is_reporting_rank)
     count = collectives.sum_over_job(_floats(counts), contributes=layout.is_leader)
     tokens = count["tokens"]
@@ -112,16 +100,51 @@ def measure_rollout(
     if advantage is not None:
         metrics["region/disagreement"] = total["disagreeing"] / max(1.0, total["regions"])
     if reference_kl is not None:
-        metrics["kl_reference"] = total["kl_reference"] / tokens
-        if not math.isfinite(metrics["kl_reference"]):
-            raise UserError(
-                f"the KL to the reference is {metrics['kl_reference']}: the forward pass of the reference overflows, "
-                "although its weights are finite; set reference.path to another model, or algorithm.kl_coefficient=0"
-            )
-        terms = tokens if reference_kl.place == "loss" else count["sequences"]
-        metrics["kl_penalty"] = reference_kl.coefficient * total["kl_estimate"] / terms
+        metrics |= _kl_metrics(reference_kl, total, tokens, count["sequences"])
     steering = SteeringResponse.from_sums([total[f"response/{i}"] for i in range(4)])
     return RolloutMeasure(entropy, standard_error, steering, metrics, importance.weight if importance else None)
+
+
+def _token_sums(
+    batch: RolloutBatch,
+    token_weight: Tensor,
+    scores: TokenScores,
+    reference_kl: ReferenceKL | None,
+    advantage: Tensor | None,
+) -> dict[str, Tensor]:
+    """Return the sums over this rank's tokens from which `measure_rollout` computes its metrics."""
+    sequence = batch.sequence_of_token()
+    response = steering_sums(scores.entropy_change, scores.ascent, token_weight[sequence])
+    sums = {
+        "entropy": scores.entropy.sum(dtype=torch.float64),
+        **{f"response/{i}": value for i, value in enumerate(response)},
+    }
+    if advantage is not None:
+        region = classify(scores.logprob, scores.entropy, advantage[sequence])
+        sums["regions"] = (region > 0).sum()
+        sums["disagreeing"] = disagrees(region, scores.entropy_change).sum()
+    if reference_kl is not None and batch.reference_logprob is not None:
+        sums["kl_reference"] = kl_estimate("k3", scores.logprob, batch.reference_logprob).sum()
+        sums["kl_estimate"] = reference_kl.estimate(scores.logprob, batch.reference_logprob).sum()
+    return sums
+
+
+def _kl_metrics(
+    reference_kl: ReferenceKL, total: Mapping[str, float], tokens: float, sequences: float
+) -> dict[str, float]:
+    """Return ``kl_reference`` and ``kl_penalty``.
+
+    Raises:
+        UserError: if the KL to the reference is not finite.
+    """
+    kl = total["kl_reference"] / tokens
+    if not math.isfinite(kl):
+        raise UserError(
+            f"the KL to the reference is {kl}: the forward pass of the reference overflows, although its weights are "
+            "finite; set reference.path to another model, or algorithm.kl_coefficient=0"
+        )
+    terms = tokens if reference_kl.place == "loss" else sequences
+    return {"kl_reference": kl, "kl_penalty": reference_kl.coefficient * total["kl_estimate"] / terms}
 
 
 def _floats(values: Mapping[str, float | Tensor]) -> dict[str, float]:
