@@ -203,11 +203,16 @@ def report(both: Sequence[Run], path: Path, console: Console) -> None:
     static, controlled = (run.records() for run in both)
     picture.draw(static, controlled, both[1].name.replace("-", " "), path)
     console.print(picture.results_table([run.name for run in both], [load_run(run.directory)[1] for run in both]))
+    print_distance(controlled, path, console)
+    for run in both:
+        console.print(f"run      {run.directory}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_distance(controlled: Sequence[Record], path: Path, console: Console) -> None:
+    """Print how far the entropy of the controlled run was from its curve, and where the picture is."""
     if (error := picture.largest_error(controlled, len(controlled))) is not None:
         console.print(f"Entropy stayed within {error:.1%} of the drawn curve after the first tenth of the steps.")
     console.print(f"picture  {path}", soft_wrap=True, highlight=False, markup=False)
-    for run in both:
-        console.print(f"run      {run.directory}", soft_wrap=True, highlight=False, markup=False)
 
 
 @user_errors_reported

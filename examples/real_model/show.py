@@ -17,9 +17,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from compare import SCHEDULE, STATIC, Run, interruptible, refuse_places, train_to_the_end  # examples/quickstart
+from compare import (  # examples/quickstart
+    SCHEDULE,
+    STATIC,
+    Run,
+    interruptible,
+    print_distance,
+    refuse_places,
+    train_to_the_end,
+)
 from figure import NAMES, draw, results_table
-from picture import largest_error
 from rich.console import Console
 
 from megatron_rlvr.exit_status import EXIT_DONE, EXIT_STOPPED, user_errors_reported
@@ -56,10 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.output / "real_model.png"
     draw({name: [steps] for name, (steps, _) in zip(NAMES, finished, strict=True)}, path)
     console.print(results_table([evaluations for _, evaluations in finished]))
-    controlled = finished[1][0]
-    if (error := largest_error(controlled, len(controlled))) is not None:
-        console.print(f"Entropy stayed within {error:.1%} of the drawn curve after the first tenth of the steps.")
-    console.print(f"picture  {path}", soft_wrap=True, highlight=False, markup=False)
+    print_distance(finished[1][0], path, console)
     return EXIT_DONE
 
 
