@@ -50,6 +50,25 @@ def test_packages_import_downhill() -> None:
                 assert imported is None or imported[1] not in uphill, f"{file.relative_to(ROOT)} imports {module}"
 
 
+def test_the_map_names_the_packages_that_import_a_package() -> None:
+    """The last column of CONTRIBUTING's table; "everything above" names all packages in the rows above."""
+    rows = re.findall(r"^\| `(\w+)` \|.*\|([^|]+)\|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    users, order = dict(rows), packages_in_order()
+    importers: dict[str, set[str]] = {name: set() for name in order}
+    for importer in order:
+        for file in (PACKAGE / importer).rglob("*.py"):
+            for module in imported_modules(file):
+                found = re.match(r"megatron_rlvr\.(\w+)", module)
+                if found is not None and found[1] in importers and found[1] != importer:
+                    importers[found[1]].add(importer)
+    for name, found_in in importers.items():
+        named = {word for word in re.findall(r"`(\w+)`", users[name]) if word in order}
+        if "everything above" in users[name]:
+            assert found_in - named <= set(order[: order.index(name)]), name
+        else:
+            assert found_in == named, name
+
+
 def test_control_and_ops_stand_alone() -> None:
     for package in ("control", "ops"):
         for file in (PACKAGE / package).rglob("*.py"):
