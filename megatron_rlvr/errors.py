@@ -9,10 +9,14 @@ class UserError(Exception):
     """Something that the user can correct: a setting, a file, a line of data.
 
     Its text is one line that says what was wrong, what was found and what to write instead. The command-line programs
-    print this line to stderr without a traceback and exit with `exit_status`.
+    print this line to stderr without a traceback and exit with `exit_status`. Characters that cannot be printed become
+    spaces: a text from a file or from another program could break the line, or change a terminal.
     """
 
     exit_status: ClassVar[int] = 2
+
+    def __str__(self) -> str:
+        return "".join(character if character.isprintable() else " " for character in super().__str__())
 
 
 def truncated(text: str, length: int) -> str:

@@ -16,6 +16,7 @@ from megatron_rlvr.checked_input import shown
 from megatron_rlvr.config import Config, read_config_file
 from megatron_rlvr.config_reader import read
 from megatron_rlvr.config_schema import keys, names_key
+from megatron_rlvr.config_yaml import type_of
 from megatron_rlvr.control.by_name import did_you_mean
 from megatron_rlvr.errors import UserError, truncated
 from megatron_rlvr.megatron import waiting
@@ -178,7 +179,8 @@ def check_allowance(config: Config) -> None:
                 f"resume.allow: {entry} cannot change within a run, because its checkpoints hold such adapters: leave "
                 "it out, and choose another run_directory for others"
             )
-        if not any(names_key([entry], key) for key in known):
+        in_mapping = any(type_of(key, Config).type is dict and entry.startswith(f"{key}.") for key in known)
+        if not in_mapping and not any(names_key([entry], key) for key in known):
             raise UserError(
                 f"resume.allow: unknown configuration key {shown(entry)}{did_you_mean(entry, known)}: write keys or "
                 "sections, such as resume.allow=[optimizer.learning_rate]"

@@ -30,7 +30,7 @@ def row(directory: Path, now: float) -> list[str]:
         UserError: when the directory holds neither a status nor the history of a Slurm job.
     """
     history = directory / "slurm" / "history"
-    lines = history.read_text().splitlines() if history.is_file() else []
+    lines = history.read_text(errors="replace").splitlines() if history.is_file() else []
     note = lines[-1] if lines else ""
     try:
         status = read_status(directory)

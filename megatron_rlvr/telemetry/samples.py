@@ -74,6 +74,8 @@ def read_samples(run: Path, step: int, *, heldout: bool = False) -> list[Row]:
             row = parse_object(line)
             for key, kind in (("completion", str), ("reward", float), ("length", int), ("example", int)):
                 field(row, key, kind)
+            if row.get("entropy") is not None:
+                field(row, "entropy", float)
             rows.append(row)
     except InvalidInputError as error:
         raise UserError(f"{path} line {len(rows) + 1}: {error}: remove the line, or the file") from error

@@ -124,9 +124,9 @@ class WorkerProcess:
         try:
             for payload in self._reader.read_available():
                 reply = decoded(payload)
+                self._check_order(reply)
                 if reply.kind == "refused":
                     raise UserError(" ".join(reply.detail.split()))
-                self._check_order(reply)
                 if reply.kind == "ready":
                     self.ready = True
                 elif reply.kind == "accepted":
@@ -143,7 +143,9 @@ class WorkerProcess:
         return verdicts
 
     def _check_order(self, reply: Reply) -> None:
-        if reply.kind == "ready":
+        if reply.kind == "refused":
+            expected = not self.ready or (bool(self.pending) and self._accepted)
+        elif reply.kind == "ready":
             expected = not self.ready
         elif reply.kind == "accepted":
             expected = bool(self.pending) and not self._accepted and reply.index == self.pending[0]

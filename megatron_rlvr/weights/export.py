@@ -17,6 +17,7 @@ from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.weights.huggingface_folder import write_folder
 from megatron_rlvr.weights.peft_folder import write_adapters
 from megatron_rlvr.weights.shape_checks import rounding, stored_dtype
+from megatron_rlvr.weights.whole_weights import check_finite
 
 _BYTES_PER_TURN = 2**30
 
@@ -39,14 +40,19 @@ def export_folder(
         dtype: dtype of the weights in the folder, which its config.json names; None keeps that of the policy.
 
     Raises:
-        UserError: if the folder cannot be written.
+        UserError: if the folder cannot be written, or a weight is not finite in `dtype` or merged with its adapter.
     """
+
+    def converted(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            stored = tensor.to(stored_dtype(name, tensor.dtype, dtype, bridge.hf_config))
+            check_finite(stored, f"{folder}: {name}")
+            yield name, stored
 
     def write_converted(tensors: Iterator[tuple[str, Tensor]]) -> None:
         if rounded := rounding({bridge.dtype}, dtype or bridge.dtype):
             print(f"warning: {folder}: {rounded}", file=sys.stderr)
-        converted = ((n, t.to(stored_dtype(n, t.dtype, dtype, bridge.hf_config))) for n, t in tensors)
-        write_folder(folder, converted, companions=bridge.path)
+        write_folder(folder, converted(tensors), companions=bridge.path)
 
     write_in_turns(bridge.export(model_chunks), folder, write_converted if write else None)
 

@@ -59,6 +59,7 @@ def test_adapters_cannot_change(run_yaml: Path, tmp_path: Path) -> None:
         ("algorithm.schedule.name=oscillatory-decay", "algorithm.schedule"),
         ("algorithm.objective.name=gspo", "algorithm.objective"),
         ("seed=7", "seed"),
+        ("data.reasoning_gym.options.x={y: 1}", "data.reasoning_gym.options.x"),
     ],
 )
 def test_a_change_needs_the_flag_that_its_refusal_names(

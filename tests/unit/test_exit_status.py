@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.train import main
 
 PROGRAM = """
@@ -19,6 +20,10 @@ def main():
 
 sys.exit(main())
 """
+
+
+def test_a_user_error_is_one_line_that_changes_no_terminal() -> None:
+    assert str(UserError("line 1\nline 2\x1b[2J\r\u2028 \ud800 é")) == "line 1 line 2 [2J     é"
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from megatron_rlvr.telemetry.samples import (
     changed_prompts,
     one_line,
     read_samples,
+    remove_samples,
     sampled_steps,
     samples_path,
     three_of,
     write_samples,
+    write_worst_tokens,
 )
 from tests.processes import ROOT
 
@@ -110,3 +112,23 @@ def test_the_tool_refuses_in_one_line(
     assert show_samples.main([str(run), *arguments]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_a_resume_removes_the_samples_that_are_made_again(run: Path) -> None:
+    for step in (4, 5, 6):
+        write_samples(run, step, [row(0, 1.0)], heldout=True)
+        write_worst_tokens(run, step, [row(0, 1.0)])
+    (run / "samples" / "notes.jsonl").write_text("of the user")
+    remove_samples(run, 5)
+    assert sampled_steps(run) == [4]
+    assert sampled_steps(run, heldout=True)[-2:] == [4, 5]  # that of step 5 is of the policy that the run goes on with
+    assert [path.name for path in (run / "mismatch").iterdir()] == ["step_000004.jsonl"]
+    assert (run / "samples" / "notes.jsonl").exists()
+
+
+def test_an_entropy_of_another_type_is_one_line(run: Path) -> None:
+    write_samples(run, 7, [row(0, 1.0, entropy=None)])
+    assert read_samples(run, 7)
+    write_samples(run, 7, [row(0, 1.0, entropy="high")])
+    with pytest.raises(UserError, match=r"line 1: 'entropy' is str 'high' instead of a number"):
+        read_samples(run, 7)

@@ -1,9 +1,15 @@
 import io
+import shlex
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 from synthetic_run import evaluations, records, write_run
 
+from megatron_rlvr.config import load_config
+from megatron_rlvr.telemetry.reporter import Reporter
 from megatron_rlvr.telemetry.summary import print_summary, summary_table
+from tests.processes import ROOT
 
 
 def lines(table) -> dict[str, list[str]]:
@@ -46,3 +52,19 @@ def test_paths_are_printed_on_one_line(tmp_path):
     print_summary(write_run(tmp_path / "run"), {"checkpoint": tmp_path, "sample from it": command}, out)
     printed = out.file.getvalue().splitlines()
     assert printed[-2:] == [f"checkpoint      {tmp_path}", f"sample from it  {command}"]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["it's 2 + 2", "$(x) *", [{"role": "user", "content": "a"}], "two\nlines", "x" * 201, None]
+)
+def test_the_command_to_sample_has_a_prompt_of_the_task(
+    prompt: object, run_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    report = Reporter(load_config(run_yaml), 0, active=False)
+    report._prompt = prompt
+    command = report._command_to_sample(Path("out"))
+    if isinstance(prompt, str) and len(prompt) < 20 and prompt.isprintable():
+        assert shlex.split(command["sample from it"])[2:] == ["out", prompt, "--max-tokens", "10"]
+    else:
+        assert not command

@@ -28,6 +28,7 @@ from megatron_rlvr.training.policy import UpdateReport
 from megatron_rlvr.training.rollout_metrics import measure_rollout
 from megatron_rlvr.training.update_guard import UpdateGuard
 from megatron_rlvr.training.update_metrics import entropy_shift, update_metrics
+from megatron_rlvr.weights.export import export_folder
 from tests.update_faults import ADVANTAGE, FAULTS, build, equal, make_batch, state, update
 
 
@@ -219,3 +220,14 @@ def test_guards_add_no_wait_for_the_device_and_no_collective(policy, monkeypatch
         assert not reads.counts
         update_metrics([done, done, done], 1, finite, True)
     assert reads.counts["cpu"] == 1 and calls["all_reduce"] == 2
+
+
+def test_an_export_in_a_dtype_that_cannot_hold_a_weight_is_refused(
+    layout: parallel.Layout, small_model: Path, tmp_path: Path
+) -> None:
+    policy = build(small_model, ParallelConfig(), layout)
+    with torch.no_grad():
+        next(iter(policy.model_chunks[0].parameters())).view(-1)[0] = 3.4e38  # finite in float32, not in bfloat16
+    with pytest.raises(UserError, match=r"out: .* has values that are NaN or infinite"):
+        export_folder(policy.bridge, policy.model_chunks, tmp_path / "out", write=True, dtype=torch.bfloat16)
+    assert not list(tmp_path.glob("out*"))

@@ -44,9 +44,10 @@ def test_attacks_cost_their_own_completion_alone(tmp_path):
     assert not (tmp_path / "created").exists()
 
 
-def test_garbage_between_batches_costs_nothing():
+@pytest.mark.parametrize("message", ["later garbage", "later refusal"])
+def test_messages_between_batches_cost_nothing(message):
     with VerifierPool(misbehaving.attack, workers=1) as pool:
-        assert pool.verify(["later garbage"], [0]) == [Verdict(1.0, "ok")]
+        assert pool.verify([message], [0]) == [Verdict(1.0, "ok")]
         worker = pool._workers[0]
         while not worker._readable():
             time.sleep(0.01)

@@ -98,6 +98,9 @@ def attack(completion, answer):
         os.write(channel, struct.pack("!Q", len(payload)) + payload)
     if completion == "later garbage":
         threading.Timer(0.2, os.write, (channel, b"x" * 100)).start()
+    if completion == "later refusal":
+        refusal = frame(Reply("refused", detail="end the run").encoded())
+        threading.Timer(0.2, os.write, (channel, refusal)).start()
     if completion == "fork":
         os.fork()
     if completion == "forged reply":
