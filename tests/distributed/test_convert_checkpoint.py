@@ -8,6 +8,7 @@ import random
 import re
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,6 +98,12 @@ def test_round_trip_through_every_layout(family: str, tool: ModuleType, sharded:
         assert equal(sharded / family, out)
 
 
+OPTIONS: dict[str, Callable[[Path], list[str]]] = {
+    "to-megatron": lambda model: [],
+    "to-huggingface": lambda model: ["--model", str(model), "--shard-gib", "3e-5"],
+}
+
+
 class KilledError(BaseException):
     """Simulates a kill, because nothing catches it."""
 
@@ -114,7 +121,7 @@ def test_a_killed_conversion_resumes(
     source = make_family(tmp_path / "source", "qwen2-untied", num_hidden_layers=4)
     assert tool.main(["to-megatron", str(source), str(tmp_path / "checkpoint")]) == 0
     inputs = {"to-megatron": source, "to-huggingface": tmp_path / "checkpoint"}
-    command, options = [direction, str(inputs[direction])], ["--model", str(source), "--shard-gib", "3e-5"]
+    command, options = [direction, str(inputs[direction])], OPTIONS[direction](source)
     assert tool.main([*command, str(tmp_path / "uninterrupted"), *options]) == 0
     requested: list[str] = []
     before = whole_weights.WholeWeights.pieces
@@ -154,7 +161,7 @@ def test_a_full_disk(direction: str, tool: ModuleType, tmp_path: Path, capsys: p
     source = make_family(tmp_path / "source", "qwen2-untied", vocab_size=1000)
     assert tool.main(["to-megatron", str(source), str(tmp_path / "checkpoint")]) == 0
     converted = str(source if direction == "to-megatron" else tmp_path / "checkpoint")
-    arguments = [direction, converted, str(tmp_path / "out"), "--model", str(source), "--shard-gib", "3e-5"]
+    arguments = [direction, converted, str(tmp_path / "out"), *OPTIONS[direction](source)]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     capsys.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))

@@ -127,6 +127,8 @@ def test_dry_run_of_the_other_gpu_scripts_and_within_a_job() -> None:
     text = dry_run(FOLDER / "convert.sbatch", "to-megatron", "models/m", "checkpoints/m", **within)
     rank = r"(?m)^rank (\d) on node-0: .* tools/convert_checkpoint\.py to-megatron models/m checkpoints/m --verify$"
     assert re.findall(rank, text) == ["0"]
+    text = dry_run(FOLDER / "convert.sbatch", "to-peft", "runs/m/checkpoints/step_9", "adapters", **within)
+    assert "convert_checkpoint.py to-peft runs/m/checkpoints/step_9 adapters\n" in text
     text = dry_run(FOLDER / "evaluate.sbatch", "runs/m", "--initial", "evaluation.prompts=4")
     assert re.search(
         r"(?m)^srun .* megatron_rlvr\.cluster\.serve .* -- runs/m/config\.yaml evaluation\.prompts=4 $", text
