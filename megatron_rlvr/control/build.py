@@ -20,6 +20,16 @@ from megatron_rlvr.control.schedules import (
 from megatron_rlvr.control.sign_weights import Entrocraft, EntroPIC
 from megatron_rlvr.control.target import TargetEntropy
 
+# Thresholds alone follow the course that the paper's schedule is named for. Their amplitude, a share of the steep
+# thresholds, follows from their measured effect.
+CLOSED_LOOP = {
+    "curve": "piecewise",
+    "steering_limit": 0.0,
+    "upper_intercept": 3.0,
+    "upper_slope": -2.8,
+    "lower_intercept": 0.7,
+    "lower_slope": -0.5,
+}
 # name -> (class, values that the name stands for and a configuration may override)
 SCHEDULES: dict[str, tuple[type[ClipSchedule], dict[str, Any]]] = {
     "constant": (Constant, {}),
@@ -29,6 +39,14 @@ SCHEDULES: dict[str, tuple[type[ClipSchedule], dict[str, Any]]] = {
     "oscillatory-decay": (OscillatoryDecay, {}),
     "target-entropy": (TargetEntropy, {}),
     "entropy-floor": (TargetEntropy, {"floor_only": True, "start": 0.6}),
+    "closed-increase-then-decrease": (
+        TargetEntropy,
+        {**CLOSED_LOOP, "points": [[0.0, 1.0], [0.5, 1.2], [1.0, 0.6]]},
+    ),
+    "closed-decrease-increase-decrease": (
+        TargetEntropy,
+        {**CLOSED_LOOP, "points": [[0.0, 1.0], [0.25, 0.8], [0.6, 1.0], [1.0, 0.6]]},
+    ),
     "entrocraft": (Entrocraft, {}),
     "entropic": (EntroPIC, {}),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
 T = TypeVar("T")
@@ -30,10 +32,12 @@ def parameters_dataclass(
     described: list[tuple[str, Any, Any]] = [("name", str, dataclasses.field(default=name))]
     for source, declared, key in parameters:
         annotation = get_type_hints(source, include_extras=True)[declared.name]
-        default = preset.get(key, declared.default)
-        described.append(
-            (key, annotation, dataclasses.field(default=default, metadata={"source": (source, declared.name)}))
-        )
+        default, metadata = preset.get(key, declared.default), {"source": (source, declared.name)}
+        if isinstance(default, list):
+            made_field = dataclasses.field(default_factory=partial(copy.deepcopy, default), metadata=metadata)
+        else:
+            made_field = dataclasses.field(default=default, metadata=metadata)
+        described.append((key, annotation, made_field))
     made = dataclasses.make_dataclass(f"{chosen.__name__}Parameters", described, bases=(base,))
     made.__doc__ = chosen.__doc__
     return made

@@ -18,6 +18,7 @@ from a public launch script of other users of the method (Tencent, IterSynth).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -60,36 +61,49 @@ class DynamicSchedule(ClipSchedule):
     eps: Annotated[float, Within(0.0, 1.0)] = 0.2
     """The static threshold."""
     upper_intercept: ThresholdParameter = 0.5
-    """Dynamic upper threshold H(p) at p = 0."""
+    """Dynamic upper threshold H(p) at p = 0. This default and the next three are those of a public launch script of
+    other users of the method (Tencent/IterSynth); the paper does not state numbers."""
     upper_slope: ThresholdParameter = -0.25
     """Slope of H(p)."""
     lower_intercept: ThresholdParameter = 0.3
     """Dynamic lower threshold M(p) at p = 0."""
     lower_slope: ThresholdParameter = -0.13
     """Slope of M(p)."""
+    smallest_threshold: Annotated[float, Within(0.0, 1.0)] | None = None
+    """Clamp eps, H(p) and M(p) from below, at p = 0 and p = 1 and so in between; null: no limit."""
+    largest_threshold: Annotated[float, Within(0.0)] | None = None
+    """The same from above. The launch script from which the numbers of H and M come uses 0.05 and 0.6."""
     total_tokens: Annotated[int, Within(1, includes_low=True, cap=2**62)] | None = None
     """Count progress in response tokens, of which the run has this many; null counts it in steps."""
     _tokens: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_bounds(self, self.name)
+        low, high = self._limits
+        if low > high:
+            raise ValueError(f"{self.name}: smallest_threshold must be at most largest_threshold, found {low} > {high}")
         # Every mixture of possible thresholds is possible, so checking the unmixed ones once is enough.
         ClipThresholds(self.lower, self.upper)
 
     @property
+    def _limits(self) -> tuple[float, float]:
+        low, high = self.smallest_threshold, self.largest_threshold
+        return (-math.inf if low is None else low, math.inf if high is None else high)
+
+    @property
     def static(self) -> AffineThreshold:
         """eps as an affine threshold."""
-        return AffineThreshold(self.eps)
+        return AffineThreshold(self.eps).within(*self._limits)
 
     @property
     def upper(self) -> AffineThreshold:
         """H(p), the dynamic upper threshold."""
-        return AffineThreshold(self.upper_intercept, self.upper_slope)
+        return AffineThreshold(self.upper_intercept, self.upper_slope).within(*self._limits)
 
     @property
     def lower(self) -> AffineThreshold:
         """M(p), the dynamic lower threshold."""
-        return AffineThreshold(self.lower_intercept, self.lower_slope)
+        return AffineThreshold(self.lower_intercept, self.lower_slope).within(*self._limits)
 
     def _observe(self, observation: Observation) -> None:
         if self.total_tokens is not None:

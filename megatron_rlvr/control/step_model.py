@@ -108,34 +108,43 @@ class StepModel:
         """The shift of a whole step without intervention."""
         return self.rate * (self.filter.mean[DRIFT] + self.filter.mean[GAIN] * curved(self.response.drive(0.0)))
 
-    def reach(self, limit: float, caution: float = 0.0) -> Reach:
+    def reach(self, limit: float, caution: float = 0.0, hopeful: bool = False) -> Reach:
         """What a whole step can do if abs(u) is at most ``limit``, with thresholds of known sign.
 
         ``caution`` takes so many standard deviations off each effect. Steering of unknown sign counts with what it
-        could do, so that the wish for it stays, and with it the probe.
+        could do, so that the wish for it stays, and with it the probe. ``hopeful`` counts thresholds in the same way.
         """
         mean, deviation = self.filter.mean, self.filter.deviation
         sure = {
             i: math.copysign(max(0.0, abs(mean[i]) - caution * deviation(i)), mean[i]) for i in (UPPER, LOWER, GAIN)
         }
         clips = [0.0, *(sure[i] for i in (UPPER, LOWER) if self.is_certain(i))]
+        if hopeful:
+            open_questions = (abs(mean[i]) + deviation(i) for i in (UPPER, LOWER) if not self.is_certain(i))
+            clips += [x for each in open_questions for x in (each, -each)]
         gain = sure[GAIN] if self.is_certain(GAIN) else abs(mean[GAIN]) + deviation(GAIN)
         steers = [gain * curved(self.response.drive(u)) for u in (-limit, 0.0, limit)]
         low, high = (mean[DRIFT] + choose(clips) + choose(steers) for choose in (min, max))
         return Reach(self.rate * low, self.rate * high)
 
-    def choose_position(self, missing: float, trial: bool) -> bool:
+    def choose_position(self, missing: float, trial: bool, alone: bool) -> bool:
         """Set the thresholds to add ``missing`` to the shift; returns whether something is left for steering.
 
         In a ``trial``, a threshold whose effect has an uncertain sign is relaxed as well, if its effect may be larger
-        than NEGLIGIBLE: the difference between steps with and without it is what reveals the effect.
+        than NEGLIGIBLE: the difference between steps with and without it is what reveals the effect. Thresholds that
+        act ``alone``, without steering, are tried whatever their effect, and against the expected sign if none is
+        expected to help.
         """
-        able = {}
+        able, against = {}, {}
         for sign, effect in ((1.0, UPPER), (-1.0, LOWER)):
-            reach = self.rate * self.filter.mean[effect]
-            open_question = trial and abs(self.filter.mean[effect]) + self.filter.deviation(effect) > NEGLIGIBLE
-            if reach * missing > 0.0 and (open_question or self.is_certain(effect)):
-                able[sign] = missing / reach
+            mean, certain = self.filter.mean[effect], self.is_certain(effect)
+            tried = trial and (alone or abs(mean) + self.filter.deviation(effect) > NEGLIGIBLE)
+            if self.rate * mean * missing > 0.0:
+                if tried or certain:
+                    able[sign] = missing / (self.rate * mean)
+            elif tried and alone and missing and not certain:
+                against[sign] = 1.0
+        able = able or against
         sign = min(able, key=able.__getitem__, default=0.0)  # that of the stronger threshold
         self.position = sign * min(able.get(sign, 0.0), 1.0)
         return abs(self.position) in (0.0, 1.0)

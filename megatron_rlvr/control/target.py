@@ -47,7 +47,9 @@ class TargetEntropy(RelativeSchedule):
     1. The thresholds, at a position s in [-1, 1]: s > 0 moves the upper threshold from eps towards H, s < 0 the lower
        one from eps towards M. H and M are set by the four scalars ``upper_*`` and ``lower_*``. Either may raise entropy
        or lower it. A threshold is used if the sign of its effect is known, and tried in every other step until then.
-    2. Region steering u, at most ``steering_limit`` in absolute value. At a limit of 0, only the thresholds are used.
+    2. Region steering u, at most ``steering_limit`` in absolute value. At a limit of 0, only the thresholds are used:
+       a closed loop around the paper's actuators. They are then tried against their expected sign as well, and
+       ``control/reach_low`` and ``control/reach_high`` tell whether entropy can be moved in the wanted direction.
 
     At every step the controller filters the measured entropy and predicts what the entropy would become without
     intervention (:class:`~megatron_rlvr.control.plant.PlantBank`; the predicted first-order change enters as
@@ -163,7 +165,8 @@ class TargetEntropy(RelativeSchedule):
         log_entropy, drift, transfer = self._plant.best.mean
         model, remaining = self._step_model, max(1.0 - self._done, SHORTEST_AIM)
         drift *= model.rate
-        sure, whole = model.reach(self.steering_limit, CAUTION), model.reach(self.steering_limit)
+        limit, alone = self.steering_limit, not self.steering_limit
+        sure, whole = model.reach(limit, CAUTION, alone), model.reach(limit, hopeful=alone)
         later = Reach(drift + transfer * sure.low, drift + transfer * sure.high)
         begun = drift + transfer * model.shift
         first = Reach(*(begun + transfer * remaining * x for x in (whole.low, whole.high)))
@@ -184,10 +187,11 @@ class TargetEntropy(RelativeSchedule):
         self._idle |= self.floor_only and missing <= 0.0
         if self._idle:
             missing = 0.0
-        thresholds_at_limit = model.choose_position(missing, trial=not self.steering_limit or self._step % 2 == 0)
+        thresholds_at_limit = model.choose_position(missing, trial=self._step % 2 == 0, alone=not self.steering_limit)
         if not self._idle and thresholds_at_limit:
             self._steer(1.0, previous, 1.0)
         shift = sum(x * effect for x, effect in zip(model.inputs, model.filter.mean[1:], strict=True))
+        reach = model.reach(self.steering_limit)
         steering_at_limit = thresholds_at_limit and abs(model.steering) >= self.steering_limit
         self._metrics = {
             "control/target": self._target(0),
@@ -201,6 +205,8 @@ class TargetEntropy(RelativeSchedule):
             "control/lower_clip_gain": transfer * model.filter.mean[LOWER],
             "control/steering_gain": transfer * model.gain,
             "control/transfer": transfer,
+            "control/reach_low": rate * drift + transfer * reach.low,
+            "control/reach_high": rate * drift + transfer * reach.high,
             "control/clip_position": model.position,
             "control/wanted_shift": self._wanted_shift,
             # 0: none, 1: the thresholds, 2: both, so that the curve cannot be reached for now

@@ -28,6 +28,14 @@ class AffineThreshold:
     def __call__(self, prob: Any) -> Any:
         return self.intercept + self.slope * prob
 
+    def within(self, low: float, high: float) -> AffineThreshold:
+        """The threshold between ``low`` and ``high`` for every p in [0, 1]: its values at both ends are clamped.
+
+        It stays affine, so four scalars still describe the thresholds of a step.
+        """
+        at_0, at_1 = (min(max(self(p), low), high) for p in (0.0, 1.0))
+        return self if (at_0, at_1) == (self(0.0), self(1.0)) else AffineThreshold(at_0, at_1 - at_0)
+
     def combine(self, weight: float, other: AffineThreshold, other_weight: float) -> AffineThreshold:
         """``weight * self + other_weight * other``: affine again, so slope and intercept are combined first."""
         return AffineThreshold(

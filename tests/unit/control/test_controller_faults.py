@@ -87,6 +87,37 @@ def test_a_step_is_prepared_for_and_its_error_lies_on_both_sides():
         assert 0.05 < max(errors) < 0.45, seed  # 0.67 if the step were met unprepared
 
 
+def run_alone(policy, name="closed-increase-then-decrease", steps=40):
+    """Returns the schedule, the relative errors, and the metrics of every step."""
+    schedule, errors, metrics = build_schedule({"name": name}, steps), [], []
+    for step in range(steps):
+        entropy, target, steering = policy.step(schedule, step)
+        assert steering == 0.0
+        errors.append(entropy / target - 1.0)
+        metrics.append(schedule.metrics())
+    return schedule, errors, metrics
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_thresholds_alone_raise_and_lower_entropy_whichever_sign_they_have(sign):
+    for seed in (0, 3):
+        policy = SimulatedPolicy(seed, gain=0.1, drift=0.01, updates=8, upper=0.06 * sign, lower=-0.06 * sign)
+        schedule, errors, metrics = run_alone(policy)
+        assert rms(errors) < 0.08, seed
+        assert sign * schedule.metrics()["control/clip_gain"] > 0.02
+        assert sign * schedule.metrics()["control/lower_clip_gain"] < -0.02
+        assert sum(m["control/reach_high"] > 0.0 for m in metrics[10:]) > 25
+        assert sum(m["control/reach_low"] < -0.03 for m in metrics[10:]) > 25
+
+
+def test_thresholds_that_are_too_weak_to_raise_entropy_are_reported():
+    policy = SimulatedPolicy(1, gain=0.1, drift=-0.01, updates=8, upper=0.002, lower=-0.002)
+    _, errors, metrics = run_alone(policy)
+    assert errors[20] < -0.2
+    assert sum(m["control/reach_high"] < 0.0 for m in metrics[5:20]) > 12
+    assert sum(m["control/saturated"] == 2.0 for m in metrics[5:20]) > 12
+
+
 @pytest.mark.parametrize("standard_error", [0.3, 0.02])
 def test_a_collapse_is_believed_at_once(standard_error):
     floor = build_schedule({"name": "entropy-floor", "start": 0.6}, 40)

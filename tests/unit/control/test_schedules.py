@@ -171,3 +171,21 @@ def test_an_impossible_entropy_is_refused(entropy):
             schedule.observe(0, entropy)
     with pytest.raises(ValueError, match="step"):
         Constant().thresholds(-1)
+
+
+@pytest.mark.parametrize("name", ["increase-then-decrease", "decrease-increase-decrease", "target-entropy", "entropic"])
+def test_thresholds_are_clamped_on_request(name):
+    steep = {"name": name, "upper_intercept": 3.0, "upper_slope": -2.8, "lower_intercept": 0.9, "eps": 0.02}
+    limits = {"smallest_threshold": 0.05, "largest_threshold": 0.6}
+    free, clamped = build_schedule(steep, 20), build_schedule(steep | limits, 20)
+    assert (pair(free.upper), pair(free.static)) == ((3.0, -2.8), (0.02, 0.0))
+    assert pair(clamped.upper) == pytest.approx((0.6, -0.4))
+    assert pair(clamped.lower) == pytest.approx((0.6, 0.0))
+    assert pair(clamped.static) == (0.05, 0.0)
+    if name.endswith("decrease"):  # every mixture stays within the limits, too
+        thresholds = [clamped.thresholds(k) for k in range(21)]
+        ends = [t(p) for each in thresholds for t in (each.lower, each.upper) for p in (0.0, 1.0)]
+        assert min(ends) >= 0.05 - 1e-12
+        assert max(ends) <= 0.6 + 1e-12
+    with pytest.raises(ValueError, match="must be at most largest_threshold, found 0"):
+        build_schedule({"name": name, "smallest_threshold": 0.3, "largest_threshold": 0.2}, 20)

@@ -74,3 +74,14 @@ def test_scalars_round_trip_and_metrics_carry_their_names():
         "clip/lower_slope": -0.13,
         "clip/lower_intercept": 0.3,
     }
+
+
+@pytest.mark.parametrize("slope", [-2.8, -0.25, 0.0, 0.3])
+def test_a_clamped_threshold_is_affine_and_stays_within_its_limits(slope):
+    wide = AffineThreshold(0.4 - 0.5 * slope, slope)
+    clamped = wide.within(0.05, 0.6)
+    for p in (0.0, 0.3, 0.7, 1.0):
+        assert 0.05 <= clamped(p) <= 0.6 + 1e-12
+    assert clamped(0.0) == min(max(wide(0.0), 0.05), 0.6)
+    assert clamped(1.0) == pytest.approx(min(max(wide(1.0), 0.05), 0.6))
+    assert PAPER.upper.within(0.05, 0.6) == PAPER.upper
