@@ -98,6 +98,8 @@ def read_config(path: Path, quantized: bool = False) -> Any:
         known = (*FAMILIES, *_SAME_AS)
         near = difflib.get_close_matches(str(model_type), known, n=1)
         reason = _REASONS.get(str(model_type))
+        if reason is None and "vision_config" in settings:
+            reason = "it is multimodal, and text models alone are trained"
         why = (f", because {reason}" if reason else "") + (f" (the nearest is {near[0]})" if near else "")
         raise UserError(
             f"{path}: model_type {shown} is not supported{why}: use one of {', '.join(known)}. Python code in a model "

@@ -22,9 +22,11 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 def rope_parameters(hf_config: Any) -> dict[str | None, Mapping[str, Any]]:
     """Return the parameters of RoPE by kind of layer; the one kind of most models is None."""
     parameters = hf_config.rope_parameters
-    if "rope_type" in parameters:
+    kinds = sorted(set(getattr(hf_config, "layer_types", None) or ()))
+    # To parameters without kinds, transformers adds those of Gemma 3's kinds, and computes with these.
+    if "rope_type" in parameters and not any(kind in parameters for kind in kinds):
         return {None: parameters}
-    return {kind: parameters.get(kind) for kind in sorted(set(hf_config.layer_types or ()))}
+    return {kind: parameters.get(kind) for kind in kinds}
 
 
 def partial_factor(parameters: Mapping[str, Any]) -> float:

@@ -35,7 +35,7 @@ from megatron_rlvr.weights.huggingface_folder import (
     read_tensor,
     tensor_files,
 )
-from megatron_rlvr.weights.peft_folder import write_adapters
+from megatron_rlvr.weights.peft_folder import peft_warning, write_adapters
 from megatron_rlvr.weights.resumable_folder import (
     Report,
     begin,
@@ -174,6 +174,8 @@ def to_peft(bridge: PolicyBridge, checkpoint: Path, target: Path, report: Report
         raise UserError(f"{checkpoint} holds all weights and no adapters: convert it with to-huggingface")
     tensors = dict(adapters.tensors())
     write_adapters(target, tensors.items(), adapters.record)
+    if warning := peft_warning(bridge.family, adapters.record["target_modules"]):
+        report(f"warning: {warning}")
     return len(tensors)
 
 

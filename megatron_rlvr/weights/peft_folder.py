@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ from megatron_rlvr.atomic_write import replace_folder, write_text
 from megatron_rlvr.checked_input import InvalidInputError, field, one_line, parse_object, read_bytes, shown
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import lora
+from megatron_rlvr.megatron.families import Family
+from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.megatron.model import PolicyModel
-from megatron_rlvr.weights.adapter_record import check_same_base
-from megatron_rlvr.weights.huggingface_folder import FolderReader
-from megatron_rlvr.weights.shape_checks import expected_weights
+from megatron_rlvr.weights.adapter_record import check_same_base, weights_digest
+from megatron_rlvr.weights.huggingface_folder import FolderReader, tensor_files
+from megatron_rlvr.weights.shape_checks import DTYPES, check_shapes, expected_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -97,6 +100,26 @@ _KNOWN_TO_ALL = ("bias", "use_dora", "use_rslora", "fan_in_fan_out", "modules_to
 """Of these settings, those that releases of PEFT since 0.9 know. They warn of others."""
 
 
+def peft_warning(family: Family, target_modules: Sequence[str]) -> str | None:
+    """Return what PEFT does not load of adapters in its own format, and None if it loads all of them.
+
+    transformers 5 holds the experts of a layer in one parameter. PEFT 0.21 then takes the names of their modules for
+    that parameter alone, and gives modules of the same names in other layers no adapters.
+    """
+    leaves: dict[bool, set[str]] = {True: set(), False: set()}
+    for entry in family.weights:
+        leaves[".experts." in entry.megatron] |= {
+            name.removesuffix(".weight").rpartition(".")[2] for name in entry.names
+        }
+    shared = [name for name in target_modules if name in leaves[True] & leaves[False]]
+    if not shared:
+        return None
+    return (
+        f"PEFT 0.21 with transformers 5 loads {', '.join(shared)} of experts alone, and not those of dense layers and "
+        "shared experts: give it the merged model, or train adapters of attention alone"
+    )
+
+
 def is_adapter_folder(folder: Path) -> bool:
     """Whether a folder holds adapters in PEFT's format."""
     return (folder / CONFIG).is_file()
@@ -114,7 +137,8 @@ def read_adapters(
         record: result of `adapter_record` for the chunks.
 
     Returns:
-        a warning if the folder does not identify the weights that its adapters belong to, and None if it does.
+        a warning if the weights that the adapters belong to cannot be compared, because the folder has no checksum of
+        them and names no model folder of this machine; None if they were compared.
 
     Raises:
         UserError: if the folder is damaged, its adapters belong to another base, or their rank, factor, modules or
@@ -126,11 +150,17 @@ def read_adapters(
         _check_settings(folder, config, record)
         base = str(config.get("base_model_name_or_path"))
         with safe_open(path, framework="pt", device="cpu") as opened:
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-            digest = (opened.metadata() or {}).get(_BASE)
+            stored = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, it is not a dict
+            shapes = {name: tensor.get_shape() for name, tensor in stored.items()}
+            dtypes = {name: tensor.get_dtype() for name, tensor in stored.items()}
+            digest = (opened.metadata() or {}).get(_BASE) or _digest_of(base)
         if digest is not None:
             check_same_base({"weights": digest, "path": base}, record["base"], str(folder))
         _check_shapes(folder, shapes, hf_config, record)
+        if quantized := [name for name, dtype in dtypes.items() if dtype not in DTYPES]:
+            raise UserError(
+                f"{folder}: {quantized[0]} has dtype {dtypes[quantized[0]]}: save the adapters in float32 or bfloat16"
+            )
         with FolderReader(dict.fromkeys(shapes, path)) as reader, torch.no_grad():
             for adapter in lora.adapters_in(model_chunks):
                 for name, tensor, dim in adapter.tensors():
@@ -144,6 +174,16 @@ def read_adapters(
             f"{folder} says that its adapters belong to {base}; it has no checksum to compare {record['base']['path']}"
         )
     return None
+
+
+def _digest_of(base: str) -> str | None:
+    """Return the digest of the base that another program named; None if it is not a model folder of this machine."""
+    if not os.path.isdir(base):  # noqa: PTH112, Path.is_dir raises for a name that is too long
+        return None
+    try:
+        return weights_digest(check_shapes(tensor_files(Path(base)), read_config(Path(base))))
+    except UserError:
+        return None
 
 
 def _check_settings(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> None:

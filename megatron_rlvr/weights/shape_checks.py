@@ -80,6 +80,11 @@ def check_shapes(files: Mapping[str, Path], hf_config: Any) -> FolderWeights:
                 if not name.endswith(in_float32):
                     dtypes.add(DTYPES[stored.get_dtype()])
     count = hf_config.num_hidden_layers
+    if not layers and (other := next((name for name in sorted(others) if ".layers." in name), None)):
+        raise UserError(
+            f"{folder}: no weight is named model.layers.*, but there is {other}: save the text model of a multimodal "
+            "model alone, with the names of transformers"
+        )
     if layers != set(range(count)):
         raise UserError(
             f"{folder}: the weights have layers {min(layers, default=0)} to {max(layers, default=-1)}, but "

@@ -108,9 +108,19 @@ class KilledError(BaseException):
     """Simulates a kill, because nothing catches it."""
 
 
-@pytest.mark.parametrize("direction", ["to-megatron", "to-huggingface"])
+# Of each kind of table. Kimi-K2 is DeepSeek-V3 with another name in config.json.
+KILLED = {
+    "qwen2-untied": {"num_hidden_layers": 4},
+    "gemma3": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "mixtral": {},
+    "glm4-moe": {},
+    "kimi-k2": {},
+}
+
+
+@pytest.mark.parametrize("family", KILLED)
 def test_a_killed_conversion_resumes(
-    direction: str,
+    family: str,
     tool: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -118,40 +128,49 @@ def test_a_killed_conversion_resumes(
 ) -> None:
     from megatron_rlvr.weights import whole_weights
 
-    source = make_family(tmp_path / "source", "qwen2-untied", num_hidden_layers=4)
-    assert tool.main(["to-megatron", str(source), str(tmp_path / "checkpoint")]) == 0
-    inputs = {"to-megatron": source, "to-huggingface": tmp_path / "checkpoint"}
-    command, options = [direction, str(inputs[direction])], OPTIONS[direction](source)
-    assert tool.main([*command, str(tmp_path / "uninterrupted"), *options]) == 0
-    requested: list[str] = []
+    source = make_family(tmp_path / "source", "deepseek-v3" if family == "kimi-k2" else family, **KILLED[family])
+    if family == "kimi-k2":
+        config = json.loads((source / "config.json").read_text()) | {"model_type": "kimi_k2"}
+        (source / "config.json").write_text(json.dumps(config))
     before = whole_weights.WholeWeights.pieces
+    requested: list[str] = []
+    kill_at = -1
 
     def count(self: whole_weights.WholeWeights, name: str, weight: torch.Tensor) -> object:
         requested.append(name)
-        if len(requested) == 17:
+        if len(requested) == kill_at:
             raise KilledError
         return before(self, name, weight)
 
     monkeypatch.setattr(whole_weights.WholeWeights, "pieces", count)
-    target = [*command, str(tmp_path / "out"), *options]
-    with pytest.raises(KilledError):
-        tool.main(target)
-    written = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out.partial").iterdir() if f.stat().st_size > 2000}
-    assert len(written) > 1 and not (tmp_path / "out").exists()
-    capsys.readouterr()
-    assert tool.main([*target, "--verify"] if direction == "to-huggingface" else target) == 0
-    assert "continuing with" in capsys.readouterr().out
-    kept = {f.name for f in (tmp_path / "out").iterdir() if written.get(f.name) == f.stat().st_mtime_ns}
-    assert len(kept) > 1
-    if direction == "to-megatron":
-        assert len(requested) < 17 + 33  # not all of the 33 weights are requested again
-    for file in (tmp_path / "uninterrupted").iterdir():
-        if file.name not in ("common.pt", "run.json", ".metadata", LIST):
-            assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
-    if direction == "to-megatron":
-        listed = read_list(tmp_path / "out")
-        assert listed is not None and any(name in listed for name in kept)
-        check_files(tmp_path / "out", listed)
+    for direction, given in (("to-megatron", source), ("to-huggingface", tmp_path / "uninterrupted-to-megatron")):
+        options = OPTIONS[direction](source)
+        uninterrupted, out = (tmp_path / f"{name}-{direction}" for name in ("uninterrupted", "out"))
+        requested, kill_at = [], -1
+        assert tool.main([direction, str(given), str(uninterrupted), *options]) == 0
+        weights = len(requested)
+        requested, kill_at = [], weights * 2 // 3
+        with pytest.raises(KilledError):
+            tool.main([direction, str(given), str(out), *options])
+        partial = out.with_name(f"{out.name}.partial")
+        written = {f.name: f.stat().st_mtime_ns for f in partial.iterdir() if f.stat().st_size > 2000}
+        assert len(written) > 1 and not out.exists()
+        capsys.readouterr()
+        verified = ["--verify"] if direction == "to-huggingface" else []
+        assert tool.main([direction, str(given), str(out), *options, *verified]) == 0
+        assert "continuing with" in capsys.readouterr().out
+        kept = {f.name for f in out.iterdir() if written.get(f.name) == f.stat().st_mtime_ns}
+        assert len(kept) > 1
+        if direction == "to-megatron":
+            assert len(requested) < kill_at + weights  # not all of the weights are requested again
+            listed = read_list(out)
+            assert listed is not None and any(name in listed for name in kept)
+            check_files(out, listed)
+        for file in uninterrupted.iterdir():
+            if file.name not in ("common.pt", "run.json", ".metadata", LIST):
+                assert file.read_bytes() == (out / file.name).read_bytes(), file.name
+    assert equal(source, out)
+    assert json.loads((out / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     assert not list(tmp_path.glob("*.partial"))
 
 

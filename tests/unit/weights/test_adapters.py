@@ -171,7 +171,9 @@ def test_conversions_of_a_checkpoint(name: str, folder: Path, runs: dict[str, An
     run = folder / f"{name}-run"
     bridge = PolicyBridge(policy_config(folder / name, ParallelConfig()).model, ParallelConfig())
     checkpoint = run / "checkpoints" / "step_2"
-    conversion.to_peft(bridge, checkpoint, tmp_path / "adapter", print)
+    conversion.to_peft(bridge, checkpoint, tmp_path / "adapter", (lines := []).append)
+    warned = "loads gate_proj, up_proj, down_proj of experts alone" in lines[-1]
+    assert warned == (name == "glm4-moe")
     ours, theirs = tmp_path / "adapter", run / "adapter"
     assert (ours / "adapter_config.json").read_bytes() == (theirs / "adapter_config.json").read_bytes()
     assert equal(*(load_file(f / "adapter_model.safetensors") for f in (ours, theirs)))
@@ -211,6 +213,16 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], Any], base: str | None 
     return rewrite
 
 
+def _another_base(folder: Path) -> None:
+    """What another program saves: the folder of its base instead of a checksum. The shapes are those of the policy."""
+    other = make_family(folder.with_name("other"), "qwen2-tied")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    _tensors(lambda tensors: None)(folder)
+    _config(base_model_name_or_path=str(other))(folder)
+
+
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "type": (_config(peft_type="IA3"), "adapters of type 'IA3'"),
@@ -227,6 +239,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tensors": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "cannot be read"),
     "cut": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12345678"), "cannot be read"),
     "base": (_tensors(lambda tensors: None, "0" * 64), "another base"),
+    "base of another program": (_another_base, "another base"),
+    "bias": (_config(bias="lora_only"), "bias='lora_only'"),
+    "whole modules": (_config(modules_to_save=["lm_head"]), "modules_to_save=['lm_head']"),
+    "quantized": (_tensors(lambda t: t.update({FIRST: t[FIRST].to(torch.int8)})), "has dtype I8"),
     "missing": (_tensors(lambda tensors: tensors.pop(FIRST)), f"lacks {FIRST}"),
     "unknown": (_tensors(lambda tensors: tensors.update(other=torch.zeros(1))), "holds other"),
     "shape": (_tensors(lambda tensors: tensors.update({FIRST: torch.zeros(3, 7)})), "has shape [3, 7] instead of"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
+from megatron_rlvr.megatron.rotary import inverse_frequencies
 from megatron_rlvr.weights.checkpoint_folder import check_same_model, fingerprint
 from megatron_rlvr.weights.huggingface_folder import INDEX, tensor_files, write_folder
 from megatron_rlvr.weights.shape_checks import check_shapes, expected_weights, rounding, stored_dtype, unused_warning
@@ -121,6 +122,29 @@ def test_other_tensors_are_refused(kind: str, copy: Callable[[str], Path]) -> No
         check(folder)
 
 
+def test_the_text_model_within_a_multimodal_one_is_named(copy: Callable[[str], Path]) -> None:
+    folder = copy("gemma3")
+    edit(folder, lambda t: [t.update({f"language_model.{name}": t.pop(name)}) for name in list(t)])
+    message = r"no weight is named model\.layers\.\*, but there is language_model\.model\.layers\.0\..*: save the text"
+    with pytest.raises(UserError, match=message):
+        check(folder)
+
+
+@pytest.mark.parametrize("theta", [5000.0, 1e6])
+def test_rotary_parameters_without_kinds_of_layers_are_what_transformers_computes(
+    theta: float, copy: Callable[[str], Path]
+) -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    folder = copy("gemma3")
+    edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    config = read_config(folder)
+    theirs = Gemma3RotaryEmbedding(config)
+    expected = [getattr(theirs, f"{kind}_inv_freq") for kind in ("full_attention", "sliding_attention")]
+    assert not expected[0].equal(expected[1])
+    torch.testing.assert_close(inverse_frequencies(config, torch.device("cpu")), torch.cat(expected))
+
+
 def test_scaled_frequencies_are_those_of_the_scaling(copy: Callable[[str], Path]) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -169,6 +193,7 @@ def test_dtypes_of_weights(copy: Callable[[str], Path]) -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config says that the weights are quantized"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types='sliding_attention' is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ({"model_type": "gemma3", "vision_config": {}}, r"because it is multimodal.* \(the nearest is gemma3_text\)"),
     ],
 )
 def test_models_that_are_computed_otherwise_are_refused(
