@@ -118,7 +118,7 @@ def train(config: Config, layout: Layout, resources: ExitStack) -> int:
         metrics |= alarm.metrics() | update_metrics(updates, algorithm.epochs, finite, layout.is_reporting_rank)
         alarm.observe_updates(metrics)
         on_policy.observe(step, metrics)
-        engine.update_weights(step + 1)
+        metrics |= engine.update_weights(step + 1)
 
         stopping = waiting.any_rank(stop.received is not None, f"the end of step {step}")
         finished = step + 1 == config.steps

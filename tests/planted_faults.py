@@ -108,9 +108,9 @@ class FaultyEngine(LocalEngine):
         self.fault, self.start, self.planted = fault, start, False
         self.history: list[Weights] = [self._weights()]
 
-    def update_weights(self, version: int) -> None:
-        super().update_weights(version)
+    def update_weights(self, version: int) -> dict[str, float]:
         self.history = [*self.history, self._weights()][-4:]
+        return super().update_weights(version)
 
     def generate(
         self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace, register
 from megatron_rlvr.rollout.engines.sglang.routed_experts import with_routed_experts
 from megatron_rlvr.rollout.engines.sglang.server_key import KEY_VARIABLE, key_from_environment
 from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
+from megatron_rlvr.rollout.engines.sglang.weight_sync.copy_service import copy_service
 from megatron_rlvr.rollout.engines.sglang.weight_sync.placement import gpu_uuids, nccl_version
 
 _WATCH_PERIOD_S = 0.5
@@ -72,12 +74,12 @@ def still_wanted(folder: Path) -> bool:
         return True
 
 
-def _places(pool: ServerPool) -> list[ServerPlace]:
-    """Return where the servers of this node run, for the trainer."""
+def _places(pool: ServerPool, copies: str | None) -> list[ServerPlace]:
+    """Return where the servers of this node run, and the URL of its service for copies of the weights."""
     gpus = [gpu_uuids(server.gpus) for server in pool.servers]
     nccl = nccl_version(pool.config.python or sys.executable) if any(gpus) else None
     places = zip(pool.servers, gpus, strict=True)
-    return [ServerPlace(server.url, node_name(), of_server, nccl) for server, of_server in places]
+    return [ServerPlace(server.url, node_name(), of_server, nccl, copies) for server, of_server in places]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,8 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if key is None:
             raise UserError(f"no {KEY_VARIABLE} for the servers: set it to a random text here and for the trainer")
         pool = node_pool(config, options.folder / node, key)
-        with pool:
-            register(options.folder, _places(pool))
+        with pool, ExitStack() as stack:
+            copies = None
+            if config.rollout.sglang.weight_sync == "delta":
+                copies = stack.enter_context(copy_service(node_address(node), key))
+            register(options.folder, _places(pool, copies))
             write_text(options.folder / f"{node}.urls", ",".join(pool.urls) + "\n")
             while not stop.wait(_WATCH_PERIOD_S) and still_wanted(options.folder):
                 if pool.failure:

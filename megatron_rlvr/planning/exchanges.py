@@ -5,6 +5,9 @@ from __future__ import annotations
 from megatron_rlvr.planning.job import Job
 from megatron_rlvr.planning.servers import served_bytes
 
+CHANGED_SHARE = 0.05
+"""Share of the elements that change in a step with ``weight_sync: delta``. Assumed; runs record theirs."""
+
 
 def _layer_tokens(job: Job) -> float:
     """Tokens of a step times layers, on one rank and before tensor parallelism splits anything."""
@@ -95,4 +98,11 @@ def _sending_time(job: Job, weights: int) -> float:
         return 2 * weights / hardware.reached_memory_rate
     if sglang.weight_sync == "distributed":  # a broadcast crosses each link once
         return weights / hardware.reached_link_rate(within_node=False)
+    if sglang.weight_sync == "delta":
+        # The main process compares new weights with its copy (2 passes through host memory) and applies the delta to
+        # the copy (2), then the other nodes do (2), and the servers read their node's copy (1).
+        in_host_memory = 7 * weights / hardware.host_memory_rate
+        # A gap of one byte and a value of two, for each changed element of two bytes.
+        on_disk = 1.5 * CHANGED_SHARE * weights + weights / sglang.full_sync_every
+        return in_host_memory + 2 * on_disk / hardware.disk_rate
     return 2 * weights / hardware.disk_rate  # written by one process, then read by all servers at once

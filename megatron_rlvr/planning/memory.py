@@ -238,7 +238,7 @@ def _export_bytes(stage: Stage, sglang: SGLangConfig | None, itemsize: int) -> i
     """Bytes of a weight export; `sglang` is the section of the servers that receive the weights, if there are any."""
     tensor = stage.largest_tensor * itemsize
     gathered = 2 * tensor
-    if sglang is None or sglang.weight_sync == "disk" or stage.index > 0:
+    if sglang is None or sglang.weight_sync in ("disk", "delta") or stage.index > 0:
         return gathered
     # Processes on the first stage send buckets. Two buffers take turns, and each holds the largest tensor.
     return gathered + 2 * max((sglang.bucket_mb or 1024) * 1024**2, tensor)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from megatron_rlvr.planning.batch import local_batch, longest_sequence, microbatches
+from megatron_rlvr.planning.exchanges import CHANGED_SHARE
 from megatron_rlvr.planning.job import ASSUMED_UTILISATION, MEASURED_UTILISATION
 from megatron_rlvr.planning.memory import CONTEXT_BYTES, GIB, StageMemory, peak_bytes, static_memory
 from megatron_rlvr.planning.plan import Plan
@@ -181,12 +182,15 @@ def _time(plan: Plan) -> list[str]:
         f"links of {hardware.nvlink_rate / 1e9:.0f} and {hardware.network_rate / 1e9:.0f} GB/s x {hardware.link_share}",
     ]
     if plan.config.rollout.engine == "sglang":
+        weights = served_bytes(plan.shape, plan.config, plan.itemsize) / 1e9
+        sglang = plan.config.rollout.sglang
         transport = {
             "tensor": "through shared memory on every node",
             "distributed": "by a broadcast over the network",
             "disk": f"through a shared file system of {hardware.disk_rate / 1e9:.0f} GB/s, assumed",
-        }[plan.config.rollout.sglang.weight_sync]
-        weights = served_bytes(plan.shape, plan.config, plan.itemsize) / 1e9
+            "delta": f"as deltas of {CHANGED_SHARE:.0%} of the elements, assumed, through a shared file system of "
+            f"{hardware.disk_rate / 1e9:.0f} GB/s; every node needs {2 * weights:.0f} GB in {sglang.local_folder}",
+        }[sglang.weight_sync]
         lines.append(f"weights to the servers: {weights:.1f} GB {transport}, without the overhead of requests")
     return lines
 

@@ -33,6 +33,9 @@ SETTINGS = {
 NOT_RECORDED_HERE = {
     "staleness/mean",
     "staleness/interrupted_fraction",
+    "weight_sync/bytes",
+    "weight_sync/changed_fraction",
+    "weight_sync/full",
     "control/positive_weight",
     "control/negative_weight",
 }

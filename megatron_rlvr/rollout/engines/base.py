@@ -92,12 +92,15 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, version: int) -> None:
+    def update_weights(self, version: int) -> dict[str, float]:
         """Generate with the policy's current weights from now on. Collective over the job.
 
         A failure is raised by the next `generate`, so that the metrics of the finished step are recorded first.
 
         Args:
             version: version of the weights: the number of training steps before them.
+
+        Returns:
+            metrics of the update, on the main process.
         """
         ...

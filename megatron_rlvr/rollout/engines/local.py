@@ -59,10 +59,11 @@ class LocalEngine:
     def offload(self) -> None:
         pass
 
-    def update_weights(self, version: int) -> None:
+    def update_weights(self, version: int) -> dict[str, float]:
         self.version = version
         if self.rounded is not None:
             self.rounded.update()
+        return {}
 
     def generate(
         self, requests: Sequence[GroupRequest], sampling: SamplingSettings, on_group: OnGroup | None = None

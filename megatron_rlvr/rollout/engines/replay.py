@@ -70,6 +70,5 @@ class ReplayEngine:
     def offload(self) -> None:
         pass
 
-    def update_weights(self, version: int) -> None:
-        if self.evaluation is not None:
-            self.evaluation.update_weights(version)
+    def update_weights(self, version: int) -> dict[str, float]:
+        return {} if self.evaluation is None else self.evaluation.update_weights(version)

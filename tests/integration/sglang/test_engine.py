@@ -33,7 +33,7 @@ from megatron_rlvr.training.rollout_metrics import measure_rollout
 from tests.generation import generate
 from tests.small_model import make_small_model
 
-WEIGHT_SYNCS = ("disk", "tensor", "distributed")
+WEIGHT_SYNCS = ("disk", "tensor", "distributed", "delta")
 TEMPERATURE = 0.8
 STOPS = (*range(8), 108)  # 108 is the model's end of sequence, at which SGLang stops in any case
 PROMPTS = [[3, 4, 5, 105, 9, 106], [7, 8, 9, 10, 105, 50, 106]]
@@ -59,7 +59,8 @@ def engine(policy, servers, sglang: SGLangConfig, tmp_path: Path, request: pytes
     """An engine for one test on the shared server. It restarts the server as if it had started it."""
     from megatron_rlvr.rollout.engines.sglang.engine import SGLangEngine
 
-    settings = {"bucket_mb": 1, "check_weights": True, **getattr(request, "param", {})}
+    local = str(tmp_path / "node")
+    settings = {"bucket_mb": 1, "check_weights": True, "local_folder": local, **getattr(request, "param", {})}
     config = Config(rollout=RolloutConfig(sglang=dataclasses.replace(sglang, urls=servers.urls, **settings)))
     with ExitStack() as resources:
         engine = SGLangEngine(resolve(config, on_gpu=False).rollout, tmp_path / "run" / "sglang", policy, resources)
@@ -114,7 +115,8 @@ def test_logprobs_match_the_trainer_before_and_after_each_sync(policy, engine, t
         assert {c.weight_version for c in completions} == {version}
         assert _difference(policy, PROMPTS, completions) < 1e-4
     engine.weight_sync.folders.wait()
-    assert [folder.name for folder in (tmp_path / "run" / "sglang" / "weights").iterdir()] == ["step_000002"]
+    kept = [path.name for folder in ("run/sglang/weights", "node") for path in (tmp_path / folder).glob("**/step_*")]
+    assert kept == ["step_000002"]
     assert "through the disk this time" not in capsys.readouterr().err
 
 

@@ -380,6 +380,7 @@ def test_weights_to_the_servers_by_hand(tmp_path: Path) -> None:
         (Servers("colocated"), "auto", 2 * whole / memory),
         (elsewhere, "auto", whole / network),
         (elsewhere, "disk", 2 * whole / 2e9),
+        (elsewhere, "delta", 7 * whole / 30e9 + 2 * (0.05 * 1.5 + 1 / 50) * whole / 2e9),
         (Servers("urls"), "auto", 2 * whole / 2e9),
     ):
         config.rollout.sglang.weight_sync = way  # type: ignore[assignment]

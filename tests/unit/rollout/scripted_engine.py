@@ -65,5 +65,6 @@ class ScriptedEngine:
     def offload(self) -> None:
         pass
 
-    def update_weights(self, version: int) -> None:
+    def update_weights(self, version: int) -> dict[str, float]:
         self.version = version
+        return {}

@@ -203,7 +203,13 @@ class Client:
                 await endpoint.command("/continue_generation", {}, "continue generation")
             await endpoint.check_health()
         if await endpoint.weight_version() != str(self.state.expected_version):
-            await endpoint.load_folder(self.state)
+            try:
+                await endpoint.load_folder(self.state)
+            except UserError as error:
+                if not self.state.node_local:
+                    raise
+                # Its node may have replaced the folder meanwhile, which this process cannot see.
+                raise ServerLostError(str(error)) from error
 
 
 async def _wait_for_event(event: asyncio.Event) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -50,12 +51,18 @@ class SGLangConfig:
     """Prompts of at least this many tokens are computed once, not once per sample: a request without new tokens puts
     the prompt into the server's prefix cache before its samples are requested. 0 never does; nor do servers without a
     prefix cache (``server.disable_radix_cache``)."""
-    weight_sync: Literal["auto", "disk", "tensor", "distributed"] = "auto"
+    weight_sync: Literal["auto", "disk", "tensor", "distributed", "delta"] = "auto"
     """How servers receive new weights. ``tensor``: through shared memory (CUDA IPC on a GPU), for servers on the nodes
     of training processes. ``distributed``: broadcasts in a process group with the servers (NCCL, or gloo on a CPU).
-    ``disk``: a Hugging Face folder in the run directory, which the servers must see under the same path. ``auto``:
+    ``disk``: a Hugging Face folder in the run directory, which the servers must see under the same path. ``delta``:
+    the elements that changed, through the run directory, applied to a copy of the weights on every node. ``auto``:
     tensor for servers that the trainer starts. For `urls`, tensor if the `registry` has servers on this node,
     distributed if it has none, and disk without a registry."""
+    full_sync_every: PositiveInt = 50
+    """With ``delta``, the full weights travel at every multiple of this many steps, and whenever a node needs them."""
+    local_folder: str = "/dev/shm"
+    """Folder of every node, in its memory or on a disk of its own, for its copy of the weights with ``delta``. It needs
+    room for twice their size while a delta is applied."""
     bucket_mb: Annotated[int, Bounds(above=0, cap=2**20)] | None = None
     """MiB of weights that ``tensor`` and ``distributed`` send at once. There are two such buckets: one is gathered
     while the other is sent. null means 1024 on GPUs and 256 on a CPU."""
@@ -90,6 +97,11 @@ class SGLangConfig:
         for url in self.urls:
             if not _is_url(url):
                 raise UserError(f"rollout.sglang.urls: {url!r} is not a URL: write http://host:port")
+        if self.weight_sync == "delta" and not Path(self.local_folder).is_absolute():
+            raise UserError(
+                f"rollout.sglang.local_folder={shown(self.local_folder)} must be an absolute path, the same on all "
+                "nodes: write /dev/shm, or a folder on a disk of every node"
+            )
         for name in self.environment:
             if not name or set(name) & {"=", "\0"}:
                 raise UserError(

@@ -205,6 +205,8 @@ class Endpoint:
         version, folder = state.expected_version, state.folder
         if folder is None:
             raise ServerLostError("there is no copy of the current weights to load (rollout.sglang.recovery_copy)")
+        if self.url in state.without_folder:
+            raise ServerLostError("its node has no copy of the current weights (rollout.sglang.weight_sync=delta)")
         if not state.folder_is_complete():
             raise ServerLostError(f"the copy of the current weights, {folder}, is still being written")
         body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": flush_cache}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.errors import UserError
@@ -17,6 +18,7 @@ from megatron_rlvr.megatron import device, waiting
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.huggingface_config import is_tied
 from megatron_rlvr.node import node_name
+from megatron_rlvr.node_address import LOOPBACK
 from megatron_rlvr.rollout.config import RolloutConfig
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
 from megatron_rlvr.rollout.engines.sglang import kept_sets, routed_experts
@@ -152,6 +154,8 @@ class SGLangEngine:
             )
         else:
             places = [ServerPlace(url, node_name()) for url in urls]
+        if self.config.weight_sync == "delta":
+            _check_copies(places, sure=self.pool is not None or self.config.registry is not None)
 
         async def ranks(place: ServerPlace) -> int:
             if place.gpus or self.config.weight_sync != "tensor":
@@ -190,7 +194,7 @@ class SGLangEngine:
                 self._health_checks_off.enter_context(self.pool.without_health_checks())
             asyncio.run(self.weight_sync.control.release_memory())
 
-    def update_weights(self, version: int) -> None:
+    def update_weights(self, version: int) -> dict[str, float]:
         """See `RolloutEngine.update_weights`. ``rollout.sglang.weight_sync`` selects how the weights are sent.
 
         With ``rollout.max_staleness``, completions may be in flight; ``rollout.sglang.interrupt`` says what happens to
@@ -203,6 +207,7 @@ class SGLangEngine:
         self._outcome = self.weight_sync.publish(version, self._offloaded)
         self._health_checks_off.close()
         self._offloaded = False
+        return self.weight_sync.deltas.metrics if self.weight_sync.deltas else {}
 
     def _unavailable(self) -> str | None:
         return self._outcome.unavailable or (self.pool.failure if self.pool else None)
@@ -216,6 +221,23 @@ def _check_output_layer(bridge: PolicyBridge) -> None:
             f"SGLang does not tie the output layer of {model_type} models to their embedding, as {bridge.path} does: "
             "use rollout.engine=local, or store the output layer in the folder with tie_word_embeddings=false"
         )
+
+
+def _check_copies(places: Sequence[ServerPlace], sure: bool) -> None:
+    """Refuse servers on nodes that keep no copy of the weights for ``weight_sync: delta``.
+
+    Args:
+        places: where the servers run.
+        sure: whether that is known; otherwise only servers at the loopback address are on this node.
+    """
+    for place in places:
+        here = place.node == node_name() and (sure or urlsplit(place.url).hostname in (LOOPBACK, "localhost"))
+        if place.copies is None and not here:
+            raise UserError(
+                f"rollout.sglang.weight_sync=delta: no process keeps a copy of the weights on the node of {place.url}: "
+                "start its servers with megatron_rlvr.cluster.serve and this configuration, and set "
+                "rollout.sglang.registry, or set weight_sync=disk"
+            )
 
 
 def _check_reachable(config: SGLangConfig) -> None:

@@ -22,12 +22,14 @@ class ServerPlace:
         node: name of its node.
         gpus: UUIDs of its GPUs, by rank of the server; empty on the CPU.
         nccl: version of NCCL in its environment; None on the CPU, or if unknown.
+        copies: URL of its node's service for ``weight_sync: delta``; None without one.
     """
 
     url: str
     node: str
     gpus: tuple[str, ...] = ()
     nccl: str | None = None
+    copies: str | None = None
 
 
 def register(folder: Path, places: Sequence[ServerPlace]) -> None:
@@ -48,7 +50,8 @@ def read_registry(folder: Path) -> list[ServerPlace]:
         try:
             for entry in read_json(path, remedy=remedy)["servers"]:
                 gpus = tuple(str(gpu) for gpu in entry["gpus"])
-                places.append(ServerPlace(str(entry["url"]), str(entry["node"]), gpus, entry["nccl"]))
+                url, node = str(entry["url"]), str(entry["node"])
+                places.append(ServerPlace(url, node, gpus, entry["nccl"], entry.get("copies")))
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} does not describe SGLang servers ({error!r}): {remedy}") from None
     if not places:

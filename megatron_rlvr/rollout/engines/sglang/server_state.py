@@ -16,6 +16,8 @@ class ServerState:
         expected_version: version of the weights.
         folder: Hugging Face folder of these weights, from which a restarted server loads them; None without a copy.
         max_staleness: how many versions older than `expected_version` the tokens of a completion may be.
+        node_local: whether every node has a folder of its own under that path, which this process need not see.
+        without_folder: URLs of servers whose nodes have no such folder of the expected weights.
         updating: whether servers are receiving weights. They need not answer meanwhile.
         key: the key that the servers demand; None if they demand none.
     """
@@ -23,12 +25,16 @@ class ServerState:
     expected_version: int
     folder: Path | None
     max_staleness: int = 0
+    node_local: bool = False
+    without_folder: frozenset[str] = frozenset()
     updating: bool = False
     key: str | None = field(default=None, repr=False)
 
     def folder_is_complete(self) -> bool:
         """Whether the folder can be loaded. A folder gets its name when all of its files are written."""
-        return self.folder is not None and self.folder.is_dir()
+        if self.folder is None:
+            return False
+        return self.folder.is_dir() or (self.node_local and not self.updating)
 
     def accepts(self, completion: Completion) -> bool:
         """Whether all tokens of a completion were generated with weights that are recent enough."""

@@ -20,6 +20,7 @@ from megatron_rlvr.rollout.engines.sglang.server_pool import ServerPool
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
 from megatron_rlvr.rollout.engines.sglang.weight_sync.broadcast import BroadcastTransport
 from megatron_rlvr.rollout.engines.sglang.weight_sync.checks import check_model
+from megatron_rlvr.rollout.engines.sglang.weight_sync.delta_folders import DeltaFolders
 from megatron_rlvr.rollout.engines.sglang.weight_sync.folders import WeightFolders
 from megatron_rlvr.rollout.engines.sglang.weight_sync.placement import (
     RankPlace,
@@ -43,10 +44,12 @@ class UpdateOutcome:
     Attributes:
         unavailable: why no server can generate until the next update; None if a server can.
         user_error: error that the user must correct before any server can generate; None if there is none.
+        without_folder: see `ServerState`.
     """
 
     unavailable: str | None = None
     user_error: str | None = None
+    without_folder: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class WeightSync:
         quantize: whether the servers hold the weights in FP8 (`weights.fp8`).
 
     Attributes:
-        transport: sends buckets to running servers; None if servers load a folder (``disk``).
+        transport: sends buckets to running servers; None if servers load a folder (``disk``, ``delta``).
+        deltas: for ``delta``, the folders that servers load; None otherwise.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class WeightSync:
         self.control = ServerControl(self.urls, config, state.key)
         quantization = fp8.QUANTIZATION_CONFIG if quantize else None
         self.folders = WeightFolders(root, policy.bridge, self._folder_complete, quantization)
+        self.deltas: DeltaFolders | None = None
         self.transport: Transport | None = None
         export = policy.bridge.weight_export(policy.model_chunks)
         self._export: fp8.Export = fp8.QuantizedExport(export) if quantize else export
@@ -115,9 +120,17 @@ class WeightSync:
                 supplies.append(Supply(place.url, by_rank, waiting.new_group(sorted(set(by_rank)), "suppliers")))
             self._sends_to = [supply.url for supply in supplies if supply.sender == rank]
             self.transport = SharedMemoryTransport(supplies, rank)
+        elif config.weight_sync == "delta":
+            is_main = policy.layout.is_main
+            self.deltas = DeltaFolders(
+                config, root, policy.bridge, places, state.key, self._folder_complete, quantization, is_main
+            )
+            state.node_local = True
 
     def close(self) -> None:
         """Release the resources of the transport at the end of the run."""
+        if self.deltas is not None:
+            self.deltas.close()
         if self.transport is not None:
             self.transport.close()
 
@@ -145,14 +158,17 @@ class WeightSync:
             the outcome, the same on every process.
         """
         is_main = self.policy.layout.is_main
-        if is_main:
+        folders = self.deltas or self.folders
+        if is_main and self.deltas is None:
             self.folders.discard(version)
         if self.transport is None:
-            self.folders.write(self._export.tensors(), version, is_main=is_main)
+            folders.write(self._export.tensors(), version, is_main=is_main)
+            if is_main and self.deltas is not None:
+                asyncio.run(self.deltas.deliver(version))
         self.state.updating = True
         self.state.expected_version = version
         has_folder = self.transport is None or self.config.recovery_copy
-        self.state.folder = self.folders.folder(version) if has_folder else None
+        self.state.folder = folders.folder(version) if has_folder else None
         if offloaded:  # the servers' memory comes from what the trainers on their GPUs return
             device.return_cached_memory()
         # Other ranks may still wait for completions in flight (`interrupt: finish`), and none may do so within a
@@ -182,6 +198,7 @@ class WeightSync:
         outcome = waiting.broadcast_from_main(
             outcome if is_main else None, f"the servers to load the weights of step {version}"
         )
+        self.state.without_folder = outcome.without_folder
         self.state.updating = False
         return outcome
 
@@ -249,8 +266,10 @@ class WeightSync:
         """Let servers that have not received the weights load them from their folder. Called by the main process."""
         endpoints = self.control.endpoints()
         if self.transport is None:
-            self._load(runner, endpoints, flush_cache)
-            return UpdateOutcome()
+            without = self.deltas.without_weights if self.deltas else frozenset()
+            self._load(runner, [endpoint for endpoint in endpoints if endpoint.url not in without], flush_cache)
+            lost = f"no node has a copy of the weights of step {version}" if len(without) == len(endpoints) else None
+            return UpdateOutcome(lost, without_folder=without)
         for delivery in deliveries:
             if delivery.user_error is not None:
                 raise UserError(delivery.user_error)

@@ -1,0 +1,131 @@
+"""A node's own copy of the policy's weights, which the servers of the node load, and which deltas bring up to date."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_rlvr.errors import UserError
+from megatron_rlvr.weights import delta
+
+_PREFIX = "rlvr-weights-"
+_LOCK = "lock"
+
+
+class StaleCopyError(Exception):
+    """A delta does not apply to the weights of this copy. It needs the full weights."""
+
+
+def copy_root(parent: str, run: Path) -> Path:
+    """Return the folder of a run's copies, which has the same path on every node.
+
+    Args:
+        parent: node-local folder, ``rollout.sglang.local_folder``.
+        run: folder of the run that all nodes see.
+    """
+    return Path(parent) / f"{_PREFIX}{hashlib.sha256(str(run).encode()).hexdigest()[:16]}"
+
+
+class LocalCopy:
+    """The newest weights of a run in a folder of this node. Every version gets a folder of its own, complete at once.
+
+    The copy lasts as long as this object, so a process that starts again begins with full weights. Copies of processes
+    that were killed are removed by the next one on the node.
+
+    Args:
+        root: result of `copy_root`.
+        on_complete: called with each complete folder and its version; returns older folders that are still needed.
+
+    Raises:
+        UserError: if the folder cannot be written, or another process uses it.
+    """
+
+    def __init__(self, root: Path, on_complete: Callable[[Path, int], set[Path]] = lambda folder, version: set()):
+        self.root, self.on_complete = root, on_complete
+        self.version: int | None = None
+        self._chain = ""
+        try:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(root.parent)
+            root.mkdir(mode=0o700, exist_ok=True)
+            self._lock = (root / _LOCK).open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{root} is used by another process of this run directory: end it, or set another "
+                "rollout.sglang.local_folder"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{root} cannot be written ({error}): set rollout.sglang.local_folder to a folder of this node"
+            ) from error
+
+    def folder(self, version: int) -> Path:
+        """Return the path of a version's folder, which need not exist."""
+        return self.root / f"step_{version:06d}"
+
+    def current(self) -> Path | None:
+        """Return the folder of the newest weights; None without weights, or if the folder was removed."""
+        folder = None if self.version is None else self.folder(self.version)
+        return folder if folder is not None and folder.is_dir() else None
+
+    def take_full(self, source: Path, version: int, chain: str) -> None:
+        """Copy full weights, which begin a chain of deltas.
+
+        Args:
+            source: Hugging Face folder with checksums.
+            version: version of the weights.
+            chain: name of the chain, different for all full weights of all runs.
+
+        Raises:
+            DamagedError: if a file differs from its checksum.
+            UserError: if the folder cannot be written.
+        """
+        delta.copy_folder(self.folder(version), source)
+        self._publish(version, chain)
+
+    def apply(self, folder: Path) -> None:
+        """Bring the copy up to date with a delta.
+
+        Raises:
+            StaleCopyError: if the delta is not the next one of this copy's chain.
+            DamagedError: if a file of the delta differs from its checksum.
+            UserError: if the new folder cannot be written.
+        """
+        about = delta.read_delta(folder)
+        base = self.current()
+        if base is None:
+            raise StaleCopyError("it has no weights")
+        if (about.chain, about.base) != (self._chain, self.version):
+            held = "other weights" if about.chain != self._chain else "weights"
+            raise StaleCopyError(f"it holds {held} of step {self.version}, and the delta is one to step {about.base}")
+        delta.apply_delta(self.folder(about.version), base, folder)
+        self._publish(about.version, about.chain)
+
+    def close(self) -> None:
+        """Remove the copy."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        self._lock.close()
+
+    def _publish(self, version: int, chain: str) -> None:
+        self.version, self._chain = version, chain
+        needed = self.on_complete(self.folder(version), version) | {self.folder(version), self.root / _LOCK}
+        for other in self.root.iterdir():
+            if other not in needed:
+                shutil.rmtree(other)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the copies of processes that were killed, whose lock is therefore free."""
+    for root in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if root.stat().st_uid != os.getuid():
+                continue
+            with (root / _LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(root, ignore_errors=True)
