@@ -246,7 +246,7 @@ def warnings_of(config: Config) -> list[str]:
         warnings.append(
             f"algorithm.schedule.total_steps={total} is less than steps={config.steps}: from step {total} on the "
             f"schedule stays at its end; to stretch it, add algorithm.schedule.total_steps={config.steps} "
-            "resume.allow=[algorithm.schedule.total_steps]"
+            f"resume.allow=[{','.join([*config.resume.allow, 'algorithm.schedule.total_steps'])}]"
         )
     corrections = build_objective(algorithm.objective).importance
     if corrections is not None and corrections.weighing > 1:

@@ -51,7 +51,7 @@ from megatron_rlvr.weights.shape_checks import check_shapes
 OPTIONS = {
     "to-megatron": ("dtype", "verify"),
     "to-huggingface": ("model", "shard_gib", "dtype", "verify"),
-    "to-peft": ("model",),
+    "to-peft": ("model", "verify"),
     "to-fp8": ("shard_gib", "verify"),
     "from-fp8": ("shard_gib", "dtype", "verify"),
 }
@@ -111,7 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compared = conversion.to_megatron(bridge, options.output, report, options.verify)
         elif options.direction == "to-peft":
             bridge = _bridge(options.model, conversion.checkpoint_dtype(options.input))
-            count = conversion.to_peft(bridge, options.input, options.output, report)
+            count = conversion.to_peft(bridge, options.input, options.output, report, options.verify)
+            if options.verify:
+                report(f"all {count} tensors are equal")
             report(f"{options.output} is complete: {count} tensors of adapters")
             return EXIT_DONE
         else:

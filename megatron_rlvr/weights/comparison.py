@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,3 +41,12 @@ def compare_folder(folder: Path, expected: Iterable[tuple[str, Tensor]]) -> int:
     if unknown := sorted(files.keys() - seen):
         raise UserError(f"verification failed: {folder} holds {unknown[0]}, which it should not")
     return len(seen)
+
+
+def compare_new_folder(folder: Path, expected: Iterable[tuple[str, Tensor]]) -> int:
+    """As `compare_folder`, for a folder that was just written: it is removed if anything differs."""
+    try:
+        return compare_folder(folder, expected)
+    except UserError:
+        shutil.rmtree(folder)
+        raise

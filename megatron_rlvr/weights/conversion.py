@@ -29,13 +29,13 @@ from megatron_rlvr.weights.checkpoint_folder import (
     write_record,
 )
 from megatron_rlvr.weights.companions import check_companions, copy_companions
-from megatron_rlvr.weights.comparison import bit_equal
+from megatron_rlvr.weights.comparison import bit_equal, compare_new_folder
 from megatron_rlvr.weights.huggingface_folder import (
     SHARD_BYTES,
     read_tensor,
     tensor_files,
 )
-from megatron_rlvr.weights.peft_folder import peft_warning, write_adapters
+from megatron_rlvr.weights.peft_folder import PREFIX, peft_warning, write_adapters
 from megatron_rlvr.weights.resumable_folder import (
     Report,
     begin,
@@ -154,7 +154,7 @@ def to_huggingface(
     return compared
 
 
-def to_peft(bridge: PolicyBridge, checkpoint: Path, target: Path, report: Report) -> int:
+def to_peft(bridge: PolicyBridge, checkpoint: Path, target: Path, report: Report, verify: bool = False) -> int:
     """Write the adapters of a checkpoint as a folder in PEFT's format; returns the number of their tensors.
 
     Args:
@@ -162,10 +162,11 @@ def to_peft(bridge: PolicyBridge, checkpoint: Path, target: Path, report: Report
         checkpoint: a checkpoint from training with ``lora``, of any layout.
         target: folder to write; must not exist.
         report: called with lines of progress.
+        verify: read the folder back and compare every tensor; one that differs removes the folder.
 
     Raises:
-        UserError: if the checkpoint is damaged, has no adapters or those of another model, or the target cannot be
-            written.
+        UserError: if the checkpoint is damaged, has no adapters or those of another model, the target cannot be
+            written, or a tensor differs.
     """
     if target.exists():
         raise UserError(f"{target} exists: remove it or name another output")
@@ -174,6 +175,9 @@ def to_peft(bridge: PolicyBridge, checkpoint: Path, target: Path, report: Report
         raise UserError(f"{checkpoint} holds all weights and no adapters: convert it with to-huggingface")
     tensors = dict(adapters.tensors())
     write_adapters(target, tensors.items(), adapters.record)
+    if verify:
+        report("comparing every tensor")
+        compare_new_folder(target, ((PREFIX + name, tensor) for name, tensor in tensors.items()))
     if warning := peft_warning(bridge.family, adapters.record["target_modules"]):
         report(f"warning: {warning}")
     return len(tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from functools import reduce
@@ -15,7 +14,7 @@ from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights import fp8
 from megatron_rlvr.weights.companions import check_companions
-from megatron_rlvr.weights.comparison import compare_folder
+from megatron_rlvr.weights.comparison import compare_new_folder
 from megatron_rlvr.weights.huggingface_folder import SHARD_BYTES, read_tensor, tensor_files, write_folder
 from megatron_rlvr.weights.shape_checks import check_shapes, unused_warning
 from megatron_rlvr.weights.whole_weights import check_finite
@@ -56,11 +55,5 @@ def quantize_folder(
 
     dtype = reduce(torch.promote_types, found.dtypes)
     write_folder(target, fp8.quantized(tensors()), source, shard_bytes, fp8.QUANTIZATION_CONFIG, dtype)
-    compared = 0
-    if verify:
-        try:
-            compared = compare_folder(target, fp8.quantized(tensors()))
-        except UserError:
-            shutil.rmtree(target)
-            raise
+    compared = compare_new_folder(target, fp8.quantized(tensors())) if verify else 0
     return sum(map(fp8.is_quantized, found.files)), compared

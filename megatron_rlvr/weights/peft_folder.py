@@ -26,7 +26,7 @@ from megatron_rlvr.weights.huggingface_folder import FolderReader, tensor_files
 from megatron_rlvr.weights.shape_checks import DTYPES, check_shapes, expected_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 """What PEFT puts before the names of a model's modules."""
 _BASE = "base_weights"
 """Key in the metadata of the safetensors file: the digest of the weights that the adapters belong to."""
@@ -87,7 +87,7 @@ def write_adapters(folder: Path, tensors: Iterable[tuple[str, Tensor]], record: 
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        copies = {_PREFIX + name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}
+        copies = {PREFIX + name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}
         save_file(copies, partial / WEIGHTS, metadata={"format": "pt", _BASE: base["weights"]})
         write_text(partial / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         replace_folder(partial, folder)
@@ -166,7 +166,7 @@ def read_adapters(
                 for name, tensor, dim in adapter.tensors():
                     size = tensor.size(dim or 0)
                     start = adapter.group.rank() * size
-                    tensor.copy_(reader.read(_PREFIX + name, dim, start, start + size))
+                    tensor.copy_(reader.read(PREFIX + name, dim, start, start + size))
     except (OSError, SafetensorError, InvalidInputError) as error:
         raise UserError(f"{folder} cannot be read as adapters ({one_line(error)}): save them again") from error
     if digest is None:
@@ -209,8 +209,8 @@ def _check_shapes(folder: Path, shapes: Mapping[str, Sequence[int]], hf_config: 
     for name, shape in expected_weights(hf_config).items():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in record["target_modules"] and module != name:
-            expected[f"{_PREFIX}{module}.lora_A.weight"] = [rank, shape[1]]
-            expected[f"{_PREFIX}{module}.lora_B.weight"] = [shape[0], rank]
+            expected[f"{PREFIX}{module}.lora_A.weight"] = [rank, shape[1]]
+            expected[f"{PREFIX}{module}.lora_B.weight"] = [shape[0], rank]
     modules = f"lora.target_modules={list(record['target_modules'])}"
     if missing := expected.keys() - shapes.keys():
         raise UserError(f"{folder} lacks {min(missing)}, which {modules} needs: set it to the modules of the adapters")

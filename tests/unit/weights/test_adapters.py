@@ -171,7 +171,7 @@ def test_conversions_of_a_checkpoint(name: str, folder: Path, runs: dict[str, An
     run = folder / f"{name}-run"
     bridge = PolicyBridge(policy_config(folder / name, ParallelConfig()).model, ParallelConfig())
     checkpoint = run / "checkpoints" / "step_2"
-    conversion.to_peft(bridge, checkpoint, tmp_path / "adapter", (lines := []).append)
+    conversion.to_peft(bridge, checkpoint, tmp_path / "adapter", (lines := []).append, verify=True)
     warned = "loads gate_proj, up_proj, down_proj of experts alone" in lines[-1]
     assert warned == (name == "glm4-moe")
     ours, theirs = tmp_path / "adapter", run / "adapter"
