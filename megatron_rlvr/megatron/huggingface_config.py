@@ -10,7 +10,7 @@ from typing import Any
 from megatron_rlvr.checked_input import InvalidInputError, checked, describe, field, one_line, read_json
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron.families import FAMILIES, family_of
-from megatron_rlvr.megatron.rotary import ROPE_TYPES, partial_factor, rope_parameters
+from megatron_rlvr.megatron.rotary import ROPE_TYPES, attention_factor, partial_factor, rope_parameters
 
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob", "use_qk_norm")
 _SIZES = {
@@ -191,6 +191,20 @@ def _check_supported(path: Path, config: Any) -> None:
             settings["partial_rotary_factor"] = (partial_factor(rope), (1.0,))
         for key, (value, supported) in settings.items():
             _check_value(path, key, value, supported)
+    _check_attention_factor(path, config)
+
+
+def _check_attention_factor(path: Path, config: Any) -> None:
+    """Refuse YaRN where its factor of queries and keys is not one factor of all attention scores."""
+    parameters = rope_parameters(config).values()
+    own_scale = family_of(config).settings(config).get("softmax_scale") is not None
+    if not own_scale and all(partial_factor(rope) == 1.0 for rope in parameters):
+        return
+    if (factor := attention_factor(config)) != 1.0:
+        raise UserError(
+            f"{path}/config.json: rope_type='yarn' multiplies the rotated queries and keys by {factor:.4g}, which the "
+            f"attention of {config.model_type} does not compute: use a model with another rope_type"
+        )
 
 
 def _check_value(path: Path, key: str, value: Any, supported: tuple[Any, ...]) -> None:

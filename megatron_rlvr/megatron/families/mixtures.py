@@ -34,19 +34,33 @@ def _experts(hf_config: Any, feed_forward: int) -> dict[str, Any]:
     }
 
 
+def _chosen_supported(hf_config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    if hf_config.num_experts_per_tok > 1:
+        return {}
+    return {"num_experts_per_tok": (1, ("at least 2",))}  # megatron-core refuses a softmax over one chosen expert
+
+
 def _qwen3_supported(hf_config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    return full_attention(hf_config) | {
-        "norm_topk_prob": (hf_config.norm_topk_prob, (True,)),
-        "decoder_sparse_step": (hf_config.decoder_sparse_step, (1,)),
-        "mlp_only_layers": (hf_config.mlp_only_layers, ([], None)),
-    }
+    return (
+        full_attention(hf_config)
+        | _chosen_supported(hf_config)
+        | {
+            "norm_topk_prob": (hf_config.norm_topk_prob, (True,)),
+            "decoder_sparse_step": (hf_config.decoder_sparse_step, (1,)),
+            "mlp_only_layers": (hf_config.mlp_only_layers, ([], None)),
+        }
+    )
 
 
 def _mixtral_supported(hf_config: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    return no_biases(hf_config) | {
-        "sliding_window": (hf_config.sliding_window, (None,)),
-        "router_jitter_noise": (hf_config.router_jitter_noise, (0.0,)),
-    }
+    return (
+        no_biases(hf_config)
+        | _chosen_supported(hf_config)
+        | {
+            "sliding_window": (hf_config.sliding_window, (None,)),
+            "router_jitter_noise": (hf_config.router_jitter_noise, (0.0,)),
+        }
+    )
 
 
 QWEN3_MOE = Family(

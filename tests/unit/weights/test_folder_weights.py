@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.megatron.families import FAMILIES as TABLES
+from megatron_rlvr.megatron.families.family import HF_LAYER, LAYER
+from megatron_rlvr.megatron.families.weight_map import Plain
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.megatron.rotary import inverse_frequencies
 from megatron_rlvr.weights.checkpoint_folder import check_same_model, fingerprint
@@ -128,6 +132,40 @@ def test_the_text_model_within_a_multimodal_one_is_named(copy: Callable[[str], P
     message = r"no weight is named model\.layers\.\*, but there is language_model\.model\.layers\.0\..*: save the text"
     with pytest.raises(UserError, match=message):
         check(folder)
+
+
+def test_a_table_that_misses_a_weight_or_has_one_too_many(
+    copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, family = copy("qwen3-untied"), TABLES["qwen3"]
+    fewer = [entry for entry in family.weights if not entry.megatron.endswith("q_layernorm.weight")]
+    more = [*family.weights, Plain(f"{LAYER}.post_norm.weight", f"{HF_LAYER}.post_norm.weight")]
+    for weights, message in ((fewer, "q_norm.weight is not a tensor of qwen3"), (more, "lacks .*0.post_norm.weight")):
+        monkeypatch.setitem(TABLES, "qwen3", dataclasses.replace(family, weights=weights))
+        with pytest.raises(UserError, match=message):
+            check(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "moonlight"])
+def test_routers_that_choose_one_expert(family: str, copy: Callable[[str], Path]) -> None:
+    folder = copy(family)
+    edit_config(folder, num_experts_per_tok=1)
+    with pytest.raises(UserError, match="num_experts_per_tok=1 is not supported: use a model with 'at least 2'"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "glm4-moe"])
+def test_yarn_where_its_factor_would_be_lost(family: str, copy: Callable[[str], Path]) -> None:
+    """It applies to one kind of layers, or to the rotated part of a head."""
+    folder = copy(family)
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    given = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    changed = given | {"full_attention": yarn} if family == "gemma3" else given | yarn
+    edit_config(folder, rope_parameters=changed)
+    with pytest.raises(
+        UserError, match=r"rope_type='yarn' multiplies the rotated queries and keys by 1\.139, which the"
+    ):
+        read_config(folder)
 
 
 @pytest.mark.parametrize("theta", [5000.0, 1e6])
