@@ -23,29 +23,19 @@ import collections
 import logging
 import math
 import pickle
-import select
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.verifiers.build import build_verifier
-from megatron_rlvr.verifiers.channel import Reply
 from megatron_rlvr.verifiers.config import VerifierConfig
 from megatron_rlvr.verifiers.source import VerifierSource
 from megatron_rlvr.verifiers.verdict import STATUSES, Verdict, judge
-from megatron_rlvr.verifiers.worker_process import WorkerFailure, WorkerProcess
+from megatron_rlvr.verifiers.worker_group import WorkerGroup, WorkersFailedError
 
 logger = logging.getLogger(__name__)
-
-# Items sent to a worker at once: enough to keep it busy while its replies travel, few enough that all workers finish at
-# about the same time.
-_LARGEST_CHUNK = 64
-# How often the pool looks for workers that have died without closing their socket.
-_LONGEST_WAIT_S = 1.0
-_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -108,18 +98,16 @@ class VerifierPool:
         self.verifier = verifier
         self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(STATUSES, 0))
         self.first_failure: Failure | None = None
-        self._timeout_s = timeout_s
-        self._issued = 0
-        self._failed_starts = 0
         self._warned: set[str] = set()
         self._waiting: list[_Request] = []
         self._waiting_lock = threading.Lock()
         self._verifying_lock = threading.Lock()
-        self._setup = b""
+        setup = b""
         if workers:
             source = verifier if isinstance(verifier, VerifierSource) else VerifierSource.of(verifier)
-            self._setup = pickle.dumps((memory_mb, timeout_s, source))
-        self._workers = [WorkerProcess(self._setup, timeout_s) for _ in range(workers)]
+            setup = pickle.dumps((memory_mb, timeout_s, source))
+        self._group = WorkerGroup(workers, setup, timeout_s, self._note)
+        self._workers = self._group.processes
         self._closed = False
 
     def verify(self, completions: list[str], answers: list[Any]) -> list[Verdict]:
@@ -163,20 +151,15 @@ class VerifierPool:
         Raises:
             UserError: if workers cannot load it.
         """
-        while self._workers and not any(worker.ready for worker in self._workers):
-            readable = self._wait()
-            for slot, worker in enumerate(self._workers):
-                if worker.socket.fileno() in readable:
-                    self._receive(worker)
-                if failure := worker.failure():
-                    self._replace(slot, failure)
+        try:
+            self._group.wait_until_loaded()
+        except WorkersFailedError as error:
+            raise self._cannot_be_loaded(error) from error
 
     def close(self) -> None:
         """Kill the workers. The pool cannot be used afterwards."""
         self._closed = True
-        for worker in self._workers:
-            worker.kill()
-        self._workers = []
+        self._group.close()
 
     def __enter__(self) -> "VerifierPool":
         return self
@@ -202,7 +185,10 @@ class VerifierPool:
             raise RuntimeError("this VerifierPool is closed")
         if self._workers:
             try:
-                verdicts = self._verify_in_workers(items)
+                verdicts = self._group.verify(items)
+            except WorkersFailedError as error:
+                self.close()
+                raise self._cannot_be_loaded(error) from error
             except BaseException:
                 # Replies to this batch may still arrive, and the next batch would mistake them for its replies.
                 self.close()
@@ -230,78 +216,8 @@ class VerifierPool:
             verdicts.append(verdict)
         return verdicts
 
-    def _verify_in_workers(self, items: list[tuple[str, Any]]) -> list[Verdict]:
-        first = self._issued  # items are numbered over the life of the pool, so a late reply cannot be another's
-        self._issued += len(items)
-        verdicts: dict[int, Verdict] = {}
-        retried: set[int] = set()
-        size = max(1, min(_LARGEST_CHUNK, math.ceil(len(items) / (4 * len(self._workers)))))
-        chunks = collections.deque(
-            list(range(first + i, first + min(i + size, len(items)))) for i in range(0, len(items), size)
-        )
-        while len(verdicts) < len(items):
-            for worker in self._workers:
-                if worker.ready and not worker.pending and chunks and worker.failure() is None:
-                    chunk = chunks.popleft()
-                    worker.send(chunk, [items[index - first] for index in chunk])
-            readable = self._wait()
-            for slot, worker in enumerate(self._workers):
-                if worker.socket.fileno() in readable:
-                    for reply in self._receive(worker):
-                        verdicts[reply.index] = reply.verdict
-                failure = worker.failure()
-                if failure is None:
-                    continue
-                if worker.pending:
-                    index = worker.pending[0]
-                    if failure.item_is_suspect or index in retried:
-                        verdicts[index] = failure.verdict
-                        self._note(failure.verdict)
-                        worker.pending.popleft()
-                    retried.add(index)
-                # The items after it are often samples of the same prompt and may fail in the same way. They go back to
-                # the queue one by one, so that the workers share their timeouts.
-                chunks.extendleft([index] for index in reversed(worker.pending))
-                self._replace(slot, failure)
-        return [verdicts[first + position] for position in range(len(items))]
-
-    def _wait(self) -> set[int]:
-        """Wait for replies, for room in a socket, or for a deadline; returns the descriptors that can be read."""
-        poll = select.poll()
-        for worker in self._workers:
-            poll.register(worker.socket, select.POLLIN | (select.POLLOUT if worker.sending else 0))
-        wait_s = min(worker.deadline for worker in self._workers) - time.monotonic()
-        events = dict(poll.poll(1000 * max(0.0, min(wait_s, _LONGEST_WAIT_S))))
-        for worker in self._workers:
-            if worker.sending and events.get(worker.socket.fileno(), 0) & select.POLLOUT:
-                worker.send_more()
-        return {descriptor for descriptor, event in events.items() if event & ~select.POLLOUT}
-
-    def _receive(self, worker: WorkerProcess) -> list[Reply]:
-        replies = worker.receive()
-        if worker.ready:
-            self._failed_starts = 0
-        for reply in replies:
-            self._note(reply.verdict, reply.traceback)
-        return replies
-
-    def _replace(self, slot: int, failure: WorkerFailure) -> None:
-        """Replace a worker that failed.
-
-        Raises:
-            UserError: if workers do not load the verifier.
-        """
-        worker = self._workers[slot]
-        worker.kill()
-        if failure.while_starting:
-            self._failed_starts += 1
-            if failure.verdict.status == "timeout" or self._failed_starts >= _STARTS:
-                raise UserError(
-                    f"{self.name} cannot be loaded: {self._failed_starts} worker processes failed while they loaded it "
-                    f"({failure.verdict.detail}, exit status {worker.process.returncode}); import it in a fresh Python "
-                    "to see why"
-                )
-        self._workers[slot] = WorkerProcess(self._setup, self._timeout_s)
+    def _cannot_be_loaded(self, error: WorkersFailedError) -> UserError:
+        return UserError(f"{self.name} cannot be loaded: {error}; import it in a fresh Python to see why")
 
     def _note(self, verdict: Verdict, traceback: str = "") -> None:
         if verdict.status != "ok" and self.first_failure is None:
