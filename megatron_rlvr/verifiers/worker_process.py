@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -162,11 +163,12 @@ class WorkerProcess:
         # If a process that the verifier forked holds the socket open, the death of the worker does not close it.
         if self._gone or (self.process.poll() is not None and not self._readable()):
             verdict = Verdict(0.0, "crash", "the worker process died")
+            if self._accepted and self._ended_by_timer():
+                verdict = self._timeout()
             return WorkerFailure(verdict, item_is_suspect=self._accepted, while_starting=not self.ready)
         if not self._expired():
             return None
-        limit = self._timeout_s if self.ready else _START_TIMEOUT_S
-        verdict = Verdict(0.0, "timeout", f"no verdict within {limit:g} s")
+        verdict = self._timeout()
         suspect = self._accepted and not self._stopped()
         return WorkerFailure(verdict, item_is_suspect=suspect, while_starting=not self.ready)
 
@@ -192,6 +194,21 @@ class WorkerProcess:
         poll = select.poll()  # unlike select, it takes descriptors above 1023
         poll.register(self.socket, select.POLLIN)
         return bool(poll.poll(0))
+
+    def _timeout(self) -> Verdict:
+        limit = self._timeout_s if self.ready else _START_TIMEOUT_S
+        return Verdict(0.0, "timeout", f"no verdict within {limit:g} s")
+
+    def _ended_by_timer(self) -> bool:
+        """Whether the worker's own timer ended the process, which closed its socket.
+
+        Unlike the pool, the timer counts time without a processor, so it may come first on a busy machine.
+        """
+        if self.process.poll() is None:
+            self.process.kill()  # a process that is ending keeps its status
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_END_TIMEOUT_S)
+        return self.process.returncode == -signal.SIGALRM
 
     def _stopped(self) -> bool:
         """Whether a signal has stopped the process, such as SIGSTOP."""

@@ -30,6 +30,7 @@ ATTACKS = {
     "fork and reply": "ok",
     "close standard streams": "ok",
     "exit": "error",
+    "end by the timer": "timeout",
 }
 
 
@@ -247,7 +248,7 @@ def _serve_mutated(draw: random.Random, monkeypatch) -> int:
 
     monkeypatch.setattr(worker_process.subprocess, "Popen", _NoProcess)
     monkeypatch.setattr(worker_process, "_START_TIMEOUT_S", 0.02)
-    monkeypatch.setattr("megatron_rlvr.verifiers.pool.WorkerProcess", Worker)
+    monkeypatch.setattr("megatron_rlvr.verifiers.worker_group.WorkerProcess", Worker)
     monkeypatch.setattr(worker_process, "kill_descendants", lambda *_, **__: None)
     with VerifierPool(VerifierSource("exact"), workers=1, timeout_s=0.02) as pool:
         try:

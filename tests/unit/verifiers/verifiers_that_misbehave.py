@@ -119,6 +119,8 @@ def attack(completion, answer):
         os.kill(os.getpid(), signal.SIGSTOP)
     if completion == "exit":
         sys.exit(0)
+    if completion == "end by the timer":
+        signal.raise_signal(signal.SIGALRM)
     if completion == "interrupt":
         raise KeyboardInterrupt
     if completion == "leave the group":
