@@ -188,7 +188,7 @@ def check(config: Config) -> None:
         for key, path in (("run_directory", config.run_directory), ("model.path", config.model.path)):
             if has_magic(str(Path(path).absolute())):
                 raise UserError(
-                    f"{key}={path} is in a path with one of * ? [, in which SGLang finds no weights: rename it"
+                    f"{key}={path}: the path contains one of * ? [, which keeps SGLang from finding weights: rename it"
                 )
     with as_user_error():
         config.schedule()

@@ -86,7 +86,7 @@ class ReferenceKL:
         if self.place == "loss" and self.chosen == "k1" and not self.importance_weight:
             raise ValueError(
                 "kl_estimator=k1 in the loss with kl_importance_weight=false has an expected gradient of 0, so it does "
-                "not hold the policy: use kl_importance_weight=true, or kl_estimator=k2 or k3, or kl_in=reward"
+                "not restrain the policy: use kl_importance_weight=true, or kl_estimator=k2 or k3, or kl_in=reward"
             )
 
     @property

@@ -138,7 +138,7 @@ class Tokenization:
             if _normalized(str(example.prompt)) not in _normalized(decoded):
                 raise UserError(
                     f"the tokenizer reads the prompt of example {example.index} of {example.source}, "
-                    f"{_short(str(example.prompt))}, as {_short(decoded)}: it has no tokens for the rest; use data in "
+                    f"{_short(str(example.prompt))}, as {_short(decoded)}: it lacks tokens for the rest; use data in "
                     "the model's language"
                 )
 
@@ -153,9 +153,9 @@ class Tokenization:
         for example, ids in zip(examples, encoded, strict=True):
             if self.context is not None and exceeds_context(len(ids), response, self.context):
                 raise UserError(
-                    f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens, and {setting}="
-                    f"{response} makes more than the model's context of {self.context}: lower {setting}, remove the "
-                    "example, or raise max_position_embeddings in the model's config.json if the model supports it"
+                    f"the prompt of example {example.index} of {example.source} has {len(ids)} tokens, which "
+                    f"with {setting}={response} exceed the model's context of {self.context}: lower {setting}, remove "
+                    "the example, or raise max_position_embeddings in the model's config.json if the model supports it"
                 )
 
     def text(self, token_ids: Sequence[int]) -> str:
@@ -174,7 +174,7 @@ class Tokenization:
             raise UserError(
                 f"a completion has, or was drawn from, token id {largest}, but the model's vocabulary "
                 f"ends at {self.vocab_size - 1}: the "
-                "server or recording belongs to another model; use one of the model in model.path"
+                "server or recording belongs to another model; use one that was made with model.path"
             )
         return self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
 

@@ -176,7 +176,7 @@ def _folder(config: Config, policy: Policy, resumes: bool) -> Path:
         export_folder(policy.bridge, policy.model_chunks, kept, write=policy.layout.is_main)
     elif not kept.is_dir():
         raise UserError(
-            f"{kept} is missing, where a run that started from {start} keeps its reference: restore it, or set "
+            f"{kept}, in which a run that started from {start} keeps its reference, is missing: restore it, or set "
             "reference.path to a Hugging Face folder of the weights that the run began with"
         )
     return kept
@@ -192,7 +192,7 @@ def check_same_architecture(bridge: PolicyBridge, policy: PolicyBridge) -> None:
     keys = [key for key in expected | found if found.get(key) != expected.get(key)]
     if different := [f"{key}={found.get(key)} instead of {expected.get(key)}" for key in keys]:
         raise UserError(
-            f"{bridge.path} is no reference for {policy.path}, whose stages score both "
+            f"{bridge.path} cannot be the reference of {policy.path}, whose stages score both "
             f"({', '.join(different)}): set reference.path to a model of the same architecture, or to null"
         )
 

@@ -50,7 +50,7 @@ def update_metrics(
     maxima = collectives.max_over_job(maxima)
     if maxima["broken"]:
         raise UserError(
-            "the updates of this step made weights that are not finite, although the gradient was: nothing was saved; "
+            "the updates of this step produced weights that are not finite from a finite gradient: nothing was saved; "
             "lower optimizer.learning_rate or raise optimizer.epsilon, and start again from the newest checkpoint"
         )
     norms = [update.grad_norm for update in updates if update.applied]

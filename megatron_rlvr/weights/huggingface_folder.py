@@ -139,14 +139,14 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         for file, held in names.items():
             if unlisted := sorted(name for name in held if weight_map.get(name) != file):
                 raise UserError(
-                    f"{folder / file} holds {unlisted[0]}, which the index does not expect there: download the model "
+                    f"{folder / file} holds {unlisted[0]}, which the index does not list there: download the model "
                     "again"
                 )
         others = sorted({file.name for file in folder.glob("model*.safetensors")} - names.keys())
         if others:
             raise UserError(
                 f"{folder / others[0]} is not in the index, and other programs may read it instead: delete it or "
-                f"{INDEX}, whichever is of another model"
+                f"{INDEX}, whichever belongs to another model"
             )
         return {name: folder / file for name, file in weight_map.items()}
     files = sorted(folder.glob("*.safetensors"))

@@ -219,5 +219,5 @@ def _check_shapes(folder: Path, shapes: Mapping[str, Sequence[int]], hf_config: 
     for name, shape in expected.items():
         if list(shapes[name]) != shape:
             raise UserError(
-                f"{folder}: {name} has shape {list(shapes[name])} instead of {shape}: it is of another base"
+                f"{folder}: {name} has shape {list(shapes[name])} instead of {shape}: it belongs to another base"
             )

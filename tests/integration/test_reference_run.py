@@ -98,7 +98,7 @@ def test_a_run_from_another_one_keeps_its_reference(
     capsys.readouterr()
     shutil.rmtree(run / "reference")
     assert main([*common, "steps=4"]) == 2
-    assert "reference is missing, where a run that started from" in capsys.readouterr().err
+    assert "reference, in which a run that started from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

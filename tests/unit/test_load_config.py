@@ -126,5 +126,5 @@ def test_what_a_resume_may_change(override: str, run_yaml: Path, tmp_path: Path)
 def test_a_path_in_which_sglang_finds_no_weights_is_refused(key: str, run_yaml: Path) -> None:
     overrides = [f"{key}=/scratch/run[1]"]
     load_config(run_yaml, overrides)
-    with pytest.raises(UserError, match=rf"{key}=/scratch/run\[1\] is in a path with one of"):
+    with pytest.raises(UserError, match=rf"{key}=/scratch/run\[1\]: the path contains one of"):
         load_config(run_yaml, [*overrides, "rollout.engine=sglang"])

@@ -137,13 +137,11 @@ def test_prompts_without_room_for_a_response_are_refused_at_the_start(
     RolloutCollector(config, layout, ScriptedEngine(False), fits, pool)
     short = Tokenization(small_model, 2**20, context=longest + 5)
     with pytest.raises(
-        UserError, match=rf"example \d+ of .* has {longest} tokens, and rollout.max_tokens=6 makes more"
+        UserError, match=rf"example \d+ of .* has {longest} tokens, which with rollout.max_tokens=6 exceed"
     ):
         RolloutCollector(config, layout, ScriptedEngine(False), short, pool)
     config.data.heldout, config.evaluation.max_tokens = str(problems), 7
-    with pytest.raises(
-        UserError, match=rf"evaluation.max_tokens=7 makes more than the model's context of {longest + 6}"
-    ):
+    with pytest.raises(UserError, match=rf"evaluation.max_tokens=7 exceed the model's context of {longest + 6}"):
         Evaluator(config, layout, ScriptedEngine(False), fits, pool)
 
 

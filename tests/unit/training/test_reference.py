@@ -326,7 +326,7 @@ def test_another_architecture_is_refused(
     folder = Path(shutil.copytree(other_model, tmp_path / "model"))
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | change))
-    with pytest.raises(UserError, match="is no reference for") as error:
+    with pytest.raises(UserError, match="cannot be the reference of") as error:
         Reference(bridge(folder), policy, "host")
     assert said in str(error.value) and "\n" not in str(error.value)
     wide = make_small_model(tmp_path / "wide", hidden=48)

@@ -335,7 +335,7 @@ def test_each_tensor_is_in_one_file(copy: Callable[[str], Path]) -> None:
     (sharded / "model.safetensors").unlink()
     del index["weight_map"]["model.norm.weight"]
     (sharded / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"holds model.norm.weight, which the index does not expect there"):
+    with pytest.raises(UserError, match=r"holds model.norm.weight, which the index does not list there"):
         tensor_files(sharded)
 
 
