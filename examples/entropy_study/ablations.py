@@ -1,15 +1,18 @@
-"""Further sections of the report: thresholds alone, other settings, the phase split, and long runs."""
+"""Further sections of the report: thresholds alone, other settings, and long runs."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
 
-from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement
-from results import Difference, Run, Runs, count, difference, percents, spread, tracking_errors
+from answers import listed, section
+from measurements import REWARDS, Measurement
+from results import Run, Runs, count, difference, percents, spread, tracking_errors
 
 from megatron_rlvr.control import EntropyCurve
+
+STUDY_RATE, STUDY_PASSES = 1e-4, 2
+"""The setting of the study's runs among those of the measurements."""
 
 
 def authority_section(measurements: Sequence[Measurement], folder: str) -> list[str]:
@@ -17,116 +20,59 @@ def authority_section(measurements: Sequence[Measurement], folder: str) -> list[
     if not measurements:
         return []
     states = {(m.seed, m.step) for m in measurements}
-    others = [bound for bound in BOUNDS if bound != "static"]
+
+    def mean(bound: str, rewards: str) -> float:
+        chosen = (rewards, STUDY_RATE, STUDY_PASSES, bound)
+        return 100 * statistics.mean(m.shift for m in measurements if (m.rewards, m.rate, m.passes, m.bound) == chosen)
+
+    changes = {rewards: mean("static", rewards) for rewards in REWARDS}
+    added = {rewards: mean("steep", rewards) - changes[rewards] for rewards in REWARDS}
+    answer = (
+        f"At the study's learning rate and {STUDY_PASSES} passes, the steepest threshold adds {added['task']:+.1f} % "
+        f"of entropy per rollout where static clipping changes it by {changes['task']:+.1f} %; with random rewards the "
+        f"two are {added['coin']:+.1f} % and {changes['coin']:+.1f} %."
+    )
     lines = [
-        "## What thresholds alone can do to a step",
-        "",
-        "Each row trains on one rollout from one saved state (weights and Adam's moments of a GRPO run), once with "
-        "each of four constant thresholds: static, the default dynamic *upper* and *lower* thresholds, and *steep*, an "
-        "upper threshold with slope −2.8 and intercept 3.0. `python examples/entropy_study/authority.py` measures it.",
-        "",
-        "- *static* is the change of ln entropy on the same tokens, in percent per rollout.",
-        f"- *minus static* is the paired difference, mean ± standard error over {len(states)} states of "
-        f"{count(len({seed for seed, _ in states}), 'run')}; bold as above.",
-        "- *coin* rows use the same rollouts with random rewards, so there is nothing to learn.",
-        "- *rollouts to 10 %* is the number of rollouts after which the difference of *upper* would add up to a tenth "
-        "of the entropy. It is empty where the difference is not resolved or negative.",
-        "",
-        "| rewards | learning rate | passes | static, % | "
-        + " | ".join(f"{b} minus static, %" for b in others)
-        + " | clipped high, low | rollouts to 10 % |",
-        "| --- | --- | --- | --- |" + " --- |" * (len(others) + 2),
+        "One rollout from one saved state (weights and Adam's moments of a GRPO run) is trained on once with each of "
+        "four constant thresholds: static, the default dynamic *upper* and *lower* thresholds, and *steep*, an upper "
+        f"threshold with slope −2.8 and intercept 3.0. The figure shows means over {len(states)} states of "
+        f"{count(len({seed for seed, _ in states}), 'run')}; `python examples/entropy_study/authority.py` measures "
+        "them, and [all numbers](#entropy-change-of-one-rollout-under-each-threshold) are in the appendix.",
     ]
-    for rewards, rate, passes in itertools.product(REWARDS, RATES, PASSES):
-        of_bound = {
-            bound: {
-                (m.seed, m.step): m
-                for m in measurements
-                if (m.rewards, m.rate, m.passes, m.bound) == (rewards, rate, passes, bound)
-            }
-            for bound in BOUNDS
-        }
-        static = of_bound["static"]
-        if not static:
-            continue
-        differences = {
-            bound: Difference.of(
-                [100 * (m.shift - static[state].shift) for state, m in of_bound[bound].items() if state in static]
-            )
-            for bound in others
-        }
-        upper = differences["upper"]
-        rollouts = f"{10 / upper.mean:.0f}" if upper.sign > 0 else ""
-        clipped = ", ".join(
-            f"{100 * statistics.mean(getattr(m, name) for m in static.values()):.1f} %"
-            for name in ("clipped_high", "clipped_low")
-        )
-        lines.append(
-            f"| {rewards} | {rate:g} | {passes} | {spread((100 * m.shift for m in static.values()), 1)} | "
-            + " | ".join(differences[bound].text(2) for bound in others)
-            + f" | {clipped} | {rollouts} |"
-        )
-    return [
-        *lines,
-        "",
-        f"![Entropy change under each threshold minus static clipping, by passes]({folder}/authority.png)",
-    ]
+    figure = [f"![Entropy change under each threshold minus static clipping, by passes]({folder}/authority.png)"]
+    question = "How far do thresholds alone move entropy in a step?"
+    return section("What thresholds alone can do to a step", question, answer, figure, lines)
 
 
 def regime_section(runs: Runs, regimes: dict[str, dict[str, str]]) -> list[str]:
     """Complete runs in settings in which thresholds act on more tokens."""
     lines = [
-        "## Where thresholds separate",
-        "",
         "Complete runs with 4 passes (32 updates per rollout), with the task's rewards and with random ones (coin).",
         "",
         "| setting | strategy | seeds | entropy kept | minus static | final pass@1 | clipped high | clipped low |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    rows = 0
+    rows, separate = 0, []
     for setting, strategies in regimes.items():
         for label, name in strategies.items():
             if not runs.get(name):
                 continue
             rows += 1
             of_seed = list(runs[name].values())
-            static = strategies["static"]
-            change = "" if name == static else difference(runs, name, static, lambda run: run.entropy_kept)
+            static, change = strategies["static"], ""
+            if name != static:
+                entropy = difference(runs, name, static, lambda run: run.entropy_kept)
+                change = str(entropy)
+                separate += [f"{label} ({setting}: {entropy.mean:+.2f})"] if entropy.sign else []
             lines.append(
                 f"| {setting} | {label} | {len(of_seed)} | {spread(r.entropy_kept for r in of_seed)} | {change} | "
                 f"{spread(r.pass_at(1, len(r.steps)) for r in of_seed)} | "
                 f"{spread(r.mean('clip/fraction_high') for r in of_seed)} | "
                 f"{spread(r.mean('clip/fraction_low') for r in of_seed)} |"
             )
-    return lines if rows else []
-
-
-def splits_section(runs: Runs, splits: dict[str, str], total: int) -> list[str]:
-    """The ablation of where increase-then-decrease begins its second phase; ``splits`` maps labels to strategies."""
-    present = {label: name for label, name in splits.items() if runs.get(name)}
-    if len(present) < 2:
-        return []
-    measures: dict[str, Callable[[Run], float]] = {
-        "entropy kept": lambda run: run.entropy_kept,
-        "mid pass@64": lambda run: run.pass_at(64, total // 2),
-        "final pass@1": lambda run: run.pass_at(1, total),
-        "final pass@64": lambda run: run.pass_at(64, total),
-    }
-    lines = [
-        "## Where increase-then-decrease is split",
-        "",
-        "*Split* is the share of the run at which the second phase begins. Differences are to the split at 0.5.",
-        "",
-        "| split | seeds | " + " | ".join(f"{m} | minus 0.5" for m in measures) + " |",
-        "| --- | --- |" + " --- | --- |" * len(measures),
-    ]
-    for label, name in present.items():
-        cells = []
-        for value in measures.values():
-            change = "" if label == "0.5" else str(difference(runs, name, splits["0.5"], value))
-            cells.append(f"{spread(value(run) for run in runs[name].values())} | {change}")
-        lines.append(f"| {label} | {len(runs[name])} | " + " | ".join(cells) + " |")
-    return lines
+    answer = f"The entropy kept differs from static clipping for {listed(separate)}."
+    question = "With more updates per rollout, do thresholds separate from static clipping over a complete run?"
+    return section("Where thresholds separate", question, answer, lines) if rows else []
 
 
 def long_section(runs: Runs, names: Sequence[str], curves: dict[str, EntropyCurve], folder: str) -> list[str]:
@@ -143,18 +89,19 @@ def long_section(runs: Runs, names: Sequence[str], curves: dict[str, EntropyCurv
         "final pass@64": lambda run: run.pass_at(64, total),
     }
     lines = [
-        "## Longer runs",
-        "",
         f"{total} steps, everything else as above. Differences are to static clipping (long-grpo).",
         "",
         "| strategy | seeds | " + " | ".join(f"{m} | minus static" for m in measures) + " |",
         "| --- | --- |" + " --- | --- |" * len(measures),
     ]
+    diverse = []
     for name in present:
         cells = []
-        for value in measures.values():
-            change = "" if name == static else str(difference(runs, name, static, value))
-            cells.append(f"{spread(value(run) for run in runs[name].values())} | {change}")
+        for measure, value in measures.items():
+            change = difference(runs, name, static, value)
+            if measure == "final pass@16" and name != static and change.sign:
+                diverse.append(f"{name} ({change.mean:+.3f})")
+            cells.append(f"{spread(value(run) for run in runs[name].values())} | {'' if name == static else change}")
         lines.append(f"| {name} | {len(runs[name])} | " + " | ".join(cells) + " |")
     for name in present:
         if name in curves:
@@ -165,4 +112,7 @@ def long_section(runs: Runs, names: Sequence[str], curves: dict[str, EntropyCurv
                 f"{name} follows its curve with a root mean square error of {mean:.1f} % "
                 f"(each seed: {percents(errors)}).",
             ]
-    return [*lines, "", f"![Entropy, reward and gradient norm of the long runs]({folder}/long.png)"]
+    answer = f"After {total} steps, pass@16 differs from that of static clipping for {listed(diverse)}."
+    question = "What is left of it in long runs?"
+    figure = [f"![Entropy, reward and gradient norm of the long runs]({folder}/long.png)"]
+    return section("Longer runs", question, answer, figure, lines)

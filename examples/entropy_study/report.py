@@ -1,6 +1,7 @@
 """The study's report: docs/entropy_study.md, its figures and its table of results, from the finished runs.
 
-Whether there is an effect is decided by the numbers alone: a difference to GRPO, paired by seed, counts if its 95
+A section is a question, its answer, a figure and a table; long tables are in the appendix. The answers are made from
+the numbers. Whether there is an effect is decided by them alone: a difference to GRPO, paired by seed, counts if its 95
 percent interval (Student's t) excludes 0.
 """
 
@@ -10,28 +11,24 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import appendix
 import figures
-from ablations import authority_section, long_section, regime_section, splits_section
+from ablations import authority_section, long_section, regime_section
+from answers import between, listed, section
 from measurements import Measurement
-from results import KS, Difference, Run, Runs, above_course, difference, percents, spread, tracking_errors, write_csv
-from strategies import CURVES, LONG, REGIMES, SPLIT_LABELS, STRATEGIES
-
-from megatron_rlvr.control import EntropyCurve
-
-# Strategies compared with GRPO, in the order of the table.
-COMPARED = (
-    "clip-higher",
-    "upper-only",
-    "lower-only",
-    "id",
-    "did",
-    "od",
-    "ce-gppo",
-    "floor",
-    "target-constant",
-    "target-rise-fall",
-    "target-linear",
+from results import Difference, Run, Runs, above_course, difference, percents, spread, tracking_errors, write_csv
+from strategies import (
+    CURVES,
+    DRAWN,
+    EARLIER_CONTROLLER,
+    FOLLOWER_RUNS,
+    FOLLOWERS,
+    LONG,
+    REGIMES,
+    SPLIT_LABELS,
+    STRATEGIES,
 )
+
 # The paper's claims about its schedules and their thresholds: text, measure, sign of the difference, strategies.
 CLAIMS = (
     ("more entropy at the end", "entropy kept", 1, ("id", "did", "od", "upper-only", "clip-higher")),
@@ -39,6 +36,10 @@ CLAIMS = (
     ("higher pass@64 halfway", "mid pass@64", 1, ("id", "did", "od")),
     ("higher pass@1 at the end", "final pass@1", 1, ("id", "did", "od")),
 )
+SHARP = ("target-step", "target-saw")
+"""Curves that ask for more than a step can do; they have a figure of their own."""
+CLOSE = 0.05
+"""A curve is followed if the error is at most this."""
 
 
 def write_report(runs: Runs, measurements: Sequence[Measurement], total: int, document: Path) -> None:
@@ -52,34 +53,57 @@ def write_report(runs: Runs, measurements: Sequence[Measurement], total: int, do
     """
     folder = document.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    shown = [name for name in STRATEGIES if runs.get(name)]
-    followed = {name: curve for name, curve in CURVES.items() if name in shown}
-    if followed:
-        figures.tracking(runs, followed, folder / "tracking.png")
-    figures.courses(runs, shown, folder / "courses.png")
-    figures.pass_at_k(runs, shown, (total // 2, total), folder / "pass_at_k.png")
+    compared = [name for name in STRATEGIES if runs.get(name)]
+    shown = [*compared, *(name for name in FOLLOWER_RUNS if runs.get(name))]
+    followed = [name for name in compared if name in CURVES]
+    _draw(runs, measurements, compared, shown, followed, total, folder)
+    write_csv(folder / "results.csv", runs, CURVES)
+    table = _differences(runs, shown, total)
+    regimes = [name for names in REGIMES.values() for name in names.values()]
+    sections = [
+        _head(runs, compared, total),
+        _tracking(runs, followed, folder.name),
+        _followers(runs),
+        _frontier(runs, shown, total, folder.name),
+        _claims(table),
+        authority_section(measurements, folder.name),
+        regime_section(runs, REGIMES),
+        long_section(runs, list(LONG), CURVES, folder.name),
+        _prediction(runs, compared),
+        ["## Appendix"],
+        appendix.strategies_table(runs, shown, folder.name),
+        appendix.held_out_tables(runs, shown, total, folder.name),
+        appendix.differences_table(table),
+        appendix.authority_table(measurements),
+        appendix.splits_table(runs, SPLIT_LABELS, total),
+        appendix.prediction_table(runs, shown),
+        _missing(runs, [*STRATEGIES, *FOLLOWER_RUNS, *SPLIT_LABELS.values(), *regimes]),
+    ]
+    document.write_text("\n\n".join("\n".join(section) for section in sections if section) + "\n")
+
+
+def _draw(
+    runs: Runs,
+    measurements: Sequence[Measurement],
+    compared: Sequence[str],
+    shown: Sequence[str],
+    followed: Sequence[str],
+    total: int,
+    folder: Path,
+) -> None:
+    for file, names in (
+        ("tracking", [name for name in followed if name not in SHARP]),
+        ("tracking_sharp", [name for name in followed if name in SHARP]),
+    ):
+        if names:
+            figures.tracking(runs, {name: CURVES[name] for name in names}, folder / f"{file}.png")
+    figures.courses(runs, compared, folder / "courses.png")
+    figures.pass_at_k(runs, compared, (total // 2, total), folder / "pass_at_k.png")
     figures.frontier(runs, shown, total, folder / "frontier.png")
     if measurements:
         figures.authority(measurements, folder / "authority.png")
     if any(runs.get(name) for name in LONG):
         figures.courses(runs, list(LONG), folder / "long.png")
-    write_csv(folder / "results.csv", runs, CURVES)
-    regimes = [name for names in REGIMES.values() for name in names.values()]
-    sections = [
-        _head(runs, shown, total),
-        _tracking(runs, followed, folder.name) if followed else [],
-        _strategies(runs, shown, folder.name),
-        _held_out(runs, shown, total, folder.name),
-        _comparison(runs, total),
-        _frontier(runs, shown, total, folder.name),
-        authority_section(measurements, folder.name),
-        regime_section(runs, REGIMES),
-        splits_section(runs, SPLIT_LABELS, total),
-        long_section(runs, list(LONG), CURVES, folder.name),
-        _prediction(runs, shown),
-        _missing(runs, [*STRATEGIES, *SPLIT_LABELS.values(), *regimes]),
-    ]
-    document.write_text("\n\n".join("\n".join(section) for section in sections if section) + "\n")
 
 
 def _head(runs: Runs, shown: Sequence[str], total: int) -> list[str]:
@@ -103,7 +127,7 @@ def _head(runs: Runs, shown: Sequence[str], total: int) -> list[str]:
         "",
         "Values are mean ± standard deviation over seeds. Differences are paired by seed and are mean ± standard "
         "error; **bold** means that the 95 % interval excludes 0. The report contains many differences, so about one "
-        "in twenty is bold by chance.",
+        "in twenty is bold by chance. Long tables are in the [appendix](#appendix).",
         "",
         "Data: [results.csv](entropy_study/results.csv) has one line per run, "
         "[runs.jsonl](entropy_study/runs.jsonl) has every step of every run. The strategies are described in the "
@@ -122,10 +146,10 @@ def _missing(runs: Runs, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _tracking(runs: Runs, curves: dict[str, EntropyCurve], folder: str) -> list[str]:
+def _tracking(runs: Runs, followed: Sequence[str], folder: str) -> list[str]:
+    if not followed:
+        return []
     lines = [
-        "## Following a curve",
-        "",
         "The error is the root mean square of measured entropy / target − 1 after the first tenth of the steps. The "
         "measured entropy is the plain mean of a step, as in `metrics.jsonl`. The noise floor is the root mean square "
         "of the standard error of a step's entropy over the same steps. The GRPO column is GRPO's error on the same "
@@ -134,68 +158,61 @@ def _tracking(runs: Runs, curves: dict[str, EntropyCurve], folder: str) -> list[
         "| curve | mean | each seed | noise floor | GRPO | within 5 % |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name, curve in curves.items():
-        errors = tracking_errors(runs[name], curve)
+    errors = {name: tracking_errors(runs[name], CURVES[name]) for name in followed}
+    uncontrolled: list[float] = []
+    for name, each in errors.items():
         floor = statistics.mean(run.noise_floor for run in runs[name].values())
-        uncontrolled = [run.tracking_error(curve) for seed, run in runs.get("grpo", {}).items() if seed in runs[name]]
-        grpo = f"{100 * statistics.mean(uncontrolled):.1f} %" if uncontrolled else ""
+        free = [run.tracking_error(CURVES[name]) for seed, run in runs.get("grpo", {}).items() if seed in runs[name]]
+        uncontrolled += [100 * statistics.mean(free)] if free else []
         lines.append(
-            f"| {name} | {100 * statistics.mean(errors):.1f} % | {percents(errors)} "
-            f"| {100 * floor:.1f} % | {grpo} | {sum(e <= 0.05 for e in errors)} of {len(errors)} seeds |"
+            f"| {name} | {100 * statistics.mean(each):.1f} % | {percents(each)} | {100 * floor:.1f} % "
+            f"| {f'{uncontrolled[-1]:.1f} %' if free else ''} "
+            f"| {sum(e <= CLOSE for e in each)} of {len(each)} seeds |"
         )
-    return [*lines, "", f"![Measured entropy, target curve and GRPO, step by step]({folder}/tracking.png)"]
+    if earlier := [name for name in followed if name in EARLIER_CONTROLLER]:
+        lines += ["", f"The runs of {listed(earlier)} were made by an earlier version of the controller."]
+    close = [name for name, each in errors.items() if max(each) <= CLOSE]
+    missed = [f"{name} ({100 * max(each):.1f} % at worst)" for name, each in errors.items() if name not in close]
+    answer = f"{100 * CLOSE:.0f} % or less from {listed(close)}, on every seed"
+    answer += f"; further from {listed(missed)}" if missed else ""
+    answer += f". Without control, entropy is {between(uncontrolled)} % away." if uncontrolled else "."
+    figure = [f"![Measured entropy, target curve and GRPO, step by step]({folder}/tracking.png)"]
+    if set(followed) & set(SHARP):
+        figure += ["", f"![The same on curves that ask for more than a step can do]({folder}/tracking_sharp.png)"]
+    question = "How closely does entropy follow a curve that was drawn before the run?"
+    return section("Following a curve", question, answer, figure, lines)
 
 
-def _strategies(runs: Runs, shown: Sequence[str], folder: str) -> list[str]:
-    columns: dict[str, Callable[[Run], float]] = {
-        "entropy kept": lambda run: run.entropy_kept,
-        "reward": lambda run: run.mean("reward", 3),
-        "gradient norm": lambda run: run.mean("grad_norm", 3),
-        "clipped high": lambda run: run.mean("clip/fraction_high"),
-        "clipped low": lambda run: run.mean("clip/fraction_low"),
-    }
+def _followers(runs: Runs) -> list[str]:
     lines = [
-        "## The strategies",
+        "Mean error over seeds, and the number of seeds in parentheses. The last column is the error of target entropy "
+        "divided by the smallest of the others.",
         "",
-        "*Entropy kept* is the mean entropy of the last three steps divided by the entropy of the first step. Reward "
-        "and gradient norm are means over the last three steps. *Clipped* is the fraction of tokens with a nonzero "
-        "advantage on which a bound acted, over the run.",
-        "",
-        "| strategy | seeds | " + " | ".join(columns) + " |",
-        "| --- |" + " --- |" * (len(columns) + 1),
+        "| curve | target entropy | " + " | ".join(FOLLOWERS) + " | ratio |",
+        "| --- | --- |" + " --- |" * len(FOLLOWERS) + " --- |",
     ]
-    for name in shown:
-        cells = [spread(column(run) for run in runs[name].values()) for column in columns.values()]
-        lines.append(f"| {name} | {len(runs[name])} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"![Entropy, reward and gradient norm of every strategy]({folder}/courses.png)",
-        "",
-        "What each strategy sets, on top of the settings that all share:",
-        "",
-        "| strategy | overrides of quickstart.yaml |",
-        "| --- | --- |",
-    ]
-    return [*lines, *(f"| {name} | {' '.join(f'`{override}`' for override in STRATEGIES[name])} |" for name in shown)]
+    ratios = {}
+    for curve, drawn in DRAWN.items():
+        names = [f"{method}-{curve}" for method in ("target", *FOLLOWERS)]
+        means = {n: statistics.mean(tracking_errors(runs[n], drawn)) for n in names if runs.get(n)}
+        others = [mean for name, mean in means.items() if name != names[0]]
+        if names[0] not in means or not others:
+            continue
+        ratios[curve] = means[names[0]] / min(others)
+        cells = [f"{100 * means[n]:.1f} % ({len(runs[n])})" if n in means else "" for n in names]
+        lines.append(f"| {curve} | " + " | ".join(cells) + f" | {ratios[curve]:.2f} |")
+    if not ratios:
+        return []
+    half = [curve for curve, ratio in ratios.items() if ratio <= 0.5]
+    answer = f"The error of target entropy is at most half of theirs on {len(half)} of {len(ratios)} curves"
+    more = [f"{curve} ({ratio:.2f} of it)" for curve, ratio in ratios.items() if ratio > 0.5]
+    answer += f"; not on {listed(more)}." if more else "."
+    question = "Do Entrocraft and EntroPIC, which also claim to follow a curve, follow the same ones as closely?"
+    return section("Against other methods that follow a curve", question, answer, lines)
 
 
-def _held_out(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list[str]:
-    lines = ["## Held-out prompts: pass@k"]
-    for title, step in ((f"Halfway (step {total // 2})", total // 2), (f"At the end (step {total})", total)):
-        head = " | ".join(f"pass@{k}" for k in KS)
-        lines += ["", f"### {title}", "", f"| strategy | {head} |", "| --- |" + " --- |" * len(KS)]
-        for name in shown:
-            cells = [spread(run.pass_at(k, step) for run in runs[name].values()) for k in KS]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        if step == total:
-            base = next((run for of_seed in runs.values() for run in of_seed.values()), None)
-            if base is not None:
-                cells = [f"{base.pass_at(k, 0):.3f}" for k in KS]
-                lines.append("| base model (one evaluation) | " + " | ".join(cells) + " |")
-    return [*lines, "", f"![pass@k over k, halfway and at the end]({folder}/pass_at_k.png)"]
-
-
-def _comparison(runs: Runs, total: int) -> list[str]:
+def _differences(runs: Runs, shown: Sequence[str], total: int) -> dict[str, dict[str, Difference]]:
+    """Differences to GRPO, which clips at ±0.2: strategy -> measure -> difference, for strategies with common seeds."""
     measures: dict[str, Callable[[Run], float]] = {
         "entropy kept": lambda run: run.entropy_kept,
         "mid pass@1": lambda run: run.pass_at(1, total // 2),
@@ -204,34 +221,32 @@ def _comparison(runs: Runs, total: int) -> list[str]:
         "final pass@16": lambda run: run.pass_at(16, total),
         "final pass@64": lambda run: run.pass_at(64, total),
     }
-    names = [name for name in COMPARED if set(runs.get(name, {})) & set(runs.get("grpo", {}))]
-    if not names:
-        return []
-    table = {n: {m: difference(runs, n, "grpo", value) for m, value in measures.items()} for n in names}
+    names = [name for name in shown if name != "grpo" and set(runs[name]) & set(runs.get("grpo", {}))]
+    return {n: {m: difference(runs, n, "grpo", value) for m, value in measures.items()} for n in names}
+
+
+def _claims(table: dict[str, dict[str, Difference]]) -> list[str]:
     lines = [
-        "## Against GRPO",
-        "",
-        "Differences to GRPO, which clips at ±0.2.",
-        "",
-        "| strategy minus GRPO | seeds | " + " | ".join(measures) + " |",
-        "| --- | --- |" + " --- |" * len(measures),
-        *(
-            f"| {n} | {row['entropy kept'].seeds} | " + " | ".join(str(d) for d in row.values()) + " |"
-            for n, row in table.items()
-        ),
-        "",
-        "The paper's claims about its schedules and the thresholds they consist of, checked on these runs. A claim is "
-        "confirmed or contradicted if the 95 % interval excludes 0, and otherwise not resolved at this scale.",
+        "A claim is confirmed or contradicted if the 95 % interval of the difference to GRPO, which clips at ±0.2, "
+        "excludes 0, and otherwise not resolved at this scale. All differences are in the "
+        "[appendix](#differences-to-grpo).",
         "",
         "| claim: compared with GRPO | strategy | difference | result |",
         "| --- | --- | --- | --- |",
     ]
+    verdicts: list[str] = []
     for claim, measure, sign, strategies in CLAIMS:
         for name in strategies:
             if name in table:
                 against_grpo = table[name][measure]
-                lines.append(f"| {claim} | {name} | {against_grpo} | {_verdict(against_grpo, sign)} |")
-    return lines
+                verdicts.append(_verdict(against_grpo, sign))
+                lines.append(f"| {claim} | {name} | {against_grpo} | {verdicts[-1]} |")
+    if not verdicts:
+        return []
+    counts = [f"{verdicts.count(v)} {v}" for v in ("confirmed", "contradicted", "not resolved") if v in verdicts]
+    answer = f"Of {len(verdicts)} claims: {listed(counts)}."
+    question = "Do the paper's schedules and thresholds do here what the paper says of them?"
+    return section("Against GRPO", question, answer, lines)
 
 
 def _verdict(measured: Difference, claimed_sign: int) -> str:
@@ -246,45 +261,56 @@ def _frontier(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list
     if not runs.get("grpo"):
         return []
     lines = [
-        "## Diversity against accuracy",
-        "",
         "How far a strategy's final pass@16 lies above GRPO's course at the same pass@1, paired by seed. The course "
         "leads from the base model through GRPO's middle to its end; beyond it, the nearest end counts. A positive "
         "value means that the strategy gives more diversity for its accuracy than stopping GRPO early would.",
         "",
-        "| strategy | pass@1 | pass@16 | above GRPO's course |",
-        "| --- | --- | --- | --- |",
+        "| strategy | seeds | pass@1 | pass@16 | above GRPO's course |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    floor: Difference | None = None
+    above: dict[str, Difference] = {}
     for name in shown:
-        each = [
-            above_course(run, [(g.pass_at(1, s), g.pass_at(16, s)) for s in (0, total // 2, total)], total)
-            for seed, run in runs[name].items()
-            if (g := runs["grpo"].get(seed)) is not None
-        ]
-        above = Difference.of(each)
-        floor = above if name == "floor" else floor
+        above[name] = Difference.of(
+            [
+                above_course(run, [(g.pass_at(1, s), g.pass_at(16, s)) for s in (0, total // 2, total)], total)
+                for seed, run in runs[name].items()
+                if (g := runs["grpo"].get(seed)) is not None
+            ]
+        )
         ends = [spread(run.pass_at(k, total) for run in runs[name].values()) for k in (1, 16)]
-        lines.append(f"| {name} | {ends[0]} | {ends[1]} | {'' if name == 'grpo' else above} |")
+        height = "" if name == "grpo" else above[name]
+        lines.append(f"| {name} | {len(runs[name])} | {ends[0]} | {ends[1]} | {height} |")
+    floor = above.get("floor")
     if floor is not None and floor.seeds > 1:
         place = {1: "lies above", 0: "cannot be distinguished from", -1: "lies below"}[floor.sign]
         number = f"{floor.mean:+.3f} ± {floor.standard_error:.3f}"
         lines += ["", f"The entropy floor {place} GRPO's frontier ({number})."]
-    return [*lines, "", f"![pass@16 against pass@1 at the end of every strategy]({folder}/frontier.png)"]
+    places = {sign: [n for n, d in above.items() if n != "grpo" and d.sign == sign] for sign in (1, -1)}
+    answer = (
+        f"After {total} steps, more diversity for the accuracy than GRPO stopped early: {listed(places[1])}; less: "
+        f"{listed(places[-1])}; the others cannot be told from it."
+    )
+    question = "What does entropy cost in accuracy, and does it buy diversity?"
+    figure = [f"![pass@16 against pass@1 at the end of every strategy]({folder}/frontier.png)"]
+    return section("Diversity against accuracy", question, answer, figure, lines)
 
 
 def _prediction(runs: Runs, shown: Sequence[str]) -> list[str]:
+    means = {
+        name: statistics.mean(run.prediction_correlation for run in runs[name].values()) for name in shown if runs[name]
+    }
+    if not means:
+        return []
+    least, greatest = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    answer = (
+        f"In part: over the steps of a run, prediction and measurement correlate by {means[least]:.2f} ({least}) to "
+        f"{means[greatest]:.2f} ({greatest}), mean over seeds."
+    )
     lines = [
-        "## Predicted against measured entropy change",
-        "",
-        "The correlation, over the steps of a run, between the predicted and the measured entropy change. The "
-        "prediction is the first-order change of the step as steered, times the learning rate. The measurement is the "
-        "change that the step's updates made at the same states. On tabular policies the correlation is 0.997.",
-        "",
-        "| strategy | mean | least | greatest |",
-        "| --- | --- | --- | --- |",
+        "The prediction is the first-order change of the step as steered, times the learning rate. The measurement is "
+        "the change that the step's updates made at the same states. On tabular policies the correlation is 0.997. "
+        "Under control, little change remains to be predicted. Every strategy is in the "
+        "[appendix](#correlation-of-predicted-and-measured-entropy-change).",
     ]
-    for name in shown:
-        values = [run.prediction_correlation for run in runs[name].values()]
-        lines.append(f"| {name} | {statistics.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
-    return lines
+    question = "Does the first-order formula predict what a step does to entropy?"
+    return section("Predicted against measured entropy change", question, answer, lines)

@@ -10,11 +10,40 @@ from megatron_rlvr.control import EntropyCurve
 SCHEDULE = "algorithm.schedule"
 TARGET = [f"{SCHEDULE}.name=target-entropy"]
 RISE_FALL = [[0.0, 1.0], [0.4, 1.3], [0.6, 1.3], [1.0, 0.5]]
-CURVES = {
-    "target-rise-fall": EntropyCurve("piecewise", points=RISE_FALL),
-    "target-constant": EntropyCurve("constant"),
-    "target-linear": EntropyCurve("linear", end=0.4),
+STEP = [[0.0, 1.0], [0.3, 1.0], [0.301, 0.6], [1.0, 0.6]]
+SAW = [[0.0, 1.0], [0.2, 1.2], [0.22, 0.9], [0.42, 1.1], [0.44, 0.85], [0.66, 1.0], [0.68, 0.8], [1.0, 0.95]]
+DRAWN = {
+    "rise-fall": EntropyCurve("piecewise", points=RISE_FALL),
+    "constant": EntropyCurve("constant"),
+    "linear": EntropyCurve("linear", end=0.4),
+    "step": EntropyCurve("piecewise", points=STEP),
+    "saw": EntropyCurve("piecewise", points=SAW),
 }
+
+
+def _piecewise(points: list[list[float]]) -> list[str]:
+    return [f"{SCHEDULE}.curve=piecewise", f"{SCHEDULE}.points={points}".replace(" ", "")]
+
+
+DRAWN_OVERRIDES = {
+    "rise-fall": _piecewise(RISE_FALL),
+    "constant": [],
+    "linear": [f"{SCHEDULE}.curve=linear", f"{SCHEDULE}.end=0.4"],
+    "step": _piecewise(STEP),
+    "saw": _piecewise(SAW),
+}
+# Other methods that follow a curve, on the same curves: schedule, then curve.
+FOLLOWERS = ("entrocraft", "entropic")
+FOLLOWER_RUNS = {
+    f"{schedule}-{curve}": [f"{SCHEDULE}.name={schedule}", *overrides]
+    for schedule in FOLLOWERS
+    for curve, overrides in DRAWN_OVERRIDES.items()
+}
+EARLIER_CONTROLLER = ("target-rise-fall", "target-constant", "target-linear")
+"""Strategies whose archived runs are older than the present controller; a repeated one is taken from the list."""
+CURVES = {f"{method}-{curve}": drawn for method in ("target", *FOLLOWERS) for curve, drawn in DRAWN.items()}
+
+
 STRATEGIES: dict[str, list[str]] = {
     "grpo": [f"{SCHEDULE}.name=constant"],
     "clip-higher": [f"{SCHEDULE}.name=clip-higher"],
@@ -31,15 +60,12 @@ STRATEGIES: dict[str, list[str]] = {
     "id": [f"{SCHEDULE}.name=increase-then-decrease"],
     "did": [f"{SCHEDULE}.name=decrease-increase-decrease"],
     "od": [f"{SCHEDULE}.name=oscillatory-decay"],
-    "target-constant": TARGET,
-    "target-rise-fall": [
-        *TARGET,
-        f"{SCHEDULE}.curve=piecewise",
-        f"{SCHEDULE}.points={RISE_FALL}".replace(" ", ""),
-    ],
-    "target-linear": [*TARGET, f"{SCHEDULE}.curve=linear", f"{SCHEDULE}.end=0.4"],
+    **{f"target-{curve}": [*TARGET, *overrides] for curve, overrides in DRAWN_OVERRIDES.items()},
     "floor": [f"{SCHEDULE}.name=entropy-floor"],
-    "ce-gppo": [f"{SCHEDULE}.name=constant", "algorithm.objective.name=ce-gppo"],
+    **{
+        objective: [f"{SCHEDULE}.name=constant", f"algorithm.objective.name={objective}"]
+        for objective in ("ce-gppo", "sapo", "dppo", "erc")
+    },
 }
 STEEP = [f"{SCHEDULE}.upper_intercept=3.0", f"{SCHEDULE}.upper_slope=-2.8"]
 THRESHOLDS = {
@@ -74,8 +100,8 @@ LONG = {
 CURVES |= {name: CURVES[base] for name in LONG if (base := name.removeprefix("long-")) in CURVES}
 SPLITS = {f"id-split-{split}": [*STRATEGIES["id"], f"{SCHEDULE}.split={split}"] for split in (0.3, 0.4, 0.6)}
 SPLIT_LABELS = {"0.3": "id-split-0.3", "0.4": "id-split-0.4", "0.5": "id", "0.6": "id-split-0.6"}
-FAMILIES = (STRATEGIES, SPLITS, REGIME_RUNS, LONG)
-EVERYTHING = STRATEGIES | SPLITS | REGIME_RUNS | LONG
+FAMILIES = (STRATEGIES, FOLLOWER_RUNS, SPLITS, REGIME_RUNS, LONG)
+EVERYTHING = STRATEGIES | FOLLOWER_RUNS | SPLITS | REGIME_RUNS | LONG
 COMMON = [
     "threads=1",
     "optimizer.learning_rate=1e-4",

@@ -104,6 +104,8 @@ def test_every_section_of_the_report_is_written(tmp_path):
     everything = strategies.EVERYTHING
     runs = {name: {s: synthetic_run(name, s) for s in range(3)} for name in everything}
     runs["target-linear"] = {s: synthetic_run("t", s, final=0.4) for s in range(3)}
+    runs["entrocraft-linear"] = {s: synthetic_run("e", s, final=0.7) for s in range(3)}
+    runs["entropic-linear"] = {s: synthetic_run("e", s, final=0.6) for s in range(3)}
     document = tmp_path / "study.md"
     measured = synthetic_measurements()
     report.write_report(runs, measured, TOTAL, document)
@@ -114,13 +116,20 @@ def test_every_section_of_the_report_is_written(tmp_path):
     assert rows["target-linear"].endswith("| 3 of 3 seeds |")
     assert rows["target-constant"].endswith("| 0 of 3 seeds |")
     assert "long-target-linear follows its curve with a root mean square error of" in text
+    # On every other curve, all three methods made the same runs.
+    assert "at most half of theirs on 1 of 5 curves; not on rise-fall (1." in text
+    linear = next(line for line in text.splitlines() if line.startswith("| linear |"))
+    assert linear.count(" % (3) |") == 3
+    assert float(linear.split(" | ")[-1].removesuffix(" |")) < 0.1
+    assert "5 % or less from target-linear, on every seed; further from target-" in text
+    assert text.index("## Longer runs") < text.index("## Appendix") < text.index("### The strategies")
     # Static clipping of the three states: 0, -10 and -20 %; the upper bound adds 4 % in four passes, a tenth in 2.5.
     assert "| coin | 0.0001 | 4 | -10.0 ± 10.0 | **+4.00 ± 0.01** | **+8.00 ± 0.01** |" in text
     assert "| 1.0 %, 2.0 % | 2 |" in text
     sections = ("Following a curve", "Against GRPO", "Diversity against accuracy", "thresholds alone")
     for heading in (*sections, "thresholds separate", "is split", "Longer"):
         assert heading in text
-    for figure in ("tracking", "courses", "pass_at_k", "frontier", "authority", "long"):
+    for figure in ("tracking", "tracking_sharp", "courses", "pass_at_k", "frontier", "authority", "long"):
         assert f"(study/{figure}.png)" in text
         assert (tmp_path / "study" / f"{figure}.png").stat().st_size < 150_000
     lines = (tmp_path / "study" / "results.csv").read_text().splitlines()
