@@ -30,13 +30,15 @@ def run_trainers(runs: Sequence[Sequence[object]], processes: int = 1) -> None:
     launch([str(ROOT / "tests" / "train_each.py"), *lines], processes, check=True)
 
 
-def launch(program: list[str], processes: int, check: bool) -> subprocess.CompletedProcess[str]:
+def launch(
+    program: list[str], processes: int, check: bool, deadline_seconds: float = 800
+) -> subprocess.CompletedProcess[str]:
     """Run a Python program, under torchrun if ``processes`` > 1; fail the test on a nonzero status if ``check``."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, *program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=800
+        [*command, *program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=deadline_seconds
     )
     if check and done.returncode:
         pytest.fail(f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")

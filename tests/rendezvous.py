@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 _agent = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
 _rank, _ranks = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", "1"))
-_OTHER_TRAININGS = datetime.timedelta(minutes=12)
+_OTHER_TRAININGS = datetime.timedelta(minutes=35)
 """How long a process may wait for those that train with it next, but run other trainings before."""
 _served: list[dist.TCPStore] = []  # by the first rank of a process group, as long as the processes run
 
