@@ -8,6 +8,7 @@ it. Needs root and Debian's slurmctld, slurmd and munge.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import re
@@ -74,6 +75,17 @@ def why_not() -> str | None:
     return None
 
 
+def polls(seconds: float, period: float = 0.1) -> Iterator[None]:
+    """Yield as often as a period fits into some seconds, and sleep for a period after each time.
+
+    It counts and does not look at the clock: on a busy machine what the caller does in between takes longer, as does
+    the work that it waits for. So other work on the machine postpones the deadline, and a job that hangs does not.
+    """
+    for _ in range(math.ceil(seconds / period)):
+        yield
+        time.sleep(period)
+
+
 @dataclass
 class Cluster:
     """A running virtual cluster of nodes n1, n2, ..."""
@@ -122,12 +134,10 @@ class Cluster:
 
     def wait(self, job: str, *states: str, timeout: float = 300) -> dict[str, str]:
         """Wait until a job is in one of the states, and return its fields."""
-        deadline = time.monotonic() + timeout
-        while (fields := self.job(job))["JobState"] not in states:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"job {job} is {fields['JobState']}, not {states}:\n{self.output(job)[-6000:]}")
-            time.sleep(0.1)
-        return fields
+        for _ in polls(timeout):
+            if (fields := self.job(job))["JobState"] in states:
+                return fields
+        raise TimeoutError(f"job {job} is {fields['JobState']}, not {states}:\n{self.output(job)[-6000:]}")
 
     def finished(self, job: str, timeout: float = 500) -> dict[str, str]:
         """Wait until a job has ended and will not be requeued."""
@@ -135,13 +145,13 @@ class Cluster:
 
     def wait_for_output(self, job: str, pattern: str, count: int = 1, timeout: float = 300) -> None:
         """Wait until the job's output has `count` matches of a regular expression."""
-        deadline = time.monotonic() + timeout
-        while len(re.findall(pattern, self.output(job))) < count:
+        for _ in polls(timeout, 0.05):
             state = self.job(job)["JobState"]
-            over = state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
-            if over or time.monotonic() > deadline:
-                raise TimeoutError(f"no {count} x {pattern!r} of job {job}, {state}:\n{self.output(job)[-6000:]}")
-            time.sleep(0.05)
+            if len(re.findall(pattern, self.output(job))) >= count:
+                return
+            if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"):
+                break
+        raise TimeoutError(f"no {count} x {pattern!r} of job {job}, {state}:\n{self.output(job)[-6000:]}")
 
     def processes(self, job: str, pattern: str = "", node: str = "") -> list[int]:
         """Return the living processes of a job, on one node or all, whose command line matches a regular expression."""
@@ -162,9 +172,9 @@ class Cluster:
 
     def orphans(self, job: str, timeout: float = 60) -> list[str]:
         """Wait until no process of a job is left. Return those that remain at the deadline, as ps shows them."""
-        deadline = time.monotonic() + timeout
-        while (found := self.processes(job)) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        for _ in polls(timeout):
+            if not (found := self.processes(job)):
+                return []
         return [self.run("ps", "-o", "pid,ppid,args", "-p", pid, check=False) for pid in found]
 
     def on_node(self, node: str, *command: object) -> str:
@@ -183,7 +193,7 @@ class Cluster:
         unshare = self.inits.pop(node)
         (init,) = Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text().split()
         os.kill(int(init), signal.SIGKILL)
-        unshare.wait(60)  # it ends when no process of the namespace is left
+        unshare.wait(600)  # it ends when no process of the namespace is left
 
     def start_node(self, node: str) -> None:
         """Start the first process of a node, which starts slurmd, ends with it, and reaps orphans."""
@@ -210,10 +220,10 @@ class Cluster:
 
     def wait_for_nodes(self, timeout: float = 300) -> None:
         """Wait until every node is idle."""
-        deadline = time.monotonic() + timeout
-        while (states := self.run("sinfo", "-h", "-N", "-o", "%T").split()).count("idle") != self.size:
-            assert time.monotonic() < deadline, f"{states}; {self.run('sinfo', '-R')}"
-            time.sleep(0.1)
+        for _ in polls(timeout):
+            if (states := self.run("sinfo", "-h", "-N", "-o", "%T").split()).count("idle") == self.size:
+                return
+        raise TimeoutError(f"nodes are {states}; {self.run('sinfo', '-R')}")
 
 
 @contextlib.contextmanager
@@ -252,17 +262,18 @@ def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.run("scancel", "--state=PENDING", "--state=RUNNING", "--user=root", check=False)
-        deadline = time.monotonic() + 60
-        while cluster.run("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        for _ in polls(60):
+            if not cluster.run("squeue", "-h", check=False).strip():
+                break
         daemons = [int(file.read_text()) for file in (root / "run" / "slurmctld.pid", munge / "pid") if file.is_file()]
         for node in list(cluster.inits):
             cluster.end_node(node)
         for pid in daemons:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        while any(Path(f"/proc/{pid}").exists() for pid in daemons) and time.monotonic() < deadline + 60:
-            time.sleep(0.1)
+        for _ in polls(60):
+            if not any(Path(f"/proc/{pid}").exists() for pid in daemons):
+                break
 
 
 def _free_ports(count: int) -> int:

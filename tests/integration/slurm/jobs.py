@@ -6,13 +6,12 @@ import os
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_rlvr.telemetry.metrics import Record, deterministic, read_metrics
-from tests.integration.slurm.cluster import Cluster
+from tests.integration.slurm.cluster import Cluster, polls
 
 
 @dataclass
@@ -120,11 +119,10 @@ class Job:
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 300) -> None:
     """Wait until a condition holds; `what` describes it in the error."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout:g} s for {what}")
-        time.sleep(0.05)
+    for _ in polls(timeout, 0.05):
+        if condition():
+            return
+    raise TimeoutError(f"waited in vain for {what}")
 
 
 def with_stand_in_servers(job: Job) -> Job:
