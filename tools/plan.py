@@ -12,17 +12,17 @@ Exit status: 0 when the configuration fits, 1 when it does not, 2 when training 
 """
 
 import argparse
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_rlvr.config import load_config
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import user_errors_reported
+from megatron_rlvr.planning.architecture import architecture_of, model_described_by
 from megatron_rlvr.planning.job import Hardware
 from megatron_rlvr.planning.plan import make_plan
 from megatron_rlvr.planning.report import describe, describe_suggestions
@@ -63,13 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if nodes < 1:
         raise UserError(f"--servers {options.servers} leaves none of --nodes {options.nodes} to train: raise --nodes")
     architecture = options.architecture or find_architecture(config.model.path, Path(options.config))
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
         if architecture is not None:
             if not architecture.is_file():
                 raise UserError(f"--architecture {architecture} is not a file: give a model's config.json")
             print(f"architecture: {architecture}")
-            shutil.copyfile(architecture, Path(folder) / "config.json")
-            config.model.path = folder
+            stack.enter_context(model_described_by(architecture, config))
         job = (config, nodes, options.gpus_per_node, hardware, options.response_share, servers)
         try:
             plan = make_plan(*job)
@@ -88,7 +87,7 @@ def find_architecture(model_path: str, config: Path) -> Path | None:
     """
     if (Path(model_path) / "config.json").is_file():
         return None
-    found = config.parent / "architectures" / f"{config.stem}.json"
+    found = architecture_of(config)
     if not found.is_file():
         raise UserError(
             f"model.path={model_path} has no config.json, and there is no {found}: correct model.path, or name a file "

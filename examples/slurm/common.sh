@@ -67,7 +67,7 @@ check_number() { # NAME
 }
 
 describe_job() {
-    local count gpus setting
+    local count setting
     if [ -n "$RLVR_DRY_RUN" ]; then # what the script requests, even if this shell runs within a job
         count=$(sed -n 's/^#SBATCH --nodes=//p' "$0")
         gpus=$(sed -n 's/^#SBATCH --gpus-per-node=//p' "$0")
@@ -289,11 +289,13 @@ launch() {
 
 # Check the configuration and print the commands of a dry run, with the Python of this machine, which may have no container.
 describe_ranks() {
-    local interpreter=${python[${#python[@]} - 1]} status=0
+    local interpreter=${python[${#python[@]} - 1]} job_options=(--servers="$RLVR_SERVERS") status=0
+    [ -z "$gpus" ] || job_options+=(--gpus)
     "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
         refuse "$interpreter on $(uname -n) is older than Python 3.9: put a newer one first in PATH"
     PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$interpreter" -m megatron_rlvr.cluster.dry_run --detail="$RLVR_DRY_RUN" \
-        --nodes="$(IFS=, && echo "${trainers[*]}")" --processes-per-node="$RLVR_PROCESSES_PER_NODE" -- "$@" || status=$?
+        --nodes="$(IFS=, && echo "${trainers[*]}")" --processes-per-node="$RLVR_PROCESSES_PER_NODE" "${job_options[@]}" \
+        -- "$@" || status=$?
     exit "$status"
 }
 
@@ -308,16 +310,19 @@ train() { # CONFIG key=value...
 
 # Evaluate a run on the training nodes, with servers as the run had them. It is requeued and resumed like training, but has
 # no preflight.
-evaluate() { # RUN [--initial] key=value...
+evaluate() { # RUN [--initial] [--step N] key=value..., or RUN/checkpoints/step_N key=value...
     local word settings
     case ${1:-} in
         '' | -*) refuse "no run to evaluate: sbatch examples/slurm/evaluate.sbatch RUN [--initial] [key=value ...]" ;;
     esac
-    settings=("$1/config.yaml")
+    settings=("${1%%/checkpoints/step_*}/config.yaml")
     [ -n "$RLVR_DRY_RUN" ] || [ -f "${settings[0]}" ] || refuse "no run in $1: it has no config.yaml"
     begin_attempt
     for word in "${@:2}"; do
-        case $word in *=*) settings+=("$word") ;; esac
+        case $word in
+            -*) ;;
+            *=*) settings+=("$word") ;;
+        esac
     done
     training=("$@")
     start_servers "${settings[@]}"
@@ -389,7 +394,7 @@ choose_run_directory() {
     esac
 }
 
-server_step='' step_output='' training=()
+server_step='' step_output='' training=() gpus=''
 choose_run_directory "$@"
 describe_job
 [ -n "$RLVR_DRY_RUN" ] || handle_signals

@@ -28,16 +28,13 @@ def check_plan(config: Config, reports: Sequence[NodeReport], nodes: int, proces
     from megatron_rlvr.planning.job import Hardware
     from megatron_rlvr.planning.plan import make_plan
     from megatron_rlvr.planning.report import describe, verdict
-    from megatron_rlvr.planning.servers import Servers, memory_fraction
+    from megatron_rlvr.planning.servers import Servers
 
     memory = [mebibytes for report in reports[:nodes] for _, mebibytes in report.gpus]
     hardware = replace(Hardware(), memory_bytes=min(memory) * 2.0**20) if memory else Hardware()
     placement = Servers.of_job(config, servers)
-    if memory and servers != "none" and memory_fraction(config) is None:
-        raise UserError(
-            f"RLVR_SERVERS={servers} needs rollout.sglang.server.mem_fraction_static: set it to the share of each "
-            "GPU's memory that the servers keep; tools/plan.py prints the largest that fits"
-        )
+    if memory:
+        check_server_memory(config, servers)
     plan = make_plan(config, nodes, processes, hardware, servers=placement, on_gpu=bool(memory))
     if not memory:
         return f"layout: {plan.data_parallel} data-parallel ranks on {nodes} x {processes} processes, no GPUs"
@@ -46,3 +43,18 @@ def check_plan(config: Config, reports: Sequence[NodeReport], nodes: int, proces
             f"by the plan (computed) the configuration {verdict(plan)}; set RLVR_IGNORE_PLAN=1 to train anyway"
         )
     return describe(plan)
+
+
+def check_server_memory(config: Config, servers: str) -> None:
+    """Refuse servers of a GPU job without a share of the GPUs' memory.
+
+    Args:
+        servers: SGLang servers that the job will start: none, colocated or nodes:N.
+    """
+    from megatron_rlvr.planning.servers import memory_fraction
+
+    if servers != "none" and memory_fraction(config) is None:
+        raise UserError(
+            f"RLVR_SERVERS={servers} needs rollout.sglang.server.mem_fraction_static: set it to the share of each "
+            "GPU's memory that the servers keep; tools/plan.py prints the largest that fits"
+        )

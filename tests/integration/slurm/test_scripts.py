@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rlvr.config import load_config
 from tests.integration.slurm.cluster import Cluster
 from tests.processes import ROOT
 
@@ -56,7 +57,7 @@ def test_shellcheck() -> None:
 
 
 @pytest.mark.parametrize("script", TRAINING, ids=_name)
-def test_dry_run_prints_the_command_of_every_rank(script: Path) -> None:
+def test_dry_run_prints_the_command_of_every_rank_and_accepts_the_configuration(script: Path) -> None:
     text = dry_run(script, "optimizer.learning_rate=2e-6", RLVR_DRY_RUN="ranks")
     nodes = int(re.search(r"--nodes=(\d+)", script.read_text())[1])  # type: ignore[index]
     train = 8 if "split" in script.stem else nodes
@@ -75,15 +76,10 @@ def test_dry_run_prints_the_command_of_every_rank(script: Path) -> None:
     assert "megatron_rlvr.cluster.serve" in steps[1] and f"--relative={train % nodes} " in steps[1]
     assert "rollout.engine=sglang" in steps[-1]
     assert all(step.startswith("srun --overlap --mem=0 --cpus-per-task=") for step in steps)
-
-
-@pytest.mark.parametrize("script", TRAINING, ids=_name)
-def test_the_configuration_of_a_dry_run_is_accepted(script: Path) -> None:
-    from megatron_rlvr.config import load_config
-
-    *_, last, verdict = dry_run(script).splitlines()
+    *_, last, memory, verdict = text.splitlines()
     config, *overrides = shlex.split(last.split(" -m megatron_rlvr.train ")[1])
     assert load_config(ROOT / config, overrides).parallel.tensor in (4, 8)
+    assert memory.startswith("on H100 SXM 80 GB, by the plan (computed): fits: ")
     assert verdict == f"{config} and the overrides are valid"
 
 
@@ -116,6 +112,7 @@ def test_a_dry_run_refuses_what_training_refuses() -> None:
         ("evaluate", ["--initial", "runs/m"], "no run to evaluate"),
         ("convert", [], "nothing to convert: sbatch examples/slurm/convert.sbatch to-megatron"),
         ("convert", ["to-megatron", "here"], "nothing to convert"),
+        ("convert", ["to-megatorn", "here", "there"], "cannot convert to-megatorn: choose to-megatron, "),
     ],
 )
 def test_a_script_without_its_arguments_says_what_it_needs(script: str, arguments: list[str], message: str) -> None:
@@ -129,12 +126,14 @@ def test_dry_run_of_the_other_gpu_scripts_and_within_a_job() -> None:
     assert re.findall(rank, text) == ["0"]
     text = dry_run(FOLDER / "convert.sbatch", "to-peft", "runs/m/checkpoints/step_9", "adapters", **within)
     assert "convert_checkpoint.py to-peft runs/m/checkpoints/step_9 adapters\n" in text
-    text = dry_run(FOLDER / "evaluate.sbatch", "runs/m", "--initial", "evaluation.prompts=4")
+    text = dry_run(FOLDER / "evaluate.sbatch", "runs/m/checkpoints/step_8", "--step=8", "evaluation.prompts=4")
     assert re.search(
         r"(?m)^srun .* megatron_rlvr\.cluster\.serve .* -- runs/m/config\.yaml evaluation\.prompts=4 $", text
     )
-    rank = r"(?m)^ranks 0 to 7 .* tools/evaluate\.py runs/m --initial evaluation\.prompts=4 rollout\.engine=sglang "
+    words = r"runs/m/checkpoints/step_8 --step=8 evaluation\.prompts=4 rollout\.engine=sglang "
+    rank = rf"(?m)^ranks 0 to 7 .* tools/evaluate\.py {words}"
     assert len(re.findall(rank, text)) == 1
+    assert text.endswith("\nthe configuration was not checked: no runs/m/config.yaml on this machine\n")
 
 
 @pytest.mark.parametrize(
