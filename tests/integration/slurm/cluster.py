@@ -24,10 +24,13 @@ from pathlib import Path
 
 _DAEMONS = ("slurmctld", "slurmd", "munged", "unshare", "nsenter")
 _GPUS, _CPUS = 8, 96
+# Virtual clusters on one machine, and ids that the jobs of each may have: as many as have different ports in common.sh.
+_CLUSTERS, _JOBS = 12, 140
 _CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -229,6 +232,13 @@ class Cluster:
 @contextlib.contextmanager
 def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
     """Start a cluster of `size` nodes under `root`; at the end, stop it and all its jobs."""
+    with _ports(size + 1) as (port, job), _running_cluster(root, size, port, job) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def _running_cluster(root: Path, size: int, port: int, job: int) -> Iterator[Cluster]:
+    """Start a cluster at these ports, whose first job has the id `job`."""
     for name in ("state", "log", "spool", "run", "dev", "munge"):
         (root / name).mkdir(parents=True)
     # munge refuses a socket in folders that others cannot enter, and the folders of a test have mode 700.
@@ -236,9 +246,8 @@ def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
         if folder == Path(tempfile.gettempdir()):
             break
         folder.chmod(0o755)
-    port = _free_ports(size + 1)
     host = socket.gethostname().split(".")[0]
-    settings = {"root": root, "host": host, "port": port, "first": port + 1, "last": port + size}
+    settings = {"root": root, "host": host, "port": port, "first": port + 1, "last": port + size, "job": job}
     settings |= {"nodes": size, "cpus": _CPUS, "gpus": _GPUS}
     (root / "slurm.conf").write_text(_CONFIGURATION.format(**settings))
     devices = f"File={root}/dev/gpu[0-{_GPUS - 1}]"
@@ -276,15 +285,26 @@ def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
                 break
 
 
-def _free_ports(count: int) -> int:
-    """Return the first of `count` consecutive free ports, below the range of ports that the system assigns."""
-    for _ in range(100):
-        first = random.Random().randrange(12000, 19000)
-        with contextlib.ExitStack() as probes:
+@contextlib.contextmanager
+def _ports(count: int) -> Iterator[tuple[int, int]]:
+    """Reserve `count` ports for a virtual cluster; yields the first of them and the first job id.
+
+    All nodes of all virtual clusters of a machine have the address 127.0.0.1, and jobs compute the ports of their own
+    processes from their ids. With the same ids, the jobs of two clusters would meet at the same port.
+    """
+    places = list(range(_CLUSTERS))
+    random.Random().shuffle(places)
+    for place in places:
+        first = 12000 + 500 * place  # below the range of ports that the system assigns
+        with contextlib.ExitStack() as stack:
+            reservation = stack.enter_context(socket.socket(socket.AF_UNIX))
             try:
-                for port in range(first, first + count):
-                    probes.enter_context(socket.socket()).bind(("", port))
+                reservation.bind(f"\0virtual-slurm-cluster-{place}")  # ends with this process, and leaves no file
+                with contextlib.ExitStack() as probes:  # daemons of a cluster whose test process was killed
+                    for port in range(first, first + count):
+                        probes.enter_context(socket.socket()).bind(("", port))
             except OSError:
                 continue
-        return first
-    raise RuntimeError(f"no {count} free ports in a row between 12000 and 19000")
+            yield first, 1 + _JOBS * place
+            return
+    raise RuntimeError(f"{_CLUSTERS} virtual clusters run on this machine already")
