@@ -161,6 +161,8 @@ describe_environment() {
     esac
     [ "$kind" != venv ] || [ -x "${python[0]}" ] ||
         refuse "no ${python[0]}: run \`make setup\` in $PWD, or set RLVR_ENVIRONMENT to another environment"
+    # The code of this folder, also where the environment or the container holds another copy of the project.
+    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 }
 
 # A batch script is not a login shell, and the submitting shell need not be bash, so the definition of `module` must be
@@ -293,7 +295,7 @@ describe_ranks() {
     [ -z "$gpus" ] || job_options+=(--gpus)
     "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
         refuse "$interpreter on $(uname -n) is older than Python 3.9: put a newer one first in PATH"
-    PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$interpreter" -m megatron_rlvr.cluster.dry_run --detail="$RLVR_DRY_RUN" \
+    "$interpreter" -m megatron_rlvr.cluster.dry_run --detail="$RLVR_DRY_RUN" \
         --nodes="$(IFS=, && echo "${trainers[*]}")" --processes-per-node="$RLVR_PROCESSES_PER_NODE" "${job_options[@]}" \
         -- "$@" || status=$?
     exit "$status"

@@ -67,8 +67,9 @@ def check_node(node: str, config: Config, processes: int, trains: bool, folder: 
     report = NodeReport(node, installed_versions())
     report.gpus = gpus_of_this_node(report)
     requested = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-    if trains and (requested or report.gpus) and len(report.gpus) < processes:
-        report.problems.append(f"the node has {len(report.gpus)} visible GPUs but needs {processes}")
+    needed = processes if trains else requested
+    if (requested or report.gpus) and len(report.gpus) < needed:
+        report.problems.append(f"the node has {len(report.gpus)} visible GPUs but needs {needed}")
     if trains and report.gpus:
         sglang = config.rollout.sglang
         report.problems += software_problems(NO_SERVERS if sglang.urls else sglang.python)
@@ -120,7 +121,11 @@ def gpus_of_this_node(report: NodeReport) -> list[tuple[str, int]]:
     if done.returncode:
         report.problems.append(f"nvidia-smi failed: {error_line(done.stdout + done.stderr) or 'it printed nothing'}")
         return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    rows = [[cell.strip() for cell in line.rsplit(",", 2)] for line in done.stdout.splitlines() if line.strip()]
+    for row in rows:  # it also prints errors, and [N/A] or [Unknown Error] in place of a number
+        if len(row) != 3 or not row[1].isdecimal():
+            report.problems.append(f"nvidia-smi does not report the memory of a GPU: {', '.join(row)}")
+            return []
     report.versions["driver"] = ", ".join(sorted({row[2] for row in rows}))
     return [(row[0], int(row[1])) for row in rows]
 

@@ -223,11 +223,11 @@ def test_modules_are_found_and_may_fail_within(fake_job: Job, tmp_path: Path, mo
 def test_the_first_job_makes_its_data(fake_job: Job, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     fake_job.overrides = []
-    report = 'case "$*" in *quickstart/*.py) echo "made by $*" ;; esac'
+    report = 'case "$*" in *quickstart/*.py) echo "made by $* of ${PYTHONPATH%%:*}" ;; esac'
     fake_job.submit(RLVR_PROJECT=str(tmp_path), PROGRAM=f'{report}; outcome="0 "; {OUTCOME}')
     assert fake_job.finish() == "COMPLETED", fake_job.cluster.output(fake_job.id)
-    made = re.findall(r"made by (\S+)", fake_job.cluster.output(fake_job.id))
-    assert made == ["examples/quickstart/countdown.py"]
+    made = re.findall(r"made by (\S+) .*of (\S+)", fake_job.cluster.output(fake_job.id))
+    assert made == [("examples/quickstart/countdown.py", str(tmp_path))]  # with the code of the project
     fake_job.submit("run_directory=" + str(tmp_path / "other"), RLVR_PROJECT=str(tmp_path), PROGRAM="exit 3")
     fake_job.cluster.wait_for_output(fake_job.id, r"failed: examples/quickstart/countdown\.py failed")
     fake_job.cluster.run("scancel", fake_job.id)
