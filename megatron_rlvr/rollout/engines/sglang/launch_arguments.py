@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rlvr.errors import UserError
+
 
 def normalized(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments with underscores in their names, so that ``tp-size`` and ``tp_size`` are the same."""
@@ -48,11 +50,22 @@ class ServerLayout:
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> ServerLayout:
-        """Read the layout from server arguments, under any of SGLang's names for each size."""
+        """Read the layout from server arguments, under any of SGLang's names for each size.
+
+        Raises:
+            UserError: if a size is not a positive whole number.
+        """
         values = normalized(arguments)
 
         def size(*names: str) -> int:
-            return next((int(values[name]) for name in names if values.get(name)), 1)
+            given = (name for name in names if values.get(name) is not None and values[name] is not False)
+            name = next(given, None)
+            if name is None:
+                return 1
+            text = str(values[name])
+            if not text.isdecimal() or int(text) < 1:
+                raise UserError(f"rollout.sglang.server.{name}={text} is not a number of GPUs: set it to 1 or more")
+            return int(text)
 
         data = size("data_parallel_size", "dp_size", "dp")
         return cls(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout, command_line, normalized
 
 
@@ -42,3 +43,10 @@ def test_gpus_of_a_server(arguments: dict[str, Any], layout: ServerLayout, gpus:
     """The product of SGLang's three sizes; attention data parallelism shares the tensor-parallel ranks' GPUs."""
     found = ServerLayout.from_arguments(arguments)
     assert (found, found.gpus, found.gpus_per_replica) == (layout, gpus, gpus_per_replica)
+
+
+@pytest.mark.parametrize("size", ["two", 0, -1, 2.0, True, [2], ""])
+def test_a_size_that_is_no_number_of_gpus_is_refused(size: object) -> None:
+    with pytest.raises(UserError, match=r"rollout\.sglang\.server\.tp_size=.* is not a number of GPUs"):
+        ServerLayout.from_arguments({"tp-size": size})
+    assert ServerLayout.from_arguments({"tp-size": False}) == ServerLayout()
