@@ -30,7 +30,7 @@ def nvidia_smi(folder: Path, prints: str, status: int = 0) -> None:
 @pytest.mark.parametrize(
     ("prints", "status", "problem"),
     [
-        ("No devices were found\\n", 6, "nvidia-smi failed: ['No devices were found']"),
+        ("No devices were found\\n", 6, "nvidia-smi failed: No devices were found"),
         ("No devices were found\\n", 0, "nvidia-smi does not report the memory of a GPU: No devices were found"),
         ("NVIDIA H100, [Unknown Error], 580.65.06\\n", 0, "of a GPU: NVIDIA H100, [Unknown Error], 580.65.06"),
         (
