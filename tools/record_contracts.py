@@ -101,7 +101,10 @@ def transformer_engine(wheel: Wheel) -> dict[str, Any]:
 
 
 def sglang(wheel: Wheel) -> dict[str, Any]:
-    """Server arguments, the fields of every request, the endpoints with the request that they take, memory tags."""
+    """Server arguments, the fields of every request, the endpoints with the request that they take, memory tags.
+
+    Also the attention backends of deterministic inference, and the updates that look for a custom weight loader.
+    """
     arguments: set[str] = set()
     for path in sorted(name for name in wheel.names if name.startswith(_ARGUMENTS) and name.endswith(".py")):
         for node in ast.walk(ast.parse(wheel.text(path))):
@@ -136,12 +139,21 @@ def sglang(wheel: Wheel) -> dict[str, Any]:
     tags = re.findall(r'^GPU_MEMORY_TYPE_\w+ = "(\w+)"', wheel.text("sglang/srt/constants.py"), re.MULTILINE)
     adapter = wheel.text("sglang/srt/utils/torch_memory_saver_adapter.py")
     calls = sorted(set(re.findall(r"_memory_saver\.(\w+)\(", adapter)))
+    backends = re.search(
+        r"DETERMINISTIC_ATTENTION_BACKEND_CHOICES = \[(.*?)\]",
+        wheel.text("sglang/srt/arg_groups/choices.py"),
+        re.DOTALL,
+    )
+    updater = _parsed(wheel, "sglang.srt.model_executor.model_runner_components.weight_updater")
+    functions = [node for node in ast.walk(updater) if isinstance(node, ast.FunctionDef)]
     return {
         "arguments": sorted(arguments),
         "requests": requests,
         "endpoints": endpoints,
         "memory_tags": tags,
         "torch_memory_saver_calls": calls,
+        "deterministic_attention": re.findall(r'"(\w+)"', backends[1] if backends else ""),
+        "custom_weight_loaders": [f.name for f in functions if "custom_weight_loaders" in ast.unparse(f)],
     }
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_rlvr.data.microbatch import zigzag
+from megatron_rlvr.megatron import batch_invariance
 
 
 class KeyValueCache:
@@ -170,6 +171,8 @@ class SDPAttention(MegatronModule):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         """Compute attention [b, heads, queries, d] to the keys that `visible` marks; causal if it is None."""
+        if batch_invariance.is_active():
+            return batch_invariance.attention(q, k, v, visible, self.scale)
         narrower = q.size(3) - v.size(3)
         if narrower:  # without this, torch would use its kernel that materialises all scores
             v = pad(v, (0, narrower))

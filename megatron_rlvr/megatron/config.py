@@ -39,6 +39,11 @@ class ModelConfig:
     router_aux_loss: NonNegativeFloat = 0.0
     """Coefficient of the load-balancing loss of a mixture of experts, averaged over microbatches; 0 disables it."""
 
+    batch_invariant: bool = False
+    """Compute a token's log-prob with the same bits whatever else is in its batch, in blocks of fixed shapes, on the
+    CPU. The log-probs of the local engine, of the scoring pass and of the first update are then equal bit for bit.
+    Slower."""
+
     def check(self) -> None:
         """Refuse combinations of keys that cannot work."""
         if self.fp8 != "none" and self.dtype == "float32":

@@ -21,6 +21,7 @@ def check_engine(config: Config) -> None:
     Args:
         config: configuration with every ``auto`` resolved.
     """
+    _check_batch_invariance(config)
     engine, expert = config.rollout.engine, config.parallel.expert
     if engine == "sglang" or (engine == "recorded" and not config.data.heldout):
         return
@@ -101,6 +102,23 @@ def check_context(config: Config, positions: int) -> None:
 
 _READ_AT_MOST = 4096
 """Prompts that a plan reads to find the longest one; training reads all."""
+
+
+def _check_batch_invariance(config: Config) -> None:
+    """Refuse ``model.batch_invariant`` where results would still depend on the batch."""
+    model, parallel = config.model, config.parallel
+    if not model.batch_invariant:
+        return
+    for setting, value, needed in (
+        ("model.layer_spec", model.layer_spec, "local"),
+        ("model.dtype", model.dtype, "float32"),
+        ("parallel.tensor", parallel.tensor, 1),
+        ("parallel.context", parallel.context, 1),
+    ):
+        if value not in (needed, "auto"):
+            raise UserError(
+                f"model.batch_invariant needs {setting}={needed}, found {value}: set it, or model.batch_invariant=false"
+            )
 
 
 def _longest_prompt(config: Config, path: str) -> int | None:

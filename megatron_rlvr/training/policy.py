@@ -14,6 +14,7 @@ from megatron_rlvr.data.batch import RolloutBatch
 from megatron_rlvr.data.microbatch import Microbatch, MicrobatchConfig, build_microbatch, partition
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import lora, optimizer, parallel, pipeline, waiting
+from megatron_rlvr.megatron.batch_invariance import batch_invariant, check_products
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.layout_checks import check_routers
 from megatron_rlvr.megatron.loss_scale import LossScale
@@ -76,6 +77,9 @@ class Policy:
         if self.routers is not None:
             connect(self.model_chunks, self.routers)
         load_folder(self.bridge, self.model_chunks, found)
+        self._batch_invariant = config.model.batch_invariant
+        if self._batch_invariant:
+            check_products(weight for chunk in self.model_chunks for weight in chunk.parameters() if weight.dim() == 2)
         self.adapter_record = None
         if self.bridge.adapters is not None:
             lora.initialize(self.model_chunks, config.seed)
@@ -187,14 +191,15 @@ class Policy:
         count = pipeline.agreed_microbatch_count(len(members), len(self.model_chunks))
         if count != len(members):
             members = partition(batch, sequences, self.microbatching, at_least=count)
-        pipeline.forward_backward(
-            self._wrapped,
-            [build_microbatch(batch, chosen, self.microbatching) for chosen in members],
-            loss,
-            scale=self._loss_scale,
-            hidden_only=self._head.fused,
-            forward_only=forward_only,
-        )
+        with batch_invariant(self._batch_invariant):
+            pipeline.forward_backward(
+                self._wrapped,
+                [build_microbatch(batch, chosen, self.microbatching) for chosen in members],
+                loss,
+                scale=self._loss_scale,
+                hidden_only=self._head.fused,
+                forward_only=forward_only,
+            )
         for chunk in self.model_chunks:
             if chunk.routing is not None:
                 chunk.routing.check_finished()

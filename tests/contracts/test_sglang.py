@@ -14,6 +14,7 @@ from megatron_rlvr.rollout.engines.sglang.server import ROUTES_ARGUMENT, without
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from tests.contracts.our_requests import bodies, endpoints, memory_tags, server_arguments
 from tests.contracts.records import read_record
+from tests.processes import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +90,13 @@ def test_servers_start_without_what_the_memory_saver_refuses() -> None:
     environment = {"PYTORCH_CUDA_ALLOC_CONF": f"{refusal}:True,max_split_size_mb:512"}
     without_expandable_segments(environment)
     assert refusal not in str(environment)
+
+
+def test_what_the_page_on_sglang_says_of_deterministic_servers_and_deltas(record: dict[str, Any]) -> None:
+    assert "enable_deterministic_inference" in record["arguments"]
+    assert "sampling_seed" in record["requests"]["SamplingParams"]  # a seed per sample
+    page = (ROOT / "docs" / "sglang.md").read_text()
+    backends = record["deterministic_attention"]
+    assert "torch_native" not in backends and all(f"`{name}`" in page for name in backends)
+    # Deltas cannot be applied by the servers in `distributed`: received weights are loaded by the model alone.
+    assert record["custom_weight_loaders"] == ["update_weights_from_tensor"]

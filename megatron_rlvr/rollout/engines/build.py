@@ -33,7 +33,10 @@ def build_engine(config: Config, policy: Policy, resources: ExitStack) -> Rollou
 
         return SGLangEngine(rollout, Path(config.run_directory) / "sglang", policy, resources)
     if rollout.engine == "recorded":
-        evaluation = LocalEngine(policy.model_chunks, rollout.local_batch) if config.data.heldout else None
+        evaluation = None
+        if config.data.heldout:
+            invariant = config.model.batch_invariant
+            evaluation = LocalEngine(policy.model_chunks, rollout.local_batch, invariant=invariant)
         return ReplayEngine(Path(rollout.recording or ""), evaluation)
     rounded = RoundedWeights(policy.bridge, policy.model_chunks) if rollout.quantization == "fp8" else None
-    return LocalEngine(policy.model_chunks, rollout.local_batch, rounded)
+    return LocalEngine(policy.model_chunks, rollout.local_batch, rounded, config.model.batch_invariant)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rlvr import ops
 from megatron_rlvr.data.completion import Completion
 from megatron_rlvr.data.kept_tokens import KeptTokens
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import collectives, cpu_shim, device, waiting
 from megatron_rlvr.megatron.attention import KeyValueCache, SDPAttention
+from megatron_rlvr.megatron.batch_invariance import batch_invariant
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.pipeline_forward import pipeline_forward
 from megatron_rlvr.rollout.engines.base import GroupRequest, OnGroup
@@ -38,6 +41,7 @@ class LocalEngine:
         model_chunks: model chunks of this process.
         batch: number of sequences that are decoded together.
         rounded: the weights to generate with; None generates with the trained weights.
+        invariant: whether to compute as ``model.batch_invariant`` asks for.
 
     Raises:
         UserError: if the model uses Transformer Engine layers, whose attention cannot use this engine's cache.
@@ -46,8 +50,14 @@ class LocalEngine:
     streaming = False
     draws_from_policy = True
 
-    def __init__(self, model_chunks: Sequence[PolicyModel], batch: int, rounded: RoundedWeights | None = None):
-        self.rounded = rounded
+    def __init__(
+        self,
+        model_chunks: Sequence[PolicyModel],
+        batch: int,
+        rounded: RoundedWeights | None = None,
+        invariant: bool = False,
+    ):
+        self.rounded, self.invariant = rounded, invariant
         self.model_chunks = model_chunks
         self.config = model_chunks[0].config
         self.batch = batch
@@ -85,18 +95,31 @@ class LocalEngine:
     def _generate(self, requests: Sequence[GroupRequest], sampling: SamplingSettings) -> list[list[Completion]]:
         """Generate batch by batch. Collective over the model replica's processes."""
         groups: list[list[Completion]] = [[] for _ in requests]
-        # Prompts of similar length share a batch, so that there is little padding.
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
         prompts_per_batch = max(1, self.batch // sampling.samples)
-        with self._inference_mode(), self.rounded.in_place() if self.rounded else nullcontext():
-            for start in range(0, len(order), prompts_per_batch):
-                chosen = order[start : start + prompts_per_batch]
+        with (
+            self._inference_mode(),
+            self.rounded.in_place() if self.rounded else nullcontext(),
+            batch_invariant(self.invariant),
+        ):
+            for chosen in self._batches(requests, prompts_per_batch):
                 recorder = RouteRecorder(self.model_chunks, sampling.routers) if sampling.routers else None
                 with cpu_shim.without_shim(), recorder.recording() if recorder else nullcontext():
                     completions = self._generate_batch([requests[i] for i in chosen], sampling, recorder)
                 for place, index in enumerate(chosen):
                     groups[index] = completions[place * sampling.samples : (place + 1) * sampling.samples]
         return groups
+
+    def _batches(self, requests: Sequence[GroupRequest], prompts: int) -> Iterator[list[int]]:
+        """Yield the indices of the requests of each batch: prompts of similar length, so that there is little padding.
+
+        Blocks of attention begin at the first key, so prompts must not be padded on the left for batch invariance.
+        """
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        lengths: Iterable[tuple[int, Iterable[int]]]
+        lengths = groupby(order, key=lambda i: len(requests[i].prompt)) if self.invariant else [(0, order)]
+        for _, same in lengths:
+            members = list(same)
+            yield from (members[start : start + prompts] for start in range(0, len(members), prompts))
 
     @contextmanager
     def _inference_mode(self) -> Iterator[None]:
@@ -218,6 +241,11 @@ class LocalEngine:
         if logits is not None:
             threshold = torch.from_numpy(uniform).to(logits.device)
             drawn[0], drawn[1], kept = draw(logits, threshold, sampling.temperature, sampling.top_p, sampling.top_k)
+            if self.invariant:  # the operator of the scoring pass, whose sums have another order than torch's
+                sets = None if kept is None else ops.KeptSets.of(kept.sum(-1), kept.nonzero()[:, 1])
+                drawn[1] = ops.token_statistics(
+                    logits, drawn[0].long(), temperature=sampling.temperature, kept=sets
+                ).logprob
             if sampling.returns_kept and kept is None:  # top_k is at least the vocabulary
                 kept = torch.ones_like(logits, dtype=torch.bool)
         collectives.broadcast_from_last_stage(drawn)

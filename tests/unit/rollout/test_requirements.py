@@ -93,3 +93,20 @@ def test_engines_that_cannot_generate() -> None:
     config.data.heldout = "heldout.jsonl"
     with pytest.raises(UserError, match=r"rollout\.engine=recorded evaluates with the local engine"):
         check_engine(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("parallel.tensor=2", "parallel.tensor=1, found 2"),
+        ("parallel.context=2", "parallel.context=1, found 2"),
+        ("model.dtype=bfloat16", "model.dtype=float32, found bfloat16"),
+        ("model.layer_spec=transformer_engine", "model.layer_spec=local, found transformer_engine"),
+    ],
+)
+def test_where_results_would_depend_on_the_batch(override: str, needed: str) -> None:
+    settings = ["model.batch_invariant=true", "model.dtype=float32", "model.layer_spec=local", "rollout.engine=local"]
+    settings += ["parallel.tensor=1", "parallel.context=1", "parallel.sequence=false"]
+    check_engine(load_config(CONFIGS / "qwen2.5-math-7b.yaml", settings))
+    with pytest.raises(UserError, match=f"^model.batch_invariant needs {needed}: set it, or "):
+        check_engine(load_config(CONFIGS / "qwen2.5-math-7b.yaml", [*settings, override]))
