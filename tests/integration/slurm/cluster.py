@@ -109,7 +109,7 @@ class Cluster:
             text=True,
             timeout=timeout,
         )
-        assert not check or done.returncode == 0, f"{command}: {done.stdout}"
+        assert not check or done.returncode == 0, f"{command} ended with status {done.returncode}: {done.stdout}"
         return done.stdout
 
     def submit(self, script: Path, *arguments: object, options: Sequence[str] = (), **variables: str) -> str:
@@ -132,8 +132,11 @@ class Cluster:
 
     def job(self, job: str) -> dict[str, str]:
         """Return the fields that scontrol shows for a job."""
-        text = self.run("scontrol", "show", "job", "-o", job)
-        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+        for _ in polls(30, 1.0):  # as job scripts do: on a busy machine scontrol may get no answer
+            text = self.run("scontrol", "show", "job", "-o", job, check=False)
+            if text.startswith("JobId="):
+                return dict(word.split("=", 1) for word in text.split() if "=" in word)
+        raise AssertionError(f"scontrol does not show job {job}: {text}")
 
     def wait(self, job: str, *states: str, timeout: float = 300) -> dict[str, str]:
         """Wait until a job is in one of the states, and return its fields."""
