@@ -209,14 +209,17 @@ class FolderReader:
     def read(self, name: str, dim: int | None, start: int, stop: int) -> torch.Tensor:
         """The part from `start` to `stop` of dimension `dim` (0 or 1) of a tensor; all of it if `dim` is None."""
         if dim is None:
-            return self._slice(name)[:]
+            return self._opened_file(name).get_tensor(name)  # a slice of a scalar cannot be taken
         return self._slice(name)[start:stop] if dim == 0 else self._slice(name)[:, start:stop]
 
     def _slice(self, name: str) -> Any:
+        return self._opened_file(name).get_slice(name)
+
+    def _opened_file(self, name: str) -> Any:
         file = self._files[name]
         if file not in self._opened:
             self._opened[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-        return self._opened[file].get_slice(name)
+        return self._opened[file]
 
     def __enter__(self) -> Self:
         return self

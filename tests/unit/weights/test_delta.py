@@ -11,6 +11,7 @@ import torch
 
 from megatron_rlvr.checksums import DamagedError
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.weights import fp8
 from megatron_rlvr.weights.delta import Delta, apply, apply_delta, encode, read_delta, write_delta
 from megatron_rlvr.weights.huggingface_folder import write_folder
 
@@ -100,6 +101,23 @@ def base(tmp_path: Path) -> Path:
 
 def _weights() -> dict[str, torch.Tensor]:
     return {f"layer.{i}.weight": _random(i, 64, 128) for i in range(5)} | {"norm.weight": _random(9, 64)}
+
+
+def test_fp8_blocks_with_their_scales_and_scalars(base: Path, tmp_path: Path) -> None:
+    weights = {"layers.0.mlp.up_proj.weight": _random(1, 200, 300), "norm.weight": _random(2, 30)}
+    weights["scale"] = torch.tensor(3.0)
+
+    def write(folder: str) -> None:
+        tensors = fp8.quantized(weights.items())
+        write_folder(tmp_path / folder, tensors, tmp_path / "source", quantization=fp8.QUANTIZATION_CONFIG)
+
+    write("old")
+    weights = {name: tensor * 1.001 for name, tensor in weights.items()}
+    write("new")
+    about = write_delta(tmp_path / "delta", tmp_path / "old", fp8.quantized(weights.items()), Delta("c", 1, 2))
+    assert about.elements == 200 * 300 + 2 * 3 + 30 + 1 and 0 < about.changed < about.elements
+    apply_delta(tmp_path / "result", tmp_path / "old", tmp_path / "delta")
+    assert _digests(tmp_path / "result") == _digests(tmp_path / "new") != _digests(tmp_path / "old")
 
 
 def _digests(folder: Path) -> dict[str, str]:
