@@ -112,19 +112,21 @@ def first_failure(exits: Sequence[RankExit], asked: bool) -> RankExit:
     """Return the rank whose end explains the others'.
 
     A user error comes first, then a rank that had not received SIGTERM, then one that failed rather than stopped, then
-    one that a signal killed (except SIGABRT, which can end a rank that lost another), then the one that failed first.
+    one that stopped by itself rather than by a signal, then one that a signal killed (except SIGABRT, which can end a
+    rank that lost another), then the one that failed first.
 
     Args:
         exits: exits of all ranks that did not return 0.
         asked: whether the launcher was asked to stop. It then sent SIGTERM itself, which says nothing about a cause.
     """
 
-    def precedence(rank: RankExit) -> tuple[bool, bool, bool, bool, float]:
+    def precedence(rank: RankExit) -> tuple[bool, bool, bool, bool, bool, float]:
         killed = rank.code < 0 and -rank.code != signal.SIGABRT
         return (
             rank.code != EXIT_USER_ERROR,
             rank.terminated and not asked,
             rank.stopped(asked),
+            rank.stopped(asked) and rank.code != EXIT_STOPPED,
             not killed,
             rank.time,
         )

@@ -167,6 +167,11 @@ def test_stop_signal(crashing: int | None, unprepared: int | None, status: int, 
     assert outcome(tmp_path).startswith(f"{status} rank ") and reason in outcome(tmp_path)
 
 
+def test_a_rank_that_stops_is_reported_over_one_that_the_signal_ended_first() -> None:
+    exits = [RankExit(0, -signal.SIGTERM, 100.1), RankExit(1, 75, 100.2), RankExit(2, 75, 100.3)]
+    assert first_failure(exits, asked=True).rank == 1
+
+
 def test_a_rank_that_torchrun_had_to_kill_is_not_the_cause(tmp_path: Path) -> None:
     """torchrun kills a rank that hangs in a collective half a minute after its SIGTERM."""
     write_exit(tmp_path, 0, None, None, terminated=100.2)
