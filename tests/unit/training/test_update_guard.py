@@ -76,7 +76,7 @@ def test_metrics_leave_skipped_updates_out(layout: parallel.Layout) -> None:
     nothing = update_metrics([NAN, NAN], 2, FINITE, True)
     assert nothing["skipped_updates"] == 2.0 and math.isnan(nothing.pop("grad_norm"))
     assert all(math.isfinite(value) for value in nothing.values())
-    with pytest.raises(UserError, match="made weights that are not finite"):
+    with pytest.raises(UserError, match="produced weights that are not finite"):
         update_metrics([report()], 1, torch.tensor(False), True)
 
 
