@@ -6,10 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor
 
 from megatron_rlvr.checked_input import one_line
 from megatron_rlvr.errors import UserError
@@ -19,6 +17,7 @@ from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.weight_loading import WeightShapeError
 from megatron_rlvr.weights.huggingface_folder import FolderReader, tensor_files
 from megatron_rlvr.weights.shape_checks import FolderWeights, check_shapes, rounding, unused_warning
+from megatron_rlvr.weights.whole_weights import is_finite
 
 
 def load_folder(bridge: PolicyBridge, model_chunks: Sequence[PolicyModel], found: FolderWeights) -> None:
@@ -73,14 +72,9 @@ def check_folder(bridge: PolicyBridge) -> FolderWeights:
     return check_shapes(tensor_files(bridge.path), bridge.hf_config)
 
 
-def _is_finite(weight: Tensor) -> bool:
-    """Whether all values are finite. `isfinite` would allocate twice the memory of a weight in bfloat16."""
-    return bool(torch.stack(weight.aminmax()).isfinite().all())
-
-
 def _check_finite(model_chunks: Sequence[PolicyModel], folder: Path) -> None:
     """Refuse weights that are not finite in the dtype of the model. Collective over the job."""
-    bad = next((n for chunk in model_chunks for n, weight in chunk.named_parameters() if not _is_finite(weight)), None)
+    bad = next((n for chunk in model_chunks for n, weight in chunk.named_parameters() if not is_finite(weight)), None)
     if waiting.any_rank(bad is not None, f"every process to read {folder}"):
         which = f"the weight {bad} has" if bad is not None else "weights of another process have"
         raise UserError(f"{folder}: {which} values that are NaN or infinite: download or save the model again")

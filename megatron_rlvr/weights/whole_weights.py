@@ -102,8 +102,13 @@ class WholeWeights:
         return torch.empty(self._shapes[name], dtype=self._dtypes[name])
 
 
+def is_finite(weight: Tensor) -> bool:
+    """Whether no value of a weight is NaN or infinite."""
+    # The smallest and the largest value are NaN if any value is. Unlike isfinite, this needs no memory.
+    return not weight.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(weight))
+
+
 def check_finite(weight: Tensor, name: str) -> None:
     """Raise UserError if a weight has a value that is NaN or infinite."""
-    # The smallest and the largest value are NaN if any value is. Unlike isfinite, this needs no memory.
-    if weight.numel() and not all(bool(bound.isfinite()) for bound in torch.aminmax(weight)):
+    if not is_finite(weight):
         raise UserError(f"{name} has values that are NaN or infinite: use weights from before they were damaged")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 _PREFIX = "rlvr-sglang-"
 _SHARED_MEMORY = Path("/dev/shm")
-_NOTE, _LOCK = "shared_memory", "lock"
+_NOTE, LOCK = "shared_memory", "lock"
 
 
 class ServerFiles:
@@ -34,7 +34,7 @@ class ServerFiles:
         parent = Path(environment.get("TMPDIR") or tempfile.gettempdir())
         remove_abandoned(parent)
         self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._lock = (self._folder / _LOCK).open("w")
+        self._lock = (self._folder / LOCK).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.temporary = self._folder / "tmp"
         self.temporary.mkdir()
@@ -52,13 +52,18 @@ class ServerFiles:
         self._lock.close()
 
 
-def remove_abandoned(parent: Path) -> None:
-    """Remove the files of servers whose starter was killed, and whose lock is therefore free."""
-    for folder in parent.glob(f"{_PREFIX}*"):
+def remove_abandoned(parent: Path, prefix: str = _PREFIX) -> None:
+    """Remove the folders in `parent` of processes that were killed, whose lock is therefore free.
+
+    Args:
+        parent: folder of these folders, shared with other users.
+        prefix: what their names begin with; by default, the files of servers. The lock is a file ``lock`` in each.
+    """
+    for folder in parent.glob(f"{prefix}*"):
         with suppress(OSError):
             if folder.stat().st_uid != os.getuid():
                 continue
-            with (folder / _LOCK).open("r+") as lock:
+            with (folder / LOCK).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(folder)
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engines.sglang.server_files import LOCK, remove_abandoned
 from megatron_rlvr.weights import delta
 
 _PREFIX = "rlvr-weights-"
-_LOCK = "lock"
 
 
 class StaleCopyError(Exception):
@@ -51,9 +49,9 @@ class LocalCopy:
         self._chain = ""
         try:
             root.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(root.parent)
+            remove_abandoned(root.parent, _PREFIX)
             root.mkdir(mode=0o700, exist_ok=True)
-            self._lock = (root / _LOCK).open("w")
+            self._lock = (root / LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
@@ -114,18 +112,7 @@ class LocalCopy:
 
     def _publish(self, version: int, chain: str) -> None:
         self.version, self._chain = version, chain
-        needed = self.on_complete(self.folder(version), version) | {self.folder(version), self.root / _LOCK}
+        needed = self.on_complete(self.folder(version), version) | {self.folder(version), self.root / LOCK}
         for other in self.root.iterdir():
             if other not in needed:
                 shutil.rmtree(other)
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Remove the copies of processes that were killed, whose lock is therefore free."""
-    for root in parent.glob(f"{_PREFIX}*"):
-        with suppress(OSError):
-            if root.stat().st_uid != os.getuid():
-                continue
-            with (root / _LOCK).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(root, ignore_errors=True)
