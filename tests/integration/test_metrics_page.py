@@ -36,6 +36,7 @@ NOT_RECORDED_HERE = {
     "weight_sync/bytes",
     "weight_sync/changed_fraction",
     "weight_sync/full",
+    "weight_sync/http_bytes",
     "control/positive_weight",
     "control/negative_weight",
 }

@@ -55,7 +55,8 @@ class SGLangConfig:
     """How servers receive new weights. ``tensor``: through shared memory (CUDA IPC on a GPU), for servers on the nodes
     of training processes. ``distributed``: broadcasts in a process group with the servers (NCCL, or gloo on a CPU).
     ``disk``: a Hugging Face folder in the run directory, which the servers must see under the same path. ``delta``:
-    the elements that changed, through the run directory, applied to a copy of the weights on every node. ``auto``:
+    the elements that changed, through the run directory, or over HTTP to nodes that do not see it, applied to a copy of
+    the weights on every node. ``auto``:
     tensor for servers that the trainer starts. For `urls`, tensor if the `registry` has servers on this node,
     distributed if it has none, and disk without a registry."""
     full_sync_every: PositiveInt = 50

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from megatron_rlvr import checked_input
@@ -88,14 +89,14 @@ class Endpoint:
         return self._authorized(reply)
 
     async def request(self, method: str, path: str, timeout: float, body: Any = None) -> Reply:
-        """Send any other request.
+        """Send any other request. A body that is a path is the bytes of that file, and any other becomes JSON.
 
         Raises:
             ServerLostError: if there is no answer within `timeout` seconds.
             UserError: if the server refuses the key.
         """
         try:
-            data = b"" if body is None else json.dumps(body).encode()
+            data = body if isinstance(body, Path) else b"" if body is None else json.dumps(body).encode()
             reply = await self.connections.request(method, path, timeout, data)
         except (ConnectionLostError, ReplyTimeoutError) as error:
             raise ServerLostError(f"{path}: {error}") from error
@@ -111,7 +112,7 @@ class Endpoint:
             "the server was started with"
         )
 
-    async def command(self, path: str, body: Any, action: str) -> None:
+    async def command(self, path: str, body: Any, action: str) -> dict[str, Any]:
         """Send a request that changes the server and wait until it reports success.
 
         The request may take ``update_timeout_seconds``. Meanwhile the server must answer ``/model_info`` within
@@ -119,8 +120,11 @@ class Endpoint:
 
         Args:
             path: path of the request.
-            body: body of the request, to be encoded as JSON.
+            body: body of the request; see `request`.
             action: what the server is asked to do; completes "the server did not ...".
+
+        Returns:
+            the JSON object that it answers; empty if the answer is another one.
 
         Raises:
             ServerLostError: if it does not answer.
@@ -146,6 +150,7 @@ class Endpoint:
             refused = True
         if refused or reply.status != 200:
             raise UserError(f"{self.url} did not {action}: it answered {reply.excerpt()}")
+        return content if isinstance(content, dict) else {}
 
     async def check_health(self) -> None:
         """Let the server generate a token; raises ServerLostError if it does not."""

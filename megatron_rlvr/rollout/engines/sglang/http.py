@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -72,7 +73,7 @@ class Connections:
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
 
     async def request(
-        self, method: str, path: str, timeout: float, body: bytes = b"", largest_reply: int = LARGEST_REPLY
+        self, method: str, path: str, timeout: float, body: bytes | Path = b"", largest_reply: int = LARGEST_REPLY
     ) -> Reply:
         """Send a request and read the complete reply.
 
@@ -82,18 +83,23 @@ class Connections:
             method: ``GET`` or ``POST``.
             path: path relative to the server's URL.
             timeout: seconds within which the reply must be complete.
-            body: encoded JSON.
+            body: encoded JSON, or a file, which is sent as it is and never held in memory.
             largest_reply: maximum size of the body of the reply, in bytes. A longer one is not read.
 
         Raises:
             ConnectionLostError: if the server cannot be reached, closes the connection, does not speak HTTP, or sends a
-                reply that is too large or compressed.
+                reply that is too large or compressed; also if the file cannot be read.
             ReplyTimeoutError: if `timeout` passes.
         """
         authorization = "".join(f"{name}: {value}\r\n" for name, value in headers(self.key).items())
+        try:
+            length = body.stat().st_size if isinstance(body, Path) else len(body)
+        except OSError as error:
+            raise ConnectionLostError(str(error)) from error
+        kind = "application/octet-stream" if isinstance(body, Path) else "application/json"
         head = (
             f"{method} {self.prefix}{path} HTTP/1.1\r\nHost: {self.netloc}\r\n{authorization}"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: {length}\r\n\r\n"
         ).encode()
         try:
             async with asyncio.timeout(timeout):
@@ -101,8 +107,11 @@ class Connections:
                     reused = bool(self.idle)
                     reader, writer = self.idle.pop() if reused else await self._connect()
                     try:
-                        writer.write(head + body)
-                        await writer.drain()
+                        if isinstance(body, Path):
+                            await _send_file(writer, head, body, length)
+                        else:
+                            writer.write(head + body)
+                            await writer.drain()
                         reply, keep = await _read_reply(reader, largest_reply)
                     except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
                         writer.close()
@@ -133,6 +142,19 @@ class Connections:
                 return await asyncio.open_connection(self.host, self.port, ssl=self.tls, limit=2**20)
         except (OSError, TimeoutError) as error:
             raise ConnectionLostError(f"cannot connect ({error or type(error).__name__})") from error
+
+
+async def _send_file(writer: asyncio.StreamWriter, head: bytes, path: Path, length: int) -> None:
+    """Send a header and `length` bytes of a file. The kernel copies them, except over TLS."""
+    writer.write(head)
+    await writer.drain()
+    if length:  # the event loop refuses to send nothing
+        if writer.is_closing():
+            raise ConnectionResetError("the server closed the connection")
+        with path.open("rb") as file:
+            sent = await asyncio.get_running_loop().sendfile(writer.transport, file, 0, length)
+        if sent != length:
+            raise OSError(f"{path} has only {sent} of its {length} bytes left")
 
 
 async def _read_reply(reader: asyncio.StreamReader, limit: int) -> tuple[Reply, bool]:

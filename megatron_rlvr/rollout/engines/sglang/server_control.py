@@ -76,7 +76,7 @@ class ServerControl:
     async def _command_all(self, path: str, body: dict[str, Any], action: str) -> None:
         await self._on_all(lambda endpoint: endpoint.command(path, body, action))
 
-    async def _on_all(self, work: Callable[[Endpoint], Awaitable[None]]) -> None:
+    async def _on_all(self, work: Callable[[Endpoint], Awaitable[object]]) -> None:
         async def attempt(endpoint: Endpoint) -> None:
             with suppress(ServerLostError):
                 await work(endpoint)

@@ -8,14 +8,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from io import BufferedIOBase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 import torch
 
+from megatron_rlvr.checksums import LIST, digest
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.node import node_name
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
@@ -24,7 +27,7 @@ from megatron_rlvr.rollout.engines.sglang.engine import _check_copies
 from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace, read_registry, register
 from megatron_rlvr.rollout.engines.sglang.server_key import headers
 from megatron_rlvr.rollout.engines.sglang.server_state import ServerState
-from megatron_rlvr.rollout.engines.sglang.weight_sync.copy_service import copy_service
+from megatron_rlvr.rollout.engines.sglang.weight_sync import copy_service
 from megatron_rlvr.rollout.engines.sglang.weight_sync.delta_folders import DeltaFolders
 from megatron_rlvr.rollout.engines.sglang.weight_sync.local_copy import LocalCopy, copy_root
 from megatron_rlvr.weights.huggingface_folder import write_folder
@@ -69,10 +72,16 @@ class Job:
         self.run, self.model = tmp_path / "run" / "sglang" / "weights", model
         self.config = SGLangConfig(weight_sync="delta", full_sync_every=every, local_folder=str(tmp_path / "here"))
         self.remote = tmp_path / "there" / copy_root("/", self.run).name
-        self.service = resources.enter_context(copy_service("127.0.0.1", KEY))
+        self.node = resources.enter_context(ExitStack())
+        self.serve()
         self.places = [ServerPlace("http://a:1", node_name()), ServerPlace("http://b:1", "b", copies=self.service)]
         self.resources = resources
         self.start()
+
+    def serve(self) -> None:
+        """Start the service of the other node, or start it again."""
+        self.node.close()
+        self.service = self.node.enter_context(copy_service.copy_service("127.0.0.1", KEY))
 
     def start(self) -> None:
         """Start the trainer, or start it again after it was killed."""
@@ -145,6 +154,62 @@ def test_twenty_versions_with_a_lost_and_a_damaged_message(
         assert job.folders.without_weights == frozenset()
 
 
+def test_a_node_without_the_run_directory_gets_deltas_over_http(
+    tmp_path: Path, model: Path, resources: ExitStack, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, trained = Job(tmp_path, model, resources), Trained(seed=5)
+    holds, receive = copy_service._holds, LocalCopy.receive
+    monkeypatch.setattr(
+        copy_service, "_holds", lambda f, checksum: not f.is_relative_to(job.run) and holds(f, checksum)
+    )
+
+    def damaging(copy: LocalCopy, checksum: str, name: str, file: BufferedIOBase, length: int) -> None:
+        receive(copy, checksum, name, file, length)
+        if name.endswith(".safetensors"):
+            _flip_a_bit(copy.incoming(checksum))
+            monkeypatch.setattr(LocalCopy, "receive", receive)
+
+    def hanging_up(copy: LocalCopy, checksum: str, name: str, file: BufferedIOBase, length: int) -> None:
+        if name.endswith(".safetensors"):
+            raise ConnectionResetError
+        receive(copy, checksum, name, file, length)
+
+    full, expected = 0.0, {1: "does not see", 4: "holds weights of step 2", 5: "differs from its checksum"}
+    expected |= {7: "a node has no weights of step 7: /files/", 8: "holds weights of step 6", 9: "it has no weights"}
+    for version in range(1, 11):
+        trained.step()
+        services = job.folders._services
+        if version == 3:  # the message is lost
+            job.folders._services = {}
+        elif version == 5:
+            monkeypatch.setattr(LocalCopy, "receive", damaging)
+        elif version == 7:  # the connection breaks
+            monkeypatch.setattr(LocalCopy, "receive", hanging_up)
+        elif version == 9:  # the service of the node starts again
+            job.serve()
+            job.folders._services = services = {job.service: ["http://b:1"]}
+        job.publish(trained, version)
+        job.folders._services = services
+        sent, warned = job.folders.metrics.get("weight_sync/http_bytes", 0.0), capsys.readouterr().err
+        if version in expected:
+            assert expected.pop(version) in warned, (version, warned)
+        else:
+            assert not warned, (version, warned)
+        if version == 1:
+            full = sent
+            assert full > job.folders.metrics["weight_sync/bytes"] == pytest.approx(full, rel=0.05)
+        elif version in (2, 6):
+            assert 0 < sent < full / 5 and job.folders.metrics["weight_sync/full"] == 0
+        elif version in (4, 5, 8):
+            assert full < sent < 1.2 * full  # the delta, and then everything
+        if version == 7:
+            monkeypatch.setattr(LocalCopy, "receive", receive)
+            assert job.folders.without_weights == {"http://b:1"}
+        elif version != 3:
+            job.check(trained, version, tmp_path)
+            assert job.folders.without_weights == frozenset()
+
+
 def _flip_a_bit(folder: Path) -> None:
     file = sorted(folder.glob("*.safetensors"))[0]
     data = bytearray(file.read_bytes())
@@ -189,7 +254,8 @@ def test_a_delta_of_another_chain_is_refused(tmp_path: Path, model: Path, resour
     trained.step()
     job.folders.write(trained.tensors(), 2, is_main=True)
     endpoint = Endpoint(job.service, job.config, key=KEY)
-    body = {"root": str(job.remote), "folder": str(job.run / "delta_000002")}
+    delta = job.run / "delta_000002"
+    body = {"root": str(job.remote), "folder": str(delta), "checksum": digest(delta / LIST)}
     with pytest.raises(UserError, match="it holds other weights of step 1, and the delta is one to step 1"):
         asyncio.run(endpoint.command("/weights", body, "take a delta"))
 
@@ -213,18 +279,44 @@ def test_a_node_that_cannot_be_reached_gets_no_prompts(
 
 def test_only_the_holder_of_the_key_reaches_the_service(tmp_path: Path, model: Path, resources: ExitStack) -> None:
     job = Job(tmp_path, model, resources)
-    body = {"root": str(job.remote), "folder": "/nowhere"}
+    body = {"root": str(job.remote), "folder": "/nowhere", "checksum": 64 * "0"}
     with httpx.Client(base_url=job.service, timeout=200.0) as client:
         for wrong in (None, "another"):
-            answer = client.post("/weights", json=body, headers=headers(wrong))  # its body is not read
-            assert (answer.status_code, answer.headers["connection"]) == (401, "close")
+            for path in ("/offer", "/weights", f"/files/{64 * '0'}/config.json"):  # their body is not read
+                answer = client.post(path, json=body, headers=headers(wrong))
+                assert (answer.status_code, answer.headers["connection"]) == (401, "close")
             assert client.get("/model_info", headers=headers(wrong)).status_code == 401
         assert client.post("/other", json=body, headers=headers(KEY)).status_code == 404
         answer = client.post("/weights", json=body, headers=headers(KEY))
-        assert (answer.status_code, answer.json()["message"]) == (400, "/nowhere is missing")
+        assert (answer.status_code, answer.json()["message"]) == (
+            400,
+            f"{job.remote}/incoming_{64 * '0'} is missing, or has another SHA256SUMS",
+        )
         for malformed in (b"[", b"{}", b'{"root": 1, "folder": 2}', b'{"root": "/x"}'):
-            answer = client.post("/weights", content=malformed, headers=headers(KEY))
-            assert answer.status_code == 400 and answer.json()["success"] is False
+            for path in ("/offer", "/weights"):
+                answer = client.post(path, content=malformed, headers=headers(KEY))
+                assert answer.status_code == 400 and answer.json()["success"] is False
+
+
+def test_only_files_of_the_offered_folder_are_received(tmp_path: Path, model: Path, resources: ExitStack) -> None:
+    job, checksum = Job(tmp_path, model, resources), 64 * "a"
+    body = {"root": str(job.remote), "folder": "/nowhere", "checksum": checksum}
+    with httpx.Client(base_url=job.service, headers=headers(KEY), timeout=200.0) as client:
+        sent = client.post(f"/files/{checksum}/early", content=b"1")
+        assert (sent.status_code, sent.json()["message"]) == (400, "nothing was offered")
+        assert client.post("/offer", json={**body, "checksum": "../.."}).status_code == 400
+        assert client.post("/offer", json=body).json()["seen"] is False
+        for name in ("../../escaped", "/escaped", "a/../../../escaped", "a\0b", "", "."):
+            sent = client.post(f"/files/{checksum}/{quote(name, safe='').replace('.', '%2e')}", content=b"1")
+            assert sent.status_code == 400 and sent.json()["success"] is False, name
+        assert client.post(f"/files/{64 * 'b'}/name", content=b"1").json()["message"] == "other weights were offered"
+        assert client.post(f"/files/{checksum}/of/a%20folder", content=b"12").json()["success"] is True
+        assert client.post(f"/files/{checksum}/empty", content=b"").json()["success"] is True
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    there = f"there/{job.remote.name}"
+    received = [f"{there}/incoming_{checksum}/{name}" for name in ("empty", "of/a folder")]
+    assert [name for name in found if name.startswith("there")] == [*received, f"{there}/lock"]
+    assert not any("escaped" in name for name in found)
 
 
 def test_copies_of_other_processes(tmp_path: Path) -> None:

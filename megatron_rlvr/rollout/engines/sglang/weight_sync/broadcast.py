@@ -112,7 +112,9 @@ class BroadcastTransport:
         commands = [receiver.endpoint.command(path, body, action) for receiver in self.receivers]
         await self._run_with_servers(commands, lambda: dist.broadcast(bucket.flat, group_src=0, group=group))
 
-    async def _run_with_servers(self, commands: Sequence[Coroutine[Any, Any, None]], collective: Callable[[], T]) -> T:
+    async def _run_with_servers(
+        self, commands: Sequence[Coroutine[Any, Any, object]], collective: Callable[[], T]
+    ) -> T:
         """Run a collective in a thread while `commands` make the servers take part in it; returns its result.
 
         If a server refuses, the collective hangs. This method then returns at once without waiting for the thread, and

@@ -1,4 +1,7 @@
-"""Weights that reach the nodes as deltas: written once to the run directory, applied to a copy on every node."""
+"""Weights that reach the nodes as deltas: written once to the run directory, applied to a copy on every node.
+
+Nodes that do not see the run directory receive its files over HTTP.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from megatron_rlvr.node import node_name
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint, ServerLostError
 from megatron_rlvr.rollout.engines.sglang.registry import ServerPlace
-from megatron_rlvr.rollout.engines.sglang.weight_sync.copy_service import UPDATE
 from megatron_rlvr.rollout.engines.sglang.weight_sync.local_copy import LocalCopy, StaleCopyError, copy_root
+from megatron_rlvr.rollout.engines.sglang.weight_sync.node_copy import NodeCopy
 from megatron_rlvr.weights.delta import Delta, copy_folder, write_checksums, write_delta
 from megatron_rlvr.weights.export import write_in_turns
 from megatron_rlvr.weights.huggingface_folder import write_folder
@@ -36,7 +39,7 @@ class DeltaFolders:
 
     Args:
         config: section ``rollout.sglang``.
-        root: folder of the run that all nodes see.
+        root: folder of the run, in which the weights are written that travel.
         bridge: bridge of the policy, whose model folder provides the configuration and tokenizer files.
         places: where the servers run.
         key: key of the nodes' services.
@@ -45,7 +48,7 @@ class DeltaFolders:
         is_main: whether this is the main process, which alone writes.
 
     Attributes:
-        metrics: what the last `write` measured, on the main process.
+        metrics: what the last `write` and `deliver` measured, on the main process.
         without_weights: URLs of the servers whose nodes have no copy of the newest weights.
     """
 
@@ -65,6 +68,7 @@ class DeltaFolders:
         self.copy = LocalCopy(self._copies, on_complete) if is_main else None
         self._chain = ""
         self._services: dict[str, list[str]] = {}  # URLs of the servers that load the copy of each service
+        self._receivers: set[str] = set()  # services whose node does not see the run directory
         for place in places:
             if place.node != node_name():
                 assert place.copies is not None  # `SGLangEngine` refuses these places
@@ -114,35 +118,40 @@ class DeltaFolders:
 
     async def deliver(self, version: int) -> None:
         """Bring the copies of the other nodes up to date. Called by the main process."""
-        full = self.root / f"full_{version:06d}"
+        full, action = self.root / f"full_{version:06d}", f"take the weights of step {version}"
         writing_full = asyncio.Lock()
 
-        async def to_node(service: str) -> Sequence[str]:
-            """Return the servers of the node that get no weights."""
+        async def to_node(service: str) -> tuple[Sequence[str], int]:
+            """Return the servers of the node that get no weights, and the bytes that it received over HTTP."""
             endpoint = Endpoint(service, self.config, key=self.key)
-            command = partial(endpoint.command, UPDATE, action=f"take the weights of step {version}")
+            node = NodeCopy(endpoint, self._copies)
             try:
                 if self._sent != full:
                     try:
-                        await command({"root": str(self._copies), "folder": str(self._sent)})
-                        return []
+                        await node.take(self._sent, action)
+                        return [], node.sent
                     except UserError as error:
                         print(f"warning: {error}; it gets the full weights", file=sys.stderr)
                     async with writing_full:
                         if not full.is_dir():
                             await asyncio.to_thread(self._write_full, full)
-                await command(
-                    {"root": str(self._copies), "folder": str(full), "version": version, "chain": self._chain}
-                )
-                return []
+                await node.take(full, action, version=version, chain=self._chain)
+                return [], node.sent
             except (UserError, ServerLostError) as error:
                 print(f"warning: a node has no weights of step {version}: {error}", file=sys.stderr)
-                return self._services[service]
+                return self._services[service], node.sent
             finally:
                 endpoint.connections.close()
+                if node.sees_run is False and service not in self._receivers:
+                    self._receivers.add(service)
+                    print(
+                        f"the node of {service} does not see {self.root}: weights reach it over HTTP", file=sys.stderr
+                    )
 
-        lacking = await asyncio.gather(*[to_node(service) for service in self._services])
-        self.without_weights = frozenset(url for urls in lacking for url in urls)
+        outcomes = await asyncio.gather(*[to_node(service) for service in self._services])
+        self.without_weights = frozenset(url for urls, _ in outcomes for url in urls)
+        if self._services:
+            self.metrics["weight_sync/http_bytes"] = float(sum(sent for _, sent in outcomes))
 
     def _write_full(self, full: Path) -> None:
         """Write the full weights of the newest version, from the copy of this node."""

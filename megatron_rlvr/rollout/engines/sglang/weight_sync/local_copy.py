@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from io import BufferedIOBase
+from pathlib import Path, PurePosixPath
 
+from megatron_rlvr.atomic_write import replace_folder
+from megatron_rlvr.checksums import DamagedError
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.server_files import LOCK, remove_abandoned
 from megatron_rlvr.weights import delta
 
 _PREFIX = "rlvr-weights-"
+_INCOMING = "incoming_"
+_BLOCK_BYTES = 2**20
 
 
 class StaleCopyError(Exception):
@@ -72,8 +78,58 @@ class LocalCopy:
         folder = None if self.version is None else self.folder(self.version)
         return folder if folder is not None and folder.is_dir() else None
 
+    def incoming(self, checksum: str) -> Path:
+        """Return the folder for files that arrive over the network; `checksum` is that of their list."""
+        return self.root / f"{_INCOMING}{checksum}"
+
+    def expect(self, checksum: str) -> None:
+        """Prepare for the files of a folder, in place of those of other folders.
+
+        Raises:
+            UserError: if the folder cannot be written.
+        """
+        if not re.fullmatch("[0-9a-f]{64}", checksum):
+            raise UserError(f"{checksum[:100]!r} is no SHA-256")
+        for other in self.root.glob(f"{_INCOMING}*"):
+            shutil.rmtree(other, ignore_errors=True)
+        try:
+            self.incoming(checksum).mkdir()
+        except OSError as error:
+            raise UserError(f"{self.root} cannot be written: {error}") from error
+
+    def receive(self, checksum: str, name: str, file: BufferedIOBase, length: int) -> None:
+        """Write a file that arrives over the network.
+
+        Args:
+            checksum: that of `expect`.
+            name: its path relative to the folder.
+            file: its bytes.
+            length: their number.
+
+        Raises:
+            StaleCopyError: if another folder is expected.
+            DamagedError: if its name leads out of the folder, or bytes are missing.
+            UserError: if it cannot be written.
+        """
+        folder = self.incoming(checksum)
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+            raise DamagedError(f"{name[:100]!r} is no name of a file of weights")
+        if not folder.is_dir():
+            raise StaleCopyError("other weights were offered")
+        try:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / name).open("wb") as written:
+                while length and (block := file.read(min(length, _BLOCK_BYTES))):
+                    written.write(block)
+                    length -= len(block)
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be written: {error}; free some space") from error
+        if length:
+            raise DamagedError(f"{name} lacks {length} bytes")
+
     def take_full(self, source: Path, version: int, chain: str) -> None:
-        """Copy full weights, which begin a chain of deltas.
+        """Copy full weights, which begin a chain of deltas. Those that arrived over the network are moved.
 
         Args:
             source: Hugging Face folder with checksums.
@@ -84,7 +140,11 @@ class LocalCopy:
             DamagedError: if a file differs from its checksum.
             UserError: if the folder cannot be written.
         """
-        delta.copy_folder(self.folder(version), source)
+        if source.parent == self.root:
+            delta.verify(source)
+            replace_folder(source, self.folder(version))
+        else:
+            delta.copy_folder(self.folder(version), source)
         self._publish(version, chain)
 
     def apply(self, folder: Path) -> None:
