@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fake_sglang import FakeServer, fake_server
 
+from megatron_rlvr.megatron import waiting
 from megatron_rlvr.rollout.prefetch import RolloutPrefetcher
 from megatron_rlvr.train import main
 from megatron_rlvr.training.policy import Policy
@@ -181,8 +182,17 @@ def test_engine_that_computes_another_policy_stops_the_run(
 def test_rollouts_ahead_of_training(
     fake: FakeServer, command: list[str], tmp_path: Path, interrupt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Servers are paused around each update, and no token that is trained on is more than one version old."""
+    """Servers are paused around each update, and no token that is trained on is more than one version old.
+
+    While a process may expect the weights before an update, their folder is there for a server that comes back.
+    """
     asked: list[str] = []
+    barrier, held = waiting.barrier, dict[str, list[str]]()
+
+    def barrier_before_an_update(what: str) -> None:
+        if what.startswith("the start of the update"):
+            held[what.split()[-1]] = sorted(path.name for path in (tmp_path / "run" / "sglang" / "weights").iterdir())
+        barrier(what)
 
     def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
         asked.append(path if path != "/pause_generation" else f"{path} {body['mode']}")
@@ -202,6 +212,7 @@ def test_rollouts_ahead_of_training(
             wait([prefetchers[0]._pending[1]])
         return update(*arguments)
 
+    monkeypatch.setattr(waiting, "barrier", barrier_before_an_update)
     monkeypatch.setattr(RolloutPrefetcher, "take", take_and_remember)
     monkeypatch.setattr(Policy, "update", update_after_a_rollout_ahead)
     settings = ["max_staleness=1", f"sglang.interrupt={interrupt}", "record=true", "sglang.concurrency=8"]
@@ -218,3 +229,4 @@ def test_rollouts_ahead_of_training(
     pauses = [path for path in asked if path.startswith("/pause")]
     assert pauses == ([] if interrupt == "finish" else [f"/pause_generation {interrupt}"] * 4)
     assert asked.count("/continue_generation") >= len(pauses)
+    assert held == {str(n): [f"step_{v:06d}" for v in (n - 1, n) if v] for n in range(1, 5)}

@@ -21,7 +21,7 @@ from megatron_rlvr.weights.huggingface_folder import write_folder
 class WeightFolders:
     """Writes one Hugging Face folder per version of the policy's weights. A folder gets its name when it is complete.
 
-    The newest folder stays on disk while its version is served, because a restarted server loads it.
+    A folder stays on disk while servers are expected to hold its version, because a restarted server loads it.
 
     Args:
         root: parent of the folders.
@@ -39,6 +39,7 @@ class WeightFolders:
         quantization: Mapping[str, Any] | None = None,
     ):
         self.root, self.bridge, self.on_complete, self.quantization = root, bridge, on_complete, quantization
+        self._needed: set[Path] = set()
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -52,7 +53,10 @@ class WeightFolders:
         shutil.rmtree(self.folder(version), ignore_errors=True)
 
     def write(self, tensors: Iterable[tuple[str, Tensor]], version: int, *, is_main: bool) -> None:
-        """Write an export of the policy's current weights from the main process. Collective over the job."""
+        """Write an export of the policy's current weights from the main process. Collective over the job.
+
+        Older folders stay until `delete_older`, because servers may be loading them.
+        """
         if is_main:
             self.root.mkdir(parents=True, exist_ok=True)
         write = partial(self._write_folder, version=version) if is_main else None
@@ -60,12 +64,19 @@ class WeightFolders:
 
     def _write_folder(self, tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
         write_folder(self.folder(version), tensors, companions=self.bridge.path, quantization=self.quantization)
-        self._publish(version)
+        folder = self.folder(version)
+        self._needed = self.on_complete(folder, version) | {folder}
+
+    def delete_older(self) -> None:
+        """Delete the folders that the newest one replaced. No process may expect their weights any more."""
+        for folder in self.root.iterdir():
+            if folder not in self._needed:
+                shutil.rmtree(folder)
 
     def copying(self, stream: Iterable[Bucket], version: int) -> Iterator[Bucket]:
         """Yield the buckets of `stream` and write their tensors to the version's folder in the background.
 
-        Tensors that are not written yet are kept in host memory.
+        Tensors that are not written yet are kept in host memory. A complete folder replaces older ones.
 
         Raises:
             Exception: the error of the previous copy, if it could not be written.
@@ -81,6 +92,7 @@ class WeightFolders:
         def write() -> None:
             try:
                 self._write_folder(tensors(), version)
+                self.delete_older()
             except Exception as error:  # `wait` raises it
                 self._failure = error
 
@@ -100,9 +112,3 @@ class WeightFolders:
             self._writer = None
         if self._failure is not None:
             raise self._failure
-
-    def _publish(self, version: int) -> None:
-        needed = self.on_complete(self.folder(version), version) | {self.folder(version)}
-        for other in self.root.iterdir():
-            if other not in needed:
-                shutil.rmtree(other)

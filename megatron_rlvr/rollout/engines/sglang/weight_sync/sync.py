@@ -175,6 +175,9 @@ class WeightSync:
         # collective of the export. After this, every rank also knows of the update, so none mistakes a server that
         # loads weights for a hung one.
         waiting.barrier(f"the start of the update of the servers to the weights of step {version}")
+        if is_main and folders is self.folders and self.transport is None:
+            # Not earlier: a process that still expects the previous version may have a server load its folder.
+            self.folders.delete_older()
         pausing = self.state.max_staleness > 0 and self.config.interrupt != "finish"
         flush_cache = not pausing or self.config.interrupt == "retract"  # a cache in use cannot be flushed
         outcome = UpdateOutcome()
