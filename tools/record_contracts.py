@@ -1,9 +1,9 @@
 """Record the signatures of GPU-only dependencies for tests/contracts: tools/record_contracts.py [--wheels FOLDER].
 
 Reads the sources in the wheels of the versions that the GPU recipe pins, without importing them, and writes one JSON
-file per dependency. With ``--wheels``, the wheels are read from a folder; otherwise pip downloads them. Run it after a
-change of these versions. The tests then name each call of this project or of megatron-core that the new version does
-not take.
+file per dependency. The arguments of SGLang's server go to a file of the package, which checks configurations with
+them. With ``--wheels``, the wheels are read from a folder; otherwise pip downloads them. Run it after a change of these
+versions. The tests then name each call of this project or of megatron-core that the new version does not take.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sglang_arguments import launch_arguments
+
 from megatron_rlvr.doctor import pins
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
+from megatron_rlvr.rollout.engines.sglang.server_arguments import RECORDED
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "contracts"
 PACKAGES = ("transformer-engine", "sglang", "torch-memory-saver", "nvidia-nccl-cu13")
 _COMPILED = "transformer_engine_torch"
-_ARGUMENTS = "sglang/srt/arg_groups/fields/"
 
 
 class Wheel:
@@ -101,22 +103,10 @@ def transformer_engine(wheel: Wheel) -> dict[str, Any]:
 
 
 def sglang(wheel: Wheel) -> dict[str, Any]:
-    """Server arguments, the fields of every request, the endpoints with the request that they take, memory tags.
+    """The fields of every request, the endpoints with the request that they take, memory tags.
 
     Also the attention backends of deterministic inference, and the updates that look for a custom weight loader.
     """
-    arguments: set[str] = set()
-    for path in sorted(name for name in wheel.names if name.startswith(_ARGUMENTS) and name.endswith(".py")):
-        for node in ast.walk(ast.parse(wheel.text(path))):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                if not node.target.id.startswith("_"):
-                    arguments.add(node.target.id)
-                aliases = [word.value for word in ast.walk(node.annotation) if isinstance(word, ast.Constant)]
-                arguments |= {
-                    word[2:].replace("-", "_")
-                    for word in aliases
-                    if isinstance(word, str) and re.fullmatch(r"--[a-z0-9-]+", word)
-                }
     requests: dict[str, list[str]] = {}
     for name in ("managers.io_struct", "sampling.sampling_params"):
         for node in ast.walk(_parsed(wheel, f"sglang.srt.{name}")):
@@ -147,7 +137,6 @@ def sglang(wheel: Wheel) -> dict[str, Any]:
     updater = _parsed(wheel, "sglang.srt.model_executor.model_runner_components.weight_updater")
     functions = [node for node in ast.walk(updater) if isinstance(node, ast.FunctionDef)]
     return {
-        "arguments": sorted(arguments),
         "requests": requests,
         "endpoints": endpoints,
         "memory_tags": tags,
@@ -199,11 +188,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = sorted(folder.glob(f"{name.replace('-', '_')}-{versions[name]}-*.whl"))
             if not found:
                 raise UserError(f"{folder} has no wheel of {name} {versions[name]}: download it with pip download")
-            content = {"package": name, "version": versions[name], **record(Wheel(found[0]))}
-            path = FOLDER / f"{record.__name__}.json"
-            path.write_text(json.dumps(content, indent=1) + "\n")
-            print(f"wrote {path}")
+            wheel = Wheel(found[0])
+            write(FOLDER / f"{record.__name__}.json", name, versions[name], record(wheel))
+            if name == "sglang":
+                write(RECORDED, name, versions[name], {"arguments": launch_arguments(wheel.names, wheel.text)})
     return EXIT_DONE
+
+
+def write(path: Path, package: str, version: str, content: dict[str, Any]) -> None:
+    """Write a record as JSON."""
+    path.write_text(json.dumps({"package": package, "version": version, **content}, indent=1) + "\n")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

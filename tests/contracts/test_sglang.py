@@ -11,6 +11,7 @@ from megatron_rlvr.data.routes import RouterShape
 from megatron_rlvr.rollout.engines.sglang.kept_sets import ARGUMENT
 from megatron_rlvr.rollout.engines.sglang.protocol import generate_body
 from megatron_rlvr.rollout.engines.sglang.server import ROUTES_ARGUMENT, without_expandable_segments
+from megatron_rlvr.rollout.engines.sglang.server_arguments import RECORDED
 from megatron_rlvr.rollout.sampling import SamplingSettings
 from tests.contracts.our_requests import bodies, endpoints, memory_tags, server_arguments
 from tests.contracts.records import read_record
@@ -19,7 +20,10 @@ from tests.processes import ROOT
 
 @pytest.fixture(scope="module")
 def record() -> dict[str, Any]:
-    return read_record("sglang")
+    recorded = json.loads(RECORDED.read_text())
+    record = read_record("sglang")
+    assert recorded["version"] == record["version"]
+    return {**record, "arguments": recorded["arguments"]}
 
 
 def refused(record: dict[str, Any]) -> list[str]:

@@ -10,17 +10,7 @@ from urllib.parse import urlsplit
 from megatron_rlvr.checked_input import shown
 from megatron_rlvr.config_schema import Bounds, PositiveInt, Seconds
 from megatron_rlvr.errors import UserError
-
-SET_BY_THE_TRAINER = (
-    "model_path",
-    "model",
-    "port",
-    "weight_version",
-    "skip_tokenizer_init",
-    "api_key",
-    "admin_api_key",
-)
-"""Arguments of ``sglang.launch_server`` that a configuration must not set."""
+from megatron_rlvr.rollout.engines.sglang.server_arguments import check_arguments
 
 
 @dataclass
@@ -41,7 +31,8 @@ class SGLangConfig:
     """Hugging Face folder that servers start from, for servers that hold the policy's weights in another form
     (`quantization`); null means ``model.path``."""
     server: dict[str, Any] = field(default_factory=dict)
-    """Arguments of ``sglang.launch_server`` by name, such as ``tensor_parallel_size: 2``; true sets a flag."""
+    """Arguments of ``sglang.launch_server`` by name, such as ``tensor_parallel_size: 2``; true sets a flag. Names and
+    values are checked against the arguments of SGLang 0.5.23."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the servers, in addition to the trainer's."""
     concurrency: PositiveInt = 256
@@ -108,19 +99,7 @@ class SGLangConfig:
                 raise UserError(
                     f"rollout.sglang.environment: {shown(name)} is not the name of a variable: write a name without ="
                 )
-        for name in self.server:
-            if name.replace("-", "_") in SET_BY_THE_TRAINER:
-                raise UserError(f"rollout.sglang.server.{name} is set by the trainer itself: leave it out")
-            if name.replace("-", "_") == "tokenizer_worker_num" and self.server[name] not in (1, None):
-                raise UserError(
-                    f"rollout.sglang.server.{name}={self.server[name]}: SGLang checks no key with more than one "
-                    "tokenizer process, and servers get token ids: leave it out"
-                )
-            if name.replace("-", "_") == "trust_remote_code" and self.server[name] not in (False, None):
-                raise UserError(
-                    f"rollout.sglang.server.{name} would run Python code of the model folder, which no supported model "
-                    "needs: leave it out"
-                )
+        check_arguments(self.server)
 
 
 def _is_url(text: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rlvr.errors import UserError
+from megatron_rlvr.rollout.engines.sglang.server_arguments import recorded
 
 
 def normalized(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -16,9 +17,15 @@ def normalized(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:
-    """Return the arguments as words of a command line: True is a bare flag; False and None omit the argument."""
+    """Return the arguments as words of a command line: True is a bare flag; None omits the argument.
+
+    False omits it, too, unless SGLang has a flag ``no_NAME``. Then NAME is on by default.
+    """
+    known = recorded()[1]
     words = []
-    for name, value in arguments.items():
+    for name, value in normalized(arguments).items():
+        if value is False and f"no_{name}" in known:
+            name, value = f"no_{name}", True
         if value is None or value is False:
             continue
         words.append("--" + name.replace("_", "-"))
@@ -53,26 +60,31 @@ class ServerLayout:
         """Read the layout from server arguments, under any of SGLang's names for each size.
 
         Raises:
-            UserError: if a size is not a positive whole number.
+            UserError: if a size is not a positive whole number, or is set under two names.
         """
         values = normalized(arguments)
 
         def size(*names: str) -> int:
-            given = (name for name in names if values.get(name) is not None and values[name] is not False)
-            name = next(given, None)
-            if name is None:
+            given = [name for name in names if values.get(name) is not None and values[name] is not False]
+            if not given:
                 return 1
+            name = given[0]
+            if len(given) > 1:
+                raise UserError(
+                    f"rollout.sglang.server.{given[1]} is another name of {name}, which is set, too: leave one out"
+                )
             text = str(values[name])
             if not text.isdecimal() or int(text) < 1:
                 raise UserError(f"rollout.sglang.server.{name}={text} is not a number of GPUs: set it to 1 or more")
             return int(text)
 
         data = size("data_parallel_size", "dp_size", "dp")
+        attention = size("attention_data_parallel_size", "attn_dp_size")
         return cls(
             tensor=size("tensor_parallel_size", "tp_size", "tp"),
             pipeline=size("pipeline_parallel_size", "pp_size", "pp"),
             replicas=1 if values.get("enable_dp_attention") else data,
-            attention_groups=data if values.get("enable_dp_attention") else 1,
+            attention_groups=data if values.get("enable_dp_attention") else attention,
         )
 
     @property
