@@ -1,12 +1,14 @@
 """Corrections of the sampling policy: every preset against its paper's formula, and against what its peers compute.
 
-``PAPERS`` states each formula again, sequence by sequence in plain float64 Python. ``PEERS`` holds weights that verl
-0.9.1, TRL 1.16.0 and AReaL (commit 00ed924) computed for the tokens of this module.
+``PAPERS`` states each formula again, sequence by sequence in plain float64 Python. ``PEERS`` holds weights that the
+released verl, TRL and AReaL computed (tools/record_corrections.py).
 """
 
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -133,62 +135,34 @@ def test_every_correction_multiplies_every_objective(name, text):
     torch.testing.assert_close(corrected_slope, slope * weight.to(slope.dtype), atol=1e-6, rtol=1e-6)
 
 
-LENGTHS = torch.tensor([4, 1, 6, 3, 5])
-ADVANTAGE = [-1.0, 0.5, -0.8, 1.2, -0.4]
-OLD = [
-    *(-1.86, -1.93, -0.87, -2.02, -0.88, -1.3, -0.61, -1.69, -1.98, -0.37),
-    *(-1.97, -1.29, -1.84, -1.24, -1.58, -0.96, -1.87, -1.25, -0.63),
-]
-ROLLOUT = [
-    *(-1.8591, -1.9315, -0.8678, -2.0194, -1.5771, -1.2721, -0.3531, -0.4311, -2.6564, 0.0),
-    *(-1.4203, -2.7716, -2.4255, -2.9417, -1.5531, -0.9585, -1.802, -1.2146, -0.643),
-]
-CURRENT = [
-    *(-2.1, -2.15, -1.12, -1.95, -0.88, -1.34, -0.55, -2.03, -1.88, 0.0),
-    *(-1.97, -1.18, -1.87, -1.1, -1.75, -0.64, -2.31, -0.82, -0.41),
-]
-TOKEN_RATIOS = [
-    *(0.9991, 1.001501, 0.997802, 0.9994, 2.007921, 0.972486, 0.773446, 0.283966, 1.966784, 0.690734),
-    *(0.577123, 4.39998, 1.795888, 5.483976, 0.973459, 0.998501, 0.934261, 0.965219, 1.013085),
-]
+PEERS = json.loads((Path(__file__).parent / "peer_corrections.json").read_text())["batches"]
+NAMES = [(peer["peer"], peer["importance"]) for peer in PEERS[0]["peers"]]
 
 
-def each(*values):
-    """A value per sequence, for each of its tokens."""
-    return torch.tensor(values, dtype=torch.float64).repeat_interleave(LENGTHS).tolist()
+@pytest.mark.parametrize(("peer", "text"), NAMES)
+def test_weights_equal_those_of_verl_trl_and_areal(peer, text):
+    """AReaL's M2PO compares all tokens. Here an advantage with the sign of ln r concerns each of them, too."""
+    importance, acted = parse_importance(text), []
+    for batch in PEERS:
+        lengths = torch.tensor(batch["lengths"])
+        index = torch.arange(len(lengths)).repeat_interleave(lengths)
+        old, rollout, current, advantage = (
+            torch.tensor(batch[name], dtype=torch.float64) for name in ("old", "rollout", "current", "advantage")
+        )
+        advantage = (old - rollout).sign() if "m2po" in text else advantage[index]
+        before = importance.before_updates(SampledTokens(old, rollout, advantage, index, len(lengths)))
+        during = importance.during_update(SampledTokens(current, rollout, advantage, index, len(lengths)))
+        (expected,) = [recorded["weights"] for recorded in batch["peers"] if recorded["peer"] == peer]
+        expected = torch.tensor(expected, dtype=torch.float64)
+        corrected = before * during
+        torch.testing.assert_close(corrected.weight, expected, atol=1e-6, rtol=1e-6)
+        acted.append(corrected.masked | corrected.truncated)
+    outside = torch.cat(acted)
+    assert outside.any() and not outside.all()
 
 
-# What verl's compute_rollout_correction_and_rejection_mask (weight times mask) and TRL's get_off_policy_mask and block
-# in _generate_and_score_completions (mis) returned.
-PEERS = {
-    "tis": [min(r, 2.0) for r in TOKEN_RATIOS],
-    "sequence-tis": each(0.997802, 2.0, 0.167462, 2.0, 0.887985),
-    "icepop": [r if 0.5 <= r <= 5 else 0.0 for r in TOKEN_RATIOS],
-    "geometric": each(1, 0, 0, 0, 0),
-    "k3": each(1, 0, 0, 0, 1),
-    "mis": each(0.997802, 2.007921, 0.167462, 0, 0.887985),
-    "opsm(cap=0.05)": each(0, 1, 0, 1, 1),
-}
-
-
-def peer_tokens(logprob=OLD, advantage=None):
-    index = torch.arange(5).repeat_interleave(LENGTHS)
-    advantage = torch.tensor(ADVANTAGE)[index] if advantage is None else advantage
-    return SampledTokens(*(torch.tensor(x, dtype=torch.float64) for x in (logprob, ROLLOUT)), advantage, index, 5)
-
-
-@pytest.mark.parametrize("text", PEERS)
-def test_weights_equal_those_of_verl_and_trl(text):
-    importance = parse_importance(text)
-    weight = importance.before_updates(peer_tokens()).weight * importance.during_update(peer_tokens(CURRENT)).weight
-    torch.testing.assert_close(weight, torch.tensor(PEERS[text], dtype=torch.float64), atol=1e-6, rtol=1e-6)
-
-
-def test_m2po_leaves_out_what_areal_does():
-    """AReaL compares all tokens, and so does this call, in which an advantage with the sign of ln r concerns each."""
-    gap = torch.tensor(OLD) - torch.tensor(ROLLOUT)
-    masked = SecondMoment()(peer_tokens(advantage=gap.sign())).masked
-    assert masked.nonzero()[:, 0].tolist() == [4, 7, 8, 11, 12, 13]
+def test_every_preset_was_compared_with_a_peer():
+    assert {text.partition("(")[0] for _, text in NAMES} >= set(PRESETS)
 
 
 def test_second_moments_are_cut_over_all_processes():
