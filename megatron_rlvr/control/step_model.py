@@ -16,6 +16,16 @@ CURVATURE = 1.5
 lowered it by 12 %."""
 LARGEST_DRIVE = 1.5
 """A larger drive counts as this one."""
+SHIFT_NOISE = 0.025
+"""Standard deviation of an update's measured shift, before there are measurements: its prompts are only part of the
+step's."""
+NOISE_WEIGHT = 4.0
+"""Number of measurements that the first estimate of this noise is worth."""
+DOUBT = 12.0
+"""An estimate that rests on n measurements may be too small by a factor of 1 + DOUBT / n. Nothing but noise explains a
+measurement below that."""
+NOISE_MEMORY = 40.0
+"""Number of measurements that the estimate rests on."""
 SIGN_CERTAINTY = 0.7
 """The sign of an effect is known if its estimate is so many standard deviations from 0."""
 SAFE_ERROR = 0.05
@@ -75,6 +85,8 @@ class StepModel:
         self.filter.start(0.0, 0.0)
         self.rate, self.momentum, self.updates = 1.0, 0.0, 1
         self._made = 0  # updates since the optimizer began
+        self._shift_variance, self._shift_weight = SHIFT_NOISE**2, NOISE_WEIGHT
+        self._last_innovation: float | None = None  # of this step
         self._average: list[float] = [0.0] * len(self.filter.effects)  # of the inputs, as the optimizer keeps it
         self.response: SteeringResponse = NEUTRAL
         self.position = self.steering = 0.0
@@ -100,6 +112,34 @@ class StepModel:
             total = [a + b for a, b in zip(total, self._average, strict=True)]
         row = [self.rate * x / max(updates, 1) for x in total]
         self.filter.advance((row[0] * drift, *row[1:]), updates / self.updates, noise)
+
+    def measure(self, shift: float) -> None:
+        """Update with the shift that an update measured.
+
+        The noise of the measurement depends on the size of a minibatch. Half the squared difference of successive
+        innovations estimates its variance, whatever else is unknown.
+        """
+        innovation = self.filter.correct(shift, self.shift_noise, doubt=self.doubt, span=1.0 / self.updates)
+        if self._last_innovation is not None:
+            sample = 0.5 * (innovation - self._last_innovation) ** 2
+            self._shift_weight = min(self._shift_weight + 1.0, NOISE_MEMORY)
+            self._shift_variance += (sample - self._shift_variance) / self._shift_weight
+        self._last_innovation = innovation
+
+    @property
+    def shift_noise(self) -> float:
+        """The estimated standard deviation of an update's measured shift."""
+        return math.sqrt(self._shift_variance)
+
+    @property
+    def doubt(self) -> float:
+        """The largest noise that is plausible, as long as its estimate rests on few measurements."""
+        return self.shift_noise * (1.0 + DOUBT / self._shift_weight)
+
+    def restart(self) -> None:
+        """Begin the shift of a step, which is 0."""
+        self.filter.restart()
+        self._last_innovation = None
 
     def _kept(self, updates: int, after: int = 0) -> list[float]:
         """The part of the average that each of the next updates keeps: beta_1, less at the start of the optimizer.
@@ -224,6 +264,9 @@ class StepModel:
             "updates": self.updates,
             "made": self._made,
             "average": list(self._average),
+            "shift_variance": self._shift_variance,
+            "shift_weight": self._shift_weight,
+            "last_innovation": self._last_innovation,
             "response": [self.response.change, self.response.slope, self.response.ascent, self.response.ascent_slope],
             "position": self.position,
             "steering": self.steering,
@@ -234,4 +277,6 @@ class StepModel:
         self.rate, self.response = state["rate"], SteeringResponse.from_sums(state["response"])
         self.momentum, self.updates = state["momentum"], state["updates"]
         self._made, self._average = state["made"], list(state["average"])
+        self._shift_variance, self._shift_weight = state["shift_variance"], state["shift_weight"]
+        self._last_innovation = state["last_innovation"]
         self.position, self.steering = state["position"], state["steering"]

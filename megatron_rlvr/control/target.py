@@ -18,8 +18,6 @@ from megatron_rlvr.control.thresholds import ClipThresholds
 
 MODEL = "momentum"
 """Names the filters in checkpoints."""
-SHIFT_NOISE = 0.02
-"""Standard deviation of an update's measured shift: its prompts are only part of the step's."""
 SHORTEST_AIM = 0.25
 """Smallest fraction of a step over which an error is corrected, so that the last updates need not correct all of it."""
 PREVIEW = 10
@@ -151,7 +149,7 @@ class TargetEntropy(RelativeSchedule):
             known, doubt = (math.hypot(x, deviation) / transfer for x in (known, doubtful))
             model.filter.correct(shift, known, doubt=doubt)
         self._unseen = 1.0 / model.updates if self._done else 1.0
-        model.filter.restart()
+        model.restart()
         return innovation
 
     def _target(self, ahead: int) -> float:
@@ -209,6 +207,7 @@ class TargetEntropy(RelativeSchedule):
             "control/lower_clip_gain": transfer * model.filter.mean[LOWER],
             "control/steering_gain": transfer * model.gain,
             "control/transfer": transfer,
+            "control/shift_noise": model.shift_noise,
             "control/reach_low": rate * (drift + transfer * (model.filter.mean[DRIFT] + reach.low)),
             "control/reach_high": rate * (drift + transfer * (model.filter.mean[DRIFT] + reach.high)),
             "control/clip_position": model.position,
@@ -240,9 +239,10 @@ class TargetEntropy(RelativeSchedule):
                 f"{self.name}: the shift before update {index} of step {step} must be finite, found {shift!r}"
             )
         model = self._step_model
+        model.updates = count
         if index and shift is not None:  # before the first update the shift is exactly 0
-            model.filter.correct(shift, SHIFT_NOISE, span=1.0 / count)
-        self._done, self._unseen, model.updates = (index + 1) / count, 1.0 / count, count
+            model.measure(shift)
+        self._done, self._unseen = (index + 1) / count, 1.0 / count
         model.advance(1)
         self._steering_sum += model.steering
         # The thresholds stay fixed; their error shows in the shift. Entropy may also fall to a floor within a step.

@@ -105,7 +105,7 @@ def test_momentum_that_outlasts_a_step_is_allowed_for(updates):
 
 @pytest.mark.parametrize("wrong", [{"momentum": 1.0}, {"momentum": -0.1}, {"momentum": math.nan}, {"updates": 0}])
 def test_a_momentum_that_no_optimizer_has_is_refused(wrong):
-    with pytest.raises(ValueError, match="momentum is beta_1|at least 1 update"):
+    with pytest.raises(ValueError, match=r"momentum is beta_1|at least 1 update"):
         TargetEntropy(30).observe(0, 0.5, **wrong)
 
 
