@@ -52,7 +52,7 @@ class TargetEntropy(RelativeSchedule):
     intervention (:class:`~megatron_rlvr.control.plant.PlantBank`; the predicted first-order change enters as
     feed-forward if ``response`` is observed). It then requests the difference to the next step's target and corrects
     the current error over ``horizon`` steps. It knows the curve ahead: where the curve asks for more than a step can
-    do, it begins early and has the error on both sides (:func:`~megatron_rlvr.control.preview.first_move`). If the
+    do, it begins early and has the error on both sides (:func:`~megatron_rlvr.control.preview.first_control`). If the
     trainer reports its updates (:meth:`observe_update`), steering is recomputed after each of them, so that the step
     reaches its target although the gains are poorly known and the updates are noisy.
     """
