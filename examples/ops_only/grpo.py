@@ -13,7 +13,6 @@ from megatron_rlvr import ops
 from megatron_rlvr.control import EntropyCurve, StepTokens, TargetEntropy
 
 STEPS, PROMPTS, SAMPLES, DIGITS, EPOCHS, MINIBATCHES = 100, 80, 8, 6, 2, 4
-BETAS = (0.9, 0.999)
 CURVE = EntropyCurve("piecewise", points=[(0.0, 1.0), (0.3, 1.2), (1.0, 0.5)])
 
 
@@ -39,7 +38,7 @@ def train(seed: int, schedule: TargetEntropy) -> list[dict[str, float]]:
     """One row per step: entropy and target in nats per token, reward, steering."""
     torch.manual_seed(seed)
     policy, rows = Policy(), []
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3, betas=BETAS)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
     prompts = (torch.arange(PROMPTS) % 10).repeat_interleave(SAMPLES)
     for step in range(STEPS):
         answers = policy.sample(prompts)
@@ -51,8 +50,7 @@ def train(seed: int, schedule: TargetEntropy) -> list[dict[str, float]]:
             old = ops.token_statistics(policy(inputs).flatten(0, 1), answers.flatten(), second_moments=True)
         tokens = StepTokens.measure(old, advantage)
         minibatches = [part for _ in range(EPOCHS) for part in torch.randperm(len(prompts)).chunk(MINIBATCHES)]
-        adam = {"momentum": BETAS[0], "updates": len(minibatches)}  # how long an update acts on after it
-        schedule.observe(step, tokens.mean_entropy, response=tokens.response, **adam)
+        schedule.observe(step, tokens.mean_entropy, response=tokens.response, momentum=0.9, updates=len(minibatches))
         for update, chosen in enumerate(minibatches):
             thresholds = schedule.thresholds(step)
             new = ops.token_statistics(policy(inputs[chosen]).flatten(0, 1), answers[chosen].flatten())
