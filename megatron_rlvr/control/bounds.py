@@ -26,7 +26,7 @@ class Within:
 
     def requirement(self, value: float) -> str:
         """Complete "must be ..." for a ``value`` that is not allowed."""
-        return f"at most {self.cap:g}" if self.cap < value < self.high else str(self)
+        return f"at most {self.cap:g}" if self.cap < value <= self.high else str(self)
 
     def __str__(self) -> str:
         if math.isinf(self.high):

@@ -173,7 +173,8 @@ class Correction:
         elif self.measure == "k2":
             value = log_ratio.square() / 2
         elif self.measure == "k3":
-            value = log_ratio.clamp(max=700.0).expm1() - log_ratio  # e^700 fits float64
+            log_ratio = log_ratio.clamp(max=700.0)  # e^700 fits float64
+            value = log_ratio.expm1() - log_ratio
         if self.level != "token":
             sums = tokens.sum_over_sequence(value)
             lengths = tokens.sum_over_sequence(torch.ones_like(value))
@@ -198,6 +199,8 @@ class SecondMoment:
 
     def __post_init__(self) -> None:
         check_bounds(self, "importance weights")
+        if self.cap is None:  # text in parentheses may say so
+            raise ValueError("importance weights: m2po needs a cap; write for example m2po(cap=0.04)")
 
     def __call__(self, tokens: SampledTokens, total: Total = of_this_process) -> Corrected:
         """The weights of ``tokens``: a minibatch, or this process's share of one; ``total`` sums over its processes."""

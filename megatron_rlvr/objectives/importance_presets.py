@@ -49,7 +49,11 @@ def _correction(term: str) -> Correction | SecondMoment:
     name, arguments = match[1], match[2] or ""
     check_name("importance", name, PRESETS)
     correction, values = PRESETS[name]
-    changes = dict(_argument(name, text) for text in arguments.split(",") if text.strip())
+    pairs = [_argument(name, text) for text in arguments.split(",") if text.strip()]
+    changes = dict(pairs)
+    if len(changes) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"importance {name}: {twice} is given twice; keep one of the two")
     check_parameters(f"importance {name}", changes, [field.name for field in fields(correction)])
     return correction(**{**values, **changes})
 

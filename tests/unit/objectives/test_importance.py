@@ -192,6 +192,42 @@ def test_second_moments_are_cut_over_all_processes():
     assert torch.equal(torch.cat(shares), together) and together.any() and not torch.equal(torch.cat(alone), together)
 
 
+EDGES = {  # log-probs of training and rollout, advantage, and the weights of every preset
+    "a rollout log-prob of -inf": (
+        *([-1.0, -1.0], [-math.inf, -1.0], 1.0),
+        {"tis": [2, 1], "sequence-tis": [2, 2], "icepop": [0, 1], "decoupled": [0, 1], "mis": [0, 0]}
+        | {"geometric": [0, 0], "k3": [0, 0], "opsm": [1, 1], "m2po": [0, 1]},
+    ),
+    "a training log-prob of -inf": (
+        *([-math.inf, -1.0], [-1.0, -1.0], -1.0),
+        {"tis": [0, 1], "sequence-tis": [0, 0], "icepop": [0, 1], "decoupled": [0, 1], "mis": [0, 0]}
+        | {"geometric": [0, 0], "k3": [0, 0], "opsm": [0, 0], "m2po": [0, 1]},
+    ),
+    "both -inf": ([-math.inf, -1.0], [-math.inf, -1.0], 1.0, {name: [1, 1] for name in PRESETS}),
+    "one token": (
+        *([-2.0], [-1.0], 1.0),
+        {name: [math.exp(-1)] for name in ("tis", "sequence-tis", "decoupled", "mis", "m2po")}
+        | {"icepop": [0], "geometric": [0], "k3": [0], "opsm": [1]},
+    ),
+    "no token": ([], [], 1.0, {name: [] for name in PRESETS}),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_edges(name, dtype):
+    logprob, rollout, advantage, expected = EDGES[name]
+    index = torch.zeros(len(logprob), dtype=torch.int64)
+    values = SampledTokens(
+        *(torch.tensor(x, dtype=dtype) for x in (logprob, rollout)), torch.full((len(logprob),), advantage), index, 2
+    )
+    for text, weights in expected.items():
+        importance = parse_importance(text)
+        found = (importance.before_updates(values) * importance.during_update(values)).weight
+        torch.testing.assert_close(found, torch.tensor(weights, dtype=dtype), msg=text)
+    assert set(expected) == set(PRESETS)
+
+
 def test_bounds_are_inside_and_rejection_takes_whole_sequences():
     values = SampledTokens(
         torch.tensor([0.0, 2.0, 0.5, 3.0, 1.0], dtype=torch.float64).log().nan_to_num(neginf=0.0),
@@ -265,6 +301,12 @@ def test_quantiles_and_cuts_are_exact(seed):
         ("k3(floor=-1)", ["k3 is never negative", "only cap"]),
         ("k3(cap=-1)", ["cap must be at least 0"]),
         ("m2po(cap=0)", ["cap must be greater than 0"]),
+        ("m2po(cap=null)", ["m2po needs a cap", "m2po(cap=0.04)"]),
+        ("icepop(4)", ["importance icepop", "'4' is not KEY=VALUE", "icepop(cap=2)"]),
+        ("icepop(floor=3, cap=2)", ["floor must be in [0, 1]", "3.0"]),
+        ("tis(cap=0)", ["cap must be at least 1", "0.0"]),
+        ("tis(cap=inf)", ["cap must be at most 1e+06", "inf"]),
+        ("tis(cap=3, cap=2)", ["importance tis", "cap is given twice"]),
         ("m2po(level=token)", ["importance m2po", "'level'", "valid: cap"]),
     ],
 )

@@ -42,6 +42,18 @@ def test_ratios_that_stay_1_are_reported_once(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == ""
 
 
+def test_corrections_that_leave_out_nearly_all_tokens_are_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = OnPolicyWatch(updates=1)
+    for step, masked in enumerate([1.0, 0.95, 0.9, 0.91, 0.92]):
+        watch.observe(step, finished(1.3) | {"mismatch/masked_fraction": masked})
+    assert capsys.readouterr().err == ""
+    for step in range(5, 12):
+        watch.observe(step, finished(1.3) | {"mismatch/masked_fraction": 0.934})
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == error.count("\n") == 1
+    assert "left out nearly all tokens of each of the steps 3 to 5 (93.4% of step 5)" in error
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
