@@ -69,6 +69,13 @@ def stale_layer(current: Weights, before: Weights) -> Weights:
     return {name: before[name] if ".layers.0." in name else w for name, w in current.items()}
 
 
+def exchanged_layers(current: Weights, before: Weights) -> Weights:
+    """The first two layers exchanged."""
+    numbers = {".layers.0.": ".layers.1.", ".layers.1.": ".layers.0."}
+    found = {name: next((part for part in numbers if part in name), None) for name in current}
+    return {name: current[name.replace(part, numbers[part]) if part else name] for name, part in found.items()}
+
+
 def permuted_expert(current: Weights, before: Weights) -> Weights:
     """The first two experts of every layer exchanged."""
     return {name: current[_exchanged(name)] for name in current}

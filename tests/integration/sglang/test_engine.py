@@ -31,6 +31,7 @@ from megatron_rlvr.rollout.mismatch import MismatchAlarm
 from megatron_rlvr.rollout.sampling import SamplingSettings, kept_tokens
 from megatron_rlvr.training.rollout_metrics import measure_rollout
 from tests.generation import generate
+from tests.planted_faults import exchanged_layers, in_float8
 from tests.small_model import make_small_model
 
 WEIGHT_SYNCS = ("disk", "tensor", "distributed", "delta")
@@ -319,7 +320,7 @@ def test_another_model_behind_the_url(layout, servers, sglang: SGLangConfig, tmp
 
 
 def test_faults_of_a_server_ring_the_mismatch_alarm(policy, engine, layout: parallel.Layout) -> None:
-    """Another temperature, a cut distribution, other weights behind the right version, one stale layer."""
+    """Another temperature, a cut distribution, FP8, exchanged layers, and weights that are old, all or in one layer."""
     config = Config(rollout=RolloutConfig(temperature=TEMPERATURE, mismatch_alarm=1e-4))
     right = SamplingSettings(samples=32, max_tokens=16, temperature=TEMPERATURE, stop_token_ids=())
     prompts = [[3 + i, 4, 5, 105, 9, 106] for i in range(6)]
@@ -337,6 +338,15 @@ def test_faults_of_a_server_ring_the_mismatch_alarm(policy, engine, layout: para
     assert not warned(drawn)
     assert warned(generate(engine, prompts, dataclasses.replace(right, temperature=0.6)))
     assert warned(generate(engine, prompts, dataclasses.replace(right, top_p=0.7, returns_kept=False)))
+    parameters = dict(policy.model_chunks[-1].named_parameters())
+    own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for version, fault in enumerate((in_float8, exchanged_layers), start=1):
+        for name, weight in fault(own, own).items():
+            parameters[name].data.copy_(weight)
+        engine.update_weights(version)
+        for name, weight in own.items():
+            parameters[name].data.copy_(weight)
+        assert warned(generate(engine, prompts, right)), fault
     layers = [p for name, p in policy.model_chunks[-1].named_parameters() if ".layers.1." in name]
     for parameters in (layers, list(policy.model_chunks[-1].parameters())):
         with torch.no_grad():
