@@ -8,7 +8,8 @@
 # job (scancel, preemption, a node that failed). Slurm then also sends it to the ranks, which save what they can before
 # they are killed.
 asked='' interrupted='' step=''
-# Set by common.sh: the job's name for scontrol, the number of the attempt, the first node, and how and why training ended.
+# Set by job.sh: the job's name for scontrol, the number of the attempt, the first node. By common.sh: how and why training
+# ended.
 job='' restart=0 head='' status='' reason=''
 # The checkpoint that this attempt began from.
 checkpoint=''

@@ -24,7 +24,7 @@ from pathlib import Path
 
 _DAEMONS = ("slurmctld", "slurmd", "munged", "unshare", "nsenter")
 _GPUS, _CPUS = 8, 96
-# Virtual clusters on one machine, and ids that the jobs of each may have: as many as have different ports in common.sh.
+# Virtual clusters on one machine, and ids that the jobs of each may have: as many as have different ports in job.sh.
 _CLUSTERS, _JOBS = 12, 140
 _CONFIGURATION = """
 ClusterName=test
