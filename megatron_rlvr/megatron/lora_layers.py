@@ -118,7 +118,9 @@ class LayerAdapters(Module):
         hf_config: transformers configuration of the model.
 
     Attributes:
+        layer_name: megatron-core's name of the linear layer, such as ``linear_qkv``.
         parts: the adapter of each module, or None.
+        rows: rows of the weight of each module.
         sequence_parallel: whether ranks divide the tokens outside this layer; generation switches it off.
         enabled: whether the adapters act.
     """
@@ -135,7 +137,8 @@ class LayerAdapters(Module):
     ):
         super().__init__()
         self.entry, self.hf_config = entry, hf_config
-        self.split_dim = _SPLIT_DIM[_layer_of(entry)]
+        self.layer_name = _layer_of(entry)
+        self.split_dim = _SPLIT_DIM[self.layer_name]
         self.sequence_parallel, self.enabled = config.sequence_parallel, True
         # The dispatcher of a mixture gathers the tokens of an expert that ranks split, and sums their outputs.
         exchanges = shard.group.size() > 1 and shard.expert is None and self.split_dim is not None

@@ -16,15 +16,37 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from torch.nn import Module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_rlvr.megatron.bridge import PolicyBridge
 from megatron_rlvr.megatron.config import LoRAConfig, ModelConfig, ParallelConfig
 from megatron_rlvr.megatron.huggingface_config import is_tied
 from megatron_rlvr.megatron.layout_checks import check_world_size
+from megatron_rlvr.megatron.lora import layer_adapters
 from megatron_rlvr.megatron.model import PolicyModel
 from megatron_rlvr.megatron.parallel import initialize_model_parallel
 from megatron_rlvr.megatron.weight_shards import ADAPTERS
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """The adapters of a linear layer, on one rank.
+
+    Attributes:
+        name: megatron-core's name of the layer, such as ``linear_qkv``.
+        modules: Hugging Face modules with an adapter, of those that the layer computes.
+        inputs, outputs: elements per token of the layer.
+        routed: whether the layer belongs to an expert that a router chooses.
+        splits_tokens: whether tensor-parallel ranks divide the tokens of the product with A under sequence parallelism.
+    """
+
+    name: str
+    modules: int
+    inputs: int
+    outputs: int
+    routed: bool
+    splits_tokens: bool
 
 
 @dataclass(frozen=True)
@@ -40,6 +62,7 @@ class Stage:
         shared_embedding: elements of the tied embedding, which both the first and the last stage have, or 0.
         largest_tensor: elements of the largest tensor that an export gathers from the ranks of the stage.
         frozen: elements of all parameters that are not trained.
+        adapted: the adapters of a dense layer, and of one with experts.
     """
 
     index: int
@@ -50,6 +73,7 @@ class Stage:
     shared_embedding: int
     largest_tensor: int
     frozen: int = 0
+    adapted: tuple[tuple[AdaptedLayer, ...], tuple[AdaptedLayer, ...]] = ((), ())
 
     @property
     def trained(self) -> int:
@@ -189,12 +213,14 @@ def _count(index: int, model_chunks: Sequence[PolicyModel], parallel: ParallelCo
     added = {name: p.numel() * ranks[name] for name, p in named if ADAPTERS in name}
     totals.adapters += sum(added.values())
     totals.expert_adapters += sum(count for name, count in added.items() if ".mlp.experts." in name)
-    mixtures = sum(isinstance(layer.mlp, MoELayer) for chunk in model_chunks for layer in chunk.decoder.layers)
+    layers = [layer for chunk in model_chunks for layer in chunk.decoder.layers]
+    mixtures = sum(isinstance(layer.mlp, MoELayer) for layer in layers)
     totals.mixtures += mixtures
+    first = {isinstance(layer.mlp, MoELayer): layer for layer in reversed(layers)}
     shared = [p.numel() for _, p in named if getattr(p, "shared_embedding", False)]
     return Stage(
         index=index,
-        layers=sum(len(chunk.decoder.layers) for chunk in model_chunks),
+        layers=len(layers),
         mixtures=mixtures,
         parameters=tuple(p.numel() for name, p in reversed(named) if name not in experts and p.requires_grad),
         experts=tuple(p.numel() for name, p in reversed(named) if name in experts and p.requires_grad),
@@ -203,7 +229,26 @@ def _count(index: int, model_chunks: Sequence[PolicyModel], parallel: ParallelCo
         # expert per expert rank.
         largest_tensor=max(p.numel() * ranks[name] for name, p in own),
         frozen=sum(p.numel() for _, p in named if not p.requires_grad),
+        adapted=(adapted_layers(first.get(False)), adapted_layers(first.get(True))),
     )
+
+
+def adapted_layers(layer: Module | None) -> tuple[AdaptedLayer, ...]:
+    """Return the adapters within a transformer layer of this rank; none if there is no such layer."""
+    found = []
+    for adapters in layer_adapters(layer) if layer is not None else ():
+        parts = [part for part in adapters.parts if part is not None]
+        found.append(
+            AdaptedLayer(
+                adapters.layer_name,
+                len(parts),
+                parts[0].lora_A.size(1),
+                sum(adapters.rows),
+                routed=parts[0].of_expert,
+                splits_tokens=adapters.split_dim != 0,
+            )
+        )
+    return tuple(found)
 
 
 def _shape(bridge: PolicyBridge, totals: _Totals) -> ModelShape:

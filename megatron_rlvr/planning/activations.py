@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_rlvr.megatron.config import ParallelConfig
-from megatron_rlvr.megatron.stage_shapes import ModelShape, Stage
+from megatron_rlvr.megatron.stage_shapes import AdaptedLayer, ModelShape, Stage
 
 
 def activation_bytes(
@@ -31,7 +33,13 @@ def activation_bytes(
     counts = {True: stage.mixtures, False: stage.layers - stage.mixtures}
     sizes = {
         mixture: layer_activation_bytes(shape, parallel, tokens, itemsize, local_layers, mixture, frozen=rank > 0)
-        + (adapter_activation_bytes(shape, parallel, tokens, itemsize, rank, mixture) if rank else 0)
+        + (
+            adapter_activation_bytes(
+                shape, stage.adapted[mixture], parallel, tokens, itemsize, local_layers, rank, mixture
+            )
+            if rank
+            else 0
+        )
         for mixture, count in counts.items()
         if count
     }
@@ -56,8 +64,8 @@ def layer_activation_bytes(
 ) -> int:
     """Bytes that one layer keeps of one microbatch without recomputation; arguments as in `activation_bytes`.
 
-    A layer is a `mixture` or dense. If its weights are `frozen`, adapters keep the inputs of its linear layers
-    (`adapter_activation_bytes`).
+    A layer is a `mixture` or dense. If its weights are `frozen`, adapters keep the inputs of its linear layers, all of
+    which are counted here (`adapter_activation_bytes`).
 
     With h the hidden size, q and kv the sizes of queries and of keys, f the feed-forward size, and E experts of which a
     token chooses k. Elements per token of Transformer Engine 2.11 under the settings of `megatron.fusions`, as its
@@ -119,28 +127,65 @@ def layer_activation_bytes(
 
 
 def adapter_activation_bytes(
-    shape: ModelShape, parallel: ParallelConfig, tokens: int, itemsize: int, rank: int, mixture: bool
+    shape: ModelShape,
+    adapted: Sequence[AdaptedLayer],
+    parallel: ParallelConfig,
+    tokens: int,
+    itemsize: int,
+    local_layers: bool,
+    rank: int,
+    mixture: bool,
 ) -> int:
-    """Bytes that the adapters of one layer keep of one microbatch if all modules have one; arguments as above.
+    """Bytes that adapters add to what a layer with frozen weights keeps of one microbatch; arguments as above.
 
-    Frozen linear layers keep nothing, and the first matrix of an adapter keeps the input of its layer in their place.
-    So adapters add the products with that matrix, ``rank`` elements per token and module, and two matrices that combine
-    the modules of one layer of megatron-core, of queries, keys and values or of gate and up: the rows of all their A,
-    and the columns of all their B. Latent attention has one or two modules more, and each of its layers computes one.
+    Frozen linear layers keep nothing, and the first matrix of an adapter keeps the input of its layer in their place,
+    which `layer_activation_bytes` counts for all of them. So the inputs of layers without adapters are left out, if
+    nothing else keeps them. Adapters add the products with their first matrices, ``rank`` elements per token and
+    module, and two matrices that combine the modules of one layer of megatron-core, of queries, keys and values or of
+    gate and up: the rows of all their A, and the columns of all their B.
+
+    Args:
+        adapted: the adapters of the layer on this rank.
     """
-    tensor, sequence = parallel.tensor, sequence_ranks(parallel)
-    matrices = (shape.query + shape.key + shape.value) // tensor * (1 if shape.latent else 3) * rank
-    matrices += (shape.hidden + shape.latent) * rank
-    matrices += ((2 if shape.latent else 3) * shape.hidden + shape.latent + shape.attended // tensor) * rank
-    products = tokens * ((4 if shape.latent else 3) * rank + rank // sequence)
-    if inner := shape.shared_feed_forward if mixture else shape.feed_forward:
-        matrices += 5 * inner // tensor * rank + 3 * shape.hidden * rank
-        products += tokens * (2 * rank + rank // sequence)
+    sequence = sequence_ranks(parallel)
+    routed = sum(layer.routed for layer in adapted)  # layers of all experts, among which tokens are spread evenly
+    kinds = len({layer.name for layer in adapted if layer.routed})
+    elements = 0
+    for layer in adapted:
+        share = tokens * layer.modules * rank
+        if layer.routed:
+            share = share * shape.chosen * parallel.expert_tensor * kinds // routed // sequence
+        elif layer.splits_tokens:
+            share //= sequence
+        elements += layer.modules * rank * (layer.inputs + layer.outputs) + share
+    return (elements - tokens * _inputs_not_kept(shape, adapted, parallel, local_layers, mixture)) * itemsize
+
+
+def _inputs_not_kept(
+    shape: ModelShape, adapted: Sequence[AdaptedLayer], parallel: ParallelConfig, local_layers: bool, mixture: bool
+) -> int:
+    """Elements per token of the inputs of linear layers without adapters that nothing else keeps."""
+    names = {(layer.name, layer.routed) for layer in adapted}
+    sequence = sequence_ranks(parallel)
+    of_attention = {"linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_kv_down_proj"}
+    left_out = 0
+    if not any((name, False) in names for name in of_attention):
+        left_out += shape.hidden // sequence
+    latents = sum(layer.inputs for layer in adapted if layer.name in ("linear_q_up_proj", "linear_kv_up_proj"))
+    left_out += (shape.latent - latents) // sequence
+    if shape.latent and local_layers and ("linear_proj", False) not in names:  # a copy of attention's padded output
+        left_out += shape.attended // parallel.tensor
+    if not mixture and ("linear_fc1", False) not in names:  # the router of a mixture keeps it
+        left_out += shape.hidden // sequence
+    if ("linear_fc2", False) not in names:
+        left_out += (shape.shared_feed_forward if mixture else shape.feed_forward) // parallel.tensor
     if mixture:
-        of_expert = 5 * shape.expert_feed_forward // parallel.expert_tensor + 3 * shape.hidden
-        matrices += shape.experts // parallel.expert * of_expert * rank
-        products += tokens * shape.chosen * 3 * rank * parallel.expert_tensor // sequence
-    return (matrices + products) * itemsize
+        ranks = parallel.expert_tensor * shape.chosen
+        if ("linear_fc1", True) not in names:
+            left_out += shape.hidden * ranks // sequence
+        if ("linear_fc2", True) not in names:
+            left_out += shape.expert_feed_forward // parallel.expert_tensor * ranks // sequence
+    return left_out
 
 
 def feed_forward_gradient_bytes(
