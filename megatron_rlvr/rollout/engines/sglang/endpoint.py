@@ -115,9 +115,6 @@ class Endpoint:
     async def command(self, path: str, body: Any, action: str) -> dict[str, Any]:
         """Send a request that changes the server and wait until it reports success.
 
-        The request may take ``update_timeout_seconds``. Meanwhile the server must answer ``/model_info`` within
-        ``health_timeout_seconds``, which it does even while it loads weights; otherwise it counts as hung.
-
         Args:
             path: path of the request.
             body: body of the request; see `request`.
@@ -127,20 +124,10 @@ class Endpoint:
             the JSON object that it answers; empty if the answer is another one.
 
         Raises:
-            ServerLostError: if it does not answer.
+            ServerLostError: if it does not answer; see `patient_request`.
             UserError: if it refuses.
         """
-        request = asyncio.create_task(self.request("POST", path, self.config.update_timeout_seconds, body))
-        try:
-            while not (await asyncio.wait([request], timeout=_PROBE_PERIOD_S))[0]:
-                try:
-                    await self.request("GET", "/model_info", self.config.health_timeout_seconds)
-                except ServerLostError as error:
-                    if not request.done():
-                        raise ServerLostError(f"{path}: silent, and so is {error}") from error
-            reply = request.result()
-        finally:
-            request.cancel()
+        reply = await self.patient_request(path, body)
         if reply.status >= 500:
             raise ServerLostError(f"{path}: status {reply.status} ({reply.excerpt()})")
         try:
@@ -151,6 +138,28 @@ class Endpoint:
         if refused or reply.status != 200:
             raise UserError(f"{self.url} did not {action}: it answered {reply.excerpt()}")
         return content if isinstance(content, dict) else {}
+
+    async def patient_request(self, path: str, body: Any = None) -> Reply:
+        """Send a POST request that may take ``update_timeout_seconds``; `body` as in `request`.
+
+        Meanwhile the server must answer ``/model_info`` within ``health_timeout_seconds``, which it does even while it
+        loads weights; otherwise it counts as hung.
+
+        Raises:
+            ServerLostError: if it does not answer.
+            UserError: if it refuses the key.
+        """
+        request = asyncio.create_task(self.request("POST", path, self.config.update_timeout_seconds, body))
+        try:
+            while not (await asyncio.wait([request], timeout=_PROBE_PERIOD_S))[0]:
+                try:
+                    await self.request("GET", "/model_info", self.config.health_timeout_seconds)
+                except ServerLostError as error:
+                    if not request.done():
+                        raise ServerLostError(f"{path}: silent, and so is {error}") from error
+            return request.result()
+        finally:
+            request.cancel()
 
     async def check_health(self) -> None:
         """Let the server generate a token; raises ServerLostError if it does not."""

@@ -57,12 +57,13 @@ class ServerControl:
         async def release(endpoint: Endpoint) -> None:
             await endpoint.command("/pause_generation", {"mode": "abort"}, "abort its requests")
             deadline = time.monotonic() + self.config.update_timeout_seconds
-            while (await endpoint.request("POST", "/flush_cache", self.config.health_timeout_seconds)).status != 200:
+            # One that answers slowly is not lost: the trainer on its GPU needs the memory.
+            while (reply := await endpoint.patient_request("/flush_cache")).status != 200:
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"{endpoint.url} is still busy after rollout.sglang.update_timeout_seconds="
-                        f"{self.config.update_timeout_seconds:g}, so it cannot release its memory: check that no other "
-                        "run uses this server"
+                        f"{self.config.update_timeout_seconds:g}, so it cannot release its memory (/flush_cache "
+                        f"answered {reply.excerpt()}): check that no other run uses this server"
                     )
                 await asyncio.sleep(_FLUSH_PERIOD_S)
             await endpoint.command("/release_memory_occupation", {}, "release its memory")

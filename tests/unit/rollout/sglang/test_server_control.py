@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -50,6 +51,27 @@ def test_server_that_stays_busy_is_named() -> None:
         with pytest.raises(UserError, match=expected):
             asyncio.run(control.release_memory())
         assert "/release_memory_occupation" not in commands.commands
+
+
+def test_a_server_that_flushes_slowly_releases_its_memory_too() -> None:
+    """It answers when it has been asked for its state, so later than the time limit of a health check."""
+    probed = threading.Event()
+    with fake_server() as slow:
+        commands = Busy(slow, flushes=0)
+
+        def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+            assert path != "/flush_cache" or probed.wait(200)
+            return commands.answer(path, body)
+
+        def reply(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+            if path == "/model_info":
+                probed.set()
+            return answer(path, body)
+
+        slow.control, answer, slow.reply = control, slow.reply, reply  # type: ignore[method-assign]
+        config = SGLangConfig(update_timeout_seconds=200.0, health_timeout_seconds=200.0)
+        asyncio.run(ServerControl([slow.url], config).release_memory())
+        assert probed.is_set() and commands.commands[-1] == "/release_memory_occupation"
 
 
 def test_lost_server_does_not_keep_others_from_releasing_their_memory() -> None:
