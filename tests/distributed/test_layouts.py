@@ -84,6 +84,7 @@ OFF_POLICY = {
     "off-dp2-fused": (2, ["parallel.microbatch_sequences=3", "algorithm.fused_linear=true", *OFF]),
     "off-cp2-packed": (2, ["parallel.context=2", "parallel.microbatch_tokens=100", *OFF]),
     "off-pp2": (2, ["parallel.pipeline=2", *OFF]),
+    "off-tp2-sp": (2, ["parallel.tensor=2", "parallel.sequence=true", *OFF]),
 }
 # Tensor, pipeline and data parallelism combined, and layouts with every option.
 EIGHT = {
