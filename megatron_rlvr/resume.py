@@ -29,8 +29,9 @@ IDENTITY = ("seed", "data", "verifier", "rollout", "algorithm", "reference", "op
 # Sections that a checkpoint holds the form of, so that nothing can allow a change.
 FIXED = ("lora",)
 # Keys of these sections that may change: how completions are generated, stored and watched, but not how they are
-# sampled, and where the weights of the reference are.
+# sampled, where the weights of the reference are, and the length from which prompts are refused.
 MAY_CHANGE = (
+    "data.max_prompt_tokens",
     *("rollout.record", "rollout.recording", "rollout.engine", "rollout.local_batch", "rollout.sglang"),
     *("rollout.mismatch_alarm", "rollout.mismatch_growth", "rollout.mismatch_stop", "rollout.mismatch_patience"),
     *("rollout.routing_replay_compare_every", "reference.weights"),

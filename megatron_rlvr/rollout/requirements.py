@@ -93,10 +93,15 @@ def check_context(config: Config, positions: int) -> None:
         if (measured := _longest_prompt(config, path)) is not None:
             prompt, source = measured, f"the longest prompt of {path}"
         if exceeds_context(prompt, response, positions):
+            remedies = [f"lower {setting} to {positions - prompt}"] if prompt < positions else []
+            if source != "data.max_prompt_tokens":
+                remedies.append("shorten the prompts")
+            elif response < positions:
+                remedies.append(f"set {source} to {positions - response} if no prompt is longer")
+            remedies.append("use a model whose config.json allows for more")
             raise UserError(
                 f"{source} ({prompt} tokens) and {setting}={response} exceed the {positions} positions of the model "
-                f"(max_position_embeddings): lower {setting} to {max(1, positions - prompt)}, shorten the prompts, or "
-                "use a model whose config.json allows for more"
+                f"(max_position_embeddings): {', or '.join(remedies)}"
             )
 
 

@@ -115,7 +115,9 @@ def test_what_makes_another_run_is_refused_on_resume(override: str, run_yaml: Pa
         check_same_run(load_config(run_yaml, [override]), tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("override", [*MAY_CHANGE, "rollout.local_batch=3", "telemetry.plots=true", "threads=2"])
+@pytest.mark.parametrize(
+    "override", [*MAY_CHANGE, "data.max_prompt_tokens=9", "rollout.local_batch=3", "telemetry.plots=true", "threads=2"]
+)
 def test_what_a_resume_may_change(override: str, run_yaml: Path, tmp_path: Path) -> None:
     save_config(load_config(run_yaml), tmp_path / "config.yaml")
     changed: Config = load_config(run_yaml, [override])

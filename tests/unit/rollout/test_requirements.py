@@ -73,6 +73,18 @@ def test_a_dry_run_says_when_the_model_was_not_checked(tmp_path: Path, capsys: p
     assert "\nthe model was not checked: model.path=models/" in capsys.readouterr().out
 
 
+def test_the_first_job_can_be_tried_before_its_data_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--nodes=n0,n1", "--processes-per-node=1", "--", "-m", "megatron_rlvr.train"]
+    command += [str(ROOT / "examples/quickstart/quickstart.yaml"), f"model.path={ROOT}/examples/quickstart/base_model"]
+    command += ["data.train=nowhere/train.jsonl", "data.heldout=nowhere/heldout.jsonl"]
+    assert dry_run.main(command) == 0
+    assert dry_run.main([*command, "data.max_prompt_tokens=1024"]) == 2
+    expected = (
+        "set data.max_prompt_tokens to 46 if no prompt is longer, or use a model whose config.json allows for more"
+    )
+    assert f"positions of the model (max_position_embeddings): {expected}\n" in capsys.readouterr().err
+
+
 def test_the_context_is_unknown_without_the_model() -> None:
     check_job(load_config(CONFIGS / "qwen2.5-math-7b.yaml", ["rollout.max_tokens=4096"]), 8)
 
