@@ -28,6 +28,7 @@ from megatron_rlvr.planning.plan import make_plan
 from megatron_rlvr.planning.report import describe, describe_suggestions
 from megatron_rlvr.planning.servers import Servers
 from megatron_rlvr.planning.suggestions import suggest
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import check_gpus
 
 
 @user_errors_reported
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.nodes < 1 or options.gpus_per_node < 1:
         raise UserError("--nodes and --gpus-per-node must be at least 1")
     servers = Servers.of_job(config, options.servers)
+    if servers.placement == "colocated":
+        sglang = config.rollout.sglang
+        check_gpus(sglang.server, sglang.servers, options.gpus_per_node, "a node")
     nodes = options.nodes - servers.nodes
     if nodes < 1:
         raise UserError(f"--servers {options.servers} leaves none of --nodes {options.nodes} to train: raise --nodes")

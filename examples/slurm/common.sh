@@ -170,7 +170,7 @@ launch() {
 # Check the configuration and print the commands of a dry run, with the Python of this machine, which may have no container.
 describe_ranks() {
     local interpreter=${python[${#python[@]} - 1]} job_options=(--servers="$RLVR_SERVERS") status=0
-    [ -z "$gpus" ] || job_options+=(--gpus)
+    [ -z "$gpus" ] || job_options+=(--gpus="$gpus")
     "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 9))' ||
         refuse "$interpreter on $(uname -n) is older than Python 3.9: put a newer one first in PATH"
     "$interpreter" -m megatron_rlvr.cluster.dry_run --detail="$RLVR_DRY_RUN" \

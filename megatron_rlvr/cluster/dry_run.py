@@ -33,13 +33,13 @@ class TrainingJob:
         nodes: nodes that train.
         processes: training processes per node.
         servers: SGLang servers that the job starts: none, colocated or nodes:N.
-        gpus: whether the nodes have GPUs.
+        gpus: GPUs of a node; 0 for a job on CPUs.
     """
 
     nodes: int
     processes: int
     servers: str
-    gpus: bool
+    gpus: int
 
 
 def print_commands(nodes: Sequence[str], local: int, command: Sequence[str], every_rank: bool) -> None:
@@ -93,7 +93,7 @@ def check_configuration(words: Sequence[str], job: TrainingJob | None = None) ->
     config = load_config(words[0], words[1:])
     lines = []
     if job is not None:
-        check_job(resolve(config, job.gpus), job.nodes * job.processes)
+        check_job(resolve(config, job.gpus > 0), job.nodes * job.processes)
         if job.gpus:
             lines = [check_on_gpus(config, Path(words[0]), job)]
     return "\n".join([*lines, f"{words[0]} and the overrides are valid"])
@@ -113,10 +113,10 @@ def check_on_gpus(config: Config, file: Path, job: TrainingJob) -> str:
     Raises:
         UserError: if the preflight would refuse it for another reason than memory.
     """
-    from megatron_rlvr.cluster.plan_check import check_server_memory
+    from megatron_rlvr.cluster.plan_check import check_servers
     from megatron_rlvr.planning.architecture import architecture_of, model_described_by
 
-    check_server_memory(config, job.servers)
+    check_servers(config, job.servers, job.gpus)
     architecture = architecture_of(file)
     with ExitStack() as stack:
         if not (Path(config.model.path) / "config.json").is_file():
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", required=True, help="names of the training nodes, comma-separated")
     parser.add_argument("--processes-per-node", type=int, required=True)
-    parser.add_argument("--gpus", action="store_true", help="the nodes have GPUs")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of a node")
     parser.add_argument("--servers", default="none", help="SGLang servers of the job: none, colocated or nodes:N")
     parser.add_argument("--detail", default="1", help="ranks: a line per rank; otherwise a line per node")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and Python's arguments")

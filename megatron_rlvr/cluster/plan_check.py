@@ -34,7 +34,8 @@ def check_plan(config: Config, reports: Sequence[NodeReport], nodes: int, proces
     hardware = replace(Hardware(), memory_bytes=min(memory) * 2.0**20) if memory else Hardware()
     placement = Servers.of_job(config, servers)
     if memory:
-        check_server_memory(config, servers)
+        hosts = reports[nodes:] if placement.placement == "nodes" else reports[:nodes]
+        check_servers(config, servers, min(len(report.gpus) for report in hosts or reports))
     plan = make_plan(config, nodes, processes, hardware, servers=placement, on_gpu=bool(memory))
     if not memory:
         return f"layout: {plan.data_parallel} data-parallel ranks on {nodes} x {processes} processes, no GPUs"
@@ -45,15 +46,21 @@ def check_plan(config: Config, reports: Sequence[NodeReport], nodes: int, proces
     return describe(plan)
 
 
-def check_server_memory(config: Config, servers: str) -> None:
-    """Refuse servers of a GPU job without a share of the GPUs' memory.
+def check_servers(config: Config, servers: str, gpus: int) -> None:
+    """Refuse servers of a GPU job that a node has too few GPUs for, or without a share of the GPUs' memory.
 
     Args:
         servers: SGLang servers that the job will start: none, colocated or nodes:N.
+        gpus: GPUs of each node that they run on.
     """
     from megatron_rlvr.planning.servers import memory_fraction
+    from megatron_rlvr.rollout.engines.sglang.launch_arguments import check_gpus
 
-    if servers != "none" and memory_fraction(config) is None:
+    if servers == "none":
+        return
+    sglang = config.rollout.sglang
+    check_gpus(sglang.server, sglang.servers, gpus, "a node")
+    if memory_fraction(config) is None:
         raise UserError(
             f"RLVR_SERVERS={servers} needs rollout.sglang.server.mem_fraction_static: set it to the share of each "
             "GPU's memory that the servers keep; tools/plan.py prints the largest that fits"

@@ -207,6 +207,7 @@ def test_configurations_that_do_not_fit(tool: ModuleType, capsys: pytest.Capture
         ("rollout.engine=local", "rollout.engine=local needs model.layer_spec=local, found transformer_engine"),
         ("rollout.max_tokens=131072", "rollout.max_tokens=131072 exceed the 131072 positions of the model"),
         ("rollout.sglang.server.mem_fraction_static=1.5", "mem_fraction_static=1.5 is not a share"),
+        ("rollout.sglang.server.tensor_parallel_size=16", "of 16 GPUs each need more than the 8 GPUs of a node"),
         ("parallel.tensr=8", "did you mean parallel.tensor?"),
         ("model.path=nowhere", "has no config.json, and there is no "),
     ],

@@ -52,6 +52,17 @@ def test_a_dry_run_refuses_what_training_refuses(
         ("colocated", "rollout.max_tokens=4096", "exceed the 4096 positions of the model"),
         ("colocated", "parallel.tensor=8", "parallel.tensor=8 does not divide the model's 28 attention heads"),
         ("colocated", "rollout.sglang.server.mem_fraction_static=null", "mem_fraction_static: set it to the share"),
+        (
+            "colocated",
+            "rollout.sglang.server.tp_size=2",
+            "8 servers (rollout.sglang.servers) of 2 GPUs each need more than",
+        ),
+        (
+            "nodes:1",
+            "rollout.sglang.servers=9",
+            "9 servers (rollout.sglang.servers) of 1 GPUs each need more than the 8",
+        ),
+        ("colocated", "rollout.sglang.server.mem_fraction_statik=1", "did you mean mem_fraction_static?"),
         ("none", "rollout.engine=local", "needs model.layer_spec=local, found transformer_engine"),
     ],
 )
@@ -59,7 +70,7 @@ def test_a_dry_run_for_gpus_takes_the_published_architecture(
     servers: str, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = str(CONFIGS / "qwen2.5-math-7b.yaml")
-    command = ["--gpus", f"--servers={servers}", "--nodes=n0", "--processes-per-node=8"]
+    command = ["--gpus=8", f"--servers={servers}", "--nodes=n0", "--processes-per-node=8"]
     command += ["--", "-m", "megatron_rlvr.train", config, "rollout.sglang.servers=8"]
     assert dry_run.main([*command, override]) == 2
     assert message in capsys.readouterr().err
@@ -68,7 +79,7 @@ def test_a_dry_run_for_gpus_takes_the_published_architecture(
 def test_a_dry_run_says_when_the_model_was_not_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text((CONFIGS / "qwen2.5-math-7b.yaml").read_text())
-    command = ["--gpus", "--nodes=n0", "--processes-per-node=8", "--", "-m", "megatron_rlvr.train", str(mine)]
+    command = ["--gpus=8", "--nodes=n0", "--processes-per-node=8", "--", "-m", "megatron_rlvr.train", str(mine)]
     assert dry_run.main(command) == 0
     assert "\nthe model was not checked: model.path=models/" in capsys.readouterr().out
 

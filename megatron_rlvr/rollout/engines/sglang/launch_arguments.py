@@ -96,3 +96,21 @@ class ServerLayout:
     def gpus(self) -> int:
         """Number of GPUs of the server."""
         return self.gpus_per_replica * self.replicas
+
+
+def check_gpus(arguments: Mapping[str, Any], servers: int, gpus: int, where: str) -> None:
+    """Refuse servers that need more GPUs than there are.
+
+    Args:
+        arguments: arguments of each server.
+        servers: number of servers.
+        gpus: number of GPUs of the machine that they run on.
+        where: the machine, for the error.
+    """
+    each, first = ServerLayout.from_arguments(arguments).gpus, int(normalized(arguments).get("base_gpu_id") or 0)
+    if gpus < first + each * servers:
+        after = f" after base_gpu_id={first}" if first else ""
+        raise UserError(
+            f"{servers} servers (rollout.sglang.servers) of {each} GPUs each{after} need more than the {gpus} GPUs of "
+            f"{where}: start fewer servers, or use fewer GPUs per server"
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.megatron import device
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
-from megatron_rlvr.rollout.engines.sglang.launch_arguments import ServerLayout, normalized
+from megatron_rlvr.rollout.engines.sglang.launch_arguments import check_gpus
 from megatron_rlvr.rollout.engines.sglang.server import Server, visible_gpus
 from megatron_rlvr.rollout.engines.sglang.server_key import new_key
 
@@ -60,7 +60,8 @@ class ServerPool:
     ):
         self.config = config
         self.key = key or new_key()
-        _check_gpus(config)
+        if device.on_gpu():
+            check_gpus(config.server, config.servers, len(visible_gpus(config)), "this machine")
         logs.mkdir(parents=True, exist_ok=True)
         self.servers = [
             Server(config, dtype, logs / f"server_{number}.log", number, host_name, hide_other_gpus, self.key)
@@ -218,16 +219,3 @@ class ServerPool:
             server.ask_to_end()
         for server in servers:
             server.kill(deadline)
-
-
-def _check_gpus(config: SGLangConfig) -> None:
-    if not device.on_gpu():
-        return
-    gpus_per_server = ServerLayout.from_arguments(config.server).gpus
-    first_gpu = int(normalized(config.server).get("base_gpu_id") or 0)
-    if (visible := len(visible_gpus(config))) < first_gpu + gpus_per_server * config.servers:
-        after = f" after base_gpu_id={first_gpu}" if first_gpu else ""
-        raise UserError(
-            f"{config.servers} servers (rollout.sglang.servers) of {gpus_per_server} GPUs each{after} need more than "
-            f"the {visible} GPUs of this machine: start fewer servers, or use fewer GPUs per server"
-        )
