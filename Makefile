@@ -16,7 +16,7 @@ export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak mismatch-study fuzz quickstart quickstart-seeds quantized-rollouts real-model routing-replay real-model-check study docs test lint format clean
+.PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak mismatch-study mismatch-study-sglang fuzz quickstart quickstart-seeds quantized-rollouts real-model routing-replay real-model-check study docs test lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -101,6 +101,9 @@ real-model-check: $(STAMP) $(SGLANG_READY)  ## test that model against transform
 	PYTHONPATH=. $(BIN)/python examples/real_model/fetch.py
 	test -f runs/real_model/data/words.txt || PYTHONPATH=. $(BIN)/python examples/real_model/tasks.py
 	REAL_MODEL=$(abspath runs/real_model/model) $(BIN)/python -m pytest tests/integration/sglang/test_real_model.py -s -p no:warnings $(ARGS)
+
+mismatch-study-sglang: $(STAMP) $(SGLANG_READY)  ## plant faults in a real SGLang: does the mismatch alarm ring? (5 minutes)
+	PYTHONPATH=.:examples/quickstart $(BIN)/python tests/integration/sglang/planted_faults_study.py runs/mismatch-study $(ARGS)
 
 routing-replay: $(STAMP) $(SGLANG_READY)  ## measure routing replay on a bf16 SGLang against float32 training (5 minutes)
 	PYTHONPATH=.:examples/quickstart $(BIN)/python tests/integration/sglang/routing_replay_study.py runs/routing-replay $(ARGS)
