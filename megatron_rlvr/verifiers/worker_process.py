@@ -24,6 +24,7 @@ from megatron_rlvr.verifiers.verdict import Verdict
 # A worker imports its verifier in a second or two on an idle machine, but takes longer if a node starts 64 at once.
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 10.0
+_LOOK_AGAIN_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class WorkerProcess:
         self._gone = False
         self._violation = ""
         self._queued_s = 0.0
+        self._ran_s: float | None = None  # at the last look after the deadline
         self.deadline = time.monotonic() + _START_TIMEOUT_S
         self._send(setup)
 
@@ -179,16 +181,25 @@ class WorkerProcess:
     def _start_limit(self) -> None:
         """Start the time limit of the next item."""
         self.deadline = time.monotonic() + self._timeout_s
-        self._queued_s = _queued_seconds(self.process.pid)
+        self._queued_s, self._ran_s = _processor_seconds(self.process.pid)[1], None
 
     def _expired(self) -> bool:
-        """Whether the time limit has passed and no reply waits to be read; moves the deadline by time in the queue."""
+        """Whether the time limit has passed and no reply waits to be read; moves the deadline by time in the queue.
+
+        Linux adds the time in the queue when it ends. So a process that is ready to run, and has not run since the last
+        look, is still in the queue, and is looked at again.
+        """
         if time.monotonic() < self.deadline:
             return False
-        queued_s = _queued_seconds(self.process.pid)
+        ran_s, queued_s = _processor_seconds(self.process.pid)
         self.deadline += queued_s - self._queued_s
         self._queued_s = queued_s
-        return time.monotonic() >= self.deadline and not self._readable()
+        if time.monotonic() < self.deadline or self._readable():
+            return False
+        if self._state() == "R" and self._ran_s in (None, ran_s):
+            self._ran_s, self.deadline = ran_s, time.monotonic() + _LOOK_AGAIN_S
+            return False
+        return True
 
     def _readable(self) -> bool:
         poll = select.poll()  # unlike select, it takes descriptors above 1023
@@ -212,11 +223,15 @@ class WorkerProcess:
 
     def _stopped(self) -> bool:
         """Whether a signal has stopped the process, such as SIGSTOP."""
+        return self._state() in ("T", "t")
+
+    def _state(self) -> str:
+        """The state of the process, a letter as in proc(5); empty where it is not known."""
         try:
             stat = Path(f"/proc/{self.process.pid}/stat").read_text()
         except OSError:
-            return False
-        return stat.rpartition(")")[2].split()[0] in "Tt"
+            return ""
+        return stat.rpartition(")")[2].split()[0]
 
     def kill(self) -> None:
         """Kill the process and all processes that its verifier started, and wait for the process to end."""
@@ -227,12 +242,13 @@ class WorkerProcess:
             self.process.wait(_END_TIMEOUT_S)
 
 
-def _queued_seconds(pid: int) -> float:
-    """How long a process has been ready to run without a processor, in seconds; 0 where Linux does not record it."""
+def _processor_seconds(pid: int) -> tuple[float, float]:
+    """Seconds that a process has run, and been ready to run without a processor; 0 where Linux does not record them."""
     try:
-        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
-    except (OSError, IndexError):
-        return 0.0
+        ran, queued = Path(f"/proc/{pid}/schedstat").read_text().split()[:2]
+    except (OSError, ValueError):
+        return 0.0, 0.0
+    return int(ran) * 1e-9, int(queued) * 1e-9
 
 
 def _has_fileno(stream: Any) -> bool:

@@ -14,7 +14,7 @@ import pytest
 import verifiers_that_misbehave as misbehaving
 
 from megatron_rlvr.errors import UserError
-from megatron_rlvr.verifiers import Verdict, VerifierPool, build_verifier
+from megatron_rlvr.verifiers import Verdict, VerifierPool, build_verifier, worker_process
 from megatron_rlvr.verifiers.worker_process import WorkerProcess
 
 MISBEHAVIOUR = {"hang": "timeout", "crash": "crash", "leave": "crash", "hog": "memory", "raise": "error"}
@@ -97,6 +97,25 @@ def test_a_failed_batch_fails_every_thread_that_shared_it():
 def test_the_timeout_is_per_item_not_per_batch():
     with VerifierPool(misbehaving.score, workers=1, timeout_s=2.0) as pool:
         assert {verdict.status for verdict in pool.verify(["sleep"] * 8, ["sleep"] * 8)} == {"ok"}
+
+
+def test_a_wait_for_the_processor_that_has_not_ended_does_not_count(monkeypatch):
+    """Linux adds such a wait to the statistics only when it ends."""
+    ran, state = 1.0, "R"
+    monkeypatch.setattr(worker_process, "_processor_seconds", lambda pid: (ran, 0.0))
+    monkeypatch.setattr(WorkerProcess, "_state", lambda worker: state)
+    with VerifierPool(misbehaving.score, workers=1) as pool:
+        pool.wait_until_loaded()
+        (worker,) = pool._workers
+        worker.pending.append(0)
+        worker._ran_s = None
+        for _ in range(3):  # it is in the queue
+            worker.deadline = 0.0
+            assert worker.failure() is None
+        ran, worker.deadline = 1.5, 0.0  # it has computed, for longer than the limit
+        assert worker.failure() is not None
+        ran, worker.deadline, worker._ran_s, state = 1.5, 0.0, None, "S"  # it waits for something else
+        assert worker.failure() is not None
 
 
 def test_time_without_a_processor_does_not_count():
