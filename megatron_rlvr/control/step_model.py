@@ -29,7 +29,7 @@ SIGN_CERTAINTY = 0.7
 """The sign of an effect is known if its estimate is so many standard deviations from 0."""
 SAFE_ERROR = 0.05
 """Change of ln entropy beyond the wanted one that steering may risk until the next measurement."""
-UNLUCKY = 3.0
+UNLUCKY = 2.5
 """A gain is taken to be at most so many standard deviations above its estimate."""
 NEGLIGIBLE = 0.02
 """Change of ln entropy per step below which the effect of a threshold is not worth a trial."""

@@ -26,7 +26,7 @@ STEERING_PACE = 4.0
 """Within a step, u moves by at most this many times ``steering_rate``."""
 ROUNDING = 1e-9
 """A smaller change of ln entropy is none."""
-CAUTION = 1.0
+CAUTION = 1.25
 """Steps ahead are planned with so many standard deviations less gain than estimated: leaving a curve early costs less
 than being late."""
 
