@@ -182,8 +182,8 @@ class TargetEntropy(RelativeSchedule):
         """Choose the control of this step: the thresholds' position, and the initial steering."""
         model, previous, rate = self._step_model, self._step_model.steering, observation.rate
         model.response, model.rate, model.position, model.steering = observation.response or NEUTRAL, rate, 0.0, 0.0
-        # The effect of a gradient on entropy fades sooner than its weight in Adam's average: where beta_1 is 0.9, 0.7 to
-        # 0.8 explains the measured shifts best, on the quickstart's task and in grpo.py.
+        # The effect of a gradient on entropy fades sooner than its weight in Adam's average. Values from 0.7 to 0.8
+        # explain the measured shifts best where beta_1 is 0.9.
         model.momentum, model.updates = max(0.0, 3.0 * observation.momentum - 2.0), observation.updates
         self._plan()
         log_entropy, drift, transfer = self._plant.best.mean
@@ -219,7 +219,7 @@ class TargetEntropy(RelativeSchedule):
         }
 
     def _steer(self, previous: float, pace: float) -> None:
-        """Choose u. Under a ``steering_rate``, it moves at most ``pace`` times as far from 0, beyond its previous value."""
+        """Choose u. Under a ``steering_rate``, it goes at most ``pace`` times as far beyond its previous value."""
         model = self._step_model
         probe = 1.0 if (self._step % 2 == 0) == (self._done < 0.5) else -1.0  # its effects cancel
         model.steer(self._wanted_effect, max(self._unseen, SHORTEST_AIM), probe, self.steering_limit)
