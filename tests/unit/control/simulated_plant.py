@@ -67,7 +67,7 @@ class SimulatedPolicy:
             entropy,
             response=seen if response else None,
             standard_error=deviation * entropy if error else None,
-            momentum=(2.0 + self.momentum) / 3.0 if self.told else 0.0,  # effects fade sooner than Adam's average
+            momentum=(3.0 + self.momentum) / 4.0 if self.told else 0.0,  # effects fade sooner than Adam's average
             updates=self.updates if self.told else 1,
         )
         target, steering, shift = schedule.metrics()["control/target"], 0.0, 0.0
