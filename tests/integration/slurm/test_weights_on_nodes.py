@@ -58,6 +58,7 @@ def check(job: Job, nodes: list[str], transport: str) -> None:
         assert "POST /generate" in log
 
 
+@pytest.mark.timeout(1800)
 def test_each_node_updates_its_own_server(quickstart: Job) -> None:
     job = with_real_servers(quickstart, "colocated")
     job.submit(f"steps={STEPS}")
