@@ -12,15 +12,13 @@ import argparse
 import ast
 import json
 import re
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sglang_arguments import launch_arguments
+from wheels import Wheel, wheels_of
 
 from megatron_rlvr.doctor import pins
 from megatron_rlvr.errors import UserError
@@ -30,28 +28,6 @@ from megatron_rlvr.rollout.engines.sglang.server_arguments import RECORDED
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "contracts"
 PACKAGES = ("transformer-engine", "sglang", "torch-memory-saver", "nvidia-nccl-cu13")
 _COMPILED = "transformer_engine_torch"
-
-
-class Wheel:
-    """The sources of a wheel, by path."""
-
-    def __init__(self, path: Path):
-        self.archive = zipfile.ZipFile(path)
-        self.names = set(self.archive.namelist())
-
-    def text(self, name: str) -> str:
-        return self.archive.read(name).decode()
-
-    def module(self, name: str) -> ast.Module | None:
-        """Parse a module by its dotted name; None if the wheel has no such Python source."""
-        path = name.replace(".", "/")
-        for candidate in (f"{path}.py", f"{path}/__init__.py"):
-            if candidate in self.names:
-                return ast.parse(self.text(candidate))
-        return None
-
-    def is_package(self, name: str) -> bool:
-        return f"{name.replace('.', '/')}/__init__.py" in self.names
 
 
 def parameters(function: ast.FunctionDef) -> list[str]:
@@ -177,18 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, help="folder of downloaded wheels")
     options = parser.parse_args(arguments)
     versions = {name: pins("gpu")[name] for name in PACKAGES}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.wheels or Path(temporary)
-        if options.wheels is None:
-            wanted = [f"{name}=={version}" for name, version in versions.items()]
-            subprocess.run(
-                [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, *wanted], check=True
-            )
+    with wheels_of(versions, options.wheels) as wheels:
         for name, record in zip(PACKAGES, (transformer_engine, sglang, torch_memory_saver, nccl), strict=True):
-            found = sorted(folder.glob(f"{name.replace('-', '_')}-{versions[name]}-*.whl"))
-            if not found:
-                raise UserError(f"{folder} has no wheel of {name} {versions[name]}: download it with pip download")
-            wheel = Wheel(found[0])
+            wheel = wheels[name]
             write(FOLDER / f"{record.__name__}.json", name, versions[name], record(wheel))
             if name == "sglang":
                 write(RECORDED, name, versions[name], {"arguments": launch_arguments(wheel.names, wheel.text)})

@@ -14,9 +14,7 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +22,8 @@ from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
-from record_contracts import Wheel
 from torch import Tensor
+from wheels import Wheel, wheels_of
 
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
@@ -200,18 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, help="folder of downloaded wheels")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.wheels or Path(temporary)
-        if options.wheels is None:
-            wanted = [f"{name}=={version}" for name, version in VERSIONS.items()]
-            subprocess.run(
-                [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, *wanted], check=True
-            )
-        wheels = {}
-        for name, version in VERSIONS.items():
-            if not (files := sorted(folder.glob(f"{name}-{version}-*.whl"))):
-                raise UserError(f"{folder} has no wheel of {name} {version}: download it with pip download --no-deps")
-            wheels[name] = Wheel(files[0])
+    with wheels_of(VERSIONS, options.wheels) as wheels:
         batches = []
         for batch in map(batch_of, SEEDS):
             chosen = batch["mask"].bool()

@@ -61,10 +61,10 @@ def copy_service(host: str, key: str) -> Iterator[str]:
         root, folder, checksum = _folder(request)
         with one_at_a_time:
             copy = copy_at(root)
-            if seen := _holds(folder, checksum):
-                return {"seen": seen}
-            copy.expect(checksum)
-            return {"seen": False}
+            seen = _holds(folder, checksum)
+            if not seen:
+                copy.expect(checksum)
+            return {"seen": seen}
 
     def receive(path: str, file: BufferedIOBase, length: int) -> dict[str, Any]:
         checksum, _, name = unquote(path).partition("/")
