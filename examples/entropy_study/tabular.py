@@ -40,6 +40,7 @@ from megatron_rlvr.control.regions import (
 from megatron_rlvr.objectives import TokenInputs, build_objective, group_advantages
 
 STATIC = AffineThreshold(0.2)
+BETAS = (0.9, 0.95)
 RANDOM_REWARD_SETTINGS = {
     "upper-dynamic": ClipThresholds(STATIC, AffineThreshold(0.5, -0.25)),
     "clip-higher": ClipThresholds(STATIC, AffineThreshold(0.28)),
@@ -232,7 +233,7 @@ def tracking_experiment(
     hidden = (known + unknown) / math.sqrt(2.0 * dimension)
     weights = (4.0 * known / math.sqrt(dimension)).requires_grad_()  # confident, and right about half of the time
     evaluation_states = normal(2048, dimension)  # states on which the true entropy is evaluated
-    optimizer = torch.optim.Adam([weights], lr=rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam([weights], lr=rate, betas=BETAS)
     objective = build_objective("clip")
     run = Tracking([], [], [], [], [])
     for step in range(steps):
@@ -251,7 +252,9 @@ def tracking_experiment(
         response = SteeringResponse.from_sums(sums.tolist())
         entropy = old.entropy.view(prompts, length, samples)[..., 0].mean(1)
         error = entropy.std().item() / math.sqrt(prompts)
-        schedule.observe(step, entropy.mean().item(), response=response, standard_error=error)
+        schedule.observe(
+            step, entropy.mean().item(), response=response, standard_error=error, momentum=BETAS[0], updates=updates
+        )
         thresholds = schedule.thresholds(step)
         run.measured.append(entropy.mean().item())
         run.target.append(curve.value(step / steps, run.measured[0]))

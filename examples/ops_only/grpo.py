@@ -49,8 +49,8 @@ def train(seed: int, schedule: TargetEntropy) -> list[dict[str, float]]:
         with torch.no_grad():
             old = ops.token_statistics(policy(inputs).flatten(0, 1), answers.flatten(), second_moments=True)
         tokens = StepTokens.measure(old, advantage)
-        schedule.observe(step, tokens.mean_entropy, response=tokens.response)
         minibatches = [part for _ in range(EPOCHS) for part in torch.randperm(len(prompts)).chunk(MINIBATCHES)]
+        schedule.observe(step, tokens.mean_entropy, response=tokens.response, momentum=0.9, updates=len(minibatches))
         for update, chosen in enumerate(minibatches):
             thresholds = schedule.thresholds(step)
             new = ops.token_statistics(policy(inputs[chosen]).flatten(0, 1), answers[chosen].flatten())

@@ -93,7 +93,14 @@ class EntropyControlledGRPOTrainer(GRPOTrainer):
         )
         self.rollout, self.update = self.rollout + 1, 0
         rate = min(1.0, self._get_learning_rate() / self.args.learning_rate)
-        self.schedule.observe(self.rollout, self.tokens.mean_entropy, response=self.tokens.response, rate=rate)
+        self.schedule.observe(
+            self.rollout,
+            self.tokens.mean_entropy,
+            response=self.tokens.response,
+            rate=rate,
+            momentum=self.args.adam_beta1,
+            updates=self.updates,
+        )
         batch["old_per_token_logps"] = old.logprob.view(completion.shape)
         batch["token_index"] = torch.arange(mask.numel(), device=mask.device).view(mask.shape)  # TRL shuffles sequences
         return batch

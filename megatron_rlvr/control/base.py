@@ -20,6 +20,8 @@ class Observation:
     response: SteeringResponse | None = None
     standard_error: float | None = None
     rate: float = 1.0
+    momentum: float = 0.0
+    updates: int = 1
 
 
 class ClipSchedule:
@@ -36,6 +38,8 @@ class ClipSchedule:
         response: SteeringResponse | None = None,
         standard_error: float | None = None,
         rate: float = 1.0,
+        momentum: float = 0.0,
+        updates: int = 1,
     ) -> None:
         """Record the mean entropy measured before the updates of ``step``.
 
@@ -46,9 +50,13 @@ class ClipSchedule:
             response: effect of steering on this step's tokens. Used by :class:`TargetEntropy` only.
             standard_error: of ``entropy``, in nats per token. Used by :class:`TargetEntropy` only.
             rate: learning rate of this step relative to its peak, 0 to 1. Used by :class:`TargetEntropy` only.
+            momentum: beta_1 of Adam, 0 to below 1: how long an update acts on after it. Used by
+                :class:`TargetEntropy` only.
+            updates: number of updates of this step, over which momentum acts. Used by :class:`TargetEntropy` only.
 
         Raises:
-            ValueError: if ``step`` is negative, ``entropy`` is negative or not finite, or ``response`` is not finite.
+            ValueError: if ``step`` is negative, ``entropy`` is negative or not finite, ``response`` is not finite, or
+                ``momentum`` or ``updates`` is out of range.
                 The state of the schedule is unchanged then.
         """
         check_step(step)
@@ -57,7 +65,11 @@ class ClipSchedule:
         sums = () if response is None else (response.change, response.slope, response.ascent, response.ascent_slope)
         if not all(map(math.isfinite, sums)):
             raise ValueError(f"schedule: the steering response of step {step} must be finite, found {response}")
-        self._observe(Observation(step, entropy, tokens, response, standard_error, rate))
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"schedule: momentum is beta_1 of Adam, 0 to below 1, found {momentum!r}")
+        if updates < 1:
+            raise ValueError(f"schedule: a step has at least 1 update, found updates={updates!r}")
+        self._observe(Observation(step, entropy, tokens, response, standard_error, rate, momentum, updates))
 
     def _observe(self, observation: Observation) -> None:
         """What a schedule does with an observation; its step and entropy are valid."""

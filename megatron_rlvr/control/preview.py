@@ -1,4 +1,4 @@
-"""Preview: how far entropy should move in a step when the curve ahead asks for more than a step can do."""
+"""Preview: how entropy should be moved in a step when the curve ahead asks for more than a step can do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ SWEEPS = 40
 """Sweeps of coordinate descent; ten steps ahead, the first move then has converged to 1e-3."""
 LARGEST_ERROR = 2.0
 """Errors of ln entropy count as at most this, so that their exponentials stay within bounds."""
+EFFORT = 0.005
+"""Cost of a change of the control between two steps, relative to an error of the same size."""
 
 
 @dataclass(frozen=True)
@@ -28,40 +30,122 @@ class Reach:
         return self.low < change < self.high
 
 
-def first_move(
-    log_entropy: float, log_targets: Sequence[float], first: Reach, later: Reach, free: float | None = None
-) -> float:
-    """The change of ln entropy in the next step that follows the targets ahead best.
+@dataclass(frozen=True)
+class Shares:
+    """How the optimizer's momentum divides a step between the control before it and its own.
+
+    An update follows an average of the directions of all updates so far. Under a control v, constant over the step, and
+    an average e before it, a step moves ln entropy by ``carried * e + own * v``, and ends with the average
+    ``kept * e + (1 - kept) * v``. Without momentum, the three are 0, 1 and 0.
+    """
+
+    carried: float
+    own: float
+    kept: float
+
+    @classmethod
+    def of_updates(cls, kept: Sequence[float], count: int) -> Shares:
+        """Those of consecutive updates, each of which keeps a part ``kept`` of the average; a step has ``count``."""
+        carried, product = 0.0, 1.0
+        for each in kept:
+            product *= each
+            carried += product
+        return cls(carried / count, (len(kept) - carried) / count, product)
+
+
+@dataclass(frozen=True)
+class StepAhead:
+    """A step of the plan.
+
+    Attributes:
+        target: ln of the target after it.
+        free: change of ln entropy without any control.
+        reach: of its control: the change of ln entropy, per step, once momentum has caught up.
+        shares: how far momentum lets that control act within the step.
+    """
+
+    target: float
+    free: float
+    reach: Reach
+    shares: Shares
+
+
+def first_control(
+    log_entropy: float, carried: float, steps: Sequence[StepAhead], natural: float | None = None
+) -> tuple[float, float]:
+    """The control of the next step that follows the targets ahead best.
 
     Args:
         log_entropy: present ln entropy.
-        log_targets: ln targets of the next steps.
-        first, later: reach of the next step, and of each step after it.
-        free: if given, the targets are a floor: only entropy below a target is an error, and ``free`` is the change of
-            a step without control, from which the moves depart as late and as little as the floor allows.
+        carried: the average of the control so far, which momentum keeps.
+        steps: the next steps.
+        natural: if given, the targets are a floor: only entropy below a target is an error, and ``natural`` is the
+            control of a step without intervention, which the plan leaves as late and as little as the floor allows.
 
     Returns:
-        x_1 of the moves x within reach that minimise the sum of (H_j / target_j - 1)^2 over the steps j ahead, where
-        ln H_j = log_entropy + x_1 + ... + x_j. If a step can meet its target, it does. A curve that is too steep is
-        left early and met late, with the error on both sides of the slope.
+        v_1, and the change of ln entropy in the next step under it. v are the controls within reach that minimise the
+        sum of (H_j / target_j - 1)^2 over the steps j ahead. If a step can meet its target, it does. A curve that is
+        too steep is left early and met late, with the error on both sides of the slope. With momentum, the squared
+        change of the control from step to step counts as well, ``EFFORT`` times.
     """
-    reach = [first, *[later] * (len(log_targets) - 1)]
-    moves, level = [], log_entropy
-    for target, each in zip(log_targets, reach, strict=True):
-        moves.append(each.clip(target - level if free is None else free))
-        level += moves[-1]
-    if free is None and all(each.contains(move) for each, move in zip(reach[1:], moves[1:], strict=True)):
-        return moves[0]
+    effects = _effects(steps)
+    levels, controls, average, exact = [], [], carried, natural is None
+    level = log_entropy
+    for step in steps:
+        shares = step.shares
+        level += step.free + shares.carried * average
+        wanted = (step.target - level) / shares.own if natural is None else natural
+        controls.append(step.reach.clip(wanted))
+        exact &= not shares.kept and (len(controls) == 1 or step.reach.contains(wanted))
+        level += shares.own * controls[-1]
+        average = shares.kept * average + (1.0 - shares.kept) * controls[-1]
+        levels.append(level)
+    if not exact:
+        _descend(controls, levels, steps, effects, carried, natural)
+    first = steps[0]
+    return controls[0], first.free + first.shares.carried * carried + first.shares.own * controls[0]
+
+
+def _effects(steps: Sequence[StepAhead]) -> list[list[float]]:
+    """The effect of the control of step i on the level after step i, i + 1, ..."""
+    effects = []
+    for i, own in enumerate(steps):
+        level, average = own.shares.own, 1.0 - own.shares.kept
+        row = [level]
+        for later in steps[i + 1 :]:
+            level += later.shares.carried * average
+            average *= later.shares.kept
+            row.append(level)
+        effects.append(row)
+    return effects
+
+
+def _descend(
+    controls: list[float],
+    levels: list[float],
+    steps: Sequence[StepAhead],
+    effects: Sequence[Sequence[float]],
+    carried: float,
+    natural: float | None,
+) -> None:
+    """Minimise the cost over ``controls``, in place: a Newton step in each of them, from the last to the first."""
+    count, effort = len(steps), EFFORT if steps[0].shares.kept else 0.0
     for _ in range(SWEEPS):
-        for i in reversed(range(len(moves))):
-            # A Newton step in x_i, which moves all later levels.
-            level, slope, curvature = log_entropy + sum(moves[:i]), 0.0, 0.0
-            for move, target in zip(moves[i:], log_targets[i:], strict=True):
-                level += move
-                ratio = math.exp(min(max(level - target, -LARGEST_ERROR), LARGEST_ERROR))
-                if free is None or ratio < 1.0:
-                    slope += ratio * (ratio - 1.0)
-                    curvature += ratio * max(2.0 * ratio - 1.0, 0.5)
-            if curvature:
-                moves[i] = reach[i].clip(moves[i] - slope / curvature)
-    return moves[0]
+        for i in reversed(range(count)):
+            slope = curvature = 0.0
+            for effect, level, step in zip(effects[i], levels[i:], steps[i:], strict=True):
+                ratio = math.exp(min(max(level - step.target, -LARGEST_ERROR), LARGEST_ERROR))
+                if natural is None or ratio < 1.0:
+                    slope += effect * ratio * (ratio - 1.0)
+                    curvature += effect * effect * ratio * max(2.0 * ratio - 1.0, 0.5)
+            if not curvature:
+                continue
+            if effort:
+                for j in (i - 1, i + 1):
+                    if j < count:
+                        slope += effort * (controls[i] - (controls[j] if j >= 0 else carried))
+                        curvature += effort
+            control = steps[i].reach.clip(controls[i] - slope / curvature)
+            for k, effect in enumerate(effects[i], start=i):
+                levels[k] += effect * (control - controls[i])
+            controls[i] = control

@@ -31,6 +31,7 @@ class RolloutBatch:
         penalty: float32 [N], added to the rewards before advantages are computed (overlong shaping).
         slots: int64 [N / G], the places of the rank's prompts in the step; None if they are not known.
         strata: float64 [N / G], the number by which each prompt is stratified; None unless prompts are stratified.
+        sampled_fraction: of the prompts of the data, the fraction that the step samples; 0 if that is not known.
         age: int64 [T], how many training steps the weights that drew each token are behind those of the step; None if
             that is not known.
         kept: kept sets of the T response tokens, to which the policy is restricted; None if it is not.
@@ -49,6 +50,7 @@ class RolloutBatch:
     penalty: Tensor
     slots: Tensor | None = None
     strata: Tensor | None = None
+    sampled_fraction: float = 0.0
     age: Tensor | None = None
     kept: KeptSets | None = None
     routes: BatchRoutes | None = None

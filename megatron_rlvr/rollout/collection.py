@@ -93,8 +93,10 @@ class RolloutCollector:
         self.source_metrics = (
             SourceMetrics(self.prompts.sources, self.sampler) if isinstance(self.sampler, MixtureSampler) else None
         )
-        # Replacements change how many prompts of each file a step trains on, which is then random.
+        # Replacements change which prompts a step trains on, and how many of each file, which is then random.
         self.strata = None if rollout.dynamic_sampling else self.prompts.strata
+        known = not (rollout.dynamic_sampling or self.prompts.sources)
+        self.sampled_fraction = rollout.prompts_per_step / len(self.prompts) if known else 0.0
         self.source = GroupSource(
             rollout=rollout,
             seed=config.seed,
@@ -151,6 +153,7 @@ class RolloutCollector:
         versions, lengths = torch.tensor([span for completion in completions for span in completion.spans]).T
         batch.age = (step - versions).where(versions >= 0, 0).repeat_interleave(lengths)  # -1 is an unknown version
         batch.slots = torch.tensor([group.slot for group in groups])
+        batch.sampled_fraction = self.sampled_fraction
         if self.strata is not None:
             batch.strata = torch.tensor([self.strata[group.example] for group in groups], dtype=torch.float64)
         if self.rollout.overlong_buffer:

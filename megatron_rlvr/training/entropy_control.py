@@ -35,7 +35,7 @@ class EntropyControl:
 
     Args:
         algorithm: section ``algorithm`` of the configuration.
-        optimizer: section ``optimizer``, for the peak learning rate.
+        optimizer: section ``optimizer``, for the peak learning rate and beta_1.
         schedule: gives the clip thresholds of every step.
         layout: position of this process in the process groups.
 
@@ -49,7 +49,7 @@ class EntropyControl:
         self.tokens_seen = 0
         self._schedule = schedule
         self._initial_entropy: float | None = None  # of step 0, for a schedule that a resumed run changes to
-        self._peak_learning_rate = optimizer.learning_rate
+        self._peak_learning_rate, self._momentum = optimizer.learning_rate, optimizer.beta1
         self._old_policy = algorithm.old_policy
         self._minibatches, self._drop = algorithm.minibatches, algorithm.drop_zero_advantage
         self._updates_per_step = algorithm.epochs * algorithm.minibatches
@@ -91,6 +91,8 @@ class EntropyControl:
             response=measured.response,
             standard_error=measured.standard_error,
             rate=learning_rate / self._peak_learning_rate,
+            momentum=self._momentum,
+            updates=self._updates_per_step,
         )
         self.objective.observe(step, measured.entropy)
         if step == 0:

@@ -162,6 +162,10 @@ def _standard_error(
     the squared differences between neighbours in the order of the strata (Wolter, Introduction to Variance Estimation,
     section 8.2). All processes then receive all groups, so that neighbours do not depend on the layout.
 
+    Of the prompts of the data, a step samples the fraction f without replacement. Where f is known, the variation
+    between prompts counts 1 - f times, and that between completions of a prompt f times (two-stage sampling; Cochran,
+    Sampling Techniques, equation 10.15). A step that samples every prompt has the error of its completions alone.
+
     Args:
         batch: this rank's rollouts.
         token_entropy: float32 [T], entropy of each token of this rank.
@@ -169,24 +173,19 @@ def _standard_error(
         groups, tokens: number of groups and of response tokens in the job.
         layout: position of this process in the process groups.
     """
-    sequence = batch.sequence_of_token()
-    group_tokens = batch.response_lengths.view(-1, batch.group_size).sum(1).double()
-    group_entropy = torch.zeros_like(group_tokens).index_add(0, sequence // batch.group_size, token_entropy.double())
-    local = torch.stack([group_entropy, group_tokens])
+    residual = torch.zeros(len(batch.rewards), dtype=torch.float64)
+    residual.index_add_(0, batch.sequence_of_token(), token_entropy.double() - entropy)
+    of_group = residual.view(-1, batch.group_size)
+    fraction = batch.sampled_fraction if batch.group_size > 1 else 0.0
+    within = batch.group_size * of_group.var(1) if fraction else torch.zeros(len(of_group), dtype=torch.float64)
     if batch.strata is None or batch.slots is None:
-        moments = collectives.sum_over_job(_moments(local), contributes=layout.is_reporting_rank)
+        sums = {"between": float(of_group.sum(1).square().sum()), "within": float(within.sum())}
+        total = collectives.sum_over_job(sums, contributes=layout.is_reporting_rank)
     else:
         by_slot = torch.zeros(3, groups, dtype=torch.float64)
-        by_slot[:, batch.slots] = torch.cat([local, batch.strata[None]])
-        by_slot = collectives.sum_tensor_over_job(by_slot, contributes=layout.is_reporting_rank)
-        differences = by_slot[:2, by_slot[2].argsort(stable=True)].diff(dim=1)
-        moments = _moments(differences * math.sqrt(groups / (2 * max(1, differences.shape[1]))))
-    squares = moments["ee"] - 2 * entropy * moments["et"] + entropy**2 * moments["tt"]
-    return math.sqrt(max(0.0, squares)) / tokens
-
-
-def _moments(groups: Tensor) -> dict[str, float]:
-    """Return sums of squares and products over `groups`, float64 [2, P]: summed entropy and tokens of each group."""
-    entropy, tokens = groups
-    sums = {"ee": entropy.square().sum(), "et": (entropy * tokens).sum(), "tt": tokens.square().sum()}
-    return {name: float(value) for name, value in sums.items()}
+        by_slot[:, batch.slots] = torch.stack([of_group.sum(1), within, batch.strata])
+        summed, within, strata = collectives.sum_tensor_over_job(by_slot, contributes=layout.is_reporting_rank)
+        differences = summed[strata.argsort(stable=True)].diff()
+        between = differences.square().sum() * groups / (2 * max(1, len(differences)))
+        total = {"between": float(between), "within": float(within.sum())}
+    return math.sqrt((1.0 - fraction) * total["between"] + fraction * total["within"]) / tokens

@@ -239,7 +239,10 @@ def test_resumed_in_another_layout(name: str, runs: Runs) -> None:
 def test_bfloat16_is_close(name: str, runs: Runs) -> None:
     for ours, theirs in zip(read_metrics(runs.folder / "one"), read_metrics(runs.finished(name)), strict=True):
         assert theirs["entropy"] == pytest.approx(ours["entropy"], rel=1e-3)
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=0.1) and theirs["loss"] != ours["loss"]
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=0.1)
+        # Advantages, of size 1, cancel in the loss. What remains is due to steering, which is perhaps 0. It answers to
+        # the predicted change of entropy, a difference of nearly equal numbers.
+        assert theirs["loss"] == pytest.approx(ours["loss"], abs=0.015) and theirs["loss"] != ours["loss"]
 
 
 @pytest.mark.parametrize("name", ["dp2-zero", "cut-dp2-packed", "r3-dp2-packed", *HALF])
@@ -259,7 +262,9 @@ def agree(runs: Runs, layout: str, other: Path) -> None:
         assert [theirs[key] for key in EXACT] == [ours[key] for key in EXACT]
         for key in (*CLOSE, *(WITH_REFERENCE if one.name in runs.references else ())):
             # The loss near ratio 1 and the drift of entropies are differences of nearly equal numbers, so `abs` counts.
-            assert theirs[key] == pytest.approx(ours[key], rel=1e-5, abs=2e-6), (ours["step"], key)
+            # A threshold is moved by such a drift divided by what the threshold can do, 1 % per step.
+            limit = 1e-5 if key.startswith("clip/") else 2e-6
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-5, abs=limit), (ours["step"], key)
     start, ours, theirs = (
         load_file(f / "model.safetensors") for f in (initial_model, one / "huggingface", other / "huggingface")
     )

@@ -24,6 +24,7 @@ class SimulatedPolicy:
         momentum: part of the drive that is carried over from one update to the next.
         erratic: spread of the gain (log-normal) and of the drift from step to step.
         collapses: step -> ln by which entropy falls after it.
+        told: whether the schedule knows the momentum and the number of updates.
     """
 
     seed: int = 0
@@ -42,12 +43,13 @@ class SimulatedPolicy:
     minibatch: float = 0.015
     updates: int = 16
     collapses: dict[int, float] = field(default_factory=dict)
+    told: bool = True
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.log_entropy = math.log(0.4)
         self.sign = 1.0
-        self.drive = 0.0
+        self.drive, self.made = 0.0, 0
 
     def response(self) -> SteeringResponse:
         natural = self.random.gauss(-0.2, 0.04)
@@ -65,6 +67,8 @@ class SimulatedPolicy:
             entropy,
             response=seen if response else None,
             standard_error=deviation * entropy if error else None,
+            momentum=(3.0 + self.momentum) / 4.0 if self.told else 0.0,  # effects fade sooner than Adam's average
+            updates=self.updates if self.told else 1,
         )
         target, steering, shift = schedule.metrics()["control/target"], 0.0, 0.0
         gain = self.sign * math.exp(self.random.gauss(0.0, self.erratic[0]))
@@ -76,7 +80,9 @@ class SimulatedPolicy:
             thresholds = schedule.thresholds(step)
             steering += thresholds.steering / self.updates
             position = schedule.metrics()["control/clip_position"]
-            self.drive = self.momentum * self.drive + (1.0 - self.momentum) * seen.drive(thresholds.steering)
+            self.made += 1  # Adam divides its average by 1 - beta_1^t
+            own = (1.0 - self.momentum) / (1.0 - self.momentum**self.made)
+            self.drive += own * (seen.drive(thresholds.steering) - self.drive)
             effect = self.gain if self.drive > 0.0 or self.damping is None else self.damping
             clips = max(position, 0.0) * self.upper + max(-position, 0.0) * self.lower
             shift += (drift + clips + gain * effect * self.drive) / self.updates

@@ -87,6 +87,38 @@ def test_a_step_is_prepared_for_and_its_error_lies_on_both_sides():
         assert 0.05 < max(errors) < 0.45, seed  # 0.67 if the step were met unprepared
 
 
+@pytest.mark.parametrize("updates", [1, 4])
+def test_momentum_that_outlasts_a_step_is_allowed_for(updates):
+    curve = EntropyCurve("piecewise", points=[[0.0, 1.0], [0.3, 1.12], [0.45, 1.12], [1.0, 0.75]])
+    told, untold = (
+        [
+            rms(
+                follow(TargetEntropy(30, curve=curve), SimulatedPolicy(seed, momentum=0.9, updates=updates, told=t), 30)
+            )
+            for seed in SEEDS
+        ]
+        for t in (True, False)
+    )
+    assert max(told) < 0.06
+    assert sum(told) < 0.75 * sum(untold)
+
+
+@pytest.mark.parametrize("updates", [4, 16])
+def test_shifts_of_small_minibatches_are_noisy_and_do_not_mislead(updates):
+    curve = EntropyCurve("piecewise", points=[[0.0, 1.0], [0.3, 1.12], [0.45, 1.12], [1.0, 0.75]])
+    policies = [SimulatedPolicy(seed, momentum=0.9, updates=updates, minibatch=0.08) for seed in SEEDS]
+    schedules = [TargetEntropy(30, curve=curve) for _ in policies]
+    errors = [rms(follow(*each, 30)) for each in zip(schedules, policies, strict=True)]
+    assert max(errors) < 0.1  # 0.28 to 0.34 if the noise were taken to be a constant 0.025
+    assert all(schedule.metrics()["control/shift_noise"] == pytest.approx(0.08, rel=0.35) for schedule in schedules)
+
+
+@pytest.mark.parametrize("wrong", [{"momentum": 1.0}, {"momentum": -0.1}, {"momentum": math.nan}, {"updates": 0}])
+def test_a_momentum_that_no_optimizer_has_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"momentum is beta_1|at least 1 update"):
+        TargetEntropy(30).observe(0, 0.5, **wrong)
+
+
 def run_alone(policy, name="closed-increase-then-decrease", steps=40):
     """Returns the schedule, the relative errors, and the metrics of every step."""
     schedule, errors, metrics = build_schedule({"name": name}, steps), [], []

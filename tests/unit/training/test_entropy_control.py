@@ -65,7 +65,10 @@ def test_the_schedule_observes_the_measurements_of_every_step(schedule: Recordin
     control = make_control(schedule)
     control.begin_step(0, measure(100), 4.0)
     control.begin_step(1, measure(50), 1.0)
-    (first, second), expected = schedule.observed, {"response": RESPONSE, "standard_error": 0.25}
+    (first, second), expected = (
+        schedule.observed,
+        {"response": RESPONSE, "standard_error": 0.25, "momentum": 0.9, "updates": 4},
+    )
     assert first == (0, 1.5, expected | {"tokens": 0, "rate": 1.0})
     assert second == (1, 1.5, expected | {"tokens": 100, "rate": 0.25})  # the rate is relative to the peak
     assert control.state_dict()["tokens_seen"] == 150
