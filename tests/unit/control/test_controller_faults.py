@@ -109,7 +109,7 @@ def test_shifts_of_small_minibatches_are_noisy_and_do_not_mislead(updates):
     policies = [SimulatedPolicy(seed, momentum=0.9, updates=updates, minibatch=0.08) for seed in SEEDS]
     schedules = [TargetEntropy(30, curve=curve) for _ in policies]
     errors = [rms(follow(*each, 30)) for each in zip(schedules, policies, strict=True)]
-    assert max(errors) < 0.1  # 0.28 to 0.34 if the noise were taken to be a constant 0.025
+    assert max(errors) < 0.1  # 0.36 and 0.21 if the noise were taken to be a constant 0.025
     assert all(schedule.metrics()["control/shift_noise"] == pytest.approx(0.08, rel=0.35) for schedule in schedules)
 
 
