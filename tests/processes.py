@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_SECONDS = 1800.0
+"""How long a test waits for what must happen: against hanging only, so it is far longer than a busy machine needs."""
 
 
 def environment() -> dict[str, str]:
@@ -31,7 +33,7 @@ def run_trainers(runs: Sequence[Sequence[object]], processes: int = 1) -> None:
 
 
 def launch(
-    program: list[str], processes: int, check: bool, deadline_seconds: float = 800
+    program: list[str], processes: int, check: bool, deadline_seconds: float = DEADLINE_SECONDS
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python program, under torchrun if ``processes`` > 1; fail the test on a nonzero status if ``check``."""
     command = [sys.executable]

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from emulator_build import SOURCES, kernel_sources
 
+from tests.processes import DEADLINE_SECONDS
+
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 SECONDS_OF_COMPILATION = 60  # processor time for all files and architectures together
 MOST_REGISTERS = 64  # so that a multiprocessor can run two blocks of 512 threads
@@ -80,7 +82,7 @@ def compilation(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Kernel],
     def compile_one(source: Path) -> str:
         flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", *targets]
         command = [nvcc, *flags, "-I", SOURCES, "-c", source, "-o", directory / f"{source.name}.o"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=800)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stderr
 
@@ -120,5 +122,5 @@ def test_compilation_is_quick(compilation: tuple[list[Kernel], float]) -> None:
 def test_the_benchmark_compiles(tmp_path: Path) -> None:
     flags = ["-std=c++17", "-arch=sm_90", "-Werror", "all-warnings", "-I", SOURCES]
     command = [find_nvcc(), *flags, "-c", SOURCES / "cuda" / "bench" / "benchmark.cu", "-o", tmp_path / "benchmark.o"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
     assert result.returncode == 0, result.stdout + result.stderr

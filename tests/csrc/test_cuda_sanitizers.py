@@ -14,6 +14,8 @@ from pathlib import Path
 import emulator_build as building
 import pytest
 
+from tests.processes import DEADLINE_SECONDS
+
 CHECKS = {
     "plain": ["-O0"],
     "address, undefined": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -159,7 +161,9 @@ BUGS = [
 
 def run(program: Path, order: int = 0) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TSAN_OPTIONS": "exitcode=66 halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-    return subprocess.run([program, str(order)], capture_output=True, text=True, timeout=600, env=environment)
+    return subprocess.run(
+        [program, str(order)], capture_output=True, text=True, timeout=DEADLINE_SECONDS, env=environment
+    )
 
 
 def plant(bug: Bug, directory: Path) -> Path:

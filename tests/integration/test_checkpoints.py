@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
 from megatron_rlvr.train import main
 from megatron_rlvr.training.checkpoint import Checkpoints
-from tests.processes import ROOT, launch
+from tests.processes import DEADLINE_SECONDS, ROOT, launch
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_training_continues_while_a_checkpoint_is_written(
     save, write = Checkpoints.save, FileSystemWriter.write_data
 
     def wait(self: FileSystemWriter, *rest: object) -> object:
-        assert reached.wait(60)
+        assert reached.wait(DEADLINE_SECONDS)
         return write(self, *rest)  # type: ignore[arg-type]
 
     def note(self: Checkpoints, step: int, *rest: object) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_rlvr.config import load_config
-from tests.processes import ROOT, environment
+from tests.processes import DEADLINE_SECONDS, ROOT, environment
 
 PAGE = ROOT / "docs" / "your_task.md"
 
@@ -46,7 +46,7 @@ def test_every_command_of_the_page_works(tmp_path: Path) -> None:
         env=variables,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=DEADLINE_SECONDS,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "step 5: 128 samples" in done.stdout and "evaluation 8: " in done.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rlvr.train import main
-from tests.processes import ROOT
+from tests.processes import DEADLINE_SECONDS, ROOT
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -147,7 +147,7 @@ def test_override_is_refused(override: str, expected: str, run_yaml: Path, capsy
 def test_a_new_process_prints_one_line_alone(run_yaml: Path) -> None:
     """Imports print nothing: a warning of megatron-core while it loads would come before the error."""
     command = [sys.executable, "-m", "megatron_rlvr.train", str(run_yaml), "sed=1"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "error: unknown configuration key sed: did you mean seed?\n"
 

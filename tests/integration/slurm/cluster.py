@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.processes import DEADLINE_SECONDS
+
 _DAEMONS = ("slurmctld", "slurmd", "munged", "unshare", "nsenter")
 _GPUS, _CPUS = 8, 96
 # Virtual clusters on one machine, and ids that the jobs of each may have: as many as have different ports in job.sh.
@@ -99,7 +101,7 @@ class Cluster:
     inits: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     """By node, the process whose only child is the first process of the node."""
 
-    def run(self, *command: object, check: bool = True, timeout: float = 300) -> str:
+    def run(self, *command: object, check: bool = True, timeout: float = DEADLINE_SECONDS) -> str:
         """Run a command against this cluster and return its output, both streams."""
         done = subprocess.run(
             [str(word) for word in command],
@@ -120,7 +122,7 @@ class Cluster:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=DEADLINE_SECONDS,
             cwd=script.parents[2],
         )
         assert done.returncode == 0, done.stderr
@@ -132,24 +134,24 @@ class Cluster:
 
     def job(self, job: str) -> dict[str, str]:
         """Return the fields that scontrol shows for a job."""
-        for _ in polls(30, 1.0):  # as job scripts do: on a busy machine scontrol may get no answer
+        for _ in polls(300, 1.0):  # as job scripts do: on a busy machine scontrol may get no answer
             text = self.run("scontrol", "show", "job", "-o", job, check=False)
             if text.startswith("JobId="):
                 return dict(word.split("=", 1) for word in text.split() if "=" in word)
         raise AssertionError(f"scontrol does not show job {job}: {text}")
 
-    def wait(self, job: str, *states: str, timeout: float = 300) -> dict[str, str]:
+    def wait(self, job: str, *states: str, timeout: float = DEADLINE_SECONDS) -> dict[str, str]:
         """Wait until a job is in one of the states, and return its fields."""
         for _ in polls(timeout):
             if (fields := self.job(job))["JobState"] in states:
                 return fields
         raise TimeoutError(f"job {job} is {fields['JobState']}, not {states}:\n{self.output(job)[-6000:]}")
 
-    def finished(self, job: str, timeout: float = 500) -> dict[str, str]:
+    def finished(self, job: str, timeout: float = DEADLINE_SECONDS) -> dict[str, str]:
         """Wait until a job has ended and will not be requeued."""
         return self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=timeout)
 
-    def wait_for_output(self, job: str, pattern: str, count: int = 1, timeout: float = 300) -> None:
+    def wait_for_output(self, job: str, pattern: str, count: int = 1, timeout: float = DEADLINE_SECONDS) -> None:
         """Wait until the job's output has `count` matches of a regular expression."""
         for _ in polls(timeout, 0.05):
             state = self.job(job)["JobState"]
@@ -176,7 +178,7 @@ class Cluster:
                     found.append(int(entry.name))
         return found
 
-    def orphans(self, job: str, timeout: float = 60) -> list[str]:
+    def orphans(self, job: str, timeout: float = 300) -> list[str]:
         """Wait until no process of a job is left. Return those that remain at the deadline, as ps shows them."""
         for _ in polls(timeout):
             if not (found := self.processes(job)):
@@ -224,7 +226,7 @@ class Cluster:
                 self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
         self.wait_for_nodes()
 
-    def wait_for_nodes(self, timeout: float = 300) -> None:
+    def wait_for_nodes(self, timeout: float = DEADLINE_SECONDS) -> None:
         """Wait until every node is idle."""
         for _ in polls(timeout):
             if (states := self.run("sinfo", "-h", "-N", "-o", "%T").split()).count("idle") == self.size:
@@ -274,7 +276,7 @@ def _running_cluster(root: Path, size: int, port: int, job: int) -> Iterator[Clu
         yield cluster
     finally:
         cluster.run("scancel", "--state=PENDING", "--state=RUNNING", "--user=root", check=False)
-        for _ in polls(60):
+        for _ in polls(300):
             if not cluster.run("squeue", "-h", check=False).strip():
                 break
         daemons = [int(file.read_text()) for file in (root / "run" / "slurmctld.pid", munge / "pid") if file.is_file()]
@@ -283,7 +285,7 @@ def _running_cluster(root: Path, size: int, port: int, job: int) -> Iterator[Clu
         for pid in daemons:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-        for _ in polls(60):
+        for _ in polls(300):
             if not any(Path(f"/proc/{pid}").exists() for pid in daemons):
                 break
 

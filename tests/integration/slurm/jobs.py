@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_rlvr.telemetry.metrics import Record, deterministic, read_metrics
 from tests.integration.slurm.cluster import Cluster, polls
+from tests.processes import DEADLINE_SECONDS
 
 
 @dataclass
@@ -58,15 +59,15 @@ class Job:
         self.id = self.cluster.submit(self.script, *everything, options=options, **self.variables, **variables)
         return self
 
-    def wait_for_steps(self, steps: int, timeout: float = 300) -> None:
+    def wait_for_steps(self, steps: int, timeout: float = DEADLINE_SECONDS) -> None:
         """Wait until the attempts of the job have printed `steps` steps in all."""
         self.cluster.wait_for_output(self.id, r"(?m)^step +\d+/", steps, timeout)
 
-    def wait_for_steps_after_resuming(self, steps: int, timeout: float = 300) -> None:
+    def wait_for_steps_after_resuming(self, steps: int, timeout: float = DEADLINE_SECONDS) -> None:
         """Wait until an attempt has resumed from a checkpoint and printed `steps` steps."""
         self.cluster.wait_for_output(self.id, rf"(?ms)try \d from step_\d+ on n(.*?^step +\d+/){{{steps}}}", 1, timeout)
 
-    def finish(self, timeout: float = 500) -> str:
+    def finish(self, timeout: float = DEADLINE_SECONDS) -> str:
         """Wait until the job and all its processes have ended, and return its state."""
         state = self.cluster.finished(self.id, timeout)["JobState"]
         assert not (left := self.cluster.orphans(self.id)), left
@@ -117,7 +118,7 @@ class Job:
         os.kill(random.Random(len(found)).choice(found), signal.SIGKILL)
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 300) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = DEADLINE_SECONDS) -> None:
     """Wait until a condition holds; `what` describes it in the error."""
     for _ in polls(timeout, 0.05):
         if condition():

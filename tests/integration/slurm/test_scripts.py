@@ -14,7 +14,7 @@ import pytest
 
 from megatron_rlvr.config import load_config
 from tests.integration.slurm.cluster import Cluster
-from tests.processes import ROOT
+from tests.processes import DEADLINE_SECONDS, ROOT
 
 FOLDER = ROOT / "examples" / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sbatch"))
@@ -33,7 +33,9 @@ def environment(**variables: str) -> dict[str, str]:
 
 def dry_run(script: Path, *arguments: str, **variables: str) -> str:
     command = ["bash", str(script), *arguments]
-    done = subprocess.run(command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(
+        command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -52,7 +54,9 @@ def test_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck: `make slurm` installs it, as root on Debian")
     files = [*SCRIPTS, *FOLDER.glob("*.sh")]
-    done = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(
+        ["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -93,7 +97,9 @@ def test_a_dry_run_prints_a_line_per_node() -> None:
 def refused(script: Path, *arguments: str, **variables: str) -> str:
     """Run a script that must end with status 2 and one line on stderr; return the line."""
     command = ["bash", str(script), *arguments]
-    done = subprocess.run(command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(
+        command, env=environment(**variables), cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     return done.stderr

@@ -10,7 +10,7 @@ import pytest
 from megatron_rlvr.telemetry.metrics import read_metrics
 from tests.integration.slurm.cluster import Cluster
 from tests.integration.slurm.jobs import Settings
-from tests.processes import ROOT
+from tests.processes import DEADLINE_SECONDS, ROOT
 
 
 def test_array_and_its_report(
@@ -23,7 +23,7 @@ def test_array_and_its_report(
         monkeypatch.setenv(name, value)
     script = ROOT / "examples" / "slurm" / "entropy-sweep.sh"
     command = ["bash", str(script), *settings.overrides(), "steps=3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
     assert done.returncode == 0, done.stderr
     array, report = done.stdout.split()
     assert cluster.job(report)["Dependency"].startswith(f"afterany:{array}")

@@ -18,6 +18,7 @@ from megatron_rlvr.objectives import OBJECTIVES, build_objective
 from megatron_rlvr.objectives.importance import Correction, ImportanceWeights, SampledTokens, SecondMoment
 from megatron_rlvr.objectives.importance_presets import PRESETS, parse_importance
 from megatron_rlvr.objectives.order_statistics import largest_cut, quantile
+from tests.processes import DEADLINE_SECONDS
 from tests.unit.objectives.test_objectives import bounds, ppo, rows, tokens
 
 SEEDS = range(4)
@@ -173,7 +174,7 @@ def test_second_moments_are_cut_over_all_processes():
     def share(part):
         return SampledTokens(*per_token[:, part], inputs.sequence_index[part], inputs.sequence_count)
 
-    barrier, sums = Barrier(2, timeout=60), [torch.zeros(()), torch.zeros(())]
+    barrier, sums = Barrier(2, timeout=DEADLINE_SECONDS), [torch.zeros(()), torch.zeros(())]
 
     def masked(rank, part):
         def total(own):

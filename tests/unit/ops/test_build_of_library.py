@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import DEADLINE_SECONDS
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -34,7 +36,7 @@ def test_a_missing_build_tool_is_named(environment, message, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=DEADLINE_SECONDS,
     )
     assert done.returncode != 0
     assert message in done.stderr.splitlines()[-1]

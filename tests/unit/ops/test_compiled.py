@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_rlvr.ops import compiled
+from tests.processes import DEADLINE_SECONDS
 
 COMPILED = compiled.backend() != "reference"
 PRINT = "import warnings; warnings.simplefilter('always'); from megatron_rlvr import ops; print(ops.backend())"
@@ -16,7 +17,11 @@ PRINT = "import warnings; warnings.simplefilter('always'); from megatron_rlvr im
 
 def run(program, **environment):
     return subprocess.run(
-        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
     )
 
 

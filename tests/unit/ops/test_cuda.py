@@ -10,6 +10,7 @@ from test_objective import PAPER
 from test_statistics import exact, exact_gradient, make
 
 from megatron_rlvr import ops
+from tests.processes import DEADLINE_SECONDS
 
 if not torch.cuda.is_available() or ops.backend() != "cuda":
     pytest.skip("no GPU, or the CUDA kernels were not built", allow_module_level=True)
@@ -113,7 +114,9 @@ logits[5, 7] = torch.nan
 ops.token_statistics(logits, targets)
 """
     environment = os.environ | {"MEGATRON_RLVR_CHECK": "1"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
     assert "logits: NaN or +inf, or nothing above -inf, first in row 5" in done.stderr
 
 
@@ -130,7 +133,9 @@ fused = ops.fused_linear_objective(hidden, weight, targets, old, advantage, PAPE
 torch.cuda.synchronize()
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
     assert done.returncode != 0
     assert "loss_scale=0.25 was promised" in done.stderr
 

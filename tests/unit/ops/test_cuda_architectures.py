@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import DEADLINE_SECONDS, ROOT
 
 SCRIPT = """
 include({root}/csrc/cuda/architectures.cmake)
@@ -25,7 +25,7 @@ def choose(folder: Path, nvcc: str) -> subprocess.CompletedProcess[str]:
     program.chmod(0o755)
     script.write_text(SCRIPT.format(root=ROOT, nvcc=program))
     cmake = shutil.which("cmake") or pytest.skip("no cmake")
-    return subprocess.run([cmake, "-P", str(script)], capture_output=True, text=True, timeout=600)
+    return subprocess.run([cmake, "-P", str(script)], capture_output=True, text=True, timeout=DEADLINE_SECONDS)
 
 
 @pytest.mark.parametrize(

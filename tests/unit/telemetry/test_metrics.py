@@ -10,6 +10,7 @@ import pytest
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.telemetry import MetricsWriter, deterministic, read_metrics
 from megatron_rlvr.telemetry.sinks import WeightsAndBiases
+from tests.processes import DEADLINE_SECONDS
 
 
 def record(step: int, attempt: int = 0) -> dict:
@@ -154,7 +155,7 @@ def test_telemetry_does_not_import_torch(tmp_path):
         f"MetricsWriter({str(tmp_path)!r}).write({{'step': 0, 'reward': 1.0}})\n"
         "assert 'torch' not in sys.modules and 'tensorflow' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=DEADLINE_SECONDS)
 
 
 def test_wandb_receives_every_record_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from megatron_rlvr.telemetry.comparison import comparison_table, group_runs
 from megatron_rlvr.telemetry.panels import curves, panels, phases
 from megatron_rlvr.telemetry.plots import moving_mean, plot_groups, plot_run
 from megatron_rlvr.telemetry.runs import RunGroup
+from tests.processes import DEADLINE_SECONDS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -92,7 +93,7 @@ def plot_run_tool(*arguments):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=DEADLINE_SECONDS,
     )
 
 

@@ -24,7 +24,7 @@ from megatron_rlvr.rollout.engines.sglang.weight_sync.shared_memory import Share
 from megatron_rlvr.rollout.engines.sglang.weight_sync.transport import Receiver, Transport
 from megatron_rlvr.rollout.engines.sglang.weight_sync.update import stream_to_servers
 from megatron_rlvr.weights.buckets import Bucket, filled, largest_bytes, plan_buckets
-from tests.processes import environment
+from tests.processes import DEADLINE_SECONDS, environment
 
 CONFIG = SGLangConfig(update_timeout_seconds=200.0, health_timeout_seconds=200.0)
 TENSORS = {
@@ -142,7 +142,7 @@ print(len(managers), trainer & manager)
 os.write(2, b"still here")
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=200
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=DEADLINE_SECONDS
     )
     assert done.stdout.split("\n")[0] == "1 set()" and done.stderr.endswith("still here"), done.stderr
 
