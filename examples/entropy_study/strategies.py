@@ -39,7 +39,7 @@ FOLLOWER_RUNS = {
     for schedule in FOLLOWERS
     for curve, overrides in DRAWN_OVERRIDES.items()
 }
-EARLIER_CONTROLLER = tuple(f"target-{curve}" for curve in DRAWN)
+EARLIER_CONTROLLER = tuple(f"target-{curve}" for curve in DRAWN if curve != "saw")
 """Strategies whose archived runs are older than the present controller; a repeated one is taken from the list."""
 CURVES = {f"{method}-{curve}": drawn for method in ("target", *FOLLOWERS) for curve, drawn in DRAWN.items()}
 
