@@ -4,8 +4,8 @@
 
 Each folder holds the two runs of one seed, as ``show.py seed=1 --output runs/real_model/seed-1`` makes them. Finished
 runs are added to docs/real_model/runs.jsonl, in the format of the entropy study's archive. The page and the picture
-depend on the archive alone, and show every run in it. Runs on another curve than that of real_model.yaml get a name
-with ``--curve``, and a table of their own.
+depend on the archive alone, and show every run in it. Runs on another curve than that of real_model.yaml, or with
+other overrides, get a name with ``--curve``, and a table of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import archive  # examples/entropy_study
 import figure
-from results import Run, Runs, count, percents, spread
+from results import Run, Runs, percents, spread
 
 from megatron_rlvr.config import load_config
 from megatron_rlvr.telemetry.runs import load_run
@@ -66,7 +66,6 @@ def tables(runs: Runs) -> str:
     """Return the results as Markdown: a row per measurement, a column per strategy."""
     static, drawn = (list(runs[name].values()) for name in figure.NAMES)
     steps = len(drawn[0].steps)
-    seeds = ", ".join(str(run.seed) for run in drawn)
     rows: list[tuple[str, Callable[[Run], float], int]] = [
         ("entropy at the start, nats per token", lambda run: run.steps[0]["entropy"], 2),
         (f"entropy, last {LAST} steps", lambda run: run.mean("entropy", LAST), 2),
@@ -92,10 +91,11 @@ def tables(runs: Runs) -> str:
         ),
     ]
     lines = [
-        f"{steps} steps, {count(len(drawn), 'seed')} ({seeds}). Mean ± standard deviation, if there are several:",
+        f"{steps} steps. Mean ± standard deviation over the seeds, if there are several:",
         "",
         f"| | {' | '.join(figure.LABELS[name] for name in figure.NAMES)} |",
         "| --- | --- | --- |",
+        f"| seeds | {seeds(static)} | {seeds(drawn)} |",
         *(
             f"| {label} | {spread(map(value, static), digits)} | {spread(map(value, drawn), digits)} |"
             for label, value, digits in rows
@@ -112,25 +112,29 @@ def tables(runs: Runs) -> str:
 
 
 def other_curves(runs: Runs) -> list[str]:
-    """Return the lines of the table of runs on other curves; none if there are none."""
+    """Return the lines of the table of runs that are not those of real_model.yaml; none if there are none."""
     names = [name for name in runs if name not in figure.NAMES]
     if not names:
         return []
-    lines = ["| other curves | seeds | curve error | drawn at the end | entropy at the end | held-out distinct of 16 |"]
+    lines = ["| other runs | seeds | curve error | drawn at the end | entropy at the end | held-out distinct of 16 |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name in names:
         each = list(runs[name].values())
-        seeds = ", ".join(str(run.seed) for run in each)
         drawn = spread((run.steps[-1]["control/target"] for run in each), 2)
         entropy = spread((run.steps[-1]["entropy"] for run in each), 2)
         distinct = spread((run.evaluations[-1]["distinct_solutions"] for run in each), 2)
         lines.append(
-            f"| {name} | {seeds} | {percents(curve_errors(runs, name))} % | {drawn} | {entropy} | {distinct} |"
+            f"| {name} | {seeds(each)} | {percents(curve_errors(runs, name))} % | {drawn} | {entropy} | {distinct} |"
         )
     return [*lines, ""]
 
 
 MEASURED = (("pass@1", "pass@1", 3), ("pass@8", "pass@8", 3), ("distinct right answers of 16", "distinct_solutions", 2))
+
+
+def seeds(runs: Sequence[Run]) -> str:
+    """Return the seeds of some runs, with commas between them."""
+    return ", ".join(str(run.seed) for run in runs)
 
 
 def held_out(name: str, step: int) -> Callable[[Run], float]:

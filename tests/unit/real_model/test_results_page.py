@@ -47,7 +47,7 @@ def test_the_tables_show_every_seed(tmp_path: Path) -> None:
     }
     archive.write(tmp_path / "runs.jsonl", runs, results_page.METRICS)
     text = results_page.tables(archive.read(tmp_path / "runs.jsonl"))
-    assert "16 steps, 3 seeds (0, 1, 2)" in text
+    assert "16 steps. Mean" in text and "| seeds | 0, 1, 2 | 0, 1, 2 |" in text
     assert "**1.0, 2.0, 3.0 %** under target entropy" in text and "30.0, 30.0, 30.0 %" in text
     assert "| reward at the start | 0.350 ± 0.100 | 0.350 ± 0.100 |" in text
     assert "| held-out distinct right answers of 16, end | 6.00 ± 1.00 | 6.00 ± 1.00 |" in text
