@@ -116,7 +116,7 @@ quantized-rollouts: $(STAMP)  ## what FP8 rollouts do to training, three seeds (
 	test -f runs/quickstart/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py
 	$(BIN)/python examples/quickstart/quantized_rollouts.py $(ARGS)
 
-study: $(STAMP)  ## compare all strategies, 5 seeds each (only runs that are not archived yet: about 3 minutes each), and write docs/entropy_study.md
+study: $(STAMP)  ## compare all strategies, 5 seeds each (3 minutes per run that is not archived), and write docs/entropy_study.md
 	test -f runs/study/data/train.jsonl || $(BIN)/python examples/quickstart/countdown.py --output runs/study/data
 	$(BIN)/python examples/entropy_study/study.py run && $(BIN)/python examples/entropy_study/study.py report
 

@@ -106,12 +106,12 @@ def tables(runs: Runs) -> str:
         f"{percents(curve_errors(runs, figure.STATIC))} % away from the curve. The standard error of a step's "
         f"entropy is {100 * statistics.mean(run.noise_floor for run in drawn):.1f} %.",
         "",
-        *other_curves(runs),
+        *other_runs(runs),
     ]
     return "\n".join(lines)
 
 
-def other_curves(runs: Runs) -> list[str]:
+def other_runs(runs: Runs) -> list[str]:
     """Return the lines of the table of runs that are not those of real_model.yaml; none if there are none."""
     names = [name for name in runs if name not in figure.NAMES]
     if not names:

@@ -23,7 +23,7 @@ import pytest
 from tests.integration.slurm.cluster import Cluster, virtual_cluster, why_not
 from tests.integration.slurm.conftest import NODES, set_job_environment
 from tests.integration.slurm.jobs import Job, Settings, with_stand_in_servers
-from tests.processes import DEADLINE_SECONDS, ROOT
+from tests.processes import ROOT
 from tests.small_model import make_small_model, write_problems
 
 STEPS = 16
@@ -53,11 +53,11 @@ def interrupt(cluster: Cluster, job: Job, kind: str, rng: random.Random) -> None
         cluster.wait_for_output(job.id, "try 1 from")
         time.sleep(1 + 15 * rng.random())
     else:
-        job.wait_for_steps(steps, timeout=DEADLINE_SECONDS)
+        job.wait_for_steps(steps)
         time.sleep(rng.random() / 2)
     print(f"    at {'the beginning' if 'step ' not in cluster.output(job.id) else f'step {steps}'}: {kind}", flush=True)
     interruptions(job, rng)[kind]()
-    state = job.finish(timeout=DEADLINE_SECONDS)
+    state = job.finish()
     assert state == "COMPLETED", f"{state}\n{job.history()}\n{cluster.output(job.id)[-3000:]}"
 
 
@@ -72,7 +72,7 @@ def soak(cluster: Cluster, root: Path, count: int, seed: int, only: range) -> in
     rng = random.Random(seed)
     began = time.monotonic()
     whole = job("uninterrupted").submit(f"steps={STEPS}", options=["--nodes=3"], RLVR_SERVERS="nodes:1")
-    assert whole.finish(timeout=DEADLINE_SECONDS) == "COMPLETED", cluster.output(whole.id)
+    assert whole.finish() == "COMPLETED", cluster.output(whole.id)
     expected = whole.metrics()
     print(f"uninterrupted: {len(expected)} steps in {time.monotonic() - began:.0f} s", flush=True)
     names = list(interruptions(whole, rng)) if whole.nodes() else []
