@@ -101,7 +101,7 @@ class Cluster:
     inits: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     """By node, the process whose only child is the first process of the node."""
 
-    def run(self, *command: object, check: bool = True, timeout: float = DEADLINE_SECONDS) -> str:
+    def run(self, *command: object, check: bool = True) -> str:
         """Run a command against this cluster and return its output, both streams."""
         done = subprocess.run(
             [str(word) for word in command],
@@ -109,7 +109,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
+            timeout=DEADLINE_SECONDS,
         )
         assert not check or done.returncode == 0, f"{command} ended with status {done.returncode}: {done.stdout}"
         return done.stdout
@@ -140,20 +140,20 @@ class Cluster:
                 return dict(word.split("=", 1) for word in text.split() if "=" in word)
         raise AssertionError(f"scontrol does not show job {job}: {text}")
 
-    def wait(self, job: str, *states: str, timeout: float = DEADLINE_SECONDS) -> dict[str, str]:
+    def wait(self, job: str, *states: str) -> dict[str, str]:
         """Wait until a job is in one of the states, and return its fields."""
-        for _ in polls(timeout):
+        for _ in polls(DEADLINE_SECONDS):
             if (fields := self.job(job))["JobState"] in states:
                 return fields
         raise TimeoutError(f"job {job} is {fields['JobState']}, not {states}:\n{self.output(job)[-6000:]}")
 
-    def finished(self, job: str, timeout: float = DEADLINE_SECONDS) -> dict[str, str]:
+    def finished(self, job: str) -> dict[str, str]:
         """Wait until a job has ended and will not be requeued."""
-        return self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=timeout)
+        return self.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
-    def wait_for_output(self, job: str, pattern: str, count: int = 1, timeout: float = DEADLINE_SECONDS) -> None:
+    def wait_for_output(self, job: str, pattern: str, count: int = 1) -> None:
         """Wait until the job's output has `count` matches of a regular expression."""
-        for _ in polls(timeout, 0.05):
+        for _ in polls(DEADLINE_SECONDS, 0.05):
             state = self.job(job)["JobState"]
             if len(re.findall(pattern, self.output(job))) >= count:
                 return
@@ -226,9 +226,9 @@ class Cluster:
                 self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
         self.wait_for_nodes()
 
-    def wait_for_nodes(self, timeout: float = DEADLINE_SECONDS) -> None:
+    def wait_for_nodes(self) -> None:
         """Wait until every node is idle."""
-        for _ in polls(timeout):
+        for _ in polls(DEADLINE_SECONDS):
             if (states := self.run("sinfo", "-h", "-N", "-o", "%T").split()).count("idle") == self.size:
                 return
         raise TimeoutError(f"nodes are {states}; {self.run('sinfo', '-R')}")

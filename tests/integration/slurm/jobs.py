@@ -59,17 +59,17 @@ class Job:
         self.id = self.cluster.submit(self.script, *everything, options=options, **self.variables, **variables)
         return self
 
-    def wait_for_steps(self, steps: int, timeout: float = DEADLINE_SECONDS) -> None:
+    def wait_for_steps(self, steps: int) -> None:
         """Wait until the attempts of the job have printed `steps` steps in all."""
-        self.cluster.wait_for_output(self.id, r"(?m)^step +\d+/", steps, timeout)
+        self.cluster.wait_for_output(self.id, r"(?m)^step +\d+/", steps)
 
-    def wait_for_steps_after_resuming(self, steps: int, timeout: float = DEADLINE_SECONDS) -> None:
+    def wait_for_steps_after_resuming(self, steps: int) -> None:
         """Wait until an attempt has resumed from a checkpoint and printed `steps` steps."""
-        self.cluster.wait_for_output(self.id, rf"(?ms)try \d from step_\d+ on n(.*?^step +\d+/){{{steps}}}", 1, timeout)
+        self.cluster.wait_for_output(self.id, rf"(?ms)try \d from step_\d+ on n(.*?^step +\d+/){{{steps}}}", 1)
 
-    def finish(self, timeout: float = DEADLINE_SECONDS) -> str:
+    def finish(self) -> str:
         """Wait until the job and all its processes have ended, and return its state."""
-        state = self.cluster.finished(self.id, timeout)["JobState"]
+        state = self.cluster.finished(self.id)["JobState"]
         assert not (left := self.cluster.orphans(self.id)), left
         return state
 
@@ -118,9 +118,9 @@ class Job:
         os.kill(random.Random(len(found)).choice(found), signal.SIGKILL)
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = DEADLINE_SECONDS) -> None:
+def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Wait until a condition holds; `what` describes it in the error."""
-    for _ in polls(timeout, 0.05):
+    for _ in polls(DEADLINE_SECONDS, 0.05):
         if condition():
             return
     raise TimeoutError(f"waited in vain for {what}")
