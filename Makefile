@@ -14,6 +14,9 @@ UV := uv==0.13.9
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py
 export PYTHONWARNINGS ?= ignore
 export TOKENIZERS_PARALLELISM ?= false
+# pip would compile 35,000 modules, which takes minutes of processor time. Python compiles those that are imported.
+PIP := pip install --quiet --disable-pip-version-check --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-gpu doctor sglang trl slurm slurm-soak checkpoint-soak mismatch-study mismatch-study-sglang fuzz quickstart quickstart-seeds quantized-rollouts real-model routing-replay real-model-check study docs test lint format clean
@@ -28,15 +31,16 @@ $(STAMP): pyproject.toml $(NATIVE)
 	test ! -f $(VENV)/.gpu || { echo "$(VENV) has the GPU recipe, which is out of date: run make setup-gpu"; exit 2; }
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'], sep='\n')" > $(VENV)/build-requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(VENV)/build-requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[train,cpu,dev]'
+	$(BIN)/$(PIP) --requirement $(VENV)/build-requirements.txt
+	$(BIN)/$(PIP) --no-build-isolation --editable '.[train,cpu,dev]'
+	$(BIN)/python -c "import megatron_rlvr.train"
 	touch $@
 
 # CUDA's headers, libraries and nvcc come from the lock, in folders of their own, so no CUDA toolkit is needed.
 setup-gpu:  ## create .venv for GPU nodes: trainer and SGLang in one environment, from examples/gpu/requirements.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	touch $(VENV)/.gpu
-	$(BIN)/pip install --quiet --disable-pip-version-check $(UV)
+	$(BIN)/$(PIP) $(UV)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --requirement examples/gpu/requirements.txt
 	site="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia" && \
 	export PATH="$(abspath $(BIN)):$$PATH" CUDA_HOME="$$site/cu13" CUDACXX="$$site/cu13/bin/nvcc" MEGATRON_RLVR_CUDA=1 \
@@ -55,8 +59,8 @@ sglang: $(SGLANG_VENV)/.installed  ## create .venv-sglang: SGLang on the CPU, fo
 
 $(SGLANG_VENV)/.installed: examples/sglang/requirements.txt examples/sglang/sgl_kernel.py
 	test -d $(SGLANG_VENV) || $(PYTHON) -m venv $(SGLANG_VENV)
-	$(SGLANG_VENV)/bin/pip install --quiet --disable-pip-version-check --constraint examples/sglang/requirements.txt torch
-	$(SGLANG_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement examples/sglang/requirements.txt
+	$(SGLANG_VENV)/bin/$(PIP) --constraint examples/sglang/requirements.txt torch
+	$(SGLANG_VENV)/bin/$(PIP) --no-deps --requirement examples/sglang/requirements.txt
 	cp examples/sglang/sgl_kernel.py "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 
@@ -65,8 +69,8 @@ trl: $(TRL_VENV)/.installed  ## create .venv-trl with TRL, and run the tests of 
 
 $(TRL_VENV)/.installed: pyproject.toml $(STAMP)
 	test -d $(TRL_VENV) || $(PYTHON) -m venv $(TRL_VENV)
-	$(TRL_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement $(VENV)/build-requirements.txt
-	$(TRL_VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[train,cpu,dev,trl]'
+	$(TRL_VENV)/bin/$(PIP) --requirement $(VENV)/build-requirements.txt
+	$(TRL_VENV)/bin/$(PIP) --no-build-isolation --editable '.[train,cpu,dev,trl]'
 	touch $@
 
 slurm:  ## install Debian's Slurm and shellcheck, for tests/integration/slurm; needs root on Debian
