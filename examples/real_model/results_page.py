@@ -120,7 +120,7 @@ def other_runs(runs: Runs) -> list[str]:
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for name in names:
         each = list(runs[name].values())
-        drawn = spread((run.steps[-1]["control/target"] for run in each), 2)
+        drawn = spread((run.steps[-1].get("control/target", math.nan) for run in each), 2)
         entropy = spread((run.steps[-1]["entropy"] for run in each), 2)
         distinct = spread((run.evaluations[-1]["distinct_solutions"] for run in each), 2)
         lines.append(
