@@ -1,6 +1,7 @@
 """Several process groups, one after another, in the processes of one torchrun."""
 
 import datetime
+import gc
 import os
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ def renew(number: int, ranks: Sequence[int] | None = None) -> bool:
     Returns:
         whether this process is one of `ranks`; it then has the variables of a job of these processes.
     """
+    gc.collect()  # process groups of earlier trainings, whose threads wake 100 times a second
     if _rank is None:
         return True
     members = range(_ranks) if ranks is None else ranks
