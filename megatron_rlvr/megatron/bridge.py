@@ -110,6 +110,8 @@ class PolicyBridge:
         if shapes_only:  # otherwise megatron-core requests the GPU for every weight, which overrides the meta device
             config = copy.copy(config)
             config.use_cpu_initialization = True
+            # On the meta device, torch takes a millisecond to initialize nothing.
+            config.init_method = config.output_layer_init_method = config.embedding_init_method = _keep
         with torch.device("meta") if shapes_only else nullcontext(), fusions.output_layer_without_apex():
             model = PolicyModel(
                 config=config,
@@ -180,3 +182,8 @@ class PolicyBridge:
             return entry.to_megatron(tensors, self.hf_config)
 
         return WeightFormat(names, to_megatron, to_huggingface)
+
+
+def _keep(weight: Tensor) -> Tensor:
+    """Initialize nothing."""
+    return weight
