@@ -61,7 +61,7 @@ def write_report(runs: Runs, measurements: Sequence[Measurement], total: int, do
     table = _differences(runs, shown, total)
     regimes = [name for names in REGIMES.values() for name in names.values()]
     sections = [
-        _head(runs, compared, total),
+        _head(runs, shown, total),
         _tracking(runs, followed, folder.name),
         _followers(runs),
         _frontier(runs, shown, total, folder.name),
