@@ -69,7 +69,7 @@ def pass_at_k(runs: Runs, strategies: Sequence[str], steps: Sequence[int], path:
 
 def frontier(runs: Runs, strategies: Sequence[str], total: int, path: Path) -> None:
     """pass@16 against pass@1 at the end, mean and standard deviation over seeds, with GRPO's course to its end."""
-    figure, ax = plt.subplots(figsize=(6, 4.2))
+    figure, ax = plt.subplots(figsize=(8, 4.6))
     if runs.get("grpo"):
         course = [_point(list(runs["grpo"].values()), step) for step in (0, total // 2, total)]
         ax.plot([p[0] for p in course], [p[1] for p in course], color=COLOURS[6], linestyle=":", label="grpo's course")
@@ -78,7 +78,7 @@ def frontier(runs: Runs, strategies: Sequence[str], total: int, path: Path) -> N
         ax.errorbar(mean1, mean16, spread16, spread1, fmt="os^D"[i // 7], color=COLOURS[i % 7], label=name, capsize=2)
     ax.set_xlabel("pass@1 at the end")
     ax.set_ylabel("pass@16 at the end")
-    ax.legend(fontsize=7, ncols=2)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     ax.grid(alpha=0.3)
     _save(figure, path)
 
