@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SWEEPS = 40
-"""Sweeps of coordinate descent; ten steps ahead, the first move then has converged to 1e-3."""
+"""Largest number of sweeps of coordinate descent; ten steps ahead, the first move then has converged to 1e-3."""
+CONVERGED = 1e-5
+"""The descent ends when a sweep changes no control by more than this: ln entropy per step."""
 LARGEST_ERROR = 2.0
 """Errors of ln entropy count as at most this, so that their exponentials stay within bounds."""
 EFFORT = 0.005
@@ -130,14 +132,17 @@ def _descend(
 ) -> None:
     """Minimise the cost over ``controls``, in place: a Newton step in each of them, from the last to the first."""
     count, effort = len(steps), EFFORT if steps[0].shares.kept else 0.0
+    errors = [level - step.target for level, step in zip(levels, steps, strict=True)]
     for _ in range(SWEEPS):
+        largest = 0.0
         for i in reversed(range(count)):
             slope = curvature = 0.0
-            for effect, level, step in zip(effects[i], levels[i:], steps[i:], strict=True):
-                ratio = math.exp(min(max(level - step.target, -LARGEST_ERROR), LARGEST_ERROR))
+            for effect, error in zip(effects[i], errors[i:], strict=True):
+                ratio = math.exp(error) if abs(error) < LARGEST_ERROR else math.exp(math.copysign(LARGEST_ERROR, error))
                 if natural is None or ratio < 1.0:
-                    slope += effect * ratio * (ratio - 1.0)
-                    curvature += effect * effect * ratio * max(2.0 * ratio - 1.0, 0.5)
+                    pull = effect * ratio
+                    slope += pull * (ratio - 1.0)
+                    curvature += effect * pull * (2.0 * ratio - 1.0 if ratio > 0.75 else 0.5)
             if not curvature:
                 continue
             if effort:
@@ -146,6 +151,10 @@ def _descend(
                         slope += effort * (controls[i] - (controls[j] if j >= 0 else carried))
                         curvature += effort
             control = steps[i].reach.clip(controls[i] - slope / curvature)
-            for k, effect in enumerate(effects[i], start=i):
-                levels[k] += effect * (control - controls[i])
-            controls[i] = control
+            change = control - controls[i]
+            if change:
+                errors[i:] = [error + effect * change for effect, error in zip(effects[i], errors[i:], strict=True)]
+                controls[i] = control
+                largest = max(largest, abs(change))
+        if largest < CONVERGED:
+            break
