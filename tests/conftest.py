@@ -18,13 +18,26 @@ from tests.small_model import make_small_model, write_problems
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+_TOGETHER = ("tests/integration/sglang", "tests/csrc", "tests/distributed/families")
+"""Folders whose tests share a server, a build or processes."""
+_LONGEST = (
+    "tests/integration/sglang",
+    "tests/integration/slurm/test_survival.py",
+    "tests/integration/slurm",
+    "tests/distributed/test_layouts.py",
+)
+"""What starts first, so that no process waits for it at the end."""
+
+
 class ByFixture(LoadScopeScheduling):
-    """Keep the tests of a file in one process, and those of a folder where they share servers, a build or processes."""
+    """Keep the tests of a file in one process, and those of some folders.
+
+    Each process that runs tests on Slurm has a virtual cluster, which starts in seconds; its jobs mostly wait.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.split("::", 1)[0])
-        shares = file.parent.parent.name == "integration" or file.parent.name in ("csrc", "families")
-        return str(file.parent if shares else file)
+        return str(file.parent if str(file.parent) in _TOGETHER else file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFixture:
@@ -32,21 +45,35 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFixture:
     return ByFixture(config, log)
 
 
+def _place(test: str) -> int:
+    return next((place for place, start in enumerate(_LONGEST) if test.startswith(start)), len(_LONGEST))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several processes, start the two longest folders first, so that no process waits for them at the end."""
+    """With several processes, take the longest first."""
     if hasattr(config, "workerinput"):
-        longest = ("tests/integration/slurm", "tests/integration/sglang")
-        items.sort(key=lambda item: not item.nodeid.startswith(longest))
+        items.sort(key=lambda item: _place(item.nodeid))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _end_threads_of_earlier_modules() -> None:
-    """Free the process groups that earlier modules left in reference cycles, once there are many.
+def pytest_collection_finish() -> None:
+    """Keep what was imported, a million objects, out of garbage collections, which then take milliseconds."""
+    gc.collect()
+    gc.freeze()
+
+
+_threads = {"kept": 0}  # by what is in use; they stay after a garbage collection
+
+
+@pytest.fixture(autouse=True)
+def _end_threads_of_earlier_tests() -> None:
+    """Free the process groups that earlier tests left in reference cycles, once there are many.
 
     Each gloo group has threads, of which one wakes 100 times a second: 200 groups keep a sixth of a core busy.
     """
-    if psutil.Process().num_threads() > 100:
+    process = psutil.Process()
+    if process.num_threads() > _threads["kept"] + 60:
         gc.collect()
+        _threads["kept"] = process.num_threads()
 
 
 @pytest.fixture(scope="session")

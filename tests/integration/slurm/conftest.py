@@ -1,4 +1,4 @@
-"""One virtual Slurm cluster for all tests of this folder. If it cannot run, they are skipped with the reason."""
+"""A virtual Slurm cluster for the tests of this folder. If it cannot run, they are skipped with the reason."""
 
 from __future__ import annotations
 
