@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from answers import listed, section
 from measurements import REWARDS, Measurement
-from results import Run, Runs, count, difference, percents, spread, tracking_errors
+from results import Difference, Run, Runs, above_courses, count, difference, percents, spread, tracking_errors
 
 from megatron_rlvr.control import EntropyCurve
 
@@ -75,8 +75,49 @@ def regime_section(runs: Runs, regimes: dict[str, dict[str, str]]) -> list[str]:
     return section("Where thresholds separate", question, answer, lines) if rows else []
 
 
-def long_section(runs: Runs, names: Sequence[str], curves: dict[str, EntropyCurve], folder: str) -> list[str]:
-    """The long runs; the first of ``names`` is the one with static clipping."""
+def closed_loop_section(runs: Runs, settings: dict[str, dict[str, str]], curve: EntropyCurve) -> list[str]:
+    """Thresholds alone in closed loop: is entropy higher halfway than at the start, as increase-then-decrease says?
+
+    Args:
+        runs: finished runs.
+        settings: setting -> label -> strategy, of which ``closed-id`` follows ``curve``.
+        curve: drawn over the progress of a run.
+    """
+    present = {s: names for s, names in settings.items() if all(runs.get(name) for name in names.values())}
+    if not present:
+        return []
+    peak = curve.value(0.5, 1.0)
+    lines = [
+        "The schedule increase-then-decrease (id) relaxes a threshold and hopes that entropy follows. In closed loop, "
+        f"the controller chooses which threshold to relax, and how far, so that entropy rises to {peak:g} of its start "
+        f"halfway, and falls to {curve.value(1.0, 1.0):g} at the end. Halfway is the mean of three steps. The error is "
+        "that of closed-id's curve.",
+        "",
+        "| setting | strategy | seeds | entropy halfway / start | entropy kept | error |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    rises = []
+    for setting, names in present.items():
+        for label, name in names.items():
+            of_seed = list(runs[name].values())
+            halves = [run.entropy_halfway for run in of_seed]
+            if label == "closed-id" and Difference.of([half - 1.0 for half in halves]).sign > 0:
+                rises.append(setting)
+            error = f"{100 * statistics.mean(tracking_errors(runs[name], curve)):.1f} %"
+            lines.append(
+                f"| {setting} | {label} | {len(of_seed)} | {spread(halves)} | "
+                f"{spread(run.entropy_kept for run in of_seed)} | {error} |"
+            )
+    without = [setting for setting in present if setting not in rises]
+    answer = f"Entropy is higher halfway than at the start with {listed(rises)}; not with {listed(without)}."
+    question = "Can thresholds alone raise entropy, if a controller chooses them?"
+    return section("Thresholds in closed loop", question, answer, lines)
+
+
+def long_section(
+    runs: Runs, names: Sequence[str], rivals: Sequence[str], curves: dict[str, EntropyCurve], folder: str
+) -> list[str]:
+    """The long runs; the first of ``names`` is the one with static clipping, and ``rivals`` are others' methods."""
     static, present = names[0], [name for name in names if runs.get(name)]
     if static not in present:
         return []
@@ -112,7 +153,23 @@ def long_section(runs: Runs, names: Sequence[str], curves: dict[str, EntropyCurv
                 f"{name} follows its curve with a root mean square error of {mean:.1f} % "
                 f"(each seed: {percents(errors)}).",
             ]
-    answer = f"After {total} steps, pass@16 differs from that of static clipping for {listed(diverse)}."
+    others = [static, *(name for name in present if name.removeprefix("long-") in rivals)]
+    ours = [name for name in present if name not in others]
+    above = {name: {other: above_courses(runs, name, other, total) for other in others} for name in ours}
+    lines += [
+        "",
+        "Height of the final pass@16 above the course of static clipping, and of each other method that ran, at the "
+        "same pass@1:",
+        "",
+        f"| strategy | {' | '.join(others)} |",
+        "| --- |" + " --- |" * len(others),
+        *(f"| {name} | {' | '.join(map(str, heights.values()))} |" for name, heights in above.items()),
+    ]
+    best = [name for name, heights in above.items() if all(height.sign > 0 for height in heights.values())]
+    answer = (
+        f"After {total} steps, pass@16 differs from that of static clipping for {listed(diverse)}. Above the course "
+        f"of each of {listed(others)}: {listed(best)}."
+    )
     question = "What is left of it in long runs?"
     figure = [f"![Entropy, reward and gradient norm of the long runs]({folder}/long.png)"]
     return section("Longer runs", question, answer, figure, lines)

@@ -13,17 +13,21 @@ from pathlib import Path
 
 import appendix
 import figures
-from ablations import authority_section, long_section, regime_section
+from ablations import authority_section, closed_loop_section, long_section, regime_section
 from answers import between, listed, section
 from measurements import Measurement
-from results import Difference, Run, Runs, above_course, difference, percents, spread, tracking_errors, write_csv
+from results import Difference, Run, Runs, above_courses, difference, percents, spread, tracking_errors, write_csv
 from strategies import (
+    CLOSED,
+    CLOSED_CURVE,
     CURVES,
     DRAWN,
     EARLIER_CONTROLLER,
     FOLLOWER_RUNS,
     FOLLOWERS,
     LONG,
+    OBJECTIVES,
+    OPEN_AND_CLOSED,
     REGIMES,
     SPLIT_LABELS,
     STRATEGIES,
@@ -68,7 +72,8 @@ def write_report(runs: Runs, measurements: Sequence[Measurement], total: int, do
         _claims(table),
         authority_section(measurements, folder.name),
         regime_section(runs, REGIMES),
-        long_section(runs, list(LONG), CURVES, folder.name),
+        closed_loop_section(runs, OPEN_AND_CLOSED, CLOSED_CURVE),
+        long_section(runs, list(LONG), [*OBJECTIVES, *FOLLOWER_RUNS], CURVES, folder.name),
         _prediction(runs, compared),
         ["## Appendix"],
         appendix.strategies_table(runs, shown, folder.name),
@@ -77,7 +82,7 @@ def write_report(runs: Runs, measurements: Sequence[Measurement], total: int, do
         appendix.authority_table(measurements),
         appendix.splits_table(runs, SPLIT_LABELS, total),
         appendix.prediction_table(runs, shown),
-        _missing(runs, [*STRATEGIES, *FOLLOWER_RUNS, *SPLIT_LABELS.values(), *regimes]),
+        _missing(runs, [*STRATEGIES, *CLOSED, *FOLLOWER_RUNS, *SPLIT_LABELS.values(), *regimes]),
     ]
     document.write_text("\n\n".join("\n".join(section) for section in sections if section) + "\n")
 
@@ -268,15 +273,8 @@ def _frontier(runs: Runs, shown: Sequence[str], total: int, folder: str) -> list
         "| strategy | seeds | pass@1 | pass@16 | above GRPO's course |",
         "| --- | --- | --- | --- | --- |",
     ]
-    above: dict[str, Difference] = {}
+    above = {name: above_courses(runs, name, "grpo", total) for name in shown}
     for name in shown:
-        above[name] = Difference.of(
-            [
-                above_course(run, [(g.pass_at(1, s), g.pass_at(16, s)) for s in (0, total // 2, total)], total)
-                for seed, run in runs[name].items()
-                if (g := runs["grpo"].get(seed)) is not None
-            ]
-        )
         ends = [spread(run.pass_at(k, total) for run in runs[name].values()) for k in (1, 16)]
         height = "" if name == "grpo" else above[name]
         lines.append(f"| {name} | {len(runs[name])} | {ends[0]} | {ends[1]} | {height} |")

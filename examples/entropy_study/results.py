@@ -36,6 +36,12 @@ class Run:
         return self.mean("entropy", 3) / self.steps[0]["entropy"]
 
     @property
+    def entropy_halfway(self) -> float:
+        """Mean entropy of the three steps around half of the run divided by the entropy of the first step."""
+        half = len(self.steps) // 2
+        return statistics.mean(r["entropy"] for r in self.steps[half - 1 : half + 2]) / self.steps[0]["entropy"]
+
+    @property
     def noise_floor(self) -> float:
         """Root mean square of the relative standard error of a step's entropy, over the steps of `tracking_error`."""
         return _rms(r["entropy_standard_error"] / r["entropy"] for r in self.steps[self._counted :])
@@ -142,6 +148,15 @@ def above_course(run: Run, course: Sequence[tuple[float, float]], total: int) ->
             share = (at - x0) / (x1 - x0) if x1 > x0 else 1.0
             return height - (y0 + share * (y1 - y0))
     return height - points[-1][1]
+
+
+def above_courses(runs: Runs, strategy: str, other: str, total: int) -> Difference:
+    """`above_course` of ``strategy`` over ``other``, paired by seed. The course is start, middle and end."""
+    heights = []
+    for seed in sorted(set(runs.get(strategy, {})) & set(runs.get(other, {}))):
+        course = [(runs[other][seed].pass_at(1, s), runs[other][seed].pass_at(16, s)) for s in (0, total // 2, total)]
+        heights.append(above_course(runs[strategy][seed], course, total))
+    return Difference.of(heights)
 
 
 def write_csv(path: Path, runs: Runs, curves: dict[str, EntropyCurve]) -> None:

@@ -6,6 +6,7 @@ The names of strategies are those of the archived runs (docs/entropy_study/runs.
 from __future__ import annotations
 
 from megatron_rlvr.control import EntropyCurve
+from megatron_rlvr.control.build import SCHEDULES
 
 SCHEDULE = "algorithm.schedule"
 TARGET = [f"{SCHEDULE}.name=target-entropy"]
@@ -42,8 +43,12 @@ FOLLOWER_RUNS = {
 EARLIER_CONTROLLER = tuple(f"target-{curve}" for curve in DRAWN if curve != "saw")
 """Strategies whose archived runs are older than the present controller; a repeated one is taken from the list."""
 CURVES = {f"{method}-{curve}": drawn for method in ("target", *FOLLOWERS) for curve, drawn in DRAWN.items()}
+# Thresholds alone, chosen by the controller so that entropy follows the course of increase-then-decrease.
+CLOSED = {"closed-id": [f"{SCHEDULE}.name=closed-increase-then-decrease"]}
+CLOSED_CURVE = EntropyCurve("piecewise", points=SCHEDULES["closed-increase-then-decrease"][1]["points"])
 
-
+OBJECTIVES = ("ce-gppo", "sapo", "dppo", "erc")
+"""Other methods that change the objective."""
 STRATEGIES: dict[str, list[str]] = {
     "grpo": [f"{SCHEDULE}.name=constant"],
     "clip-higher": [f"{SCHEDULE}.name=clip-higher"],
@@ -62,10 +67,7 @@ STRATEGIES: dict[str, list[str]] = {
     "od": [f"{SCHEDULE}.name=oscillatory-decay"],
     **{f"target-{curve}": [*TARGET, *overrides] for curve, overrides in DRAWN_OVERRIDES.items()},
     "floor": [f"{SCHEDULE}.name=entropy-floor"],
-    **{
-        objective: [f"{SCHEDULE}.name=constant", f"algorithm.objective.name={objective}"]
-        for objective in ("ce-gppo", "sapo", "dppo", "erc")
-    },
+    **{objective: [f"{SCHEDULE}.name=constant", f"algorithm.objective.name={objective}"] for objective in OBJECTIVES},
 }
 STEEP = [f"{SCHEDULE}.upper_intercept=3.0", f"{SCHEDULE}.upper_slope=-2.8"]
 THRESHOLDS = {
@@ -75,6 +77,7 @@ THRESHOLDS = {
     "lower": STRATEGIES["lower-only"],
     "id": STRATEGIES["id"],
     "id-steep": [*STRATEGIES["id"], *STEEP],
+    **CLOSED,
 }
 # Settings in which thresholds act on more tokens: more updates per rollout, and rewards without a learning signal.
 SETTINGS = {
@@ -91,17 +94,26 @@ REGIME_RUNS = {
     for setting, names in REGIMES.items()
     for label, name in names.items()
 }
+OPEN_AND_CLOSED = {
+    "2 passes": {"static": "grpo", "id": "id", "closed-id": "closed-id"},
+    **{setting: {label: names[label] for label in ("static", "id", "closed-id")} for setting, names in REGIMES.items()},
+}
+"""setting -> label -> strategy: static clipping, the schedule in open loop, and the same in closed loop."""
 # Each of these takes six times as long as a run of 32 steps.
 LONG_STEPS = 200
 LONG = {
-    f"long-{name}": STRATEGIES[name]
-    for name in ("grpo", "clip-higher", "upper-only", "lower-only", "id", "did", "od", "floor", "target-linear")
+    f"long-{name}": (STRATEGIES | FOLLOWER_RUNS)[name]
+    for name in (
+        *("grpo", "clip-higher", "upper-only", "lower-only", "id", "did", "od", "floor", "target-linear"),
+        *OBJECTIVES,
+        *(f"{method}-linear" for method in FOLLOWERS),
+    )
 }
 CURVES |= {name: CURVES[base] for name in LONG if (base := name.removeprefix("long-")) in CURVES}
 SPLITS = {f"id-split-{split}": [*STRATEGIES["id"], f"{SCHEDULE}.split={split}"] for split in (0.3, 0.4, 0.6)}
 SPLIT_LABELS = {"0.3": "id-split-0.3", "0.4": "id-split-0.4", "0.5": "id", "0.6": "id-split-0.6"}
-FAMILIES = (STRATEGIES, FOLLOWER_RUNS, SPLITS, REGIME_RUNS, LONG)
-EVERYTHING = STRATEGIES | FOLLOWER_RUNS | SPLITS | REGIME_RUNS | LONG
+FAMILIES = (STRATEGIES, CLOSED, FOLLOWER_RUNS, SPLITS, REGIME_RUNS, LONG)
+EVERYTHING = STRATEGIES | CLOSED | FOLLOWER_RUNS | SPLITS | REGIME_RUNS | LONG
 COMMON = [
     "threads=1",
     "optimizer.learning_rate=1e-4",

@@ -106,6 +106,9 @@ def test_every_section_of_the_report_is_written(tmp_path):
     runs["target-linear"] = {s: synthetic_run("t", s, final=0.4) for s in range(3)}
     runs["entrocraft-linear"] = {s: synthetic_run("e", s, final=0.7) for s in range(3)}
     runs["entropic-linear"] = {s: synthetic_run("e", s, final=0.6) for s in range(3)}
+    runs["coin-4-passes-closed-id"] = {s: synthetic_run("c", s, final=1.4) for s in range(3)}
+    for run in runs["long-floor"].values():
+        run.evaluations[-1]["pass@16"] += 0.1
     document = tmp_path / "study.md"
     measured = synthetic_measurements()
     report.write_report(runs, measured, TOTAL, document)
@@ -116,6 +119,8 @@ def test_every_section_of_the_report_is_written(tmp_path):
     assert rows["target-linear"].endswith("| 3 of 3 seeds |")
     assert rows["target-constant"].endswith("| 0 of 3 seeds |")
     assert "long-target-linear follows its curve with a root mean square error of" in text
+    assert "long-sapo, long-dppo, long-erc, long-entrocraft-linear and long-entropic-linear: long-floor.**" in text
+    assert "halfway than at the start with coin, 4 passes; not with 2 passes and 4 passes.**" in text
     # On every other curve, all three methods made the same runs.
     assert "at most half of theirs on 1 of 5 curves; not on rise-fall (1." in text
     linear = next(line for line in text.splitlines() if line.startswith("| linear |"))
