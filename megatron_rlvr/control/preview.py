@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SWEEPS = 40
-"""Largest number of sweeps of coordinate descent; ten steps ahead, the first move then has converged to 1e-3."""
-CONVERGED = 1e-5
-"""The descent ends when a sweep changes no control by more than this: ln entropy per step."""
+"""Sweeps of coordinate descent; ten steps ahead, the first move then has converged to 1e-3. Their number is fixed, so
+that rounding changes the result by rounding only: a threshold amplifies it a hundredfold."""
 LARGEST_ERROR = 2.0
 """Errors of ln entropy count as at most this, so that their exponentials stay within bounds."""
 EFFORT = 0.005
@@ -134,7 +133,6 @@ def _descend(
     count, effort = len(steps), EFFORT if steps[0].shares.kept else 0.0
     errors = [level - step.target for level, step in zip(levels, steps, strict=True)]
     for _ in range(SWEEPS):
-        largest = 0.0
         for i in reversed(range(count)):
             slope = curvature = 0.0
             for effect, error in zip(effects[i], errors[i:], strict=True):
@@ -155,6 +153,3 @@ def _descend(
             if change:
                 errors[i:] = [error + effect * change for effect, error in zip(effects[i], errors[i:], strict=True)]
                 controls[i] = control
-                largest = max(largest, abs(change))
-        if largest < CONVERGED:
-            break
