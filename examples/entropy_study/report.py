@@ -22,7 +22,6 @@ from strategies import (
     CLOSED_CURVE,
     CURVES,
     DRAWN,
-    EARLIER_CONTROLLER,
     FOLLOWER_RUNS,
     FOLLOWERS,
     LONG,
@@ -174,8 +173,6 @@ def _tracking(runs: Runs, followed: Sequence[str], folder: str) -> list[str]:
             f"| {f'{uncontrolled[-1]:.1f} %' if free else ''} "
             f"| {sum(e <= CLOSE for e in each)} of {len(each)} seeds |"
         )
-    if earlier := [name for name in followed if name in EARLIER_CONTROLLER]:
-        lines += ["", f"The runs of {listed(earlier)} were made by an earlier version of the controller."]
     close = [name for name, each in errors.items() if max(each) <= CLOSE]
     missed = [f"{name} ({100 * max(each):.1f} % at worst)" for name, each in errors.items() if name not in close]
     answer = f"{100 * CLOSE:.0f} % or less from {listed(close)}, on every seed"

@@ -40,8 +40,6 @@ FOLLOWER_RUNS = {
     for schedule in FOLLOWERS
     for curve, overrides in DRAWN_OVERRIDES.items()
 }
-EARLIER_CONTROLLER = tuple(f"target-{curve}" for curve in DRAWN if curve != "saw")
-"""Strategies whose archived runs are older than the present controller; a repeated one is taken from the list."""
 CURVES = {f"{method}-{curve}": drawn for method in ("target", *FOLLOWERS) for curve, drawn in DRAWN.items()}
 # Thresholds alone, chosen by the controller so that entropy follows the course of increase-then-decrease.
 CLOSED = {"closed-id": [f"{SCHEDULE}.name=closed-increase-then-decrease"]}
