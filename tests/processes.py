@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_forked
+
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_SECONDS = 1800.0
 """How long a test waits for what must happen: against hanging only, so it is far longer than a busy machine needs."""
@@ -22,14 +24,22 @@ def environment() -> dict[str, str]:
 
 
 def run_trainer(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m megatron_rlvr.train``; see `launch`."""
-    return launch(["-m", "megatron_rlvr.train", *map(str, arguments)], processes, check)
+    """Run ``python -m megatron_rlvr.train``, under torchrun if ``processes`` > 1; see `launch` and `fork`."""
+    program = ["-m", "megatron_rlvr.train", *map(str, arguments)]
+    return launch(program, processes, check) if processes > 1 else fork(program, 1, check)
 
 
 def run_trainers(runs: Sequence[Sequence[object]], processes: int = 1) -> None:
-    """Run several trainings one after another in the same processes, which import torch and megatron-core once."""
+    """Run several trainings one after another in the same processes."""
     lines = [json.dumps([str(a) for a in run]) for run in runs]
-    launch([str(ROOT / "tests" / "train_each.py"), *lines], processes, check=True)
+    fork([str(ROOT / "tests" / "train_each.py"), *lines], processes)
+
+
+def fork(
+    program: list[str], processes: int, check: bool = True, deadline_seconds: float = DEADLINE_SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in processes that have imported the trainer already; see `tests.forked`."""
+    return _checked(run_forked(program, processes, environment(), ROOT, deadline_seconds), check)
 
 
 def launch(
@@ -42,6 +52,10 @@ def launch(
     done = subprocess.run(
         [*command, *program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=deadline_seconds
     )
+    return _checked(done, check)
+
+
+def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.CompletedProcess[str]:
     if check and done.returncode:
         pytest.fail(f"status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

@@ -22,7 +22,7 @@ from megatron_rlvr.checksums import LIST, check_files, read_list
 from megatron_rlvr.megatron.huggingface_config import read_config
 from megatron_rlvr.weights.huggingface_folder import INDEX, read_tensor, tensor_files
 from tests.families import FAMILIES, MIXTURES, make_family
-from tests.processes import ROOT, launch, run_trainer
+from tests.processes import ROOT, fork, launch, run_trainer
 from tests.small_model import make_small_model
 
 PROGRAM = ROOT / "tools" / "convert_checkpoint.py"
@@ -77,7 +77,7 @@ def sharded(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": name, "layout": layout, "folders": [str(folder / family) for family in families]}
         for name, (layout, families) in SHARDED.items()
     ]
-    launch([str(ROOT / "tests" / "sharded_weights.py"), *map(json.dumps, jobs)], 2, check=True)
+    fork([str(ROOT / "tests" / "sharded_weights.py"), *map(json.dumps, jobs)], 2)
     return folder
 
 

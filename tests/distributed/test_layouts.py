@@ -136,7 +136,7 @@ WITH_REFERENCE = ("kl_reference", "kl_penalty")
 class Runs:
     """The runs in one folder. ``one``, ``moe-one`` and ``cut-one`` record their rollouts, and the layouts replay them.
 
-    One torchrun trains all layouts of a group that have the same number of processes, when the first is requested.
+    The same processes train all layouts of a group that have their number, when the first is requested.
     """
 
     def __init__(self, folder: Path, model: Path, problems: Path):

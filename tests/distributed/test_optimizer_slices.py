@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as load_torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.processes import ROOT, launch
+from tests.processes import ROOT, fork
 from tests.small_model import make_small_model
 
 # By kind of model, layouts of four processes. Each but the first also loads what the first one saved.
@@ -49,11 +49,11 @@ NEW = [name for name, case in CASES.items() if not case["earlier"]]
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Path:
-    """The folder of one torchrun of four processes, which visits all cases."""
+    """The folder of four processes, which visit all cases."""
     folder = tmp_path_factory.mktemp("slices")
     mixture = make_small_model(folder / "mixture", mixture=True)
     program = [str(ROOT / "tests" / "optimizer_slices.py"), str(small_model), str(mixture), str(folder)]
-    launch([*program, *map(json.dumps, CASES.values())], processes=4, check=True)
+    fork([*program, *map(json.dumps, CASES.values())], 4)
     return folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, launch
+from tests.processes import ROOT, fork
 from tests.small_model import make_small_model
 from tests.update_faults import FAULTS
 
@@ -24,11 +24,11 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> dict[str, list[dict]]:
-    """What every rank found, by layout; one torchrun of four processes visits all layouts."""
+    """What every rank found, by layout; four processes visit all layouts."""
     folder = tmp_path_factory.mktemp("faults")
     mixture = make_small_model(folder / "mixture", mixture=True)
     program = [str(ROOT / "tests" / "update_faults.py"), str(small_model), str(mixture), str(folder)]
-    launch([*program, *map(json.dumps, LAYOUTS.values())], processes=4, check=True)
+    fork([*program, *map(json.dumps, LAYOUTS.values())], 4)
     return {
         name: [json.loads((folder / f"{number}-{rank}.json").read_text()) for rank in range(4)]
         for number, name in enumerate(LAYOUTS)

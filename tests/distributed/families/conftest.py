@@ -1,4 +1,4 @@
-"""Small models of all families, and one torchrun for the layouts of all tests in this folder."""
+"""Small models of all families, and four processes for the layouts of all tests in this folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.families import make_families
-from tests.processes import ROOT, launch
+from tests.processes import ROOT, fork
 
 DEADLINE = 2400
 """Seconds for all layouts, which take a minute on two idle cores."""
@@ -34,5 +34,5 @@ def measured(request: pytest.FixtureRequest, folders: Path, tmp_path_factory: py
     jobs = [job for file in sorted(files, key=lambda module: module.__name__) for job in file.jobs(folders)]
     jobs.sort(key=lambda job: len(job["ranks"]) < 4)  # first those for which no process should be busy elsewhere
     program = [str(ROOT / "tests" / "layout_jobs.py"), str(output), *map(json.dumps, jobs)]
-    launch(program, 4, check=True, deadline_seconds=DEADLINE)
+    fork(program, 4, deadline_seconds=DEADLINE)
     return output
