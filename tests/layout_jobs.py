@@ -1,6 +1,6 @@
 """Run jobs in parallel layouts, one after another, in processes that are started once.
 
-As a program under torchrun, ``layout_jobs.py OUTPUT JOB...``. A job is JSON with "ranks", the ranks that run it,
+As the program of several processes: ``layout_jobs.py OUTPUT JOB...``. A job is JSON with "ranks", those that run it,
 "program", the module of ``tests`` whose `run` takes the job, the position of the process and OUTPUT, and what this
 program needs, of which "layout" are fields of ParallelConfig. A rank runs its jobs in their order.
 """

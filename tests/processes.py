@@ -38,19 +38,17 @@ def run_trainers(runs: Sequence[Sequence[object]], processes: int = 1) -> None:
 def fork(
     program: list[str], processes: int, check: bool = True, deadline_seconds: float = DEADLINE_SECONDS
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python program in processes that have imported the trainer already; see `tests.forked`."""
+    """As `launch`, in processes that have imported the trainer already, and without torchrun; see `tests.forked`."""
     return _checked(run_forked(program, processes, environment(), ROOT, deadline_seconds), check)
 
 
-def launch(
-    program: list[str], processes: int, check: bool, deadline_seconds: float = DEADLINE_SECONDS
-) -> subprocess.CompletedProcess[str]:
+def launch(program: list[str], processes: int, check: bool) -> subprocess.CompletedProcess[str]:
     """Run a Python program, under torchrun if ``processes`` > 1; fail the test on a nonzero status if ``check``."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, *program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=deadline_seconds
+        [*command, *program], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_SECONDS
     )
     return _checked(done, check)
 

@@ -1,4 +1,4 @@
-"""Several process groups, one after another, in the processes of one torchrun."""
+"""Several process groups, one after another, in the same processes: of torchrun, or of `tests.forked`."""
 
 import datetime
 import gc
@@ -15,14 +15,14 @@ _served: list[dist.TCPStore] = []  # by the first rank of a process group, as lo
 
 
 def renew(number: int, ranks: Sequence[int] | None = None) -> bool:
-    """Give the process groups of training ``number`` a new store: torchrun's store holds the previous addresses.
+    """Give the process groups of training ``number`` a new store: the job's store holds the previous addresses.
 
-    The first rank serves the store at a port that the system chooses, and announces the port in torchrun's store. A
-    process that was started without torchrun needs no port.
+    The first rank serves the store at a port that the system chooses, and announces the port in the job's store. A
+    single process needs no port.
 
     Args:
         number: a number that no other training has.
-        ranks: the ranks of torchrun that train; None for all.
+        ranks: the ranks of the job that train; None for all.
 
     Returns:
         whether this process is one of `ranks`; it then has the variables of a job of these processes.
