@@ -14,11 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest.mock import patch
 
 import torch.distributed as dist
 
@@ -47,13 +46,15 @@ def run_forked(
         files = [Path(temporary) / name for name in ("stdout", "stderr")]
         for file in files:
             file.touch()
-        store, job = None, {}
+        job = {}
         if processes > 1:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             job |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         ranks = []
-        with _environment(variables):  # of the process that is forked, which starts with the first of these
+        with patch.dict(
+            os.environ, variables, clear=True
+        ):  # of the process that is forked, which starts with the first of these
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if job else {}
                 arguments = (program, variables | job | own, folder, *files)
@@ -79,18 +80,6 @@ def _status(ranks: list[ForkServerProcess], deadline_seconds: float) -> int:
             if process.exitcode:
                 return process.exitcode
     return 0
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _run(program: list[str], variables: dict[str, str], folder: Path, stdout: Path, stderr: Path) -> None:

@@ -8,7 +8,7 @@ from tests.forked import run_forked
 from tests.processes import DEADLINE_SECONDS, environment
 
 JOB = """
-import os, sys, time
+import sys
 import torch
 import torch.distributed as dist
 from tests.rendezvous import renew
