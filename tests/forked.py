@@ -52,9 +52,8 @@ def run_forked(
             job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             job |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         ranks = []
-        with patch.dict(
-            os.environ, variables, clear=True
-        ):  # of the process that is forked, which starts with the first of these
+        # The fork server starts with the first of its processes, and keeps the variables of that moment.
+        with patch.dict(os.environ, variables, clear=True):
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if job else {}
                 arguments = (program, variables | job | own, folder, *files)
