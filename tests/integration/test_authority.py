@@ -6,7 +6,6 @@ from pathlib import Path
 
 import authority
 import measurements
-import pytest
 
 from megatron_rlvr.train import main
 

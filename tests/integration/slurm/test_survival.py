@@ -166,15 +166,16 @@ def test_a_job_does_not_depend_on_the_job_that_it_is_submitted_from(fake_job: Jo
         "SLURM_GPUS_ON_NODE": "8",
         "SLURM_EXPORT_ENV": "NONE",
     }
-    report = 'echo "step of $SLURM_CPUS_PER_TASK cores, bind ${SLURM_CPU_BIND:-not}, processes $*"'
+    # Into a file, because srun may lose what a task prints before another one of its step fails.
+    step = '"cores $SLURM_CPUS_PER_TASK, bind ${SLURM_CPU_BIND:-not}, processes $*"'
+    report = f'[ -z "$logs" ] || echo {step} > "$logs"/step.$SLURMD_NODENAME'
     outcome = 'outcome="0 "; [ ${SLURM_RESTART_COUNT:-0} = 1 ] || outcome="1 broken"'
     fake_job.submit(PROGRAM=f"{report}; {outcome}; {OUTCOME}; {AWAIT_OUTCOMES % 2}; exit ${{outcome%% *}}", **outer)
     assert fake_job.finish() == "COMPLETED", fake_job.cluster.output(fake_job.id)
     attempts = re.findall(r"attempt (\d): try \d", fake_job.history())
     assert attempts == ["0", "1"]
-    found = re.findall(
-        r"step of (\d+) cores, bind (\S+), processes .*--nproc-per-node=(\d+)", fake_job.cluster.output(fake_job.id)
-    )
+    steps = [file.read_text() for file in (fake_job.run / "slurm").glob("*/step.*")]
+    found = re.findall(r"cores (\d+), bind (\S+), processes .*--nproc-per-node=(\d+)", "".join(steps))
     assert found == [("4", "not", "1")] * 4
 
 
