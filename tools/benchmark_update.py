@@ -154,7 +154,7 @@ def main() -> None:
     if arguments.planned:
         print(json.dumps(planned(arguments.planned, arguments)))
         return
-    architecture = (
+    architecture: dict[str, Any] = (
         QWEN25_HALF_B
         if arguments.architecture is None
         else read_json(arguments.architecture, remedy="give the config.json of a model")

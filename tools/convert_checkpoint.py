@@ -32,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -141,7 +142,7 @@ def _peak_gib() -> float:
 
 def _bridge(folder: Path, dtype: str) -> PolicyBridge:
     # Local layers also on a GPU: both kinds of layers have the same names in a checkpoint.
-    return PolicyBridge(ModelConfig(path=str(folder), dtype=dtype, layer_spec="local"), ParallelConfig())
+    return PolicyBridge(ModelConfig(path=str(folder), dtype=cast(Any, dtype), layer_spec="local"), ParallelConfig())
 
 
 def _dtype_of_folder(folder: Path, report: Callable[[str], None]) -> str:

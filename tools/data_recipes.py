@@ -64,7 +64,7 @@ def _gsm8k(path: Path, limit: int | None) -> list[Example]:
 
 
 def _math(path: Path, limit: int | None) -> list[Example]:
-    examples = []
+    examples: list[Example] = []
     for where, row in _math_rows(path):
         if not isinstance(problem := row.get("problem"), str) or not problem.strip():
             raise UserError(

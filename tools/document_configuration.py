@@ -92,7 +92,8 @@ def section(key: str, kind: type) -> Iterator[str]:
         ]
     )
     for name, expected in expected_types.items():
-        if (listed_type := expected.or_list or expected).is_section_list:
+        listed_type = expected.or_list or expected
+        if listed_type.is_section_list and listed_type.element:
             yield f"An entry of the list `{key}.{name}` has:"
             element = listed_type.element.type
             kinds = key_types(element)
@@ -127,10 +128,10 @@ def choices(key: str, by_name: Mapping[str, type]) -> Iterator[str]:
     tables: dict[tuple[type, ...], list[str]] = {}
     for text, classes in takers.items():
         tables.setdefault(tuple(classes), []).append(text)
-    for classes, rows in tables.items():
-        if len(classes) > 1:
-            taking = listed(name for described in classes for name in names[described])
-            yield f"Every {key.split('.')[-1]} takes:" if len(classes) == len(names) else f"{taking} take:"
+    for sharing, rows in tables.items():
+        if len(sharing) > 1:
+            taking = listed(name for described in sharing for name in names[described])
+            yield f"Every {key.split('.')[-1]} takes:" if len(sharing) == len(names) else f"{taking} take:"
             yield table(rows)
     for described, (first, *others) in names.items():
         yield f"### {', '.join(f'`{name}`' for name in (first, *others))}"
@@ -156,7 +157,7 @@ def table(rows: list[str]) -> str:
 
 def row(field: dataclasses.Field[Any], expected: KeyType, docstring: str) -> str:
     """The row of a key in a table."""
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     shown = "required" if default == REQUIRED else f"`{yaml(default)}`"
     cells = (f"`{field.name}`", takes(expected), shown, document_api.markdown(docstring))
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
@@ -166,7 +167,7 @@ def takes(expected: KeyType) -> str:
     """What a key takes, in words."""
     if expected.choices:
         words = ", ".join(f"`{choice}`" for choice in expected.choices)
-    elif expected.is_section_list:
+    elif expected.is_section_list and expected.element:
         words = f"list of sections with {listed(key_types(expected.element.type))}"
     elif expected.type is list and expected.element is not None:
         words = f"list of {takes(expected.element)}"

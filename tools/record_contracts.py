@@ -75,7 +75,8 @@ def transformer_engine(wheel: Wheel) -> dict[str, Any]:
     from tests.contracts.megatron_calls import imported_names
 
     names = sorted(imported_names())
-    return {name: definition(wheel, *name.rsplit(".", 1)) for name in names}
+    parts = {name: name.rpartition(".") for name in names}
+    return {name: definition(wheel, module, last) for name, (module, _, last) in parts.items()}
 
 
 def sglang(wheel: Wheel) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def sglang(wheel: Wheel) -> dict[str, Any]:
         if isinstance(node, ast.AsyncFunctionDef):
             for decorator in node.decorator_list:
                 path = decorator.args[0] if isinstance(decorator, ast.Call) and decorator.args else None
-                if isinstance(path, ast.Constant) and str(path.value).startswith("/"):
+                if isinstance(path, ast.Constant) and isinstance(path.value, str) and path.value.startswith("/"):
                     found = re.findall(
                         r"\w+ReqInput", " ".join(ast.dump(a.annotation) for a in node.args.args if a.annotation)
                     )

@@ -136,7 +136,7 @@ def trl(wheel: Wheel, batch: dict[str, Tensor]) -> list[tuple[str, str, Tensor]]
     found = []
     for (mode, low, high), ours in OF_TRL.items():
         settings = {"mode": mode, "clip_min": low, "clip_max": high}
-        scope = {
+        scope: dict[str, Any] = {
             **{"torch": torch, "math": math, "mask": batch["mask"]},
             **{"old_per_token_logps": batch["old"], "sampling_per_token_logps": batch["rollout"]},
             "self": SimpleNamespace(**{f"vllm_importance_sampling_{name}": value for name, value in settings.items()}),

@@ -64,7 +64,7 @@ def train(seed: int, schedule: TargetEntropy) -> list[dict[str, float]]:
             optimizer.step()
             schedule.observe_update(step, update, len(minibatches), tokens.entropy_shift(new.entropy, at))
         row = {"step": step, "entropy": tokens.mean_entropy, "reward": rewards.mean().item(), **schedule.metrics()}
-        print("step {step:3d}  entropy {entropy:.3f}  target {control/target:.3f}  reward {reward:.2f}".format(**row))
+        print("step {step:3.0f}  entropy {entropy:.3f}  target {control/target:.3f}  reward {reward:.2f}".format(**row))
         rows.append(row)
     return rows
 

@@ -34,6 +34,9 @@ class EntropyControlledGRPOTrainer(GRPOTrainer):
     checkpoints. Raises ValueError for a loss that has no two-sided bounds per token.
     """
 
+    epsilon_low: float
+    epsilon_high: float
+
     def __init__(self, *arguments: Any, schedule: ClipSchedule, **options: Any):
         super().__init__(*arguments, **options)
         if self.loss_type not in ("grpo", "bnpo", "dr_grpo", "dapo") or self.importance_sampling_level != "token":
@@ -203,4 +206,4 @@ def main(seed: int, folder: str) -> list[dict[str, float]]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         for row in main(int(sys.argv[1]) if len(sys.argv) > 1 else 0, folder):
-            print("step {step:3d}  entropy {entropy:.3f}  target {control/target:.3f}".format(**row))
+            print("step {step:3.0f}  entropy {entropy:.3f}  target {control/target:.3f}".format(**row))

@@ -146,4 +146,5 @@ def _subscripts(method: ast.FunctionDef) -> frozenset[str]:
         and isinstance(node.ctx, ast.Store)
         and ast.unparse(node.value) == "extra_kwargs"
         and isinstance(node.slice, ast.Constant)
+        and isinstance(node.slice.value, str)
     )
