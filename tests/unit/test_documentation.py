@@ -99,10 +99,15 @@ def test_every_benchmark_that_a_page_names_runs_without_arguments() -> None:
                 assert not positional or options.get("nargs") in ("'?'", "'*'"), f"{name}: {ast.unparse(call)}"
 
 
-def test_the_figures_of_the_readme_are_those_of_the_study() -> None:
-    study = (ROOT / "docs" / "entropy_study.md").read_text()
-    quoted = re.findall(r"\d\.\d+ ± \d\.\d+", (ROOT / "README.md").read_text())
+@pytest.mark.parametrize("page", ["README.md", "docs/entropy_control/results.md"])
+def test_the_figures_of_a_page_are_those_of_the_study(page: str) -> None:
+    text, study = (
+        (ROOT / name).read_text().replace("−", "-").replace(" %", "") for name in (page, "docs/entropy_study.md")
+    )
+    quoted = re.findall(r"[+-]?\d\.\d+ ± \d\.\d+", text)
     assert quoted
+    # Errors of each seed, of the present controller: the last column of the table.
+    quoted += re.findall(r"\| (\d+\.\d(?:, \d+\.\d){4}) \|\n", text)
     assert [figure for figure in quoted if figure not in study] == []
 
 
