@@ -37,7 +37,7 @@ def run_forked(
         processes: number of processes. Several get the environment variables of a job, one does not.
         variables: environment variables. The first call decides those that are read when torch is imported.
         folder: working directory.
-        deadline_seconds: after this time all are killed, and TimeoutError is raised.
+        deadline_seconds: after this time all are killed, and TimeoutError is raised with the end of what they wrote.
 
     Returns:
         the status of the process that failed first, or 0; negative if a signal ended it. Outputs are those of all.
@@ -61,6 +61,9 @@ def run_forked(
                 ranks[-1].start()
         try:
             status = _status(ranks, deadline_seconds)
+        except TimeoutError as error:
+            printed = "".join(file.read_text(errors="replace")[-3000:] for file in files)
+            raise TimeoutError(f"{error}:\n{printed}") from None
         finally:
             for process in ranks:
                 process.kill()

@@ -18,6 +18,7 @@ from megatron_rlvr.control import EntropyCurve
 from megatron_rlvr.telemetry.plots import COLOURS, STYLES
 
 DOTS_PER_INCH = 75
+MARKS = "os^DvP"  # one for every seven strategies of the frontier
 
 
 def tracking(runs: Runs, curves: dict[str, EntropyCurve], path: Path) -> None:
@@ -75,7 +76,7 @@ def frontier(runs: Runs, strategies: Sequence[str], total: int, path: Path) -> N
         ax.plot([p[0] for p in course], [p[1] for p in course], color=COLOURS[6], linestyle=":", label="grpo's course")
     for i, name in enumerate(s for s in strategies if runs.get(s)):
         mean1, mean16, spread1, spread16 = _point(list(runs[name].values()), total)
-        ax.errorbar(mean1, mean16, spread16, spread1, fmt="os^D"[i // 7], color=COLOURS[i % 7], label=name, capsize=2)
+        ax.errorbar(mean1, mean16, spread16, spread1, fmt=MARKS[i // 7], color=COLOURS[i % 7], label=name, capsize=2)
     ax.set_xlabel("pass@1 at the end")
     ax.set_ylabel("pass@16 at the end")
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

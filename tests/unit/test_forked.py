@@ -1,6 +1,7 @@
 """The processes of `tests.forked`: they find each other, and the first failure ends all of them."""
 
 import signal
+import time
 
 import pytest
 
@@ -55,3 +56,16 @@ def test_a_single_process_has_no_job_and_the_folder_that_was_asked_for(tmp_path)
 def test_a_deadline_ends_all(tmp_path):
     with pytest.raises(TimeoutError, match=r"2 of 2 processes had not ended after 0\.5 s"):
         run(tmp_path, "import time\ntime.sleep(3600)", 2, deadline=0.5)
+
+
+def test_after_the_deadline_one_reads_what_the_processes_wrote(tmp_path, monkeypatch):
+    def late(ranks, _seconds):
+        while not (tmp_path / "written").exists():  # however long it takes
+            assert ranks[0].is_alive()
+            time.sleep(0.05)
+        raise TimeoutError("late")
+
+    monkeypatch.setattr("tests.forked._status", late)
+    program = "import time\nprint('waits for', 'Godot', flush=True)\nopen('written', 'w').close()\ntime.sleep(3600)"
+    with pytest.raises(TimeoutError, match="late:\nwaits for Godot"):
+        run(tmp_path, program, 1)
