@@ -5,7 +5,8 @@
 Each folder holds the two runs of one seed, as ``show.py seed=1 --output runs/real_model/seed-1`` makes them. Finished
 runs are added to docs/real_model/runs.jsonl, in the format of the entropy study's archive. The page and the picture
 depend on the archive alone, and show every run in it. Runs on another curve than that of real_model.yaml, or with
-other overrides, get a name with ``--curve``, and a table of their own.
+other overrides, get a name with ``--curve``, and a table of their own. What thresholds alone do is read from
+docs/real_model/authority.csv, which examples/entropy_study/authority.py writes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import archive  # examples/entropy_study
 import figure
+import measurements
+from authority_table import authority_section
 from results import Run, Runs, percents, spread
 
 from megatron_rlvr.config import load_config
@@ -26,6 +29,7 @@ from megatron_rlvr.telemetry.runs import load_run
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "real_model.md"
 ARCHIVE = ROOT / "docs" / "real_model" / "runs.jsonl"
+AUTHORITY = ROOT / "docs" / "real_model" / "authority.csv"
 PICTURE = ROOT / "docs" / "real_model.png"
 METRICS = (*archive.METRICS, "mixed_groups_fraction", "control/target", "control/steering")
 BEGIN, END = "<!-- begin: written by examples/real_model/results_page.py -->\n", "<!-- end -->\n"
@@ -62,8 +66,8 @@ def curve_errors(runs: Runs, name: str) -> list[float]:
     return errors
 
 
-def tables(runs: Runs) -> str:
-    """Return the results as Markdown: a row per measurement, a column per strategy."""
+def tables(runs: Runs, measured: Sequence[measurements.Measurement] = ()) -> str:
+    """Return the results as Markdown: a row per result, a column per strategy; then other runs; then thresholds."""
     static, drawn = (list(runs[name].values()) for name in figure.NAMES)
     steps = len(drawn[0].steps)
     rows: list[tuple[str, Callable[[Run], float], int]] = [
@@ -107,6 +111,7 @@ def tables(runs: Runs) -> str:
         f"entropy is {100 * statistics.mean(run.noise_floor for run in drawn):.1f} %.",
         "",
         *other_runs(runs),
+        *authority_section(measured),
     ]
     return "\n".join(lines)
 
@@ -142,10 +147,10 @@ def held_out(name: str, step: int) -> Callable[[Run], float]:
     return lambda run: next(record[name] for record in run.evaluations if record["step"] == step)
 
 
-def page(text: str, runs: Runs) -> str:
+def page(text: str, runs: Runs, measured: Sequence[measurements.Measurement] = ()) -> str:
     """Return the page with the results in the place of those before."""
     before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + tables(runs) + END + rest.partition(END)[2]
+    return before + BEGIN + tables(runs, measured) + END + rest.partition(END)[2]
 
 
 def main() -> None:
@@ -159,7 +164,8 @@ def main() -> None:
     archive.write(ARCHIVE, runs, METRICS)
     runs = archive.read(ARCHIVE)  # rounded: everything below depends on the archive alone
     figure.draw({name: [run.steps for run in runs[name].values()] for name in figure.NAMES}, PICTURE)
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    text = page(PAGE.read_text(encoding="utf-8"), runs, measurements.read(AUTHORITY))
+    PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
 
 

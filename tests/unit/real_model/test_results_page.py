@@ -6,8 +6,10 @@ from pathlib import Path
 
 import archive
 import figure
-import pytest
+import measurements
 import results_page
+from authority_table import authority_section
+from measurements import Measurement
 from results import Run
 
 from megatron_rlvr.config import load_config
@@ -63,9 +65,28 @@ def test_the_page_keeps_what_people_wrote() -> None:
     assert results_page.page(once, runs) == once
 
 
-@pytest.mark.skipif(not results_page.ARCHIVE.is_file(), reason="no run is archived yet")
+def test_the_effects_of_thresholds_are_compared_state_by_state() -> None:
+    added = {"static": 0.0, "upper": -0.03, "steep": -0.06, "lower": 0.002}
+    rows = [
+        Measurement(0, step, rewards, 2.5e-6, bound, 1, entropy, -0.01 + sign * added[bound], 0.07, 0.2)
+        for step, entropy, sign in ((9, 1.0, -1.0), (1, 4.0, 1.0))
+        for rewards in ("task", "coin")
+        for bound in added
+    ]
+    lines = authority_section(rows[:-1])  # the last case is not complete: its row is left out
+    assert "each of 2 saved states" in "\n".join(lines)
+    assert lines[-4:-1] == [
+        "| 4.00 | task | 1 | -1.0 | -3.0 | -6.0 | +0.2 | 7.0 %, 20.0 % |",
+        "| 1.00 | coin | 1 | -1.0 | +3.0 | +6.0 | -0.2 | 7.0 %, 20.0 % |",
+        "| 1.00 | task | 1 | -1.0 | +3.0 | +6.0 | -0.2 | 7.0 %, 20.0 % |",
+    ]
+    words = "with the task's rewards it raises entropy in 1 of 2 rows and lowers it in 1; with random ones"
+    assert any(line.startswith("- *upper*: " + words) for line in lines)
+    assert any("*lower*" in line and "raises entropy in 0 of 2 rows and lowers it in 0" in line for line in lines)
+    assert authority_section([]) == []
+
+
 def test_the_page_is_up_to_date() -> None:
     written = results_page.PAGE.read_text(encoding="utf-8")
-    assert results_page.page(written, archive.read(results_page.ARCHIVE)) == written, (
-        "run python examples/real_model/results_page.py"
-    )
+    runs, measured = archive.read(results_page.ARCHIVE), measurements.read(results_page.AUTHORITY)
+    assert results_page.page(written, runs, measured) == written, "run python examples/real_model/results_page.py"
