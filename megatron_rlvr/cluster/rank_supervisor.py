@@ -44,6 +44,10 @@ def run_rank(logs: Path, command: Sequence[str]) -> int:
 
     def prepare_child() -> None:
         bind_to_parent(supervisor)
+        # A signal to the process group also reached this child if it had not left the group yet. Ignoring a signal
+        # discards one that is pending; the supervisor records it and passes it on.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.signal(number, signal.SIG_IGN))
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     log, copy = log_path(logs, rank), None

@@ -116,6 +116,25 @@ with failure_recorded():
     assert outcome(tmp_path) == "137 rank 2 on localhost ended of SIGKILL: torch.cuda is gone"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_starts_gets_a_signal_from_its_supervisor_alone(number: signal.Signals, tmp_path: Path) -> None:
+    """torchrun signals the process group, which the rank leaves soon after it is forked."""
+    program = f"""
+import os, signal, sys, time
+from pathlib import Path
+from megatron_rlvr.cluster import rank_supervisor
+def signalled(supervisor):
+    os.kill(os.getpid(), {number})
+    os.kill(supervisor, signal.SIGTERM)
+rank_supervisor.bind_to_parent = signalled
+sys.exit(rank_supervisor.run_rank(Path(sys.argv[1]), ["-c", "import time; time.sleep(3600)"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], env=environment() | {"RANK": "1"})
+    assert done.returncode == 128 + signal.SIGTERM
+    exit = read_exit(tmp_path, 1, done.returncode, 0.0)
+    assert (exit.code, exit.terminated) == (-signal.SIGTERM, True)
+
+
 def test_a_user_error_is_reported_over_an_earlier_crash(tmp_path: Path) -> None:
     program = """
 if rank == 0:
