@@ -155,10 +155,11 @@ sys.exit(2)
 STOPPING = """
 def stop(*_):
     if rank == {crashing}:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when rank 0 has exited
         wait_for("rank_0.exit")
         raise ValueError("while saving")
     sys.exit(75)
+if rank == {crashing}:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when rank 0 has exited
 signal.signal(signal.SIGUSR1, stop)
 if rank != {unprepared}:
     forever()
