@@ -166,11 +166,14 @@ def long_section(
         "| --- |" + " --- |" * len(others),
         *(f"| {name} | {' | '.join(map(str, heights.values()))} |" for name, heights in above.items()),
     ]
-    best = [name for name, heights in above.items() if all(height.sign > 0 for height in heights.values())]
+    judged = [other for other in others if len(runs[other]) > 1]
+    best = [name for name, heights in above.items() if all(heights[other].sign > 0 for other in judged)]
     answer = (
         f"After {total} steps, pass@16 differs from that of static clipping for {listed(diverse)}. Above the course "
-        f"of each of {listed(others)}: {listed(best)}."
+        f"of {listed(judged)}: {listed(best)}."
     )
+    if single := [other for other in others if other not in judged]:
+        answer += f" One seed is too few to judge {listed(single)}."
     question = "What is left of it in long runs?"
     figure = [f"![Entropy, reward and gradient norm of the long runs]({folder}/long.png)"]
     return section("Longer runs", question, answer, figure, lines)
