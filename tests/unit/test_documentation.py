@@ -23,10 +23,8 @@ from megatron_rlvr.control import ClipThresholds
 from megatron_rlvr.train import main
 from tests.processes import ROOT
 
-IGNORED = {".venv", ".venv-sglang", "build", "runs", "node_modules"}
-PAGES = sorted(
-    p for p in ROOT.rglob("*.md") if not IGNORED & set(p.relative_to(ROOT).parts) and ".egg-info" not in str(p)
-)
+IGNORED = re.compile(r"\..*|build|runs|node_modules|.*\.egg-info")  # what tools and runs write
+PAGES = sorted(p for p in ROOT.rglob("*.md") if not any(map(IGNORED.fullmatch, p.relative_to(ROOT).parts)))
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
