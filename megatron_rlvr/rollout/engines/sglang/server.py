@@ -232,6 +232,15 @@ class Server:
             self._files = None
         self.ready = False
 
+    def port_was_taken(self) -> bool:
+        """Return whether the process ended because another one had taken a port of its own.
+
+        SGLang chooses a port for torch.distributed when it starts, and listens there later, on a busy machine minutes
+        later. At the next start it chooses another one.
+        """
+        ended = self.process is not None and self.process.poll() is not None
+        return ended and "address already in use" in last_error(self.log).lower()
+
     def where_to_look(self) -> str:
         """Return the end of an error message: the log file and the error in it."""
         return f"see {self.log}, which says: {last_error(self.log)}"

@@ -131,6 +131,9 @@ class ServerPool:
 
     def _wait_until_ready(self, server: Server) -> None:
         while not server.passes_health_check(self.config.health_timeout_seconds):
+            if server.port_was_taken() and server.starts < _MAX_FAILED_STARTS:
+                self._end([server], _GRACE_OF_HUNG_SERVER_S)
+                server.start(*self._start_weights)
             self._check_start(server)
             time.sleep(_WATCH_PERIOD_S)
         server.became_ready()

@@ -80,6 +80,35 @@ def test_error_of_a_server_that_ends_is_quoted(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_server_whose_port_was_taken_is_started_again(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def passes_once_it_is_up(self: Server, timeout: float) -> bool:
+        assert self.process is not None
+        while self.process.poll() is None:
+            if "up" in self.log.read_text().split():
+                return True
+            time.sleep(0.05)
+        return False
+
+    monkeypatch.setattr(Server, "passes_health_check", passes_once_it_is_up)
+    monkeypatch.setattr(server_pool, "_WATCH_PERIOD_S", 0.01)
+    taken = "torch.distributed.DistNetworkError: port: 23937, code: -98, message: address already in use"
+    program = _program(
+        tmp_path,
+        f"echo >> {tmp_path}/starts; [ $(wc -l < {tmp_path}/starts) -gt {failures} ] || "
+        f"{{ echo '{taken}'; exit 1; }}; echo up; exec sleep 1000",
+    )
+    pool = ServerPool(SGLangConfig(python=program), tmp_path, "float32", tmp_path)
+    if failures == 2:
+        with pool:
+            assert pool.servers[0].starts == 3
+    else:
+        with pytest.raises(UserError, match=r"status 1 before it was ready: .* address already in use"), pool:
+            pass
+
+
 def test_server_that_is_never_ready_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail_once_it_is_loading(self: Server, timeout: float) -> bool:
         while "loading" not in self.log.read_text():
