@@ -72,5 +72,6 @@ def listening_store(address: str, port: int, timeout: datetime.timedelta, **opti
             is_master=True,
             timeout=timeout,
             master_listen_fd=os.dup(listener.fileno()),
-            **{"wait_for_workers": False, **options},
+            wait_for_workers=False,
+            **options,
         )

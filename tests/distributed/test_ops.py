@@ -1,7 +1,7 @@
 """token_statistics over tensor-parallel groups of real gloo processes."""
 
 import os
-import socket
+import tempfile
 import time
 from dataclasses import dataclass, field
 
@@ -16,10 +16,9 @@ ROWS, VOCABULARY = 12, 4096
 TIMEOUT_S = 600
 
 
-def start(rank, world, port, work, arguments):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def start(rank, world, file, work, arguments):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", store=dist.FileStore(file, world), rank=rank, world_size=world)
     try:
         work(rank, world, *arguments)
     finally:
@@ -28,18 +27,16 @@ def start(rank, world, port, work, arguments):
 
 def run(work, world, *arguments):
     """Run ``work(rank, world, *arguments)`` in ``world`` gloo processes; raises if any of them fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.start_processes(
-        start, args=(world, port, work, arguments), nprocs=world, join=False, start_method="fork"
-    )
-    end = time.monotonic() + TIMEOUT_S
-    while not context.join(timeout=1):
-        if time.monotonic() > end:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"{world} gloo processes did not finish in {TIMEOUT_S} s")
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            start, args=(world, f"{folder}/store", work, arguments), nprocs=world, join=False, start_method="fork"
+        )
+        end = time.monotonic() + TIMEOUT_S
+        while not context.join(timeout=1):
+            if time.monotonic() > end:
+                for process in context.processes:
+                    process.kill()
+                raise TimeoutError(f"{world} gloo processes did not finish in {TIMEOUT_S} s")
 
 
 def make(scale, seed):

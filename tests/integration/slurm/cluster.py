@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -22,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.ports import reserved_block
 from tests.processes import DEADLINE_SECONDS
 
 _DAEMONS = ("slurmctld", "slurmd", "munged", "unshare", "nsenter")
@@ -238,8 +238,13 @@ class Cluster:
 @contextlib.contextmanager
 def virtual_cluster(root: Path, size: int) -> Iterator[Cluster]:
     """Start a cluster of `size` nodes under `root`; at the end, stop it and all its jobs."""
-    with _ports(size + 1) as (port, job), _running_cluster(root, size, port, job) as cluster:
-        yield cluster
+    # All nodes of all virtual clusters of a machine have the address 127.0.0.1, and jobs compute the ports of their own
+    # processes from their ids. With the same ids, the jobs of two clusters would meet at the same port.
+    starts = range(12000, 12000 + 500 * _CLUSTERS, 500)
+    with reserved_block([range(start, start + size + 1) for start in starts]) as ports:
+        first_job = 1 + _JOBS * starts.index(ports.start)
+        with _running_cluster(root, size, ports.start, first_job) as cluster:
+            yield cluster
 
 
 @contextlib.contextmanager
@@ -289,28 +294,3 @@ def _running_cluster(root: Path, size: int, port: int, job: int) -> Iterator[Clu
         for _ in polls(300):
             if not any(Path(f"/proc/{pid}").exists() for pid in daemons):
                 break
-
-
-@contextlib.contextmanager
-def _ports(count: int) -> Iterator[tuple[int, int]]:
-    """Reserve `count` ports for a virtual cluster; yields the first of them and the first job id.
-
-    All nodes of all virtual clusters of a machine have the address 127.0.0.1, and jobs compute the ports of their own
-    processes from their ids. With the same ids, the jobs of two clusters would meet at the same port.
-    """
-    places = list(range(_CLUSTERS))
-    random.Random().shuffle(places)
-    for place in places:
-        first = 12000 + 500 * place  # below the range of ports that the system assigns
-        with contextlib.ExitStack() as stack:
-            reservation = stack.enter_context(socket.socket(socket.AF_UNIX))
-            try:
-                reservation.bind(f"\0virtual-slurm-cluster-{place}")  # ends with this process, and leaves no file
-                with contextlib.ExitStack() as probes:  # daemons of a cluster whose test process was killed
-                    for port in range(first, first + count):
-                        probes.enter_context(socket.socket()).bind(("", port))
-            except OSError:
-                continue
-            yield first, 1 + _JOBS * place
-            return
-    raise RuntimeError(f"{_CLUSTERS} virtual clusters run on this machine already")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
+from tests.ports import reserved_port
 from tests.processes import ROOT, environment
 
 # megatron-core binds a GPU when it is imported, after which no fork of this process could use NCCL.
@@ -23,9 +24,9 @@ sys.exit(status)
 
 
 @pytest.fixture
-def port() -> int:
-    """A port that was free a moment ago."""
-    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port
+def port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
 
 
 def start(

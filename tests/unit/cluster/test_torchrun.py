@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from megatron_rlvr.cluster import torchrun
 from megatron_rlvr.cluster.outcome import Outcome
 from megatron_rlvr.cluster.rank_exit import RankExit
 from megatron_rlvr.cluster.torchrun import outcome_of
+from tests.ports import reserved_port
 from tests.processes import environment
 
 RANK = """
@@ -137,16 +137,15 @@ while os.environ["RANK"] == "1" and not os.path.exists(sys.argv[1]):
 sys.exit(75)
 """
     (tmp_path / "rank.py").write_text(program)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=1", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=1"]
     nodes = ["127.0.0.1", "127.0.0.2"]
     first_outcome = tmp_path / "logs" / f"outcome.{nodes[0]}"
     options += [f"--logs={tmp_path / 'logs'}", "--", str(tmp_path / "rank.py"), str(first_outcome)]
-    command = [sys.executable, "-m", "megatron_rlvr.cluster.torchrun", *options]
-    launchers = [subprocess.Popen(command, env=environment() | {"SLURMD_NODENAME": node}) for node in nodes]
-    assert [launcher.wait() for launcher in launchers] == [75, 75]
+    with reserved_port() as port:
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{port}"
+        command = [sys.executable, "-m", "megatron_rlvr.cluster.torchrun", endpoint, *options]
+        launchers = [subprocess.Popen(command, env=environment() | {"SLURMD_NODENAME": node}) for node in nodes]
+        assert [launcher.wait() for launcher in launchers] == [75, 75]
     outcomes = [(tmp_path / "logs" / f"outcome.{node}").read_text() for node in nodes]
     assert outcomes == [
         f"75 rank {rank} on {node} ended with status 75: its log is empty\n" for rank, node in enumerate(nodes)

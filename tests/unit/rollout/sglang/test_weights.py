@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 import subprocess
 import sys
 import threading
@@ -254,6 +255,23 @@ def test_refusal_ends_the_transfer_but_not_the_export(fake: FakeServer, transpor
     assert asked.count(refused) == 1
     transport.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "weights"]
+
+
+def test_the_port_of_a_broadcast_is_occupied_before_servers_know_it(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = threading.Event()
+
+    def control(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        with socket.create_connection((body["master_address"], body["master_port"])):
+            told.set()
+        return 400, {"success": False, "message": "no"}
+
+    fake.control = control
+    monkeypatch.setattr(BroadcastTransport, "_join", lambda *_: told.wait(DEADLINE_SECONDS))
+    failure, _ = _stream(fake, BroadcastTransport(6.0))
+    assert failure is not None and "it answered" in failure
+    assert told.is_set()
 
 
 def test_server_that_keeps_its_old_version(fake: FakeServer) -> None:

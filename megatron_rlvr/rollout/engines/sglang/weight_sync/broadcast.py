@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import itertools
 import os
-import socket
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -67,28 +66,24 @@ class BroadcastTransport:
         self.abandon()
         local = all(r.endpoint.connections.host in ("127.0.0.1", "localhost") for r in receivers)
         host = LOOPBACK if local else node_address(node_name())
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        seconds = self.timeout if self.backend == "nccl" else min(self.timeout, _GLOO_TIMEOUT_S)
+        timeout = datetime.timedelta(seconds=seconds)
+        # Not dist.rendezvous: under torchrun it would connect to torchrun's store instead of starting one.
+        store = listening_store(host, 0, timeout)
         self.group_name = f"weights-{os.getpid()}-{next(_group_numbers)}"
         size = 1 + sum(r.ranks for r in receivers)
         commands, rank_offset = [], 1
         for receiver in receivers:
-            body = {"master_address": host, "master_port": port, "rank_offset": rank_offset, "world_size": size}
+            body = {"master_address": host, "master_port": store.port, "rank_offset": rank_offset, "world_size": size}
             body |= {"group_name": self.group_name, "backend": self.backend}
             action = "join the process group for weights"
             commands.append(receiver.endpoint.command("/init_weights_update_group", body, action))
             rank_offset += receiver.ranks
-        self.group = await self._run_with_servers(commands, lambda: self._join(host, port, size))
+        self.group = await self._run_with_servers(commands, lambda: self._join(store, size, timeout))
         self._members = members
 
-    def _join(self, host: str, port: int, size: int) -> dist.ProcessGroup:
+    def _join(self, store: dist.TCPStore, size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:
         """Join the group as rank 0, with the same store and names with which SGLang's ranks join it."""
-        seconds = self.timeout if self.backend == "nccl" else min(self.timeout, _GLOO_TIMEOUT_S)
-        timeout = datetime.timedelta(seconds=seconds)
-        # Not dist.rendezvous: under torchrun it would connect to torchrun's store instead of starting one.
-        store = listening_store(host, port, timeout, world_size=size, wait_for_workers=True)
-        store.set_timeout(timeout)
         # torch has no public function that forms a group with processes outside the default group.
         group, _ = distributed_c10d._new_process_group_helper(
             size,
