@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from answers import listed, section
-from measurements import REWARDS, Measurement
+from measurements import REWARDS, Measurement, by_setting, compared
 from results import Difference, Run, Runs, above_courses, count, difference, percents, spread, tracking_errors
 
 from megatron_rlvr.control import EntropyCurve
@@ -21,12 +21,10 @@ def authority_section(measurements: Sequence[Measurement], folder: str) -> list[
         return []
     states = {(m.seed, m.step) for m in measurements}
 
-    def mean(bound: str, rewards: str) -> float:
-        chosen = (rewards, STUDY_RATE, STUDY_PASSES, bound)
-        return 100 * statistics.mean(m.shift for m in measurements if (m.rewards, m.rate, m.passes, m.bound) == chosen)
-
-    changes = {rewards: mean("static", rewards) for rewards in REWARDS}
-    added = {rewards: mean("steep", rewards) - changes[rewards] for rewards in REWARDS}
+    settings = by_setting(compared(measurements))
+    of_rewards = {rewards: settings[rewards, STUDY_RATE, STUDY_PASSES] for rewards in REWARDS}
+    changes = {rewards: 100 * statistics.mean(c.static.shift for c in each) for rewards, each in of_rewards.items()}
+    added = {rewards: statistics.mean(c.added("steep") for c in each) for rewards, each in of_rewards.items()}
     answer = (
         f"At the study's learning rate and {STUDY_PASSES} passes, the steepest threshold adds {added['task']:+.1f} % "
         f"of entropy per rollout where static clipping changes it by {changes['task']:+.1f} %; with random rewards the "

@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 
-from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement
+from measurements import OTHERS, PASSES, RATES, REWARDS, Measurement, by_setting, compared
 from results import KS, Difference, Run, Runs, difference, spread
 from strategies import EVERYTHING
 
@@ -83,7 +83,6 @@ def authority_table(measurements: Sequence[Measurement]) -> list[str]:
     """What each constant threshold does to the entropy of one rollout."""
     if not measurements:
         return []
-    others = [bound for bound in BOUNDS if bound != "static"]
     lines = [
         "### Entropy change of one rollout under each threshold",
         "",
@@ -94,37 +93,25 @@ def authority_table(measurements: Sequence[Measurement]) -> list[str]:
         "of the entropy. It is empty where the difference is not resolved or negative.",
         "",
         "| rewards | learning rate | passes | static, % | "
-        + " | ".join(f"{b} minus static, %" for b in others)
+        + " | ".join(f"{b} minus static, %" for b in OTHERS)
         + " | clipped high, low | rollouts to 10 % |",
-        "| --- | --- | --- | --- |" + " --- |" * (len(others) + 2),
+        "| --- | --- | --- | --- |" + " --- |" * (len(OTHERS) + 2),
     ]
+    settings = by_setting(compared(measurements))
     for rewards, rate, passes in itertools.product(REWARDS, RATES, PASSES):
-        of_bound = {
-            bound: {
-                (m.seed, m.step): m
-                for m in measurements
-                if (m.rewards, m.rate, m.passes, m.bound) == (rewards, rate, passes, bound)
-            }
-            for bound in BOUNDS
-        }
-        static = of_bound["static"]
-        if not static:
+        if not (comparisons := settings.get((rewards, rate, passes))):
             continue
-        differences = {
-            bound: Difference.of(
-                [100 * (m.shift - static[state].shift) for state, m in of_bound[bound].items() if state in static]
-            )
-            for bound in others
-        }
+        static = [comparison.static for comparison in comparisons]
+        differences = {bound: Difference.of([each.added(bound) for each in comparisons]) for bound in OTHERS}
         upper = differences["upper"]
         rollouts = f"{10 / upper.mean:.0f}" if upper.sign > 0 else ""
         clipped = ", ".join(
-            f"{100 * statistics.mean(getattr(m, name) for m in static.values()):.1f} %"
+            f"{100 * statistics.mean(getattr(m, name) for m in static):.1f} %"
             for name in ("clipped_high", "clipped_low")
         )
         lines.append(
-            f"| {rewards} | {rate:g} | {passes} | {spread((100 * m.shift for m in static.values()), 1)} | "
-            + " | ".join(differences[bound].text(2) for bound in others)
+            f"| {rewards} | {rate:g} | {passes} | {spread((100 * m.shift for m in static), 1)} | "
+            + " | ".join(differences[bound].text(2) for bound in OTHERS)
             + f" | {clipped} | {rollouts} |"
         )
     return lines

@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from measurements import BOUNDS, PASSES, RATES, REWARDS, Measurement
+from measurements import OTHERS, PASSES, RATES, REWARDS, Measurement, by_setting, compared
 from results import KS, Run, Runs
 
 from megatron_rlvr.control import EntropyCurve
@@ -87,15 +87,12 @@ def frontier(runs: Runs, strategies: Sequence[str], total: int, path: Path) -> N
 def authority(measurements: Sequence[Measurement], path: Path) -> None:
     """Entropy change under each threshold minus that under static clipping, by passes; mean over states."""
     figure, axes = plt.subplots(1, len(REWARDS), figsize=(5 * len(REWARDS), 3.4), sharey=True)
-    shift = {(m.seed, m.step, m.rewards, m.rate, m.passes, m.bound): m.shift for m in measurements}
+    settings = by_setting(compared(measurements))
     for ax, rewards in zip(axes, REWARDS, strict=True):
-        for i, bound in enumerate(b for b in BOUNDS if b != "static"):
+        for i, bound in enumerate(OTHERS):
             for style, rate in zip(STYLES, RATES, strict=False):
-                of_rate = [m for m in measurements if (m.rewards, m.rate, m.bound) == (rewards, rate, bound)]
-                means = []
-                for passes in PASSES:
-                    keys = [(m.seed, m.step, rewards, rate, passes) for m in of_rate if m.passes == passes]
-                    means.append(100 * statistics.mean(shift[*k, bound] - shift[*k, "static"] for k in keys))
+                each = [[c.added(bound) for c in settings[rewards, rate, passes]] for passes in PASSES]
+                means = list(map(statistics.mean, each))
                 ax.plot(PASSES, means, color=COLOURS[i], linestyle=style, marker=".", label=f"{bound}, {rate:g}")
         ax.axhline(0.0, color="black", linewidth=0.6)
         ax.set_xscale("log", base=2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +17,14 @@ BOUNDS = {
     "steep": ClipThresholds(STATIC, AffineThreshold(3.0, -2.8)),
     "lower": ClipThresholds(AffineThreshold(0.3, -0.13), STATIC),
 }
+OTHERS = tuple(bound for bound in BOUNDS if bound != "static")
 REWARDS = ("task", "coin")
 RATES = (3e-5, 1e-4, 3e-4)
 PASSES = (1, 2, 4, 8)
+
+
+Setting = tuple[str, float, int]
+"""Rewards, learning rate and passes."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,43 @@ class Measurement:
     shift: float
     clipped_high: float
     clipped_low: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The measurements of one rollout from one state: one under each of `BOUNDS`, all else being equal."""
+
+    of_bound: Mapping[str, Measurement]
+
+    @property
+    def static(self) -> Measurement:
+        """Under static clipping."""
+        return self.of_bound["static"]
+
+    @property
+    def setting(self) -> Setting:
+        """Rewards, learning rate and passes."""
+        return self.static.rewards, self.static.rate, self.static.passes
+
+    def added(self, bound: str) -> float:
+        """What a threshold adds to the change of ln entropy under static clipping, in percent."""
+        return 100 * (self.of_bound[bound].shift - self.static.shift)
+
+
+def compared(measurements: Iterable[Measurement]) -> list[Comparison]:
+    """Group measurements by rollout and setting; those that were not made under every one of `BOUNDS` are left out."""
+    cases: dict[tuple[int, int, Setting], dict[str, Measurement]] = defaultdict(dict)
+    for m in measurements:
+        cases[m.seed, m.step, (m.rewards, m.rate, m.passes)][m.bound] = m
+    return [Comparison(of_bound) for of_bound in cases.values() if of_bound.keys() == BOUNDS.keys()]
+
+
+def by_setting(comparisons: Iterable[Comparison]) -> dict[Setting, list[Comparison]]:
+    """The comparisons of each setting, over all states."""
+    settings: dict[Setting, list[Comparison]] = defaultdict(list)
+    for comparison in comparisons:
+        settings[comparison.setting].append(comparison)
+    return dict(settings)
 
 
 def read(path: Path) -> list[Measurement]:

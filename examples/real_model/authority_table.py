@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from measurements import BOUNDS, Measurement  # examples/entropy_study
+from measurements import OTHERS, Comparison, Measurement, compared  # examples/entropy_study
 
-OTHERS = tuple(bound for bound in BOUNDS if bound != "static")
 RESOLVED = 0.5  # percent: a smaller difference is not counted
-
-Case = tuple[int, int, str, int]
-"""Seed, step, rewards, passes."""
 
 
 def authority_section(measurements: Sequence[Measurement]) -> list[str]:
     """Return the section's lines, none if nothing was measured."""
-    cases: dict[Case, dict[str, Measurement]] = defaultdict(dict)
-    for m in measurements:
-        cases[m.seed, m.step, m.rewards, m.passes][m.bound] = m
-    complete = {case: of_bound for case, of_bound in cases.items() if of_bound.keys() == BOUNDS.keys()}
-    if not complete:
+    comparisons = compared(measurements)
+    if not comparisons:
         return []
-    states = len({case[:2] for case in complete})
+    states = len({(comparison.static.seed, comparison.static.step) for comparison in comparisons})
     lines = [
         "### What thresholds alone do to a step",
         "",
@@ -34,31 +26,25 @@ def authority_section(measurements: Sequence[Measurement]) -> list[str]:
         "rewards, which are random, there is nothing to learn. *Clipped* is the share of tokens that static clipping "
         "clips at the upper and at the lower bound.",
         "",
-        *(f"- {effects(bound, complete)}" for bound in OTHERS),
+        *(f"- {effects(bound, comparisons)}" for bound in OTHERS),
         "",
         f"| entropy, nats | rewards | passes | static, % | {' | '.join(f'{b} − static' for b in OTHERS)} | clipped |",
         "| --- | --- | --- | --- |" + " --- |" * (len(OTHERS) + 1),
     ]
-    for case, of_bound in sorted(complete.items(), key=lambda item: (-item[1]["static"].entropy, item[0])):
-        static = of_bound["static"]
-        added = " | ".join(f"{difference(of_bound, bound):+.1f}" for bound in OTHERS)
+    for comparison in sorted(comparisons, key=lambda each: (-each.static.entropy, each.setting)):
+        static = comparison.static
+        added = " | ".join(f"{comparison.added(bound):+.1f}" for bound in OTHERS)
         clipped = f"{100 * static.clipped_high:.1f} %, {100 * static.clipped_low:.1f} %"
-        lines.append(
-            f"| {static.entropy:.2f} | {case[2]} | {case[3]} | {100 * static.shift:+.1f} | {added} | {clipped} |"
-        )
+        before = f"| {static.entropy:.2f} | {static.rewards} | {static.passes} | {100 * static.shift:+.1f}"
+        lines.append(f"{before} | {added} | {clipped} |")
     return [*lines, ""]
 
 
-def difference(of_bound: Mapping[str, Measurement], bound: str) -> float:
-    """Return what a threshold adds to the change of ln entropy under static clipping, in percent."""
-    return 100 * (of_bound[bound].shift - of_bound["static"].shift)
-
-
-def effects(bound: str, cases: Mapping[Case, Mapping[str, Measurement]]) -> str:
-    """Return a sentence: in how many cases a threshold raises and lowers entropy, with each kind of rewards."""
+def effects(bound: str, comparisons: Sequence[Comparison]) -> str:
+    """Return a sentence: in how many rows a threshold raises and lowers entropy, with each kind of rewards."""
     parts = []
-    for rewards in dict.fromkeys(case[2] for case in cases):
-        added = [difference(of_bound, bound) for case, of_bound in cases.items() if case[2] == rewards]
+    for rewards in dict.fromkeys(comparison.static.rewards for comparison in comparisons):
+        added = [comparison.added(bound) for comparison in comparisons if comparison.static.rewards == rewards]
         raised, lowered = sum(x > RESOLVED for x in added), sum(x < -RESOLVED for x in added)
         name = "the task's rewards" if rewards == "task" else "random ones"
         parts.append(f"with {name} it raises entropy in {raised} of {len(added)} rows and lowers it in {lowered}")
