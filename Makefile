@@ -100,12 +100,12 @@ quickstart: $(STAMP)  ## compare a drawn entropy curve with static clipping (4 m
 
 real-model: $(STAMP)  ## the same on Gemma 3 270M, a real language model (15 minutes on two cores, downloads 240 MB)
 	PYTHONPATH=. $(BIN)/python examples/real_model/fetch.py
-	test -f runs/real_model/data/words.txt || PYTHONPATH=. $(BIN)/python examples/real_model/tasks.py
+	test -f runs/real_model/data/beginnings.train.jsonl || PYTHONPATH=. $(BIN)/python examples/real_model/tasks.py
 	PYTHONPATH=.:examples/quickstart $(BIN)/python examples/real_model/show.py $(ARGS)
 
 real-model-check: $(STAMP) $(SGLANG_READY)  ## test that model against transformers and the real SGLang (minutes)
 	PYTHONPATH=. $(BIN)/python examples/real_model/fetch.py
-	test -f runs/real_model/data/words.txt || PYTHONPATH=. $(BIN)/python examples/real_model/tasks.py
+	test -f runs/real_model/data/beginnings.train.jsonl || PYTHONPATH=. $(BIN)/python examples/real_model/tasks.py
 	REAL_MODEL=$(abspath runs/real_model/model) $(BIN)/python -m pytest tests/integration/sglang/test_real_model.py -s -p no:warnings $(ARGS)
 
 mismatch-study-sglang: $(STAMP) $(SGLANG_READY)  ## plant faults in a real SGLang: does the mismatch alarm ring? (5 minutes)

@@ -1,17 +1,18 @@
 """Archive finished runs of show.py, and write the results on docs/real_model.md and its picture.
 
-    python examples/real_model/results_page.py [runs/real_model/seed-* ...] [--curve NAME]
+    python examples/real_model/results_page.py [runs/real_model/seed-* ...] [--curve NAME] [--task NAME]
 
 Each folder holds the two runs of one seed, as ``show.py seed=1 --output runs/real_model/seed-1`` makes them. Finished
 runs are added to docs/real_model/runs.jsonl, in the format of the entropy study's archive. The page and the picture
 depend on the archive alone, and show every run in it. Runs on another curve than that of real_model.yaml, or with
-other overrides, get a name with ``--curve``, and a table of their own. What thresholds alone do is read from
-docs/real_model/authority.csv, which examples/entropy_study/authority.py writes.
+other overrides, get a name with ``--curve``, those on another task with ``--task``, and both a table of their own. What
+thresholds alone do is read from docs/real_model/authority.csv, which examples/entropy_study/authority.py writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -33,16 +34,23 @@ AUTHORITY = ROOT / "docs" / "real_model" / "authority.csv"
 PICTURE = ROOT / "docs" / "real_model.png"
 METRICS = (*archive.METRICS, "mixed_groups_fraction", "control/target", "control/steering")
 BEGIN, END = "<!-- begin: written by examples/real_model/results_page.py -->\n", "<!-- end -->\n"
+OF_TASK = ": "  # between the name of a task and that of a strategy
 LAST = 3  # steps that "at the end" averages over
 
 
-def finished(folders: Sequence[Path], curve: str) -> Runs:
-    """Return the runs in ``folders`` that completed all of their steps; ``curve`` names those with a drawn curve."""
+def finished(folders: Sequence[Path], curve: str, task: str = "") -> Runs:
+    """Return the runs in ``folders`` that completed all of their steps.
+
+    Args:
+        folders: each with the runs of one seed.
+        curve: name of the runs with a drawn curve.
+        task: name of the task, unless it is that of real_model.yaml.
+    """
     runs: Runs = {}
     for directory in (folder / name for folder in folders for name in figure.NAMES):
         if not (directory / "config.yaml").is_file():
             continue
-        name = curve if directory.name == figure.DRAWN else directory.name
+        name = (f"{task}{OF_TASK}" if task else "") + (curve if directory.name == figure.DRAWN else directory.name)
         config = load_config(directory / "config.yaml")
         steps, evaluations = load_run(directory)
         if len(steps) == config.steps and evaluations[-1]["step"] == config.steps:
@@ -53,11 +61,12 @@ def finished(folders: Sequence[Path], curve: str) -> Runs:
 def curve_errors(runs: Runs, name: str) -> list[float]:
     """Return, for each seed, the root mean square of entropy / drawn curve - 1 after the first tenth of the steps.
 
-    Static clipping has no curve, and is compared with that of the other run of its seed.
+    Static clipping has no curve, and is compared with that of the run of its task and seed that has one.
     """
-    errors = []
+    task, separator, _ = name.rpartition(OF_TASK)
+    others, errors = runs.get(task + separator + figure.DRAWN, {}), []
     for seed, run in runs[name].items():
-        if (drawn := run if "control/target" in run.steps[0] else runs[figure.DRAWN].get(seed)) is None:
+        if (drawn := run if "control/target" in run.steps[0] else others.get(seed)) is None:
             continue
         first = math.ceil(len(run.steps) / 10)
         pairs = list(zip(run.steps, drawn.steps, strict=True))[first:]
@@ -67,8 +76,23 @@ def curve_errors(runs: Runs, name: str) -> list[float]:
 
 
 def tables(runs: Runs, measured: Sequence[measurements.Measurement] = ()) -> str:
-    """Return the results as Markdown: a row per result, a column per strategy; then other runs; then thresholds."""
-    static, drawn = (list(runs[name].values()) for name in figure.NAMES)
+    """Return the results as Markdown: those of every task, then other runs, then thresholds."""
+    others = sorted({name.rpartition(OF_TASK)[0] for name in runs} - {""})
+    parts = [task_table(runs, "")]
+    for task in others:
+        if all(task + OF_TASK + name in runs for name in figure.NAMES):
+            parts.append([f"### On the task `{task}`", "", *task_table(runs, task + OF_TASK)])
+    return "\n".join([*itertools.chain(*parts), *other_runs(runs), *authority_section(measured)])
+
+
+def task_table(runs: Runs, task: str) -> list[str]:
+    """Return the lines on one task: a row per result, a column per strategy; then the errors of every seed.
+
+    Args:
+        runs: all runs.
+        task: what the names of the task's runs begin with.
+    """
+    static, drawn = (list(runs[task + name].values()) for name in figure.NAMES)
     steps = len(drawn[0].steps)
     rows: list[tuple[str, Callable[[Run], float], int]] = [
         ("entropy at the start, nats per token", lambda run: run.steps[0]["entropy"], 2),
@@ -94,7 +118,7 @@ def tables(runs: Runs, measured: Sequence[measurements.Measurement] = ()) -> str
             2,
         ),
     ]
-    lines = [
+    return [
         f"{steps} steps. Mean ± standard deviation over the seeds, if there are several:",
         "",
         f"| | {' | '.join(figure.LABELS[name] for name in figure.NAMES)} |",
@@ -106,31 +130,29 @@ def tables(runs: Runs, measured: Sequence[measurements.Measurement] = ()) -> str
         ),
         "",
         "Root mean square of entropy / drawn curve − 1 after the first tenth of the steps, each seed: "
-        f"**{percents(curve_errors(runs, figure.DRAWN))} %** under target entropy. Static clipping is "
-        f"{percents(curve_errors(runs, figure.STATIC))} % away from the curve. The standard error of a step's "
+        f"**{percents(curve_errors(runs, task + figure.DRAWN))} %** under target entropy. Static clipping is "
+        f"{percents(curve_errors(runs, task + figure.STATIC))} % away from the curve. The standard error of a step's "
         f"entropy is {100 * statistics.mean(run.noise_floor for run in drawn):.1f} %.",
         "",
-        *other_runs(runs),
-        *authority_section(measured),
     ]
-    return "\n".join(lines)
 
 
 def other_runs(runs: Runs) -> list[str]:
     """Return the lines of the table of runs that are not those of real_model.yaml; none if there are none."""
-    names = [name for name in runs if name not in figure.NAMES]
+    names = [name for name in runs if name.rpartition(OF_TASK)[2] not in figure.NAMES]
     if not names:
         return []
-    lines = ["| other runs | seeds | curve error | drawn at the end | entropy at the end | held-out distinct of 16 |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    columns = ("other runs", "seeds", "curve error", "entropy at the start", "drawn at the end", "entropy at the end")
+    lines = [f"| {' | '.join(columns)} | held-out distinct of 16 |", "| --- | --- | --- | --- | --- | --- | --- |"]
     for name in names:
         each = list(runs[name].values())
-        drawn = spread((run.steps[-1].get("control/target", math.nan) for run in each), 2)
-        entropy = spread((run.steps[-1]["entropy"] for run in each), 2)
-        distinct = spread((run.evaluations[-1]["distinct_solutions"] for run in each), 2)
-        lines.append(
-            f"| {name} | {seeds(each)} | {percents(curve_errors(runs, name))} % | {drawn} | {entropy} | {distinct} |"
-        )
+        cells = [name, seeds(each)]
+        cells.append(f"{percents(curve_errors(runs, name))} %")
+        cells.append(spread((run.steps[0]["entropy"] for run in each), 2))
+        cells.append(spread((run.steps[-1].get("control/target", math.nan) for run in each), 2))
+        cells.append(spread((run.steps[-1]["entropy"] for run in each), 2))
+        cells.append(spread((run.evaluations[-1]["distinct_solutions"] for run in each), 2))
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -157,9 +179,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Archive runs on the real model, and write docs/real_model.md.")
     parser.add_argument("folders", nargs="*", type=Path, help="folders of finished pairs of runs")
     parser.add_argument("--curve", default=figure.DRAWN, help="name of the runs with a drawn curve, in the archive")
+    parser.add_argument("--task", default="", help="name of the task, in the archive, if it is not real_model.yaml's")
     options = parser.parse_args()
     runs = archive.read(ARCHIVE)
-    for name, of_seed in finished(options.folders, options.curve).items():
+    for name, of_seed in finished(options.folders, options.curve, options.task).items():
         runs.setdefault(name, {}).update(of_seed)
     archive.write(ARCHIVE, runs, METRICS)
     runs = archive.read(ARCHIVE)  # rounded: everything below depends on the archive alone

@@ -3,10 +3,12 @@
     python examples/real_model/tasks.py [--packages runs/real_model/packages] [--output runs/real_model/data]
 
 Writes ``TASK.train.jsonl`` and ``TASK.heldout.jsonl`` for every task, and ``words.txt``. No held-out prompt is a
-training prompt: the letters, continents' wordings, summands, words to rhyme with and words to oppose are others.
+training prompt: the beginnings, letters, continents' wordings, summands, words to rhyme with and words to oppose are
+others.
 
 | task | a prompt | right answers |
 | --- | --- | --- |
+| beginnings | two examples, then br: | every word of the list that begins so |
 | letters | A word that begins with the letter "B": | every word of the list that begins so |
 | countries | A country in Africa: | the countries of the continent (countries.txt) |
 | sums | three examples, then 4 + 3 = | one |
@@ -33,6 +35,8 @@ from megatron_rlvr.exit_status import EXIT_DONE, user_errors_reported
 HERE = Path(__file__).parent
 # Q, X and Z begin too few words that a small model knows.
 LETTERS = "ABCDEFGHIJKLMNOPRSTUVWY"
+BEGINNINGS = "ba br ca ch co cr de di dr fa fl ga gr ha la ma pa pl pr ra sc sh st tr"
+BEGINNING_EXAMPLES = "gl: glass\nwh: white\n"
 SUM_EXAMPLES = "4 + 3 = 7\n8 + 5 = 13\n2 + 6 = 8\n"
 RHYME_EXAMPLES = '"cat" rhymes with "hat". "sing" rhymes with "ring". '
 OPPOSITE_EXAMPLES = 'The opposite of "hot" is "cold". The opposite of "up" is "down". '
@@ -94,7 +98,8 @@ def tasks(words: dict[str, list[list[str]]]) -> dict[str, list[Row]]:
     sums = [(a, b) for a in range(2, 10) for b in range(2, 10)]
     opposites = read_lists("opposites.txt")
     return {
-        "letters": [problem(f'A word that begins with the letter "{c}":', letter=c.lower()) for c in LETTERS],
+        "beginnings": [problem(f"{BEGINNING_EXAMPLES}{start}:", beginning=start) for start in BEGINNINGS.split()],
+        "letters": [problem(f'A word that begins with the letter "{c}":', beginning=c.lower()) for c in LETTERS],
         "countries": [problem(prompt, accepted=names) for prompt, names in countries],
         "sums": [problem(f"{SUM_EXAMPLES}{a} + {b} =", number=a + b) for a, b in sums],
         "rhymes": [

@@ -21,7 +21,7 @@ def score(completion: str, answer: dict[str, Any], words: str = "runs/real_model
 
     Args:
         completion: what the model wrote after the prompt; only its beginning counts.
-        answer: one of ``{"letter": "b"}``, any word of the list that begins so; ``{"accepted": ["chad", "south
+        answer: one of ``{"beginning": "br"}``, any word of the list that begins so; ``{"accepted": ["chad", "south
             africa"]}``, any of these, in lower case; ``{"number": 12}``.
         words: file of the word list, one in lower case per line.
 
@@ -39,7 +39,7 @@ def score(completion: str, answer: dict[str, Any], words: str = "runs/real_model
         return {"score": float(bool(fitting)), "answer": max(fitting, key=len, default=text[:40])}
     match = WORD.match(completion)
     word = match[1].lower() if match else ""
-    right = len(word) >= SHORTEST_WORD and word.startswith(answer["letter"]) and word in word_list(words)
+    right = len(word) >= SHORTEST_WORD and word.startswith(answer["beginning"]) and word in word_list(words)
     return {"score": float(right), "answer": word}
 
 

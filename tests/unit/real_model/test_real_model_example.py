@@ -60,7 +60,7 @@ def words(tmp_path: Path) -> str:
     ],
 )
 def test_a_word_that_begins_with_a_letter(completion: str, reward: float, found: str, words: str) -> None:
-    assert score(completion, {"letter": "b"}, words) == {"score": reward, "answer": found}
+    assert score(completion, {"beginning": "b"}, words) == {"score": reward, "answer": found}
 
 
 @pytest.mark.parametrize(
@@ -101,15 +101,16 @@ def test_no_training_prompt_is_held_out(packages: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(tasks, "RHYMED", "day bear day")
     monkeypatch.setattr(tasks, "FEWEST_RHYMES", 1)
     tasks.write(packages, tmp_path / "data")
-    for name in ("letters", "countries", "sums", "opposites"):
+    for name in ("beginnings", "letters", "countries", "sums", "opposites"):
         train, heldout = (
             set((tmp_path / "data" / f"{name}.{split}.jsonl").read_text().splitlines())
             for split in ("train", "heldout")
         )
         assert train and heldout and not train & heldout
     config = load_config(show.CONFIG)
-    assert config.rollout.prompts_per_step == len((tmp_path / "data" / "letters.train.jsonl").read_text().splitlines())
-    assert config.evaluation.prompts == len((tmp_path / "data" / "letters.heldout.jsonl").read_text().splitlines())
+    files = [tmp_path / "data" / f"letters.{split}.jsonl" for split in ("train", "heldout")]
+    sizes = [len(file.read_text().splitlines()) for file in files]
+    assert [config.rollout.prompts_per_step, config.evaluation.prompts] == sizes
 
 
 def test_word_lists_have_no_answer_twice() -> None:

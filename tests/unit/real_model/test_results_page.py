@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import archive
@@ -46,7 +47,11 @@ def test_the_tables_show_every_seed(tmp_path: Path) -> None:
         figure.STATIC: {seed: run(figure.STATIC, seed, error=-0.3) for seed in (0, 1, 2)},
         figure.DRAWN: {seed: run(figure.DRAWN, seed, error=0.01 * (seed + 1)) for seed in (0, 1, 2)},
         "late-fall": {5: run("late-fall", 5, error=0.04)},
+        f"beginnings: {figure.STATIC}": {3: run(figure.STATIC, 3, error=-0.2)},
+        f"beginnings: {figure.DRAWN}": {3: run(figure.DRAWN, 3, error=0.07)},
     }
+    for name, of_seed in runs.items():
+        runs[name] = {seed: replace(each, strategy=name) for seed, each in of_seed.items()}
     archive.write(tmp_path / "runs.jsonl", runs, results_page.METRICS)
     text = results_page.tables(archive.read(tmp_path / "runs.jsonl"))
     assert "16 steps. Mean" in text and "| seeds | 0, 1, 2 | 0, 1, 2 |" in text
@@ -54,6 +59,9 @@ def test_the_tables_show_every_seed(tmp_path: Path) -> None:
     assert "| reward at the start | 0.350 ± 0.100 | 0.350 ± 0.100 |" in text
     assert "| held-out distinct right answers of 16, end | 6.00 ± 1.00 | 6.00 ± 1.00 |" in text
     assert "| late-fall | 5 | 4.0 % |" in text
+    # Static clipping is compared with the curve of its own task.
+    assert "### On the task `beginnings`" in text and "| seeds | 3 | 3 |" in text
+    assert "**7.0 %** under target entropy. Static clipping is 20.0 % away from the curve." in text
     assert "correlation over steps | 1.00 ± 0.00 |" in text
 
 
