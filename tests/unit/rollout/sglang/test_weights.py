@@ -19,6 +19,7 @@ from fake_sglang import FakeServer, fake_server
 from megatron_rlvr.errors import UserError
 from megatron_rlvr.rollout.engines.sglang.config import SGLangConfig
 from megatron_rlvr.rollout.engines.sglang.endpoint import Endpoint
+from megatron_rlvr.rollout.engines.sglang.weight_sync import broadcast
 from megatron_rlvr.rollout.engines.sglang.weight_sync.broadcast import BroadcastTransport
 from megatron_rlvr.rollout.engines.sglang.weight_sync.checks import checksum
 from megatron_rlvr.rollout.engines.sglang.weight_sync.shared_memory import SharedMemoryTransport
@@ -272,6 +273,15 @@ def test_the_port_of_a_broadcast_is_occupied_before_servers_know_it(
     failure, _ = _stream(fake, BroadcastTransport(6.0))
     assert failure is not None and "it answered" in failure
     assert told.is_set()
+
+
+def test_a_broadcast_that_cannot_listen_leaves_the_servers_to_the_disk(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "LOOPBACK", "192.0.2.1")  # an address for documentation, which no machine has
+    failure, taken = _stream(fake, BroadcastTransport(6.0))
+    assert failure is not None and "cannot listen at 192.0.2.1 (Cannot assign requested address)" in failure
+    assert taken == 4
 
 
 def test_server_that_keeps_its_old_version(fake: FakeServer) -> None:

@@ -69,7 +69,10 @@ class BroadcastTransport:
         seconds = self.timeout if self.backend == "nccl" else min(self.timeout, _GLOO_TIMEOUT_S)
         timeout = datetime.timedelta(seconds=seconds)
         # Not dist.rendezvous: under torchrun it would connect to torchrun's store instead of starting one.
-        store = listening_store(host, 0, timeout)
+        try:
+            store = listening_store(host, 0, timeout)
+        except OSError as error:
+            raise ServerLostError(f"the broadcast of weights cannot listen at {host} ({error.strerror})") from error
         self.group_name = f"weights-{os.getpid()}-{next(_group_numbers)}"
         size = 1 + sum(r.ranks for r in receivers)
         commands, rank_offset = [], 1
