@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from answers import listed, section
-from measurements import REWARDS, Measurement, by_setting, compared
+from measurements import REWARDS, Measurement, by_setting
 from results import Difference, Run, Runs, above_courses, count, difference, percents, spread, tracking_errors
 
 from megatron_rlvr.control import EntropyCurve
@@ -21,7 +21,7 @@ def authority_section(measurements: Sequence[Measurement], folder: str) -> list[
         return []
     states = {(m.seed, m.step) for m in measurements}
 
-    settings = by_setting(compared(measurements))
+    settings = by_setting(measurements)
     of_rewards = {rewards: settings[rewards, STUDY_RATE, STUDY_PASSES] for rewards in REWARDS}
     changes = {rewards: 100 * statistics.mean(c.static.shift for c in each) for rewards, each in of_rewards.items()}
     added = {rewards: statistics.mean(c.added("steep") for c in each) for rewards, each in of_rewards.items()}

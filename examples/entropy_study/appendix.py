@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Sequence
 
-from measurements import OTHERS, PASSES, RATES, REWARDS, Measurement, by_setting, compared
+from measurements import OTHERS, PASSES, RATES, REWARDS, Measurement, by_setting
 from results import KS, Difference, Run, Runs, difference, spread
 from strategies import EVERYTHING
 
@@ -97,7 +97,7 @@ def authority_table(measurements: Sequence[Measurement]) -> list[str]:
         + " | clipped high, low | rollouts to 10 % |",
         "| --- | --- | --- | --- |" + " --- |" * (len(OTHERS) + 2),
     ]
-    settings = by_setting(compared(measurements))
+    settings = by_setting(measurements)
     for rewards, rate, passes in itertools.product(REWARDS, RATES, PASSES):
         if not (comparisons := settings.get((rewards, rate, passes))):
             continue

@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from measurements import OTHERS, PASSES, RATES, REWARDS, Measurement, by_setting, compared
+from measurements import OTHERS, PASSES, RATES, REWARDS, Measurement, by_setting
 from results import KS, Run, Runs
 
 from megatron_rlvr.control import EntropyCurve
@@ -87,7 +87,7 @@ def frontier(runs: Runs, strategies: Sequence[str], total: int, path: Path) -> N
 def authority(measurements: Sequence[Measurement], path: Path) -> None:
     """Entropy change under each threshold minus that under static clipping, by passes; mean over states."""
     figure, axes = plt.subplots(1, len(REWARDS), figsize=(5 * len(REWARDS), 3.4), sharey=True)
-    settings = by_setting(compared(measurements))
+    settings = by_setting(measurements)
     for ax, rewards in zip(axes, REWARDS, strict=True):
         for i, bound in enumerate(OTHERS):
             for style, rate in zip(STYLES, RATES, strict=False):

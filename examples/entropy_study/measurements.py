@@ -22,7 +22,6 @@ REWARDS = ("task", "coin")
 RATES = (3e-5, 1e-4, 3e-4)
 PASSES = (1, 2, 4, 8)
 
-
 Setting = tuple[str, float, int]
 """Rewards, learning rate and passes."""
 
@@ -83,10 +82,10 @@ def compared(measurements: Iterable[Measurement]) -> list[Comparison]:
     return [Comparison(of_bound) for of_bound in cases.values() if of_bound.keys() == BOUNDS.keys()]
 
 
-def by_setting(comparisons: Iterable[Comparison]) -> dict[Setting, list[Comparison]]:
-    """The comparisons of each setting, over all states."""
+def by_setting(measurements: Iterable[Measurement]) -> dict[Setting, list[Comparison]]:
+    """The comparisons of each setting, over all states; see `compared`."""
     settings: dict[Setting, list[Comparison]] = defaultdict(list)
-    for comparison in comparisons:
+    for comparison in compared(measurements):
         settings[comparison.setting].append(comparison)
     return dict(settings)
 
