@@ -77,12 +77,14 @@ def curve_errors(runs: Runs, name: str) -> list[float]:
 
 def tables(runs: Runs, measured: Sequence[measurements.Measurement] = ()) -> str:
     """Return the results as Markdown: those of every task, then other runs, then thresholds."""
-    others = sorted({name.rpartition(OF_TASK)[0] for name in runs} - {""})
-    parts = [task_table(runs, "")]
-    for task in others:
-        if all(task + OF_TASK + name in runs for name in figure.NAMES):
+    parts, shown = [task_table(runs, "")], set(figure.NAMES)
+    for task in sorted({name.rpartition(OF_TASK)[0] for name in runs} - {""}):
+        pair = {task + OF_TASK + name for name in figure.NAMES}
+        if pair <= runs.keys():
             parts.append([f"### On the task `{task}`", "", *task_table(runs, task + OF_TASK)])
-    return "\n".join([*itertools.chain(*parts), *other_runs(runs), *authority_section(measured)])
+            shown |= pair
+    rest = {name: of_seed for name, of_seed in runs.items() if name not in shown}
+    return "\n".join([*itertools.chain(*parts), *other_runs(runs, rest), *authority_section(measured)])
 
 
 def task_table(runs: Runs, task: str) -> list[str]:
@@ -137,17 +139,15 @@ def task_table(runs: Runs, task: str) -> list[str]:
     ]
 
 
-def other_runs(runs: Runs) -> list[str]:
-    """Return the lines of the table of runs that are not those of real_model.yaml; none if there are none."""
-    names = [name for name in runs if name.rpartition(OF_TASK)[2] not in figure.NAMES]
-    if not names:
+def other_runs(runs: Runs, rest: Runs) -> list[str]:
+    """Return the lines of the table of those in ``rest``, which no other table shows; none if there are none."""
+    if not rest:
         return []
     columns = ("other runs", "seeds", "curve error", "entropy at the start", "drawn at the end", "entropy at the end")
     lines = [f"| {' | '.join(columns)} | held-out distinct of 16 |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    for name in names:
-        each = list(runs[name].values())
-        cells = [name, seeds(each)]
-        cells.append(f"{percents(curve_errors(runs, name))} %")
+    for name, of_seed in rest.items():
+        each, errors = list(of_seed.values()), curve_errors(runs, name)
+        cells = [name, seeds(each), f"{percents(errors)} %" if errors else ""]
         cells.append(spread((run.steps[0]["entropy"] for run in each), 2))
         cells.append(spread((run.steps[-1].get("control/target", math.nan) for run in each), 2))
         cells.append(spread((run.steps[-1]["entropy"] for run in each), 2))

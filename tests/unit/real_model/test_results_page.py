@@ -49,6 +49,7 @@ def test_the_tables_show_every_seed(tmp_path: Path) -> None:
         "late-fall": {5: run("late-fall", 5, error=0.04)},
         f"beginnings: {figure.STATIC}": {3: run(figure.STATIC, 3, error=-0.2)},
         f"beginnings: {figure.DRAWN}": {3: run(figure.DRAWN, 3, error=0.07)},
+        f"sums: {figure.STATIC}": {4: run(figure.STATIC, 4)},  # a task without its other run
     }
     for name, of_seed in runs.items():
         runs[name] = {seed: replace(each, strategy=name) for seed, each in of_seed.items()}
@@ -59,6 +60,7 @@ def test_the_tables_show_every_seed(tmp_path: Path) -> None:
     assert "| reward at the start | 0.350 ± 0.100 | 0.350 ± 0.100 |" in text
     assert "| held-out distinct right answers of 16, end | 6.00 ± 1.00 | 6.00 ± 1.00 |" in text
     assert "| late-fall | 5 | 4.0 % |" in text
+    assert f"| sums: {figure.STATIC} | 4 |  | 4.00 |" in text and "### On the task `sums`" not in text
     # Static clipping is compared with the curve of its own task.
     assert "### On the task `beginnings`" in text and "| seeds | 3 | 3 |" in text
     assert "**7.0 %** under target entropy. Static clipping is 20.0 % away from the curve." in text
