@@ -178,9 +178,13 @@ class PlantBank:
 
     The noise of the updates differs by an order of magnitude between runs, and it decides how far to trust a measured
     error. Their inputs are (a, shift), and the effects the drift d and the transfer g.
+
+    Attributes:
+        drift: first estimate of d.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drift: float = 0.0) -> None:
+        self.drift = drift
         effects = (Effect(0.0, 0.02, 0.0015), Effect(1.0, 0.25, 0.03))
         self.plants = [EntropyPlant(effects, noise) for noise in PROCESS_NOISES]
         self._started = False
@@ -202,6 +206,7 @@ class PlantBank:
     def start(self, log_entropy: float, deviation: float) -> None:
         for plant in self.plants:
             plant.start(log_entropy, deviation)
+            plant.mean[1] = self.drift
         self._started = True
 
     def advance(self, rate: float, shift: float, reported: float) -> None:

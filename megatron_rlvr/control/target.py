@@ -79,6 +79,9 @@ class TargetEntropy(RelativeSchedule):
     opposite sign: change of ln entropy per step. 0 keeps both at eps."""
     steering_gain: Annotated[float, Within(0.0)] = 0.2
     """Initial estimate of the effect of steering: change of ln entropy per step and unit of a small drive."""
+    drift: Annotated[float, Within(-1.0, 1.0)] = 0.0
+    """Initial estimate of the drift between steps: change of ln entropy per step beyond the shift that its updates
+    measure at their own states. Below 0 if entropy falls at the states of the next rollout while it stays at these."""
     # Filters of ln entropy from step to step, and of its shift by the updates within a step.
     _plant: PlantBank = field(init=False, repr=False, compare=False)
     _step_model: StepModel = field(init=False, repr=False, compare=False)
@@ -100,7 +103,7 @@ class TargetEntropy(RelativeSchedule):
         super().__post_init__()
         if not (self.clip_gain or self.steering_limit):
             raise ValueError(f"{self.name}: clip_gain 0 and steering_limit 0 leave no actuator; raise one of them")
-        self._plant = PlantBank()
+        self._plant = PlantBank(self.drift)
         self._step_model = StepModel(self.clip_gain, self.steering_gain)
 
     def _observe(self, observation: Observation) -> None:
