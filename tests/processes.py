@@ -24,9 +24,8 @@ def environment() -> dict[str, str]:
 
 
 def run_trainer(*arguments: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m megatron_rlvr.train``, under torchrun if ``processes`` > 1; see `launch` and `fork`."""
-    program = ["-m", "megatron_rlvr.train", *map(str, arguments)]
-    return launch(program, processes, check) if processes > 1 else fork(program, 1, check)
+    """Run ``python -m megatron_rlvr.train``; see `fork`."""
+    return fork(["-m", "megatron_rlvr.train", *map(str, arguments)], processes, check)
 
 
 def run_trainers(runs: Sequence[Sequence[object]], processes: int = 1) -> None:

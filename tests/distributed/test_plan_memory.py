@@ -11,7 +11,7 @@ import pytest
 from megatron_rlvr.megatron.stage_shapes import model_stages
 from megatron_rlvr.planning.memory import phase_memory, static_memory
 from tests.families import make_family
-from tests.processes import ROOT, launch
+from tests.processes import ROOT, fork
 from tests.static_memory import layout_config
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -42,11 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(folder: Path) -> Path:
     """The folder of ``<layout number>-<rank>.json``, written by two real processes."""
-    launch(
-        [str(ROOT / "tests" / "static_memory.py"), str(folder), str(folder.parent), *map(json.dumps, LAYOUTS.values())],
-        2,
-        check=True,
-    )
+    program = [str(ROOT / "tests" / "static_memory.py"), str(folder), str(folder.parent)]
+    fork([*program, *map(json.dumps, LAYOUTS.values())], 2)
     return folder.parent
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 from megatron_rlvr.telemetry.metrics import read_metrics
-from tests.processes import run_trainer
+from tests.processes import launch, run_trainer
+
+
+def train_under_torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Train in two processes; torchrun gives the others time to say what they know before it ends them."""
+    return launch(["-m", "megatron_rlvr.train", *map(str, arguments)], 2, check=False)
 
 
 def test_a_user_error_of_one_rank_reaches_all_of_them(run_yaml: Path, tmp_path: Path) -> None:
@@ -15,7 +21,7 @@ def test_a_user_error_of_one_rank_reaches_all_of_them(run_yaml: Path, tmp_path: 
     missing = recorded / "rollouts" / "step_000002" / "prompt_00001.jsonl"  # a prompt of the second data-parallel rank
     missing.unlink()
     replay = ["rollout.engine=recorded", f"rollout.recording={recorded / 'rollouts'}"]
-    done = run_trainer(run_yaml, f"run_directory={run}", *settings, *replay, processes=2, check=False)
+    done = train_under_torchrun(run_yaml, f"run_directory={run}", *settings, *replay)
     assert done.returncode != 0
     reason = f"no recorded rollout {missing}: record a run with rollout.record=true and the same settings"
     assert f"\nerror: {reason} (reported by rank 1)\n" in f"\n{done.stderr}"
@@ -27,7 +33,7 @@ def test_a_user_error_of_one_rank_reaches_all_of_them(run_yaml: Path, tmp_path: 
 
 def test_a_verifier_that_verifies_nothing_stops_all_ranks(run_yaml: Path, tmp_path: Path) -> None:
     broken = ["verifier.name=tests.rewards:divides_by_zero", "verifier.workers=1", "parallel.tensor=2"]
-    done = run_trainer(run_yaml, *broken, processes=2, check=False)
+    done = train_under_torchrun(run_yaml, *broken)
     assert done.returncode != 0
     reason = "verifier tests.rewards:divides_by_zero failed for all 32 completions, so there is nothing to learn: "
     assert f"\nerror: {reason}ZeroDivisionError: division by zero" in f"\n{done.stderr}"

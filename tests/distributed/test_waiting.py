@@ -1,4 +1,4 @@
-"""Groups for processes that wait: what they exchange, their deadline. Under torchrun, this file is the processes."""
+"""Groups for processes that wait: what they exchange, their deadline. This file is also the program of the processes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch.distributed as dist
 
 from megatron_rlvr.megatron import parallel, waiting
 from megatron_rlvr.megatron.config import ParallelConfig
-from tests.processes import launch
+from tests.processes import fork
 from tests.rendezvous import renew
 
 
 def test_processes_that_wait() -> None:
-    output = launch([__file__], processes=2, check=True).stdout
+    output = fork([__file__], 2).stdout
     for rank in (0, 1):
         assert f"rank {rank} agrees" in output
     late = "rank 0 waited for the start of a server: nothing arrived within parallel.wait_timeout_minutes=0.005"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_rlvr.telemetry.metrics import deterministic, read_metrics
 from megatron_rlvr.telemetry.samples import read_samples
 from megatron_rlvr.train import main
-from tests.processes import ROOT, launch, run_trainer
+from tests.processes import ROOT, fork, run_trainer
 
 
 def records(run: Path) -> list[dict[str, float]]:
@@ -99,7 +99,7 @@ def test_a_new_run_starts_from_a_conversion(
     run_yaml: Path, small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     converted = tmp_path / "converted"
-    launch([str(ROOT / "tools" / "convert_checkpoint.py"), "to-megatron", str(small_model), str(converted)], 1, True)
+    fork([str(ROOT / "tools" / "convert_checkpoint.py"), "to-megatron", str(small_model), str(converted)], 1)
     common = [str(run_yaml), "steps=2", "data.heldout=null", "checkpoint.export_huggingface=false"]
     assert main(common) == 0
     capsys.readouterr()
