@@ -1,4 +1,4 @@
-"""Groups for processes that wait: what they exchange, their deadline. This file is also the program of the processes."""
+"""Groups for processes that wait: what they exchange, their deadline. This file is also their program."""
 
 from __future__ import annotations
 

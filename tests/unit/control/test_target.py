@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 
 import pytest
 
@@ -75,6 +76,24 @@ def test_the_initial_gain_may_be_wrong_by_a_factor(gain):
         assert rms(measured, target) < 0.055, (seed, rms(measured, target))
         if gain > 0.05:  # at 0.05, the noise of 100 steps hides the gain
             assert gain / 3 < schedule.metrics()["control/steering_gain"] < gain * 3
+
+
+def test_a_known_drift_is_corrected_at_once_and_a_wrong_estimate_of_it_is_unlearned():
+    curve, early, late = EntropyCurve(), {}, {}
+    for estimate in (-0.05, 0.0, 0.05):
+        early[estimate], late[estimate] = [], []
+        for seed in range(20):
+            schedule = TargetEntropy(40, curve=curve, drift=estimate)
+            measured, target, _ = follow(schedule, curve, Plant(seed, drift=-0.05), 40)
+            early[estimate].append(
+                statistics.mean(m / t - 1.0 for m, t in list(zip(measured, target, strict=True))[1:4])
+            )
+            late[estimate].append(rms(measured, target, skip=0.5))
+    assert abs(statistics.mean(early[-0.05])) < 0.01
+    assert statistics.mean(early[0.0]) < -0.04 and statistics.mean(early[0.05]) < -0.08
+    assert max(late[0.05]) < 0.05
+    with pytest.raises(ValueError, match="drift must be in"):
+        TargetEntropy(10, drift=-1.0)
 
 
 def test_a_reported_learning_rate_is_not_mistaken_for_a_changed_gain():
