@@ -61,7 +61,8 @@ def finished(folders: Sequence[Path], curve: str, task: str = "") -> Runs:
 def curve_errors(runs: Runs, name: str) -> list[float]:
     """Return, for each seed, the root mean square of entropy / drawn curve - 1 after the first tenth of the steps.
 
-    Static clipping has no curve, and is compared with that of the run of its task and seed that has one.
+    Static clipping has no curve, and is compared with that of the run of its task and seed that has one, from its own
+    first entropy on.
     """
     task, separator, _ = name.rpartition(OF_TASK)
     others, errors = runs.get(task + separator + figure.DRAWN, {}), []
@@ -69,8 +70,9 @@ def curve_errors(runs: Runs, name: str) -> list[float]:
         if (drawn := run if "control/target" in run.steps[0] else others.get(seed)) is None:
             continue
         first = math.ceil(len(run.steps) / 10)
+        scale = run.steps[0]["entropy"] / drawn.steps[0]["control/target"]
         pairs = list(zip(run.steps, drawn.steps, strict=True))[first:]
-        squares = [(own["entropy"] / other["control/target"] - 1.0) ** 2 for own, other in pairs]
+        squares = [(own["entropy"] / (scale * other["control/target"]) - 1.0) ** 2 for own, other in pairs]
         errors.append(math.sqrt(statistics.mean(squares)))
     return errors
 
