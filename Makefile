@@ -57,8 +57,8 @@ doctor:  ## compare what is installed with the GPU recipe, and say what to do
 
 sglang: $(SGLANG_VENV)/.installed  ## create .venv-sglang: SGLang on the CPU, for rollout.sglang.python and the tests
 
-# quick_start.pth: fewer garbage collections, a quarter of the time of imports, and children of a server that are forked
-# instead of importing SGLang anew, a third of a server's start each.
+# quick_start.pth shortens the start of a server: garbage collections would be a quarter of its imports, and its two
+# children are forked instead of importing everything anew. On a GPU, children must not be forked; this SGLang has none.
 $(SGLANG_VENV)/.installed: examples/sglang/requirements.txt examples/sglang/sgl_kernel.py examples/sglang/quick_start.pth
 	test -d $(SGLANG_VENV) || $(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/$(PIP) --constraint examples/sglang/requirements.txt torch
