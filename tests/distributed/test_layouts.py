@@ -110,7 +110,7 @@ HALF = {
     "bf16": (2, ["model.dtype=bfloat16"]),
     "bf16-zero": (2, ["model.dtype=bfloat16", "parallel.distributed_optimizer=true"]),
 }
-# Layouts whose run is reset to the checkpoint of its second step and resumed by two processes, with these overrides.
+# Layouts whose run is reset to the checkpoint of its third step and resumed by two processes, with these overrides.
 RESUMED = {
     **{name: overrides for name, (_, overrides) in HALF.items()},
     "moe-ep2-zero": ["parallel.pipeline=2", "parallel.distributed_optimizer=true", *LOSS_KL],
@@ -143,7 +143,7 @@ class Runs:
         self.folder, self.config = folder, folder / "run.yaml"
         self.config.write_text(
             f"""
-steps: 3
+steps: 4
 seed: 1
 run_directory: unset
 threads: 1
@@ -154,7 +154,7 @@ rollout: {{prompts_per_step: 8, samples_per_prompt: 4, max_tokens: 10, temperatu
 algorithm: {{epochs: 2, minibatches: 2, schedule: {{name: target-entropy}}}}
 optimizer: {{learning_rate: 1.0e-3}}
 telemetry: {{tensorboard: false, plots: false}}
-checkpoint: {{every: 0, keep: 9}}
+checkpoint: {{every: 3, keep: 9}}
 """
         )
         mixture = make_small_model(folder / "mixture", mixture=True)
@@ -194,17 +194,16 @@ checkpoint: {{every: 0, keep: 9}}
         processes = group[name][0]
         if not (self.folder / name).exists():
             chosen = {n: overrides for n, (count, overrides) in group.items() if count == processes}
-            kept = {n: ["checkpoint.every=2"] for n in RESUMED}
-            run_trainers([self.replay(n, overrides=[*o, *kept.get(n, [])]) for n, o in chosen.items()], processes)
+            run_trainers([self.replay(n, overrides=overrides) for n, overrides in chosen.items()], processes)
         return self.folder / name
 
     def resumed(self, name: str) -> Path:
-        """The run of a layout, reset to its checkpoint of step 2 and resumed."""
+        """The run of a layout, reset to its checkpoint of step 3 and resumed."""
         if not (self.folder / f"{name}-resumed").exists():
             runs = []
             for layout, overrides in RESUMED.items():
                 directory = shutil.copytree(self.finished(layout), self.folder / f"{layout}-resumed")
-                shutil.rmtree(directory / "checkpoints" / "step_3")
+                shutil.rmtree(directory / "checkpoints" / "step_4")
                 runs.append(self.replay(layout, f"{layout}-resumed", overrides))
             run_trainers(runs, processes=2)
         return self.folder / f"{name}-resumed"
@@ -233,7 +232,7 @@ def test_layout_equals_one_process(name: str, runs: Runs) -> None:
 def test_resumed_in_another_layout(name: str, runs: Runs) -> None:
     agree(runs, name, runs.resumed(name))
     steps = sorted(p.name for p in (runs.resumed(name) / "checkpoints").glob("step_*"))
-    assert steps == ["step_2", "step_3"]
+    assert steps == ["step_3", "step_4"]
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -257,7 +256,7 @@ def agree(runs: Runs, layout: str, other: Path) -> None:
     one = runs.folder / runs.single(layout)
     initial_model = runs.models[one.name]
     expected, found = read_metrics(one), read_metrics(other)
-    assert len(found) == len(expected) == 3
+    assert len(found) == len(expected) == 4
     for ours, theirs in zip(expected, found, strict=True):
         assert ours["grad_norm"] > 1e-3
         assert [theirs[key] for key in EXACT] == [ours[key] for key in EXACT]
@@ -271,9 +270,9 @@ def agree(runs: Runs, layout: str, other: Path) -> None:
     )
     assert ours.keys() == theirs.keys() == start.keys()
     for name, weight in ours.items():
-        assert (weight - start[name]).norm() > 2e-3 * weight.norm()
+        assert (weight - start[name]).norm() > 3e-3 * weight.norm()
         # A bias of all keys shifts all scores of a query equally, except for the rotation. Its gradient is a difference
-        # of nearly equal numbers, and 12 steps of Adam scale it to the size of the others.
+        # of nearly equal numbers, and 16 steps of Adam scale it to the size of the others.
         limit = 3e-5 if name.endswith("k_proj.bias") else 1e-5
         assert (theirs[name] - weight).norm() < limit * weight.norm(), name
 
